@@ -50,7 +50,10 @@ class VanishingReLU(nn.Module):
         # Eager on the CPU, leaky_relu with a Python slope is 3 times as fast as prelu with a tensor slope
         # (tools/benchmark.py). Anywhere else the read would be a sync, a graph break or a baked-in constant.
         return (
-            type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            type(x) is Tensor
+            and x.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
         )
 
     def extra_repr(self) -> str:

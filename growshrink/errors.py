@@ -4,13 +4,32 @@ All are `ValueError` subclasses, so `except ValueError` catches every one of the
 wrong, where (the module's dotted name), and what to do.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def near(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean ...?"`, or the list of what there is, to end a message about an unknown name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=4, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(names[:12])}."
+
 
 class GrowShrinkError(ValueError):
     """Base of every error that growshrink raises for something its user did."""
 
 
 class AlgebraError(GrowShrinkError):
-    """Two operators have no exact composition or sum as one convolution."""
+    """Two operators have no exact composition or sum as one convolution.
+
+    `module` is the name the message starts with, empty while no module is known.
+    """
+
+    def __init__(self, message: str, *, module: str = "") -> None:
+        super().__init__(message)
+        self.module = module
 
 
 class GrowError(GrowShrinkError):

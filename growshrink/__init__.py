@@ -1,0 +1,30 @@
+"""Grow fusible branches into a small convolutional net, train it bigger, fuse it back exactly.
+
+`import growshrink as gs` registers the ReduceNets with timm and gives the names below.
+"""
+
+from growshrink import models as models
+from growshrink import schedules as schedules
+from growshrink.activations import VanishingReLU as VanishingReLU
+from growshrink.activations import get_lambda as get_lambda
+from growshrink.activations import set_lambda as set_lambda
+from growshrink.algebra import ConvMap as ConvMap
+from growshrink.branches import Branch as Branch
+from growshrink.branches import BranchSpec as BranchSpec
+from growshrink.compare import assert_equivalent as assert_equivalent
+from growshrink.compare import compare as compare
+from growshrink.compare import profile as profile
+from growshrink.compare import verify as verify
+from growshrink.errors import AlgebraError as AlgebraError
+from growshrink.errors import DropError as DropError
+from growshrink.errors import EquivalenceError as EquivalenceError
+from growshrink.errors import FuseError as FuseError
+from growshrink.errors import GrowError as GrowError
+from growshrink.errors import GrowShrinkError as GrowShrinkError
+from growshrink.grown import GrownConv2d as GrownConv2d
+from growshrink.grown import PureBottleneck as PureBottleneck
+from growshrink.transforms import drop as drop
+from growshrink.transforms import fold as fold
+from growshrink.transforms import fuse as fuse
+from growshrink.transforms import grow as grow
+from growshrink.transforms import growth_report as growth_report

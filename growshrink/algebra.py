@@ -1,0 +1,342 @@
+"""The operator algebra: an affine convolution as a value.
+
+A `ConvMap` is what a stack of convolutions, batch norms in eval mode, identities and average pools computes:
+`x -> conv(pad(x), kernel) + bias`. It composes (`then`), adds (`+`), and becomes an `nn.Conv2d`. Every operation
+gives the exact operator, the values at the borders included, or raises `AlgebraError` with the reason.
+
+Shape letters: N batch, O output channels, I input channels, M middle channels, H and W height and width.
+Background: Ding et al., Diverse Branch Block (arXiv:2103.13425), section 3; the border conditions are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.errors import AlgebraError
+
+Pair = tuple[int, int]
+Padding = tuple[Pair, Pair]
+
+NO_PADDING: Padding = ((0, 0), (0, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class ConvMap:
+    """`x (N, I, H, W) -> (N, O, H', W')`: pad, cross-correlate, add a bias.
+
+    Attributes:
+        kernel: `(O, I // groups, kh, kw)`.
+        bias: `(O,)`.
+        stride: `(vertical, horizontal)`.
+        padding: `((top, bottom), (left, right))`, in pixels.
+        dilation: `(vertical, horizontal)`.
+        groups: Number of groups; channels are grouped in contiguous blocks as in `nn.Conv2d`.
+        padding_mode: What the padded pixels hold: `zeros`, `reflect`, `replicate` or `circular`.
+    """
+
+    kernel: Tensor
+    bias: Tensor
+    stride: Pair = (1, 1)
+    padding: Padding = NO_PADDING
+    dilation: Pair = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    # ---- where maps come from
+
+    @staticmethod
+    def from_conv2d(conv: nn.Conv2d, dtype: torch.dtype = torch.float64) -> ConvMap:
+        """The map of a plain convolution; `padding='same'` becomes the (perhaps lopsided) padding it stands for."""
+        dilation = _pair(conv.dilation)
+        if isinstance(conv.padding, str):
+            totals = [
+                d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(dilation, conv.kernel_size, strict=True)
+            ]
+            padding = tuple((t // 2, t - t // 2) for t in totals)
+        else:
+            padding = tuple((p, p) for p in conv.padding)
+        kernel_OIHW = conv.weight.to(dtype)
+        bias_O = kernel_OIHW.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.to(dtype)
+        mode = conv.padding_mode if padding != NO_PADDING else "zeros"
+        return ConvMap(kernel_OIHW, bias_O, _pair(conv.stride), padding, dilation, conv.groups, mode)  # type: ignore[arg-type]
+
+    @staticmethod
+    def from_bn(bn: nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> ConvMap:
+        """The per-channel affine map of a batch norm in eval mode (running statistics, its own eps)."""
+        if bn.running_mean is None or bn.running_var is None:
+            raise AlgebraError("a batch norm without running statistics normalises by the batch: it is no fixed map.")
+        scale_O = (bn.running_var.to(dtype) + bn.eps).rsqrt()
+        if bn.weight is not None:
+            scale_O = scale_O * bn.weight.to(dtype)
+        bias_O = -bn.running_mean.to(dtype) * scale_O
+        if bn.bias is not None:
+            bias_O = bias_O + bn.bias.to(dtype)
+        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bn.num_features)
+
+    @staticmethod
+    def identity(channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> ConvMap:
+        """`x -> x` on `channels` channels, a depthwise 1x1."""
+        ones = torch.ones(channels, 1, 1, 1, dtype=dtype, device=device)
+        return ConvMap(ones, ones.new_zeros(channels), groups=channels)
+
+    @staticmethod
+    def from_avg_pool(pool: nn.AvgPool2d, channels: int, dtype: torch.dtype = torch.float64) -> ConvMap:
+        """An average pool as a depthwise kernel of equal weights.
+
+        Refused with `ceil_mode` (windows may hang over the edge) and, where it pads, with
+        `count_include_pad=False` (the divisor then depends on the position).
+        """
+        kernel_size, padding = _pair(pool.kernel_size), _pair(pool.padding)
+        if pool.ceil_mode:
+            raise AlgebraError("an average pool with ceil_mode=True lets windows hang over the edge: no convolution.")
+        if padding != (0, 0) and not pool.count_include_pad:
+            raise AlgebraError(
+                "a padded average pool with count_include_pad=False divides by a number that depends on position."
+            )
+        divisor = pool.divisor_override or kernel_size[0] * kernel_size[1]
+        kernel = torch.full((channels, 1, *kernel_size), 1.0 / divisor, dtype=dtype)
+        padding_sides = ((padding[0], padding[0]), (padding[1], padding[1]))
+        return ConvMap(kernel, kernel.new_zeros(channels), _pair(pool.stride), padding_sides, groups=channels)
+
+    # ---- what a map is
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.kernel.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        """I."""
+        return self.kernel.shape[1] * self.groups
+
+    @property
+    def extent(self) -> Pair:
+        """Pixels the dilated kernel spans, `(vertical, horizontal)`."""
+        kh, kw = self.kernel.shape[2:]
+        return self.dilation[0] * (kh - 1) + 1, self.dilation[1] * (kw - 1) + 1
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`."""
+        (top, bottom), (left, right) = self.padding
+        if self.padding != NO_PADDING:
+            x = F.pad(
+                x, (left, right, top, bottom), mode="constant" if self.padding_mode == "zeros" else self.padding_mode
+            )
+        return F.conv2d(x, self.kernel, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    # ---- algebra
+
+    def then(self, second: ConvMap) -> ConvMap:
+        """The map `x -> second(self(x))`.
+
+        With `second` unpadded this is always one convolution. With `second` padded it is one only if `self`,
+        evaluated past the edge of its own output, gives what `second` pads with there: for zero padding, `self` must
+        be one pixel wide along every padded axis and have no bias; for the other modes it must be pointwise.
+
+        Kernel: the full convolution of the two kernels, the second one spread by the first one's stride.
+        """
+        if second.in_channels != self.out_channels:
+            raise AlgebraError(f"cannot compose: {self.out_channels} channels come out, {second.in_channels} go in.")
+        padding_mode = self._mode_before(second)
+        groups = math.gcd(self.groups, second.groups)
+        first, second = self.regroup(groups), second.regroup(groups)
+        # Along an axis tap u of the first and tap v of the second meet at offset d1 * u + s1 * d2 * v.
+        spread = (first.stride[0] * second.dilation[0], first.stride[1] * second.dilation[1])
+        sizes = zip(first.kernel.shape[2:], second.kernel.shape[2:], first.dilation, spread, strict=True)
+        dilation = _both([d2 if k1 == 1 else d1 if k2 == 1 else math.gcd(d1, d2) for k1, k2, d1, d2 in sizes])
+        images_IMHW = _spread(first.kernel, _grid_steps(first.dilation, dilation)).transpose(0, 1)
+        kernel_IOHW = F.conv_transpose2d(
+            images_IMHW,
+            _transpose_in_groups(second.kernel, groups),
+            groups=groups,
+            dilation=_grid_steps(spread, dilation),
+        )
+        sums_OM = second.kernel.sum((2, 3)).reshape(groups, -1, second.kernel.shape[1])
+        bias_O = second.bias + torch.einsum("gom,gm->go", sums_OM, first.bias.reshape(groups, -1)).reshape(-1)
+        padding = tuple(
+            (a1 + s1 * a2, b1 + s1 * b2)
+            for (a1, b1), (a2, b2), s1 in zip(first.padding, second.padding, first.stride, strict=True)
+        )
+        stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
+        return ConvMap(kernel_IOHW.transpose(0, 1), bias_O, stride, padding, dilation, groups, padding_mode)  # type: ignore[arg-type]
+
+    def __add__(self, other: ConvMap) -> ConvMap:
+        """The map `x -> self(x) + other(x)`; both must give outputs of one shape for every input size."""
+        if (self.in_channels, self.out_channels) != (other.in_channels, other.out_channels):
+            raise AlgebraError(
+                f"cannot add: {self.in_channels} -> {self.out_channels} channels and "
+                f"{other.in_channels} -> {other.out_channels}."
+            )
+        if self.stride != other.stride:
+            raise AlgebraError(f"cannot add: strides {self.stride} and {other.stride} differ.")
+        modes = {m.padding_mode for m in (self, other) if m.padding != NO_PADDING} or {"zeros"}
+        if len(modes) > 1:
+            raise AlgebraError(f"cannot add: padding modes {sorted(modes)} differ.")
+        if self._shrinkage != other._shrinkage:
+            raise AlgebraError(
+                "cannot add: the outputs differ in size "
+                f"(kernel extent less padding is {self._shrinkage} and {other._shrinkage})."
+            )
+        groups = math.gcd(self.groups, other.groups)
+        a, b = self.regroup(groups), other.regroup(groups)
+        before = _both([max(p[0], q[0]) for p, q in zip(a.padding, b.padding, strict=True)])
+        after = _both([max(p[1], q[1]) for p, q in zip(a.padding, b.padding, strict=True)])
+        padding = ((before[0], after[0]), (before[1], after[1]))
+        dilation = _both([a._common_dilation(b, axis) for axis in (0, 1)])
+        a, b = a._widen(padding, dilation), b._widen(padding, dilation)
+        return replace(a, kernel=a.kernel + b.kernel, bias=a.bias + b.bias, padding_mode=modes.pop())
+
+    def scale(self, factor_O: Tensor) -> ConvMap:
+        """The map `x -> factor * self(x)`, `factor` a scalar or `(O,)`."""
+        factor_O = factor_O.to(self.kernel).expand(self.out_channels)
+        return replace(self, kernel=self.kernel * factor_O.reshape(-1, 1, 1, 1), bias=self.bias * factor_O)
+
+    def regroup(self, groups: int) -> ConvMap:
+        """The same map written with fewer groups (zeros fill the blocks off the diagonal); `1` is dense."""
+        if self.groups % groups:
+            raise AlgebraError(f"{self.groups} groups cannot be written as {groups}: it does not divide them.")
+        merged = self.groups // groups
+        if merged == 1:
+            return self
+        out_ch, in_ch, kh, kw = self.kernel.shape
+        blocks = self.kernel.reshape(groups, merged, out_ch // self.groups, in_ch, kh, kw)
+        eye = torch.eye(merged, dtype=self.kernel.dtype, device=self.kernel.device)
+        kernel = torch.einsum("gaoihw,ab->gaobihw", blocks, eye).reshape(out_ch, merged * in_ch, kh, kw)
+        return replace(self, kernel=kernel, groups=groups)
+
+    def densify(self) -> ConvMap:
+        """The same map with one group."""
+        return self.regroup(1)
+
+    # ---- where maps go
+
+    def fit(self, conv: nn.Conv2d) -> ConvMap:
+        """The same map with the kernel size, padding, dilation and groups of `conv`; AlgebraError if it has no such form."""
+        target = ConvMap.from_conv2d(conv, self.kernel.dtype)
+        if target.groups != math.gcd(self.groups, target.groups):
+            raise AlgebraError(f"a map of {self.groups} group(s) does not fit a convolution of {target.groups}.")
+        zero = replace(target, kernel=torch.zeros_like(target.kernel), bias=torch.zeros_like(target.bias))
+        fitted = self + zero
+        for field in ("padding", "dilation"):
+            if getattr(fitted, field) != getattr(target, field):
+                raise AlgebraError(
+                    f"{field} {getattr(fitted, field)} does not fit a convolution of {getattr(target, field)}."
+                )
+        if fitted.kernel.shape != target.kernel.shape:
+            raise AlgebraError(f"a kernel of {tuple(fitted.kernel.shape)} does not fit {tuple(target.kernel.shape)}.")
+        return fitted
+
+    def to_conv2d(self, *, bias: bool = True, dtype: torch.dtype | None = None) -> nn.Conv2d:
+        """An `nn.Conv2d` that computes this map; refuses lopsided padding and, with `bias=False`, a non-zero bias."""
+        (top, bottom), (left, right) = self.padding
+        if top != bottom or left != right:
+            raise AlgebraError(f"nn.Conv2d pads both sides alike, this map needs {self.padding}.")
+        if not bias and bool((self.bias != 0).any()):
+            raise AlgebraError("this map has a bias; a convolution with bias=False cannot hold it.")
+        conv = nn.Conv2d(
+            self.in_channels,
+            self.out_channels,
+            tuple(self.kernel.shape[2:]),  # type: ignore[arg-type]
+            stride=self.stride,
+            padding=(top, left),
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=bias,
+            padding_mode=self.padding_mode,  # type: ignore[arg-type]
+            device=self.kernel.device,
+            dtype=dtype or self.kernel.dtype,
+        )
+        with torch.no_grad():
+            conv.weight.copy_(self.kernel)
+            if conv.bias is not None:
+                conv.bias.copy_(self.bias)
+        return conv
+
+    # ---- details
+
+    @property
+    def _shrinkage(self) -> Pair:
+        return _both([e - a - b for e, (a, b) in zip(self.extent, self.padding, strict=True)])
+
+    def _mode_before(self, second: ConvMap) -> str:
+        """The padding mode of `self.then(second)`, or AlgebraError where the borders would be wrong."""
+        if second.padding == NO_PADDING:
+            return self.padding_mode
+        if second.padding_mode != "zeros":
+            if self.extent != (1, 1) or self.stride != (1, 1) or self.padding != NO_PADDING:
+                raise AlgebraError(
+                    f"only a pointwise map composes with the {second.padding_mode} padding of the map after it."
+                )
+            return second.padding_mode
+        if self.padding != NO_PADDING and self.padding_mode != "zeros":
+            raise AlgebraError(f"{self.padding_mode} padding followed by zero padding is not one padding.")
+        for axis, name in enumerate(("vertical", "horizontal")):
+            if second.padding[axis] == (0, 0):
+                continue
+            if self.extent[axis] > 1:
+                raise AlgebraError(
+                    f"the second map pads ({name}) what the first, {self.extent[axis]} pixels wide, would fill with "
+                    "other values at the border: put all padding into the first."
+                )
+            if bool((self.bias != 0).any()):
+                raise AlgebraError(
+                    "the second map pads with zeros where the first would give its bias: wrong at the border. Pad in "
+                    "the first map, or leave its bias out."
+                )
+        return "zeros"
+
+    def _common_dilation(self, other: ConvMap, axis: int) -> int:
+        """The coarsest grid along `axis` that holds the taps of both kernels once they are aligned."""
+        grid = abs(self.padding[axis][0] - other.padding[axis][0])
+        for m in (self, other):
+            if m.kernel.shape[2 + axis] > 1:
+                grid = math.gcd(grid, m.dilation[axis])
+        return grid or 1
+
+    def _widen(self, padding: Padding, dilation: Pair) -> ConvMap:
+        """The same map with more padding, zero taps making up for it, on a finer grid of taps."""
+        margins = [
+            ((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in zip(padding, self.padding, dilation, strict=True)
+        ]
+        (top, bottom), (left, right) = margins
+        kernel = F.pad(_spread(self.kernel, _grid_steps(self.dilation, dilation)), (left, right, top, bottom))
+        return replace(self, kernel=kernel, padding=padding, dilation=dilation)
+
+
+def _pair(value: object) -> Pair:
+    if isinstance(value, int):
+        return (value, value)
+    assert isinstance(value, tuple)
+    return (value[0], value[1])
+
+
+def _both(values: list[int]) -> Pair:
+    return (values[0], values[1])
+
+
+def _grid_steps(dilation: Pair, grid: Pair) -> Pair:
+    """Steps of `grid` between two taps `dilation` apart (1 where there is but one tap, whatever its dilation)."""
+    return _both([max(1, d // g) for d, g in zip(dilation, grid, strict=True)])
+
+
+def _spread(kernel_OIHW: Tensor, factors: Pair) -> Tensor:
+    """Zeros between the taps: `k` taps become `factor * (k - 1) + 1`."""
+    if factors == (1, 1):
+        return kernel_OIHW
+    out_ch, in_ch, kh, kw = kernel_OIHW.shape
+    wide = kernel_OIHW.new_zeros(out_ch, in_ch, factors[0] * (kh - 1) + 1, factors[1] * (kw - 1) + 1)
+    wide[:, :, :: factors[0], :: factors[1]] = kernel_OIHW
+    return wide
+
+
+def _transpose_in_groups(kernel_OMHW: Tensor, groups: int) -> Tensor:
+    """`(O, M / groups, h, w) -> (M, O / groups, h, w)`: what conv_transpose2d calls a weight."""
+    out_ch, mid, kh, kw = kernel_OMHW.shape
+    blocks = kernel_OMHW.reshape(groups, out_ch // groups, mid, kh, kw)
+    return blocks.transpose(1, 2).reshape(groups * mid, out_ch // groups, kh, kw)

@@ -1,0 +1,200 @@
+"""Grown modules: convolutions that carry branches, and the affine map each one is once its activations are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.activations import VanishingReLU
+from growshrink.algebra import ConvMap
+from growshrink.errors import AlgebraError
+
+if TYPE_CHECKING:
+    from growshrink.branches import Branch
+
+
+class GrownConv2d(nn.Conv2d):
+    """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
+
+    `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
+    checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one with
+    `GrownConv2d.from_conv`, in place, and becomes an `nn.Conv2d` again with `to_plain`, so whatever refers to the
+    module goes on referring to it.
+    """
+
+    branches: nn.ModuleList
+
+    @staticmethod
+    def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:
+        """Attach branches to `conv`, an `nn.Conv2d` or already grown one, and return the same object."""
+        if isinstance(conv, GrownConv2d):
+            conv.branches.extend(branches)
+            return conv
+        assert type(conv) is nn.Conv2d
+        conv.__class__ = GrownConv2d
+        assert isinstance(conv, GrownConv2d)
+        conv.branches = nn.ModuleList(branches)
+        return conv
+
+    def to_plain(self) -> nn.Conv2d:
+        """Forget the branches and be the class this module came from; returns the same object."""
+        del self.branches
+        self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
+        y = self._conv_forward(x, self.weight, self.bias)
+        for branch in self.branches:
+            y = y + branch(x, y)
+        return y
+
+    def as_convmap(self) -> ConvMap:
+        """The whole module as one affine map; AlgebraError if a branch is not affine."""
+        total = ConvMap.from_conv2d(self)
+        for index, branch in enumerate(self.branches):
+            with _named(f"branches.{index}"):
+                total = total + cast("Branch", branch).as_convmap(total)
+        return total
+
+    def fuse(self) -> nn.Conv2d:
+        """A plain convolution computing the same, with a bias if it needs one (for timm's `reparameterize_model`).
+
+        `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
+        """
+        fused = self.as_convmap().fit(self)
+        return fused.to_conv2d(bias=self.bias is not None or bool((fused.bias != 0).any()), dtype=self.weight.dtype)
+
+
+class PureBottleneck(nn.Module):
+    """A convolution without a kernel of its own: kxk -> BN -> vanishing ReLU -> 1x1.
+
+    The unit of ReduceNet. Once lam is 0 it is one kxk convolution whatever its middle width, borders included: all
+    padding is in the kxk. Its bias, which comes from the BN, has to go into the norm that follows.
+
+    Args:
+        in_channels: I.
+        mid_channels: M, the middle width; must be divisible by `groups`.
+        out_channels: O.
+        kernel_size: Of the kxk; the 1x1 has stride 1, and the same groups.
+        stride: Of the kxk.
+        padding: Of the kxk.
+        dilation: Of the kxk.
+        groups: Of both convolutions.
+        padding_mode: Of the kxk.
+        device: Where the parameters are made.
+        dtype: Of the parameters (lam stays float32).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        mid_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 1,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.conv = nn.Conv2d(
+            in_channels,
+            mid_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=False,
+            padding_mode=padding_mode,  # type: ignore[arg-type]
+            device=device,
+            dtype=dtype,
+        )
+        self.bn = nn.BatchNorm2d(mid_channels, device=device, dtype=dtype)
+        self.act = VanishingReLU(device=device)
+        self.pointwise = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw the kernels anew (He et al., arXiv:1502.01852, fan-out), reset the BN, make the activation a ReLU."""
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.kaiming_normal_(self.pointwise.weight, mode="fan_out", nonlinearity="relu")
+        self.bn.reset_parameters()
+        self.act.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`."""
+        return self.pointwise(self.act(self.bn(self.conv(x))))
+
+    @torch.jit.ignore
+    def as_convmap(self) -> ConvMap:
+        """The whole module as one affine map; AlgebraError while the activation lives."""
+        total = convmap_of(self.conv, "conv")
+        for name in ("bn", "act", "pointwise"):
+            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
+        return total
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Conv2d:
+        """A plain convolution computing the same, with a bias (timm's `reparameterize_model` calls this)."""
+        return self.as_convmap().to_conv2d(dtype=self.pointwise.weight.dtype)
+
+
+GROWN_TYPES = (GrownConv2d, PureBottleneck)
+
+
+def grown_modules(model: nn.Module) -> dict[str, GrownConv2d | PureBottleneck]:
+    """The outermost grown modules of a model by dotted name (not the ones nested inside another's branch)."""
+    found: dict[str, GrownConv2d | PureBottleneck] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if isinstance(module, GROWN_TYPES):
+            found[name] = module
+            return
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return found
+
+
+def convmap_of(module: nn.Module, name: str, channels: int = 0) -> ConvMap:
+    """The affine map of a module inside a branch; AlgebraError naming it if it is not affine.
+
+    Types are compared exactly: a subclass may compute something else.
+    """
+    with _named(name):
+        if isinstance(module, GROWN_TYPES):
+            return module.as_convmap()
+        if type(module) is nn.Conv2d:
+            return ConvMap.from_conv2d(module)
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return ConvMap.from_bn(module)  # type: ignore[arg-type]
+        if type(module) is VanishingReLU:
+            if (lam := float(module.lam)) != 0.0:
+                raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+            return ConvMap.identity(channels, device=module.lam.device)
+        if type(module) is nn.Identity:
+            return ConvMap.identity(channels)
+        raise AlgebraError(f"{type(module).__name__} is not known to be affine.")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the name of a module in front of the message of an AlgebraError that comes from it."""
+    try:
+        yield
+    except AlgebraError as error:
+        separator = "." if error.module else ": "
+        raise AlgebraError(f"{name}{separator}{error}", module=name) from error

@@ -1,0 +1,3 @@
+"""The project's own timm models. Importing this package registers them."""
+
+from growshrink.models.reducenet import ReduceNet as ReduceNet

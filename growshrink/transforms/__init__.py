@@ -1,0 +1,9 @@
+"""Model -> model: grow, drop, fuse, fold."""
+
+from growshrink.transforms._fold import fold as fold
+from growshrink.transforms._fuse import fuse as fuse
+from growshrink.transforms._grow import GrowthReport as GrowthReport
+from growshrink.transforms._grow import branch_specs as branch_specs
+from growshrink.transforms._grow import drop as drop
+from growshrink.transforms._grow import grow as grow
+from growshrink.transforms._grow import growth_report as growth_report

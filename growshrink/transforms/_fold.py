@@ -1,0 +1,94 @@
+"""fold: the inference form, batch norms inside the convolutions."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from growshrink.algebra import ConvMap
+from growshrink.dataflow import InputSize, find_input_size, shared_parameters, trace
+from growshrink.errors import FuseError
+from growshrink.grown import grown_modules
+from growshrink.transforms._fuse import NET_TOLERANCE, _replace, relative_error
+
+
+def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | None = None) -> nn.Module:
+    """The inference form of any model: batch norms folded into the convolutions, in ReduceNets the identity skips too.
+
+    A batch norm is folded where it alone reads the output of a plain `nn.Conv2d` and both run once; its activation
+    (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always computes the same. A folded
+    net is for inference: it no longer trains well.
+
+    Saving and loading: the keys of a folded net are not those of the plain one (convolutions gain a bias, norms are
+    gone). Keep the plain checkpoint, or save the folded state_dict and load it into a net folded likewise::
+
+        net = growshrink.fold(timm.create_model("reducenet20", num_classes=10))
+        net.load_state_dict(folded_state_dict)
+
+    Args:
+        model: A plain net (fuse a grown one first).
+        inplace: Work on `model` itself; otherwise on a deep copy.
+        input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
+
+    Raises:
+        FuseError: The model is grown, or the folded net would differ (the model is then untouched).
+    """
+    if grown := next(iter(grown_modules(model)), None):
+        raise FuseError(f"{grown} still carries branches: growshrink.fuse comes before growshrink.fold.")
+    model = model if inplace else copy.deepcopy(model)
+    pairs = _foldable(model, input_size)
+    _check(model, pairs, input_size)
+    _commit(model, pairs)
+    return model
+
+
+def _foldable(model: nn.Module, input_size: InputSize | None) -> dict[str, str]:
+    """Names of convolutions and of the batch norm each can take in."""
+    flow, shared = trace(model, input_size), shared_parameters(model)
+    pairs = {}
+    for name, conv in model.named_modules():
+        if type(conv) is not nn.Conv2d or name in shared:
+            continue
+        norm_name, _ = flow.norm_after(name)
+        if norm_name is None or norm_name in shared:
+            continue
+        norm = model.get_submodule(norm_name)
+        if type(norm) is nn.BatchNorm2d or _is_norm_act(norm):
+            pairs[name] = norm_name
+    return pairs
+
+
+def _is_norm_act(norm: nn.Module) -> bool:
+    from timm.layers import BatchNormAct2d
+
+    return type(norm) is BatchNormAct2d and norm.track_running_stats
+
+
+@torch.no_grad()
+def _check(model: nn.Module, pairs: dict[str, str], input_size: InputSize | None) -> None:
+    replica = copy.deepcopy(model).double().eval()
+    size = input_size or find_input_size(model)
+    device = next(p.device for p in model.parameters())
+    x = torch.randn(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+    before = replica(x)
+    _commit(replica, pairs)
+    error = relative_error(replica(x), before)
+    if not error <= NET_TOLERANCE:
+        raise FuseError(f"the folded net differs from the plain one by {error:.1e} (relative): it is left as it was.")
+
+
+@torch.no_grad()
+def _commit(model: nn.Module, pairs: dict[str, str]) -> None:
+    for conv_name, norm_name in pairs.items():
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        total = ConvMap.from_conv2d(conv).then(ConvMap.from_bn(norm))
+        conv.weight.copy_(total.kernel)
+        conv.bias = nn.Parameter(total.bias.to(conv.weight), requires_grad=conv.weight.requires_grad)
+        after = nn.Sequential(*map(norm.get_submodule, ("drop", "act"))) if _is_norm_act(norm) else nn.Identity()
+        _replace(model, norm_name, after.train(norm.training))
+    for module in list(model.modules()):
+        if callable(fold_skip := getattr(module, "fold_skip", None)):
+            fold_skip()

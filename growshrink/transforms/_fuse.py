@@ -1,0 +1,184 @@
+"""fuse: every branch merged into its kernel, exactly, or not at all."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.activations import vanishing
+from growshrink.algebra import ConvMap
+from growshrink.dataflow import InputSize, find_input_size, shared_parameters, trace
+from growshrink.errors import AlgebraError, FuseError
+from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+
+MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
+NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
+FLOAT32_TOLERANCE = 1e-3  # for nets that do not run in float64: catches blunders only
+
+
+@dataclass(frozen=True)
+class _Merge:
+    """What becomes of one grown module: all values float64, nothing committed yet."""
+
+    map: ConvMap
+    norm: str | None  # the batch norm that takes the bias, where the convolution has none
+
+
+def fuse(model: nn.Module, *, inplace: bool = False, input_size: InputSize | None = None) -> nn.Module:
+    """Merge every branch into its convolution: back to the plain architecture, the same keys and shapes.
+
+    The result computes what the grown net computes in eval mode, in whatever mode the model is now. Kernels are
+    merged in float64 and cast at the end (relative error of the net about 1e-15 in float64, 1e-6 in float32). The
+    bias of a branch goes into the convolution's own, or else into the running mean of the batch norm behind it.
+    A net without branches comes back as it is.
+
+    Args:
+        model: A grown net with every lam exactly 0.
+        inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
+            branches merge into, stay the same objects.
+        input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
+
+    Returns:
+        The plain net, checked against the grown one on a random input.
+
+    Raises:
+        FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
+            once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
+    """
+    model = model if inplace else copy.deepcopy(model)
+    merges = _plan(model, input_size)
+    if merges:
+        _check(model, merges, input_size)
+        _commit(model, merges)
+    return model
+
+
+def _plan(model: nn.Module, input_size: InputSize | None) -> dict[str, _Merge]:
+    grown = grown_modules(model)
+    alive = [f"{n}.{a} (lam = {float(act.lam)!r})" for n, m in grown.items() for a, act in vanishing(m) if act.lam != 0]
+    if alive:
+        raise FuseError(
+            f"{len(alive)} activation(s) have not vanished: {', '.join(alive[:3])}{', ...' * (len(alive) > 3)}. "
+            "Train until the schedule of lam reaches exactly 0, or growshrink.set_lambda(model, 0)."
+        )
+    if not grown:
+        return {}
+    shared = shared_parameters(model)
+    flow = trace(model, input_size)
+    merges: dict[str, _Merge] = {}
+    for name, module in grown.items():
+        if any(owner == name or owner.startswith(f"{name}.") for owner in shared):
+            raise FuseError(f"{name} shares parameters with another module: merging would change that one too.")
+        if flow.calls.get(name, 0) > 1:
+            raise FuseError(f"{name} runs {flow.calls[name]} times in a forward pass: a shared module is not merged.")
+        total = _map_of(name, module)
+        owns_bias = isinstance(module, GrownConv2d) and module.bias is not None
+        norm = None
+        if not owns_bias and bool((total.bias != 0).any()):
+            norm, reason = flow.norm_after(name)
+            if norm is None:
+                raise FuseError(f"{name} has no bias of its own, and that of its branches has nowhere to go: {reason}.")
+        merges[name] = _Merge(total, norm)
+    return merges
+
+
+@torch.no_grad()
+def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
+    """The module's map in float64 and its own geometry, proven against the module's forward."""
+    replica = copy.deepcopy(module).double().eval()
+    try:
+        total = replica.as_convmap()
+        if isinstance(replica, GrownConv2d):
+            total = total.fit(replica)
+    except AlgebraError as error:
+        raise FuseError(f"{name}.{error}" if error.module else f"{name}: {error}") from error
+    if not (total.kernel.isfinite().all() and total.bias.isfinite().all()):
+        raise FuseError(f"{name}: its merged kernel has NaN or infinite values.")
+    height, width = (e + 3 for e in total.extent)
+    x = torch.randn(
+        2, total.in_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    x = x.to(total.kernel.device)
+    difference = relative_error(total(x), replica(x.clone()))
+    if not difference <= MODULE_TOLERANCE:
+        raise FuseError(
+            f"{name}: its forward is not the affine map of its parts (relative difference {difference:.1e}). A module "
+            "inside computes something else than its class says, perhaps in place."
+        )
+    return total
+
+
+@torch.no_grad()
+def _check(model: nn.Module, merges: dict[str, _Merge], input_size: InputSize | None) -> None:
+    """Commit the merges to a float64 copy and compare it with itself before."""
+    size = input_size or find_input_size(model)
+    replica = copy.deepcopy(model).eval()
+    like = next(p for p in model.parameters())
+    x = torch.randn(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
+    tolerance = NET_TOLERANCE
+    try:
+        before = replica.double()(x)
+    except RuntimeError:  # some nets make float32 constants inside
+        tolerance, x = FLOAT32_TOLERANCE, x.to(like.dtype)
+        replica = copy.deepcopy(model).eval()
+        before = replica(x)
+    _commit(replica, merges)
+    error = relative_error(replica(x), before)
+    if not error <= tolerance:
+        raise FuseError(
+            f"the fused net differs from the grown one by {error:.1e} (relative; at most {tolerance:.0e} expected)."
+        )
+
+
+@torch.no_grad()
+def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
+    for name, merge in merges.items():
+        module = model.get_submodule(name)
+        if isinstance(module, GrownConv2d):
+            module.weight.copy_(merge.map.kernel)
+            if module.bias is not None:
+                module.bias.copy_(merge.map.bias)
+            module.to_plain()
+        else:
+            assert isinstance(module, PureBottleneck)
+            _replace(model, name, _conv_for(module, merge.map))
+        if merge.norm is not None:
+            running_mean = model.get_submodule(merge.norm).running_mean
+            assert isinstance(running_mean, Tensor)
+            running_mean.copy_(running_mean.double() - merge.map.bias.to(running_mean.device))
+
+
+def _conv_for(module: PureBottleneck, total: ConvMap) -> nn.Conv2d:
+    """The plain convolution a PureBottleneck becomes, in its geometry, dtype, memory format, mode and trainability."""
+    like = module.conv
+    conv = nn.utils.skip_init(
+        nn.Conv2d,
+        like.in_channels,
+        module.out_channels,
+        like.kernel_size,
+        stride=like.stride,
+        padding=like.padding,
+        dilation=like.dilation,
+        groups=like.groups,
+        bias=False,
+        padding_mode=like.padding_mode,
+        device=like.weight.device,
+        dtype=like.weight.dtype,
+    )
+    if like.weight.is_contiguous(memory_format=torch.channels_last) and not like.weight.is_contiguous():
+        conv = conv.to(memory_format=torch.channels_last)
+    conv.weight.copy_(total.fit(conv).kernel)
+    return conv.train(module.training).requires_grad_(like.weight.requires_grad)
+
+
+def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """Largest absolute difference over the largest absolute value of `b`; NaN or inf if either has any."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))

@@ -1,0 +1,241 @@
+"""grow and drop: branches on, branches off."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from growshrink.branches import BranchSpec, check_ratio
+from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.errors import DropError, GrowError, near
+from growshrink.grown import GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+
+Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
+BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
+
+INITS = ("silent", "paper")
+
+
+def grow(
+    model: nn.Module,
+    branch: BranchLike = "bottleneck",
+    *,
+    ratio: float = 2.0,
+    where: Where = None,
+    init: str = "silent",
+    seed: int = 0,
+    inplace: bool = False,
+    input_size: InputSize | None = None,
+) -> nn.Module:
+    """Attach branches to the convolutions of any model.
+
+    Args:
+        model: A timm model or any `nn.Module`.
+        branch: A preset name ("bottleneck", "insert", "nest"), a `BranchSpec`, or a sequence of them, in order.
+        ratio: Middle width of a branch over the output channels of its convolution.
+        where: None for every eligible convolution, a regular expression searched in dotted names, a callable
+            `(name, module) -> bool`, or a list of exact names. The first three skip what cannot be grown (see
+            `growth_report`); a name in a list that cannot be grown is refused.
+        init: "silent" leaves the function of the net as it is, in train and eval mode, at any lam: the last gamma of
+            each branch starts at 0. "paper" starts the branches at work, for training from scratch.
+        seed: Branch weights are a function of (seed, dotted name, position) only.
+        inplace: Work on `model` itself; otherwise on a deep copy.
+        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
+
+    Returns:
+        The grown model. Parameters of the plain net are where and what they were.
+
+    Raises:
+        GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
+    """
+    check_ratio(ratio)
+    specs = branch_specs(branch)
+    if init not in INITS:
+        raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
+    model = model if inplace else copy.deepcopy(model)
+    names = _select(model, where, _Eligibility(model, input_size))
+    convs = {name: model.get_submodule(name) for name in names}
+    attachments = {
+        name: [
+            spec.build(
+                conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, num_branches(conv) + position)
+            )
+            for position, spec in enumerate(specs)
+        ]
+        for name, conv in convs.items()
+        if isinstance(conv, nn.Conv2d)
+    }
+    for name, branches in attachments.items():  # everything is built: nothing below can fail
+        GrownConv2d.from_conv(convs[name], branches)  # type: ignore[arg-type]
+    return model
+
+
+def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Remove all branches without merging them: the kernels as they are now, bit for bit.
+
+    Raises:
+        DropError: A `PureBottleneck` has no kernel of its own that could remain.
+    """
+    pure = [name for name, module in grown_modules(model).items() if isinstance(module, PureBottleneck)]
+    if pure:
+        raise DropError(
+            f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
+            "Let lam reach 0 and use growshrink.fuse."
+        )
+    model = model if inplace else copy.deepcopy(model)
+    for module in grown_modules(model).values():
+        assert isinstance(module, GrownConv2d)
+        module.to_plain()
+    return model
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """One convolution in a growth report."""
+
+    name: str
+    shape: str
+    branches: tuple[str, ...]
+    reason: str  # why it cannot be grown; empty where it can
+
+
+@dataclass(frozen=True)
+class GrowthReport:
+    """Every convolution of a model: grown, eligible, or left alone and why. Print it."""
+
+    rows: tuple[ReportRow, ...]
+
+    @property
+    def grown(self) -> dict[str, tuple[str, ...]]:
+        """Kinds of the branches of each grown convolution."""
+        return {row.name: row.branches for row in self.rows if row.branches}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Reason of each convolution that cannot be grown and carries no branch."""
+        return {row.name: row.reason for row in self.rows if row.reason and not row.branches}
+
+    def __str__(self) -> str:
+        def status(row: ReportRow) -> str:
+            return f"grown: {', '.join(row.branches)}" if row.branches else row.reason or "eligible"
+
+        lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
+        lines.append(f"{len(self.rows)} convolutions: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
+        return "\n".join(lines)
+
+
+def growth_report(model: nn.Module, *, input_size: InputSize | None = None) -> GrowthReport:
+    """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now)."""
+    eligibility = _Eligibility(model, input_size)
+    rows = []
+    for name, module in _candidates(model).items():
+        shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
+        shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
+        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
+        rows.append(ReportRow(name, shape, kinds, eligibility.reason_against(name, module)))
+    return GrowthReport(tuple(rows))
+
+
+def branch_specs(branch: BranchLike) -> list[BranchSpec]:
+    """The `branch` argument of grow as a list of specs; GrowError for unknown kinds or an empty sequence."""
+    parts = [branch] if isinstance(branch, (str, BranchSpec)) else list(branch)
+    if not parts:
+        raise GrowError("branch=[]: name at least one branch.")
+    return [part if isinstance(part, BranchSpec) else BranchSpec(kind=part) for part in parts]
+
+
+def num_branches(module: nn.Module) -> int:
+    """How many branches a module carries (0 for a plain one)."""
+    return len(module.branches) if isinstance(module, GrownConv2d) else 0
+
+
+class _Eligibility:
+    """Answers why a convolution cannot be grown exactly."""
+
+    def __init__(self, model: nn.Module, input_size: InputSize | None) -> None:
+        cfg = getattr(model, "pretrained_cfg", None) or {}
+        self.flow: Flow = trace(model, input_size)
+        self.shared = shared_parameters(model)
+        self.stem = _as_tuple(cfg.get("first_conv")) or tuple(_candidates(model))[:1]
+        self.classifier = _as_tuple(cfg.get("classifier"))
+
+    def reason_against(self, name: str, conv: nn.Conv2d) -> str:
+        """Empty if `conv` can be grown, else the reason why not."""
+        calls = self.flow.calls.get(name, 0)
+        if name in self.stem:
+            return "the stem is left alone"
+        if name in self.classifier:
+            return "the classifier is left alone"
+        if type(conv) not in (nn.Conv2d, GrownConv2d):
+            return f"it is a {type(conv).__name__}, whose forward is its own"
+        if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+            return "its weight is computed by a hook, not a parameter"
+        if name in self.shared:
+            return "its parameters are shared with another module"
+        if calls != 1:
+            return f"it runs {calls} times in a forward pass"
+        if self.flow.output_sizes.get(name, (1, 1)) == (1, 1):
+            return "it is seen on 1x1 maps, which a batch norm cannot be trained on"
+        if conv.bias is None:
+            norm, reason = self.flow.norm_after(name)
+            if norm is None:
+                return f"it has no bias, and the bias of a branch finds no batch norm to go to: {reason}"
+        return ""
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Conv2d]:
+    """Every convolution that is not itself part of a branch or of a PureBottleneck."""
+    inside = {
+        id(m) for grown in model.modules() if isinstance(grown, GROWN_TYPES) for m in grown.modules() if m is not grown
+    }
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m) not in inside}
+
+
+def _select(model: nn.Module, where: Where, eligibility: _Eligibility) -> list[str]:
+    candidates = _candidates(model)
+    reasons = {name: eligibility.reason_against(name, conv) for name, conv in candidates.items()}
+    if isinstance(where, str):
+        try:
+            pattern = re.compile(where)
+        except re.error as error:
+            raise GrowError(f"{where=}: not a regular expression ({error}).") from error
+        chosen = [name for name in candidates if pattern.search(name)]
+        if not chosen:
+            raise GrowError(f"{where=}: matches no convolution{near(where, candidates)}")
+    elif where is None:
+        chosen = list(candidates)
+    elif callable(where):
+        chosen = [name for name, conv in candidates.items() if where(name, conv)]
+        if not chosen:
+            raise GrowError(f"the callable given as where chose none of {len(candidates)} convolutions.")
+    else:
+        chosen = list(dict.fromkeys(where))
+        for name in chosen:
+            if name not in candidates:
+                raise GrowError(f"where names {name!r}: no such convolution{near(name, candidates)}")
+            if reasons[name]:
+                raise GrowError(f"where names {name!r}, which cannot be grown: {reasons[name]}.")
+        if not chosen:
+            raise GrowError("where=[]: names no convolution.")
+        return chosen
+    eligible = [name for name in chosen if not reasons[name]]
+    if not eligible:
+        found = f"{chosen[0]}: {reasons[chosen[0]]}" if chosen else "the model has no convolution"
+        raise GrowError(
+            f"none of {len(chosen)} convolutions can be grown exactly ({found}). See growshrink.growth_report."
+        )
+    return eligible
+
+
+def _branch_seed(seed: int, name: str, position: int) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}/{position}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
