@@ -28,10 +28,9 @@ class VanishingReLU(nn.Module):
     Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
     """
 
-    lam: Tensor
-
     def __init__(self, lam: float = 1.0, device: torch.device | str | None = None) -> None:
         super().__init__()
+        self.lam: Tensor  # declared here: TorchScript cannot read an annotation of the class
         self.register_buffer("lam", torch.full((), check_lambda(lam), dtype=torch.float32, device=device))
 
     def reset_parameters(self) -> None:
@@ -43,7 +42,8 @@ class VanishingReLU(nn.Module):
         if not torch.jit.is_scripting():
             if self._lam_is_free_to_read(x):
                 return F.leaky_relu(x, 1.0 - float(self.lam))
-        return F.prelu(x, (1 - self.lam).to(x.dtype).reshape(1))
+        # The cast comes first: in the other order torch.fx would bake lam into its graph as a constant.
+        return F.prelu(x, (1 - self.lam.to(x.dtype)).reshape(1))
 
     @torch.jit.unused
     def _lam_is_free_to_read(self, x: Tensor) -> bool:

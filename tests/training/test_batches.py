@@ -144,7 +144,8 @@ def test_draws_are_uniform_and_epochs_differ() -> None:
         counts = torch.bincount(torch.cat([getattr(d, name) for d in draws]), minlength=limit)
         assert len(counts) == limit
         assert (counts / 8000 - 1 / limit).abs().max() < 0.03, name  # 5 standard deviations
-    assert not torch.equal(draws[0].image, draws[2].image)
+    for name in draws[0]._fields:
+        assert not torch.equal(getattr(draws[0], name), getattr(draws[2], name)), name
 
 
 def test_padding_is_nearly_zero_once_normalised() -> None:

@@ -498,12 +498,16 @@ def test_streamed_training_batches_are_a_pure_function_of_seed_and_update(tmp_pa
 
 
 @timms_warnings
-def test_streamed_random_erasing_is_seeded_too(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    options = {"batch_size": 4, "image_size": 8, "num_workers": 0, **PLAIN}
-    first, second = (stream_data(tmp_path, re_prob=1.0, **options).train.batch(0)[0] for _ in range(2))
-    assert torch.equal(first, second)
-    assert not torch.equal(first, stream_data(tmp_path, **options).train.batch(0)[0])
+@pytest.mark.parametrize("options", [{}, {**PLAIN, "re_prob": 1.0}], ids=["augmented", "erased"])
+def test_each_streamed_image_has_randomness_of_its_own(tmp_path: Path, options: dict[str, object]) -> None:
+    paths = list(write_folder(tmp_path))
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    options = {"batch_size": 4, "image_size": 8, "num_workers": 0, **options}
+    train = stream_data(tmp_path, **options).train
+    images = torch.cat([train.batch(update)[0] for update in range(4)])
+    assert len(images.unique(dim=0)) > 8
+    assert torch.equal(stream_data(tmp_path, **options).train.batch(3)[0], images[-4:])
 
 
 @pytest.mark.parametrize(
