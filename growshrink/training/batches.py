@@ -219,12 +219,14 @@ class TrainBatches:
         runs = (first[:, None] + self._rows * padded_width).flatten()
         images = self._runs.index_select(0, runs).view(-1, height, width, channels)
         if self.augment.flip:
-            images = _choose(images, images.flip(2), _mask(flip)[:, None, None, None])
+            difference = images.flip(2).bitwise_xor_(images)
+            images ^= difference.bitwise_and_(_mask(flip)[:, None, None, None])
         if side := self.augment.cutout:
             axes = (self._rows, cut_y), (self._columns, cut_x)
             rows, columns = (_mask(_between(i - cut[:, None] + side // 2, side)) for i, cut in axes)
             flat = images.view(-1, height, width * channels)
-            images = _choose(flat, self._fill, rows[:, :, None] & columns[:, None, :])
+            difference = flat.bitwise_xor(self._fill)
+            flat ^= difference.bitwise_and_(rows[:, :, None] & columns[:, None, :])
         return self._normalise(images), self._labels.index_select(0, image)
 
 
@@ -291,8 +293,3 @@ def _between(offset: Tensor, side: int) -> Tensor:
 def _mask(condition: Tensor) -> Tensor:
     """The byte 255 where true or 1, else 0."""
     return condition.to(torch.uint8).neg_()
-
-
-def _choose(otherwise: Tensor, where_set: Tensor, mask: Tensor) -> Tensor:
-    """`where_set` where the bytes of `mask` are 255, `otherwise` where they are 0."""
-    return otherwise.bitwise_xor(where_set).bitwise_and_(mask).bitwise_xor_(otherwise)

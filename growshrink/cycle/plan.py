@@ -1,0 +1,231 @@
+"""The plan of a run: rounds, their phases, and the schedules of learning rate and lam that follow from them.
+
+A plan says everything in shares and epochs; a `Timeline` is the same in optimizer updates. Both are values: the
+timeline, the learning rate and lam at any update follow from the plan and the number of updates per epoch alone.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from growshrink.branches import BranchSpec, check_ratio
+from growshrink.errors import GrowError, PlanError, near
+from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, rewarm
+
+#: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
+LEAST_SETTLE = 50
+DISTIL = ("none", "peak", "previous")
+#: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
+PEAK_ANNEAL = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundPlan:
+    """One round: grow -> hold -> vanish -> settle -> fuse -> tail.
+
+    Attributes:
+        epochs: Length of the round.
+        branch: Branch kinds to attach to each convolution, e.g. ("bottleneck",).
+        ratio: Middle width over output channels.
+        where: Regular expression on dotted names; None for every eligible convolution.
+        hold: Share of the round with lam = 1.
+        vanish: Share of the round in which lam falls to 0.
+        settle: Share of the round at lam = 0 before fusing; at least 50 updates whatever the share.
+            What is left of the round is the tail, trained on the plain net at plain cost.
+        distil: Teacher from the end of the hold on: "peak" (this round's grown net, averaged and with its learning
+            rate annealed), "previous" (the net the round began with), or "none".
+        distil_weight: Of the teacher's loss; the labels get the rest.
+        temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+    """
+
+    epochs: float
+    branch: tuple[str, ...] = ("bottleneck",)
+    ratio: float = 4.0
+    where: str | None = None
+    hold: float = 0.20
+    vanish: float = 0.15
+    settle: float = 0.08
+    distil: str = "none"
+    distil_weight: float = 0.5
+    temperature: float = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.epochs > 0:
+            raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
+        try:
+            check_ratio(self.ratio)
+            for kind in self.branch:
+                BranchSpec(kind=kind)
+        except GrowError as error:
+            raise PlanError(str(error)) from error
+        if not self.branch:
+            raise PlanError("branch=(): a round needs at least one branch.")
+        for name in ("hold", "vanish", "settle"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
+        if self.hold + self.vanish + self.settle > 1.0:
+            raise PlanError(f"hold + vanish + settle = {self.hold + self.vanish + self.settle:g}: more than the round.")
+        if self.hold + self.vanish > 0.85:
+            raise PlanError("hold + vanish exceed 0.85: at least the last 15 % of a round must be linear.")
+        if self.distil not in DISTIL:
+            raise PlanError(f"distil={self.distil!r}: no such teacher{near(self.distil, DISTIL)}")
+        if not 0.0 < self.distil_weight <= 1.0:
+            raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
+        if not self.temperature > 0:
+            raise PlanError(f"temperature={self.temperature!r}: must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CyclePlan:
+    """A whole run: some epochs on the plain net, then rounds, under one envelope of the learning rate.
+
+    Attributes:
+        rounds: In order.
+        base_epochs: Plain training before the first round; growing should not wait for convergence.
+        rewarm: Updates over which the learning rate comes back after every change of structure.
+        seed: Of the branches' weights; each round draws others.
+    """
+
+    rounds: tuple[RoundPlan, ...]
+    base_epochs: float = 0.0
+    rewarm: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.base_epochs < 0:
+            raise PlanError(f"base_epochs={self.base_epochs!r}: must not be negative.")
+        if self.base_epochs == 0 and not self.rounds:
+            raise PlanError("the plan is empty: give it base_epochs or rounds.")
+        if self.rewarm < 0:
+            raise PlanError(f"rewarm={self.rewarm!r}: updates, must not be negative.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> CyclePlan:
+        """The inverse of `to_dict`; PlanError for unknown or missing keys and values out of range."""
+        top = _known(CyclePlan, values)
+        rounds = []
+        for index, entry in enumerate(top.pop("rounds", ())):
+            if not isinstance(entry, Mapping):
+                raise PlanError(f"rounds[{index}]: must be an object, got {entry!r}.")
+            round_values = _known(RoundPlan, entry)
+            if "branch" in round_values:
+                round_values["branch"] = tuple(round_values["branch"])
+            rounds.append(_build(RoundPlan, round_values))
+        return _build(CyclePlan, {**top, "rounds": tuple(rounds)})
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Updates `start` to `stop` (exclusive) of one phase; `round` counts from 1, 0 is the time before the first."""
+
+    round: int
+    phase: str  # "base", "hold", "vanish", "settle" or "tail"
+    start: int
+    stop: int
+
+    @property
+    def grown(self) -> bool:
+        """Whether the net carries branches in this phase."""
+        return self.phase in ("hold", "vanish", "settle")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A plan in optimizer updates."""
+
+    plan: CyclePlan
+    updates_per_epoch: int
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """All phases in order, none empty; they cover [0, total)."""
+        found = [Segment(0, "base", 0, self._updates(self.plan.base_epochs))]
+        for number, plan in enumerate(self.plan.rounds, start=1):
+            start, total = found[-1].stop, self._updates(plan.epochs)
+            hold, vanish = round(plan.hold * total), round(plan.vanish * total)
+            settle = max(LEAST_SETTLE, round(plan.settle * total))
+            tail = total - hold - vanish - settle
+            if min(hold, vanish) < 1 or tail < 0:
+                raise PlanError(
+                    f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
+                    "Give it more epochs or a smaller batch size."
+                )
+            for phase, length in (("hold", hold), ("vanish", vanish), ("settle", settle), ("tail", tail)):
+                found.append(Segment(number, phase, start, start + length))
+                start += length
+        return tuple(segment for segment in found if segment.stop > segment.start)
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        return self.segments[-1].stop
+
+    def segment_at(self, update: int) -> Segment:
+        """The phase that update number `update` (the first is 0) belongs to."""
+        return self.segments[bisect_right([s.start for s in self.segments], update) - 1]
+
+    def tail_share(self, number: int) -> float:
+        """t: the share of a round's updates that train the plain net."""
+        own = [s for s in self.segments if s.round == number]
+        return sum(s.stop - s.start for s in own if s.phase == "tail") / sum(s.stop - s.start for s in own)
+
+    @cached_property
+    def lam(self) -> Schedule:
+        """lam by update; 0 where nothing is grown."""
+        starts = {s.start: s for s in self.segments if s.phase == "hold"}
+        lengths = {s.round: s.stop - s.start for s in self.segments if s.phase == "vanish"}
+        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths[s.round]) for s in starts.values()}
+        begins = {s.round: start for start, s in starts.items()}
+
+        def schedule(update: int) -> float:
+            number = self.segment_at(update).round
+            return rounds[number](update - begins[number]) if number else 0.0
+
+        return schedule
+
+    @cached_property
+    def learning_rate(self) -> Schedule:
+        """Learning rate over its peak by update: a cosine over the whole run, jagged at every change of structure."""
+        changes = [s.start for s in self.segments if s.phase in ("base", "hold", "tail")]
+        anneals: list[tuple[int, int, Schedule]] = []
+        for segment in self.segments:
+            if segment.phase == "hold" and self.plan.rounds[segment.round - 1].distil == "peak":
+                length = round(PEAK_ANNEAL * (segment.stop - segment.start))
+                anneals.append((segment.stop - length, segment.stop, cosine(1.0, 0.0, steps=length)))
+                changes.append(segment.stop)
+        envelope = rewarm(cosine(1.0, 0.0, steps=self.total), changes, self.plan.rewarm)
+        flat = constant(1.0)
+
+        def schedule(update: int) -> float:
+            start, _, anneal = next((a for a in anneals if a[0] <= update < a[1]), (0, 0, flat))
+            return envelope(update) * anneal(update - start)
+
+        return schedule
+
+    def _updates(self, epochs: float) -> int:
+        return round(epochs * self.updates_per_epoch)
+
+
+def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in fields(cls)]
+    for key in values:
+        if key not in names:
+            raise PlanError(f"{key!r}: not an option of {cls.__name__}{near(str(key), names)}")
+    return dict(values)
+
+
+def _build(cls: type, values: dict[str, Any]) -> Any:
+    try:
+        return cls(**values)
+    except PlanError:
+        raise
+    except TypeError as error:
+        raise PlanError(f"{cls.__name__}: {error}.") from error

@@ -1,0 +1,139 @@
+"""What a training run is fed with: batches to train on, two splits to score, and what the model must know of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from growshrink.training.batches import Augment, Batch, TrainBatches, eval_batches
+from growshrink.training.data import DataSet, Split
+
+
+class UpdateBatches(Protocol):
+    """Training batches as a function of the update."""
+
+    updates_per_epoch: int
+    batch_size: int
+
+    def batch(self, update: int) -> Batch:
+        """Images (N, C, H, W), normalised, and labels (N,) of update number `update`."""
+        ...
+
+
+class ScoringBatches(Protocol):
+    """All images of a split, each once; may be walked through again."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in order, the last one perhaps smaller."""
+        ...
+
+
+class Feed(Protocol):
+    """Everything `run_cycle` wants to know of a data set; `MemoryFeed` and `StreamedData` are two."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def train(self) -> UpdateBatches: ...  # noqa: D102
+    @property
+    def val(self) -> ScoringBatches: ...  # noqa: D102
+    @property
+    def test(self) -> ScoringBatches: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def input_size(self) -> tuple[int, int, int]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryFeed:
+    """A data set held in memory, on the device, as uint8.
+
+    Attributes:
+        data: The data set.
+        train: Shuffled and augmented batches.
+        val: The part of the training set that rounds are judged by.
+        test: Read once, at the very end.
+    """
+
+    data: DataSet
+    train: TrainBatches
+    val: SplitBatches
+    test: SplitBatches
+
+    @staticmethod
+    def of(
+        data: DataSet,
+        *,
+        batch_size: int,
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        eval_batch_size: int = 512,
+    ) -> MemoryFeed:
+        """Batches of `data` for one process.
+
+        Raises:
+            DataError: The training split is smaller than a batch.
+        """
+        train = TrainBatches(
+            data.train, batch_size=batch_size, mean=data.mean, std=data.std, augment=augment, seed=seed, device=device
+        )
+        val, test = (SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test))
+        return MemoryFeed(data, train, val, test)
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.data.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self.data.classes
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, 1.0 is the brightest value."""
+        return self.data.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, in the same unit."""
+        return self.data.std
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.data.input_size
+
+
+@dataclass(frozen=True, eq=False)
+class SplitBatches:
+    """One split of a data set in batches, in order, without augmentation."""
+
+    data: DataSet
+    split: Split
+    batch_size: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.split)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in order."""
+        return eval_batches(
+            self.split, batch_size=self.batch_size, mean=self.data.mean, std=self.data.std, device=self.device
+        )

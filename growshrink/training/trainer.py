@@ -1,0 +1,201 @@
+"""The training loop: one model, one optimizer, one average of the weights, any number of changes of structure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.activations import set_lambda
+from growshrink.errors import PlanError, RunError
+from growshrink.schedules import Schedule
+from growshrink.training.feed import UpdateBatches
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train, whatever the structure.
+
+    Attributes:
+        optimizer: Any name of timm's `create_optimizer_v2`.
+        lr: Peak learning rate.
+        weight_decay: Not applied to norms, biases and lam (timm's rule).
+        momentum: Of SGD.
+        label_smoothing: In [0, 1).
+        ema_decay: Of the averaged weights; 0 keeps no average.
+        clip_grad: Largest norm of the gradient; None does not clip.
+        amp: bfloat16 autocast.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.998
+    clip_grad: float | None = None
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise PlanError(f"lr={self.lr!r}: must be above 0.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise PlanError(f"weight_decay={self.weight_decay!r}: must not be negative.")
+        for name in ("momentum", "label_smoothing", "ema_decay"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise PlanError(f"{name}={getattr(self, name)!r}: must lie in [0, 1).")
+        if self.clip_grad is not None and not self.clip_grad > 0:
+            raise PlanError(f"clip_grad={self.clip_grad!r}: must be above 0.")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student) at temperature T.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
+    """
+
+    model: nn.Module
+    weight: float
+    temperature: float
+
+
+class Trainer:
+    """A model in training.
+
+    Attributes:
+        model: What is trained; a change of structure happens in place, between two calls of `train`.
+        ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
+        optimizer: Made by timm's factory; made anew after a change of structure, see `rebuild_optimizer`.
+        update: Optimizer updates done so far.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
+        self.model = model.train()
+        self.config = config
+        self.batches = batches
+        self.update = 0
+        self.averager = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+        self.optimizer = self._make_optimizer()
+        self._lam: float | None = None
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The averaged net."""
+        return self.averager.module if self.averager is not None else None
+
+    @property
+    def best(self) -> nn.Module:
+        """The net to judge and to deploy: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema
+
+    def train(
+        self,
+        stop: int,
+        *,
+        learning_rate: Schedule,
+        lam: Schedule,
+        teacher: Teacher | None = None,
+        after_update: Callable[[], None] | None = None,
+    ) -> Tensor:
+        """Do updates until `stop` of them are done in all.
+
+        There is no host sync inside: losses are summed on the device.
+
+        Args:
+            stop: Updates done at the end.
+            learning_rate: Factor on the config's `lr` by update.
+            lam: lam by update.
+            teacher: Distil from it.
+            after_update: Called after each update (a progress bar).
+
+        Returns:
+            Mean training loss, 0-dim, still on the device.
+        """
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        first = self.update
+        while self.update < stop:
+            images_NCHW, labels_N = self.batches.batch(self.update)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
+            self._set_lambda(lam(self.update))
+            loss = self._loss(images_NCHW, labels_N, teacher)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.config.clip_grad is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            self.optimizer.step()
+            self.update += 1
+            if self.averager is not None:
+                self.averager.update(self.model, step=self.update)
+                self._set_lambda(lam(self.update - 1), of_ema=True)
+            total += loss.detach()
+            if after_update is not None:
+                after_update()
+        return total / max(1, self.update - first)
+
+    def structure_changed(self, reset: Collection[str] = ()) -> None:
+        """Make the optimizer anew after the model grew or fused.
+
+        Parameters keep their state, bit for bit, if they go by the same name and shape as before and are not named in
+        `reset`; all others start empty, step count included (a kept count would make Adam's first steps too long).
+        """
+        # A parameter object outlives a change of structure unless its module was replaced, and so does its name.
+        kept = {id(p): state for p, state in self.optimizer.state.items()}
+        self.optimizer = self._make_optimizer()
+        for name, parameter in self.model.named_parameters():
+            if name not in reset and (state := kept.get(id(parameter))):
+                self.optimizer.state[parameter] = state
+        self._lam = None
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """State of the optimizer by parameter name."""
+        named = dict(self.model.named_parameters())
+        return {name: dict(self.optimizer.state[p]) for name, p in named.items() if self.optimizer.state.get(p)}
+
+    def load_optimizer_state(self, state: dict[str, dict[str, Any]]) -> None:
+        """The inverse of `optimizer_state`."""
+        named = dict(self.model.named_parameters())
+        if missing := set(state) - set(named):
+            raise RunError(f"the optimizer state is of another structure: it knows {sorted(missing)[0]}.")
+        for name, values in state.items():
+            self.optimizer.state[named[name]] = values
+
+    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None) -> Tensor:
+        with torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
+            logits = self.model(images_NCHW)
+            if teacher is not None:
+                with torch.no_grad():
+                    target = teacher.model(images_NCHW)
+        loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
+        if teacher is None:
+            return loss
+        t = teacher.temperature
+        student_log = F.log_softmax(logits.float() / t, dim=1)
+        teacher_log = F.log_softmax(target.float() / t, dim=1)
+        kl = F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
+        return (1 - teacher.weight) * loss + teacher.weight * t * t * kl
+
+    def _set_lambda(self, value: float, of_ema: bool = False) -> None:
+        if of_ema:
+            assert self.ema is not None
+            set_lambda(self.ema, value)  # every time: the average has just pulled it towards the model's
+        elif value != self._lam:
+            set_lambda(self.model, value)
+            self._lam = value
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        config = self.config
+        try:
+            return create_optimizer_v2(
+                self.model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            )
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
