@@ -15,6 +15,10 @@ from growshrink.compare import assert_equivalent as assert_equivalent
 from growshrink.compare import compare as compare
 from growshrink.compare import profile as profile
 from growshrink.compare import verify as verify
+from growshrink.cycle import CyclePlan as CyclePlan
+from growshrink.cycle import CycleResult as CycleResult
+from growshrink.cycle import RoundPlan as RoundPlan
+from growshrink.cycle import run_cycle as run_cycle
 from growshrink.errors import AlgebraError as AlgebraError
 from growshrink.errors import DropError as DropError
 from growshrink.errors import EquivalenceError as EquivalenceError

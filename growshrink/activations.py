@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+@register_notrace_module  # stays a module in timm's fx feature extractors, where set_lambda then finds it
 class VanishingReLU(nn.Module):
     r"""ReLU whose negative side fades in as `lam` falls from 1 to 0.
 
     .. math:: f(x) = x \text{ if } x > 0 \text{ else } (1 - \lambda) x
 
-    `lam = 1` is ReLU, `lam = 0` is the identity bit for bit (infinities, NaN and signed zeros included). The same
-    function as `lam * relu(x) + (1 - lam) * x`, without the `0 * inf` of that form and without its in-place trap
-    (`relu_` would overwrite the `x` of the second term).
+    `lam = 1` is ReLU (of finite values; -inf gives NaN), `lam = 0` is the identity bit for bit (infinities, NaN and
+    signed zeros included). The same function as `lam * relu(x) + (1 - lam) * x`, without the `0 * inf` that form has
+    at `lam = 0` and without its in-place trap (`relu_` would overwrite the `x` of the second term).
 
     `lam` is a 0-dim float32 buffer: it travels with the state_dict and across devices, `torch.compile` does not
     recompile when it changes, and a cast of the model to another dtype leaves it float32.

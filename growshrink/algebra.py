@@ -52,7 +52,8 @@ class ConvMap:
     @staticmethod
     def from_conv2d(conv: nn.Conv2d, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map of a plain convolution; `padding='same'` becomes the (perhaps lopsided) padding it stands for."""
-        dilation = _pair(conv.dilation)
+        # One tap has no dilation, whatever the module says.
+        dilation = _both([d if k > 1 else 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
         if isinstance(conv.padding, str):
             totals = [
                 d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(dilation, conv.kernel_size, strict=True)
@@ -88,13 +89,13 @@ class ConvMap:
     def from_avg_pool(pool: nn.AvgPool2d, channels: int, dtype: torch.dtype = torch.float64) -> ConvMap:
         """An average pool as a depthwise kernel of equal weights.
 
-        Refused with `ceil_mode` (windows may hang over the edge) and, where it pads, with
-        `count_include_pad=False` (the divisor then depends on the position).
+        Refused with `ceil_mode` (windows may hang over the edge) and, where it pads and no `divisor_override` is
+        given, with `count_include_pad=False` (the divisor then depends on the position).
         """
         kernel_size, padding = _pair(pool.kernel_size), _pair(pool.padding)
         if pool.ceil_mode:
             raise AlgebraError("an average pool with ceil_mode=True lets windows hang over the edge: no convolution.")
-        if padding != (0, 0) and not pool.count_include_pad:
+        if padding != (0, 0) and not pool.count_include_pad and pool.divisor_override is None:
             raise AlgebraError(
                 "a padded average pool with count_include_pad=False divides by a number that depends on position."
             )
@@ -136,8 +137,9 @@ class ConvMap:
         """The map `x -> second(self(x))`.
 
         With `second` unpadded this is always one convolution. With `second` padded it is one only if `self`,
-        evaluated past the edge of its own output, gives what `second` pads with there: for zero padding, `self` must
-        be one pixel wide along every padded axis and have no bias; for the other modes it must be pointwise.
+        evaluated past the edge of its own output, gives what `second` pads with there. For zero padding, `self` must
+        have no bias and see nothing but zeros there, on every side that is padded (say, it is one pixel wide, or padded
+        by all but one pixel of its extent). The other modes are taken behind a pointwise map only.
 
         Kernel: the full convolution of the two kernels, the second one spread by the first one's stride.
         """
@@ -217,7 +219,7 @@ class ConvMap:
     # ---- where maps go
 
     def fit(self, conv: nn.Conv2d) -> ConvMap:
-        """The same map with the kernel size, padding, dilation and groups of `conv`; AlgebraError if it has no such form."""
+        """The same map with the kernel size, padding, dilation and groups of `conv`; AlgebraError if there is none."""
         target = ConvMap.from_conv2d(conv, self.kernel.dtype)
         if target.groups != math.gcd(self.groups, target.groups):
             raise AlgebraError(f"a map of {self.groups} group(s) does not fit a convolution of {target.groups}.")
@@ -239,19 +241,21 @@ class ConvMap:
             raise AlgebraError(f"nn.Conv2d pads both sides alike, this map needs {self.padding}.")
         if not bias and bool((self.bias != 0).any()):
             raise AlgebraError("this map has a bias; a convolution with bias=False cannot hold it.")
-        conv = nn.Conv2d(
+        conv = nn.utils.skip_init(  # the usual initialisation would draw from the process's random stream
+            nn.Conv2d,
             self.in_channels,
             self.out_channels,
-            tuple(self.kernel.shape[2:]),  # type: ignore[arg-type]
+            tuple(self.kernel.shape[2:]),
             stride=self.stride,
             padding=(top, left),
             dilation=self.dilation,
             groups=self.groups,
             bias=bias,
-            padding_mode=self.padding_mode,  # type: ignore[arg-type]
+            padding_mode=self.padding_mode,
             device=self.kernel.device,
             dtype=dtype or self.kernel.dtype,
         )
+        assert isinstance(conv, nn.Conv2d)
         with torch.no_grad():
             conv.weight.copy_(self.kernel)
             if conv.bias is not None:
@@ -277,12 +281,18 @@ class ConvMap:
         if self.padding != NO_PADDING and self.padding_mode != "zeros":
             raise AlgebraError(f"{self.padding_mode} padding followed by zero padding is not one padding.")
         for axis, name in enumerate(("vertical", "horizontal")):
-            if second.padding[axis] == (0, 0):
+            (before, after), (own_before, own_after) = second.padding[axis], self.padding[axis]
+            if not before and not after:
                 continue
-            if self.extent[axis] > 1:
+            extent = self.extent[axis]
+            # The last window before the first output ends on pixel extent - 1 - own_before - stride of the input; how
+            # far the first window behind the last output starts past the input depends on the input's size.
+            sees_before = before and extent - 1 >= own_before + self.stride[axis]
+            sees_after = after and extent - 1 > own_after
+            if sees_before or sees_after:
                 raise AlgebraError(
-                    f"the second map pads ({name}) what the first, {self.extent[axis]} pixels wide, would fill with "
-                    "other values at the border: put all padding into the first."
+                    f"the second map pads ({name}) what the first, {extent} pixels wide, would fill with other values "
+                    "at the border: put all padding into the first."
                 )
             if bool((self.bias != 0).any()):
                 raise AlgebraError(

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from growshrink.activations import set_lambda
 from growshrink.dataflow import InputSize
 from growshrink.errors import EquivalenceError
-from growshrink.grown import GROWN_TYPES, GrownConv2d, grown_modules
-from growshrink.transforms import fuse
+from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.transforms import fold, fuse
 
 #: float64 relative error above which two nets are not "exactly" equal (DESIGN: rules of exactness, 2).
 EXACT_FLOAT64 = 1e-10
@@ -61,7 +61,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Exact in float64; within 1e-5 or 10 times the net's own rounding in float32; and the check could have told."""
+        """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, and the check could have told."""
         allowed_float32 = max(EXACT_FLOAT32, 10 * self.rounding_float32)
         exact = self.max_rel <= EXACT_FLOAT64 and self.max_rel_float32 <= allowed_float32
         return exact and self.effect >= LEAST_EFFECT
@@ -111,7 +111,7 @@ def assert_equivalent(
     """`compare`, and EquivalenceError if `max_rel` is above `tolerance` or NaN.
 
     The message names the first layer to differ and the worst one, among the layers both nets have under the same name
-    and as the same class (a convolution whose bias moved into a norm differs by a constant and is not counted).
+    and as the same class (convolutions: both with a bias or both without; a bias may have moved into the norm behind).
     """
     result = compare(a, b, input_size=input_size, num_inputs=num_inputs, dtype=dtype, seed=seed)
     if not result.max_rel <= tolerance:
@@ -138,7 +138,7 @@ def verify(
 
     Args:
         model: A grown net for `fuse`, a plain one for `fold`.
-        transform: Model -> model, not in place.
+        transform: Model -> model.
         input_size: `(C, H, W)`.
         randomize_norms: False keeps the norms as they are (a trained net as it is).
         seed: Of norms and inputs.
@@ -150,15 +150,17 @@ def verify(
     Raises:
         EquivalenceError: The effect is about 0, so nothing was proven. A large error is reported, not raised.
     """
-    transform = partial(transform, input_size=input_size) if transform is fuse else transform
+    transform = partial(transform, input_size=input_size) if transform in (fuse, fold) else transform
     model = copy.deepcopy(model).eval()
     set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
     exact = copy.deepcopy(model).double()
-    double = compare(exact, transform(exact), input_size=input_size, seed=seed)
+    double = compare(exact, transform(copy.deepcopy(exact)), input_size=input_size, seed=seed)
     single_net = copy.deepcopy(model).float()
-    single = compare(single_net, transform(single_net), input_size=input_size, dtype=torch.float32, seed=seed)
+    single = compare(
+        single_net, transform(copy.deepcopy(single_net)), input_size=input_size, dtype=torch.float32, seed=seed
+    )
     rounding = _rounding_float32(exact, single_net, input_size, seed)
     effect = branch_effect(exact, input_size=input_size, seed=seed)
     if not effect >= LEAST_EFFECT:
@@ -251,7 +253,7 @@ def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:
     outputs_a, outputs_b = _layer_outputs(a, x), _layer_outputs(b, x)
     errors = {}
     for name, (kind, out) in outputs_a.items():
-        if name and name in outputs_b and outputs_b[name][0] is kind and outputs_b[name][1].shape == out.shape:
+        if name and name in outputs_b and outputs_b[name][0] == kind and outputs_b[name][1].shape == out.shape:
             difference = (out - outputs_b[name][1]).abs().max()
             errors[name] = float(difference / out.abs().max().clamp_min(torch.finfo(out.dtype).tiny))
     beyond = [name for name, error in errors.items() if not error <= tolerance]
@@ -262,15 +264,15 @@ def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:
 
 
 @torch.no_grad()
-def _layer_outputs(model: nn.Module, x: Tensor) -> dict[str, tuple[type, Tensor]]:
-    """Output of every module by name, in the order they finish; plain convolutions feeding a norm left out."""
+def _layer_outputs(model: nn.Module, x: Tensor) -> dict[str, tuple[object, Tensor]]:
+    """Kind and output of every module by name, in the order they finish."""
     replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
     device = next((p.device for p in replica.parameters()), x.device)
-    outputs: dict[str, tuple[type, Tensor]] = {}
+    outputs: dict[str, tuple[object, Tensor]] = {}
 
     def record(module: nn.Module, args: object, output: object, name: str) -> None:
-        if isinstance(output, Tensor) and not isinstance(module, (nn.Conv2d, *GROWN_TYPES)):
-            outputs[name] = (type(module), output.clone().cpu())
+        if isinstance(output, Tensor) and output.is_floating_point():
+            outputs[name] = ((type(module), getattr(module, "bias", None) is None), output.clone().cpu())
 
     for name, module in replica.named_modules():
         module.register_forward_hook(partial(record, name=name))

@@ -41,11 +41,13 @@ class Flow:
     """What one forward pass showed.
 
     Attributes:
+        input_size: `(C, H, W)` of the image that was passed.
         calls: How often each module ran, by dotted name.
         output_sizes: Spatial size `(H, W)` of the last 4-D output of each module.
         readers: Who reads the output of each module, in order.
     """
 
+    input_size: InputSize
     calls: Mapping[str, int]
     output_sizes: Mapping[str, tuple[int, int]]
     readers: Mapping[str, tuple[Reader, ...]]
@@ -70,7 +72,8 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
 
     Args:
         model: Any module that takes one image batch.
-        input_size: `(C, H, W)`; None guesses it, see `find_input_size`.
+        input_size: `(C, H, W)`; None takes that of timm's `pretrained_cfg`, with the channels of the first convolution,
+            or tries the usual ones.
     """
     sizes = [input_size] if input_size else _candidate_sizes(model)
     last_error: Exception | None = None
@@ -87,21 +90,6 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
         f"the model does not run on an input of size {' or '.join(map(str, sizes))}: {last_error}. "
         "Pass input_size=(C, H, W)."
     ) from last_error
-
-
-def find_input_size(model: nn.Module) -> InputSize:
-    """The `(C, H, W)` a model takes: of timm's `pretrained_cfg` with the first convolution's channels, or a guess."""
-    replica = copy.deepcopy(model).eval()
-    for size in _candidate_sizes(model):
-        try:
-            with torch.no_grad():
-                replica(_zeros(replica, size))
-            return size
-        except Exception:  # noqa: S112  (wrong size for this model: try the next)
-            continue
-    raise GrowShrinkError(
-        "no input size is known for this model and none of the usual ones runs; pass input_size=(C, H, W)."
-    )
 
 
 def shared_parameters(model: nn.Module) -> set[str]:
@@ -152,7 +140,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for hook in hooks:
             hook.remove()
     recorder.consumed("the model's output", tree_leaves(output))
-    return Flow(calls, output_sizes, {name: tuple(readers) for name, readers in recorder.readers.items()})
+    return Flow(size, calls, output_sizes, {name: tuple(readers) for name, readers in recorder.readers.items()})
 
 
 class _Recorder(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, cast
@@ -67,7 +68,12 @@ class GrownConv2d(nn.Conv2d):
         `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
         """
         fused = self.as_convmap().fit(self)
-        return fused.to_conv2d(bias=self.bias is not None or bool((fused.bias != 0).any()), dtype=self.weight.dtype)
+        plain = copy.deepcopy(self).to_plain()
+        with torch.no_grad():
+            plain.weight.copy_(fused.kernel)
+        if self.bias is not None or bool((fused.bias != 0).any()):
+            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
+        return plain
 
 
 class PureBottleneck(nn.Module):

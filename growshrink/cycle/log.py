@@ -21,7 +21,9 @@ Entry = Mapping[str, Any]
 def apply_grow(model: nn.Module, entry: Entry, input_size: InputSize) -> nn.Module:
     """Grow `model` in place as a log entry says (by exact names, so that nothing is decided twice)."""
     specs = [BranchSpec(kind=b["kind"], ratio=b["ratio"]) for b in entry["branches"]]
-    return grow(model, specs, where=entry["names"], init="silent", seed=entry["seed"], inplace=True, input_size=input_size)
+    return grow(
+        model, specs, where=entry["names"], init="silent", seed=entry["seed"], inplace=True, input_size=input_size
+    )
 
 
 def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.Module:

@@ -179,7 +179,7 @@ class Timeline:
 
     @cached_property
     def lam(self) -> Schedule:
-        """lam by update; 0 where nothing is grown."""
+        """Lam by update; 0 where nothing is grown."""
         starts = {s.start: s for s in self.segments if s.phase == "hold"}
         lengths = {s.round: s.stop - s.start for s in self.segments if s.phase == "vanish"}
         rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths[s.round]) for s in starts.values()}

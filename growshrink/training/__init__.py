@@ -1,4 +1,4 @@
-"""Training: data, batches."""
+"""Training: data, batches, one loop, checkpoints."""
 
 from growshrink.training.batches import NO_AUGMENT as NO_AUGMENT
 from growshrink.training.batches import Augment as Augment
@@ -8,5 +8,13 @@ from growshrink.training.batches import eval_batches as eval_batches
 from growshrink.training.data import DataSet as DataSet
 from growshrink.training.data import Split as Split
 from growshrink.training.data import load_data as load_data
+from growshrink.training.evaluate import Score as Score
+from growshrink.training.evaluate import evaluate as evaluate
+from growshrink.training.feed import Feed as Feed
+from growshrink.training.feed import MemoryFeed as MemoryFeed
+from growshrink.training.folder import RunFolder as RunFolder
 from growshrink.training.stream import StreamedData as StreamedData
 from growshrink.training.stream import stream_data as stream_data
+from growshrink.training.trainer import Teacher as Teacher
+from growshrink.training.trainer import TrainConfig as TrainConfig
+from growshrink.training.trainer import Trainer as Trainer

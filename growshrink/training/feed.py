@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 
+from growshrink.errors import RunError
 from growshrink.training.batches import Augment, Batch, TrainBatches, eval_batches
 from growshrink.training.data import DataSet, Split
 
@@ -90,7 +93,9 @@ class MemoryFeed:
         train = TrainBatches(
             data.train, batch_size=batch_size, mean=data.mean, std=data.std, augment=augment, seed=seed, device=device
         )
-        val, test = (SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test))
+        val, test = (
+            SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test)
+        )
         return MemoryFeed(data, train, val, test)
 
     @property
@@ -136,4 +141,24 @@ class SplitBatches:
         """Batches in order."""
         return eval_batches(
             self.split, batch_size=self.batch_size, mean=self.data.mean, std=self.data.std, device=self.device
+        )
+
+
+def check_model_fits(model: nn.Module, feed: Feed) -> None:
+    """RunError unless the model takes the feed's images and tells its classes apart."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != feed.input_size[0]:
+        raise RunError(
+            f"the model takes {first.in_channels} channels, the images of {feed.name} have {feed.input_size[0]}: "
+            f"make it with in_chans={feed.input_size[0]}."
+        )
+    replica = copy.deepcopy(model).to("meta").eval()
+    try:
+        output = replica(torch.empty(2, *feed.input_size, device="meta"))
+    except Exception as error:  # any forward may fail in its own way
+        raise RunError(f"the model does not run on images of size {feed.input_size}: {error}") from error
+    if tuple(output.shape) != (2, len(feed.classes)):
+        raise RunError(
+            f"the model gives outputs of shape {tuple(output.shape)[1:]}, {feed.name} has {len(feed.classes)} classes: "
+            f"make it with num_classes={len(feed.classes)}."
         )

@@ -57,7 +57,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Teacher:
-    """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student) at temperature T.
+    """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student).
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
     """
@@ -195,7 +195,11 @@ class Trainer:
         config = self.config
         try:
             return create_optimizer_v2(
-                self.model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+                self.model,
+                opt=config.optimizer,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
             )
         except (ValueError, RuntimeError, AssertionError) as error:
             raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error

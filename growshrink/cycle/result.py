@@ -1,0 +1,264 @@
+"""What a run leaves behind: the plain net on disk, report.json, report.md and curves.png."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import nn
+
+from growshrink.compare import assert_equivalent
+from growshrink.errors import EquivalenceError, RunError
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.feed import Feed
+from growshrink.training.folder import write_json
+
+PLAIN_FILE = "plain.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class CycleResult:
+    """Outcome of `run_cycle`.
+
+    Attributes:
+        out_dir: Folder with report.md, report.json, curves.png, plain.safetensors, growth_log.json, log.jsonl.
+        model: The plain net that was trained, to be deployed.
+        rounds: A record per round: top-1 on the val split before growth, at the peak, vanished, dropped, fused and at
+            the end; retention; effect; max_rel; costs.
+        history: The rows of log.jsonl.
+        growth_log: Every change of structure.
+        val: `top1` and `loss` on the part of the training set that rounds are judged by.
+        final: The same on the test set, read once.
+        plain: `macs` and `params` of the plain architecture.
+        deployed: The same of the net that came out.
+        training_macs: Spent, forward and backward, teachers included.
+        plain_training_macs: What as many updates of the plain net cost.
+        seconds: Of training.
+        about: Command, plan, config, data and versions.
+    """
+
+    out_dir: Path
+    model: nn.Module
+    rounds: Sequence[Mapping[str, Any]]
+    history: Sequence[Mapping[str, Any]]
+    growth_log: Sequence[Mapping[str, Any]]
+    val: Mapping[str, float]
+    final: Mapping[str, float]
+    plain: Mapping[str, int]
+    deployed: Mapping[str, int]
+    training_macs: int
+    plain_training_macs: int
+    seconds: float
+    about: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "final": {**self.final, **self.deployed},
+            "val": dict(self.val),
+            "plain": dict(self.plain),
+            "rounds": [dict(record) for record in self.rounds],
+            "training": {
+                "macs": self.training_macs,
+                "macs_of_plain_training": self.plain_training_macs,
+                "cost": self.training_macs / self.plain_training_macs,
+                "seconds": self.seconds,
+            },
+            "about": dict(self.about),
+        }
+
+    def write(self) -> None:
+        """Write the reports into `out_dir`."""
+        write_json(self.out_dir / "report.json", self.to_dict())
+        write_json(self.out_dir / "growth_log.json", {"entries": list(self.growth_log)})
+        drawn = _draw_curves(self)
+        write_atomic(self.out_dir / "report.md", _markdown(self, drawn).encode())
+
+    def table(self) -> str:
+        """The rounds as an aligned table for the screen."""
+        return _table(self.rounds, markdown=False)
+
+
+def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
+    """Write the deployed net and prove it: read back from disk into the plain architecture, strictly, and compared.
+
+    Raises:
+        RunError: Keys, shapes or outputs are not the plain net's.
+    """
+    state = {key: value.detach().cpu().contiguous() for key, value in result.model.state_dict().items()}
+    metadata = {
+        "about": json.dumps(dict(result.about.get("model", {}))),
+        "classes": json.dumps(list(feed.classes)),
+        "input_size": json.dumps(list(feed.input_size)),
+        "mean": json.dumps(list(feed.mean)),
+        "std": json.dumps(list(feed.std)),
+    }
+    path = result.out_dir / PLAIN_FILE
+    write_atomic(path, save(state, metadata))
+    read = load_file(path)
+    try:
+        plain.load_state_dict(read, strict=True)
+        assert_equivalent(result.model, plain, input_size=feed.input_size)
+    except (RuntimeError, EquivalenceError) as error:
+        raise RunError(f"{path}: the net read back is not the one that was trained: {error}") from error
+    assert all(torch.equal(read[key], value) for key, value in state.items()), path
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for package in ("growshrink", "torch", "timm", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+_COLUMNS = (
+    ("round", lambda r: str(r["number"])),
+    ("branches", lambda r: ", ".join(r["branch"]) + f" in {r['num_grown']} convs"),
+    ("before", lambda r: _percent(r["top1"].get("before"))),
+    ("peak", lambda r: _percent(r["top1"].get("peak"))),
+    ("vanished", lambda r: _percent(r["top1"].get("vanished"))),
+    ("dropped", lambda r: _percent(r["top1"].get("dropped"))),
+    ("fused", lambda r: _percent(r["top1"].get("fused"))),
+    ("end", lambda r: _percent(r["top1"].get("end"))),
+    ("retention", lambda r: "no peak" if r.get("retention") is None else f"{r['retention']:.2f}"),
+    ("effect", lambda r: f"{r['effect']:.2f}"),
+    ("max_rel", lambda r: f"{r['max_rel']:.0e}"),
+    ("grown MACs", lambda r: f"x{r['macs']['grown'] / r['macs']['plain']:.2f}"),
+    ("tail", lambda r: f"{r['tail_share']:.0%}"),
+)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(rounds: Sequence[Mapping[str, Any]], *, markdown: bool) -> str:
+    rows = [[title for title, _ in _COLUMNS], *([cell(record) for _, cell in _COLUMNS] for record in rounds)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
+    if markdown:
+        lines = [f"| {line} |" for line in lines]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    else:
+        lines.insert(1, "-+-".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _markdown(result: CycleResult, drawn: bool) -> str:
+    about, final, plain, deployed = result.about, result.final, result.plain, result.deployed
+    data, model = about["data"], about.get("model", {})
+    same = "exactly the plain net's" if deployed == plain else "NOT the plain net's"
+    lines = [
+        f"# {model.get('name', type(result.model).__name__)} on {data['name']}",
+        "",
+        f"**Test top-1 {final['top1']:.2f} %** (loss {final['loss']:.4f}; the test set was read once, at the end), "
+        f"val {result.val['top1']:.2f} %.",
+        f"Deployed: {deployed['params']:,} parameters, {deployed['macs']:,} MACs an image, {same}.",
+        f"Training cost {result.training_macs:.3e} MACs, {result.training_macs / result.plain_training_macs:.2f} times "
+        f"that of as many updates of the plain net; {result.seconds:.0f} s.",
+        "",
+        "## Rounds",
+        "",
+        _table(result.rounds, markdown=True),
+        "",
+        "Top-1 in percent on the val split (a part of the training set), of the averaged weights where an average is "
+        "kept. *before*: the net as the round found it. *peak*: grown, activations alive. *vanished*: grown, lam = 0. "
+        "*dropped*: vanished, but with the branches cut off instead of merged; vanished less dropped is what they were "
+        "worth. *fused*: the plain net right after merging. *end*: after the tail on the plain net. *retention*: "
+        "(fused - before) / (peak - before); *before* is a stage of this same run, not a plain net trained as long. *effect*: "
+        "relative change of the outputs when the branches are silenced. *max_rel*: largest relative difference between "
+        "grown and fused outputs in float64.",
+        "",
+        "## Did the new parameters learn?",
+        "",
+    ]
+    for record in result.rounds:
+        for key, moment in (("gradients_at_update_2", "second update"), ("gradients_at_peak", "peak")):
+            if found := record.get(key):
+                lines.append(
+                    f"- Round {record['number']}, {moment}: {found['with_gradient']} of {found['new_parameters']} new "
+                    f"tensors had a gradient; they held {found['share_of_norm']:.0%} of its norm."
+                )
+    if not result.rounds:
+        lines.append("- No round: the net was never grown.")
+    lines += [
+        "",
+        "## Proof",
+        "",
+        *(
+            f"- Round {r['number']}: fused against grown, max_rel {r['max_rel']:.1e} in float64, "
+            f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}; silencing the branches "
+            f"changed the outputs by {r['effect']:.2g}."
+            for r in result.rounds
+        ),
+        f"- `{PLAIN_FILE}` was read back into the plain architecture (strict): tensors bit-identical, outputs equal.",
+        "",
+        "## Use it",
+        "",
+        "```python",
+        "import growshrink, timm, safetensors.torch",
+        f"net = timm.create_model({model.get('plain_name', '...')!r}, **{model.get('kwargs', {})!r})",
+        f"net.load_state_dict(safetensors.torch.load_file({PLAIN_FILE!r}))",
+        "```",
+        "",
+    ]
+    if drawn:
+        lines += ["![curves](curves.png)", ""]
+    lines += ["## Made by", "", f"`{about.get('command', ' '.join(sys.argv))}`", "", "```json"]
+    lines += [json.dumps(dict(about), indent=2), "```", ""]
+    return "\n".join(lines)
+
+
+def _draw_curves(result: CycleResult) -> bool:
+    """curves.png: accuracy, loss, lam and learning rate, and cost, over the updates; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = result.history
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, middle, schedule, cost = figure.subplots(4, 1, sharex=True)
+    updates = [row["update"] for row in rows]
+    top.plot(updates, [row["val_top1"] for row in rows], color="C0")
+    top.set_ylabel("val top-1 (%)")
+    middle.plot(updates, [row["train_loss"] for row in rows], color="C1", label="training")
+    middle.plot(updates, [row["val_loss"] for row in rows], color="C0", label="val")
+    middle.set_ylabel("loss")
+    middle.legend(frameon=False)
+    schedule.plot(
+        updates, [row["lam"] if row["lam"] is not None else float("nan") for row in rows], color="C3", label="lam"
+    )
+    peak = max(row["lr"] for row in rows) or 1.0
+    schedule.plot(updates, [row["lr"] / peak for row in rows], color="C2", label="learning rate / peak")
+    schedule.set_ylabel("lam, learning rate")
+    schedule.legend(frameon=False)
+    cost.plot(updates, [row["training_macs"] for row in rows], color="C4", label="this run")
+    whole = result.plain_training_macs / updates[-1]
+    cost.plot(updates, [u * whole for u in updates], color="0.6", linestyle="--", label="plain net, as many updates")
+    cost.set_ylabel("training MACs")
+    cost.set_xlabel("optimizer updates")
+    cost.legend(frameon=False)
+    for entry in result.growth_log:
+        for axis in (top, middle, schedule, cost):
+            axis.axvline(entry["update"], color="0.8", linewidth=1, zorder=0)
+        top.annotate(entry["op"], (entry["update"], 1.0), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+    name = result.about.get("model", {}).get("name", type(result.model).__name__)
+    figure.suptitle(f"{name} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %")
+    figure.savefig(result.out_dir / "curves.png", dpi=110)
+    return True

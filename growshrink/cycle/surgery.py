@@ -1,0 +1,103 @@
+"""The two changes of structure of a round, made on the net in training and on its average at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from growshrink.compare import EXACT_FLOAT64, branch_effect, compare
+from growshrink.cycle.log import apply_grow, shapes_of
+from growshrink.cycle.plan import RoundPlan
+from growshrink.dataflow import InputSize
+from growshrink.errors import RunError
+from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.training.trainer import Trainer
+from growshrink.transforms import drop, fuse, grow, growth_report
+
+
+def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
+    """Grow model and average alike, and make the optimizer anew; returns what the growth log needs."""
+    preview = grow(trainer.model, plan.branch, ratio=plan.ratio, where=plan.where, seed=seed, input_size=input_size)
+    entry = {
+        "branches": [{"kind": kind, "ratio": plan.ratio} for kind in plan.branch],
+        "names": list(growth_report(preview, input_size=input_size).grown),
+        "seed": seed,
+    }
+    for net in _nets(trainer):
+        apply_grow(net, entry, input_size)
+    trainer.structure_changed()
+    return entry
+
+
+def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size: InputSize) -> dict[str, Any]:
+    """Fuse model and average, proving it; returns the record: top-1 before and after, effect, errors.
+
+    Args:
+        trainer: With every lam at 0.
+        score: Top-1 of a net on the val split.
+        input_size: `(C, H, W)`.
+
+    Raises:
+        FuseError: A net cannot be merged exactly.
+        RunError: The averaged net and its fused form differ.
+    """
+    best = copy.deepcopy(trainer.best)
+    owns_kernels = all(isinstance(module, GrownConv2d) for module in grown_modules(best).values())
+    vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
+    exact = copy.deepcopy(best).double()
+    comparison = compare(exact, fuse(exact, input_size=input_size), input_size=input_size)
+    if not comparison.max_rel <= EXACT_FLOAT64:
+        raise RunError(f"the fused net differs from the trained one by {comparison.max_rel:.1e} in float64.")
+    reset = _meaning_changes(trainer.model)
+    for net in _nets(trainer):
+        fuse(net, inplace=True, input_size=input_size)
+    trainer.structure_changed(reset)
+    single = compare(best, trainer.best, input_size=input_size, dtype=torch.float32)
+    return {
+        "top1": {"vanished": vanished, "dropped": dropped, "fused": score(trainer.best)},
+        "effect": branch_effect(best, input_size=input_size),
+        "max_rel": comparison.max_rel,
+        "max_rel_float32": single.max_rel,
+        "top1_agreement": single.top1_agreement,
+    }
+
+
+def gradients(trainer: Trainer) -> dict[str, Any]:
+    """How many of the new parameters the last update had a gradient for, and their share of its norm."""
+    grown = shapes_of(trainer.model)
+    new = {name for name in grown if ".branches." in name} or set(grown)  # grown at birth: all of it is new
+    named = trainer.model.named_parameters()
+    norms = {name: float(parameter.grad.norm()) for name, parameter in named if parameter.grad is not None}
+    total = sum(value**2 for value in norms.values()) ** 0.5
+    own = sum(norms.get(name, 0.0) ** 2 for name in new) ** 0.5
+    return {
+        "new_parameters": len(new),
+        "with_gradient": sum(norms.get(name, 0.0) > 0 for name in new),
+        "share_of_norm": own / total if total else 0.0,
+    }
+
+
+def retention(top1: Mapping[str, float | None]) -> float | None:
+    """(fused - before) / (peak - before); None where the peak is no higher than the start: nothing to retain."""
+    before, peak, fused = top1["before"], top1["peak"], top1["fused"]
+    if before is None or peak is None or fused is None or peak <= before:
+        return None
+    return (fused - before) / (peak - before)
+
+
+def _nets(trainer: Trainer) -> list[nn.Module]:
+    return [net for net in (trainer.model, trainer.ema) if net is not None]
+
+
+def _meaning_changes(model: nn.Module) -> set[str]:
+    """Parameters that mean something else after the fuse: kernels (and biases) behind a branch that is not parallel."""
+    return {
+        f"{name}.{key}"
+        for name, module in grown_modules(model).items()
+        if isinstance(module, GrownConv2d) and not all(getattr(branch, "parallel", False) for branch in module.branches)
+        for key in ("weight", "bias")
+    }

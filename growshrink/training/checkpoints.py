@@ -1,0 +1,109 @@
+"""Checkpoints: one safetensors file each, tensors beside a JSON header, written so that a crash leaves no half file.
+
+Nothing is ever unpickled. A nested state (dicts with string keys, tensors, and what JSON can hold) is flattened into
+named tensors and one JSON document in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from growshrink.errors import RunError
+
+_FORMAT = "growshrink-checkpoint-1"
+_TENSOR = "__tensor__"
+_NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write a file so that a crash at any moment leaves the old content or the new, and nothing between."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write `state` as the checkpoint of `update` and remove all but the newest `keep`."""
+    tensors: dict[str, Tensor] = {}
+    document = _flatten(state, "", tensors)
+    path = folder / f"checkpoint-{update:09d}.safetensors"
+    write_atomic(path, save(tensors, {"format": _FORMAT, "state": json.dumps(document)}))
+    for old in find_checkpoints(folder)[keep:]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state that `save_checkpoint` was given, tensors on the CPU.
+
+    Raises:
+        RunError: The file is damaged or something else.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        return _unflatten(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: damaged ({error}).") from error
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints of a folder, newest first."""
+    return sorted((p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {_TENSOR: path}
+    if isinstance(value, Mapping):
+        return {key: _flatten(item, f"{path}/{key}", tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_flatten(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
+    return value
+
+
+def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if set(value) == {_TENSOR}:
+            return tensors[value[_TENSOR]]
+        return {key: _unflatten(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    return value
+
+
+def random_state() -> dict[str, Tensor]:
+    """State of torch's global generators (dropout and drop path draw from them; our batches do not)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor]) -> None:
+    """The inverse of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

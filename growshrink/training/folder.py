@@ -1,0 +1,154 @@
+"""The folder of a run: claimed by one process, never overwritten silently."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from growshrink.errors import RunError
+from growshrink.training.checkpoints import write_atomic
+
+MARKER = "run.json"
+
+
+class RunFolder:
+    """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
+
+    Attributes:
+        path: The folder.
+        fresh: Whether nothing had been written there before.
+        finished: Whether the run in it had come to its end.
+    """
+
+    def __init__(self, path: Path, lock: IO[str], *, fresh: bool, finished: bool) -> None:
+        self.path = path
+        self.fresh = fresh
+        self.finished = finished
+        self._lock = lock
+
+    @staticmethod
+    def claim(path: Path, *, resume: bool = False) -> RunFolder:
+        """Make the folder, or take over the unfinished run in it if `resume`.
+
+        Raises:
+            RunError: The folder holds something else, a finished or unfinished run (without `resume`), or is in use by
+                another process.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / ".lock", "a")  # noqa: SIM115 - held for as long as the run
+        except OSError as error:
+            raise RunError(f"{path}: cannot be used as the folder of a run ({error.strerror}).") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise RunError(
+                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
+            ) from error
+        try:
+            found = [entry.name for entry in path.iterdir() if entry.name != ".lock"]
+            if not found:
+                return RunFolder(path, lock, fresh=True, finished=False)
+            if MARKER not in found:
+                raise RunError(f"{path}: not empty and not the folder of a run ({sorted(found)[0]} is in it).")
+            status = read_json(path / MARKER).get("status")
+            if not resume:
+                state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
+                raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
+            return RunFolder(path, lock, fresh=False, finished=status == "finished")
+        except BaseException:
+            lock.close()
+            raise
+
+    @staticmethod
+    def claim_next(parent: Path, name: str, *, resume: bool = False) -> RunFolder:
+        """Claim `parent/name`, or `parent/name-2`, ... the first that is free; with `resume` the newest there is."""
+        taken = sorted(
+            (int(p.name[len(name) + 1 :] or 1) for p in parent.glob(f"{name}*") if _is_numbered(p.name, name)),
+        )
+        if resume:
+            number = taken[-1] if taken else 1
+            return RunFolder.claim(_numbered(parent, name, number), resume=True)
+        number = taken[-1] + 1 if taken else 1
+        while True:
+            path = _numbered(parent, name, number)
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another process was faster
+                number += 1
+                continue
+            except OSError as error:
+                raise RunError(f"{path}: cannot be made ({error.strerror}).") from error
+            return RunFolder.claim(path)
+
+    def write_marker(self, status: str, values: Mapping[str, Any]) -> None:
+        """Record what the run is; `status` is "running" or "finished"."""
+        write_json(self.path / MARKER, {"status": status, **values})
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
+        written = read_json(self.path / MARKER)
+        for key, value in json.loads(json.dumps(identity)).items():
+            if written.get(key) != value:
+                raise RunError(
+                    f"{self.path}: the run in it has another {key} ({_difference(written.get(key), value)}). "
+                    "Resume with the options it was started with, or choose another folder with --out."
+                )
+
+    def release(self) -> None:
+        """End the claim; a folder in which nothing was written disappears."""
+        if self.fresh and [entry.name for entry in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        """The folder itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; RunError if it is none."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: not readable as JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: not a JSON object.")
+    return value
+
+
+def json_line(value: Mapping[str, Any]) -> str:
+    """One line of a JSONL file."""
+    return json.dumps(value) + "\n"
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """A JSON object, indented, atomically."""
+    write_atomic(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        return f"{key}: {_difference(old.get(key), new.get(key))}"
+    return f"{old!r} then, {new!r} now"
+
+
+def _numbered(parent: Path, name: str, number: int) -> Path:
+    return parent / (name if number == 1 else f"{name}-{number}")
+
+
+def _is_numbered(candidate: str, name: str) -> bool:
+    return candidate == name or candidate.startswith(f"{name}-") and candidate[len(name) + 1 :].isdigit()
