@@ -223,7 +223,7 @@ class ConvMap:
         target = ConvMap.from_conv2d(conv, self.kernel.dtype)
         if target.groups != math.gcd(self.groups, target.groups):
             raise AlgebraError(f"a map of {self.groups} group(s) does not fit a convolution of {target.groups}.")
-        zero = replace(target, kernel=torch.zeros_like(target.kernel), bias=torch.zeros_like(target.bias))
+        zero = replace(target, kernel=self.kernel.new_zeros(target.kernel.shape), bias=torch.zeros_like(self.bias))
         fitted = self + zero
         for field in ("padding", "dilation"):
             if getattr(fitted, field) != getattr(target, field):

@@ -135,7 +135,7 @@ _COLUMNS = (
     ("fused", lambda r: _percent(r["top1"].get("fused"))),
     ("end", lambda r: _percent(r["top1"].get("end"))),
     ("retention", lambda r: "no peak" if r.get("retention") is None else f"{r['retention']:.2f}"),
-    ("effect", lambda r: f"{r['effect']:.2f}"),
+    ("effect", lambda r: f"{r['trained_effect']:.3f}"),
     ("max_rel", lambda r: f"{r['max_rel']:.0e}"),
     ("grown MACs", lambda r: f"x{r['macs']['grown'] / r['macs']['plain']:.2f}"),
     ("tail", lambda r: f"{r['tail_share']:.0%}"),
@@ -179,9 +179,9 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "kept. *before*: the net as the round found it. *peak*: grown, activations alive. *vanished*: grown, lam = 0. "
         "*dropped*: vanished, but with the branches cut off instead of merged; vanished less dropped is what they were "
         "worth. *fused*: the plain net right after merging. *end*: after the tail on the plain net. *retention*: "
-        "(fused - before) / (peak - before); *before* is a stage of this same run, not a plain net trained as long. *effect*: "
-        "relative change of the outputs when the branches are silenced. *max_rel*: largest relative difference between "
-        "grown and fused outputs in float64.",
+        "(fused - before) / (peak - before); *before* is a stage of this same run, not a plain net trained as long. "
+        "*effect*: relative change of the outputs when the branches are silenced. *max_rel*: largest relative "
+        "difference between grown and fused outputs in float64.",
         "",
         "## Did the new parameters learn?",
         "",
@@ -201,8 +201,9 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         *(
             f"- Round {r['number']}: fused against grown, max_rel {r['max_rel']:.1e} in float64, "
-            f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}; silencing the branches "
-            f"changed the outputs by {r['effect']:.2g}."
+            f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}. Silencing the branches "
+            f"changes the outputs by {r['trained_effect']:.2g} as trained, by {r['effect']:.2g} with random norms (the "
+            "same comparison was made there, where a mistake cannot hide behind a small gamma)."
             for r in result.rounds
         ),
         f"- `{PLAIN_FILE}` was read back into the plain architecture (strict): tensors bit-identical, outputs equal.",

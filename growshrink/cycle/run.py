@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
+from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
@@ -34,7 +36,7 @@ from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.training.folder import RunFolder, json_line
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import growth_report
+from growshrink.transforms import grow, growth_report
 
 
 def run_cycle(
@@ -83,8 +85,13 @@ def run_cycle(
     )
     timeline = Timeline(plan, feed.train.updates_per_epoch)
     assert timeline.total > 0  # a plan that does not fit the data fails here, before anything is written
-    folder = out_dir if isinstance(out_dir, RunFolder) else RunFolder.claim(Path(out_dir), resume=resume)
-    with folder:
+    check_model_fits(model, feed)
+    _check_rounds(model, plan, feed.input_size)
+    if isinstance(out_dir, RunFolder):
+        claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)  # whoever claimed it releases it
+    else:
+        claim = RunFolder.claim(Path(out_dir), resume=resume)
+    with claim as folder:
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
         run = _Run(model, feed, timeline, config or TrainConfig(), folder, torch.device(device), progress, tensorboard)
@@ -130,7 +137,6 @@ class _Run:
         self.bar = tqdm(total=timeline.total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05)
         self.writer = _tensorboard_writer(folder.path) if tensorboard else None
         self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
-        check_model_fits(model, feed)
         self.trainer = self._make_trainer(self.initial)
 
     # ---- the run
@@ -186,9 +192,11 @@ class _Run:
             )
             seconds = time.perf_counter() - began
             if not loss < float("inf"):
+                kept = find_checkpoints(self.folder.path)
                 raise RunError(
                     f"the loss is {loss} in round {segment.round}, phase {segment.phase}, between updates {start} and "
-                    f"{stop}. The last checkpoint is kept in {self.folder.path}; try a lower --lr, or --clip-grad 1."
+                    f"{stop}. {f'{kept[0]} is kept' if kept else 'There is no checkpoint yet'}; try a lower lr, or "
+                    "clip_grad=1."
                 )
             self.state.seconds += seconds
             self.state.macs_spent += (stop - start) * self.feed.train.batch_size * self._macs_per_image(segment)
@@ -378,6 +386,14 @@ class _Run:
         result.write()
         self.folder.write_marker("finished", {**identity, "about": about, "versions": versions()})
         return result
+
+
+def _check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
+    """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
+    born_grown = bool(grown_modules(model))
+    plain = replay(model, [{"op": "fuse"}], input_size)
+    for entry in plan.rounds[1:] if born_grown else plan.rounds:
+        grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
 
 
 def _round_line(record: Mapping[str, Any]) -> str:

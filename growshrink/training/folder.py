@@ -102,6 +102,8 @@ class RunFolder:
 
     def release(self) -> None:
         """End the claim; a folder in which nothing was written disappears."""
+        if self._lock.closed:
+            return
         if self.fresh and [entry.name for entry in self.path.iterdir()] == [".lock"]:
             (self.path / ".lock").unlink()
             self.path.rmdir()
