@@ -38,7 +38,7 @@ class GrownConv2d(nn.Conv2d):
         assert type(conv) is nn.Conv2d
         conv.__class__ = GrownConv2d
         assert isinstance(conv, GrownConv2d)
-        conv.branches = nn.ModuleList(branches)
+        conv.branches = nn.ModuleList(branches).train(conv.training)
         return conv
 
     def to_plain(self) -> nn.Conv2d:

@@ -80,7 +80,7 @@ class Args:
     lr: float = 0.1
     """Peak learning rate."""
     optimizer: str = "sgd"
-    """Any optimizer name of timm."""
+    """Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron, adahessian)."""
     weight_decay: float = 5e-4
     """Not applied to norms and biases."""
     momentum: float = 0.9
@@ -115,6 +115,10 @@ class Args:
     """No progress bar."""
 
 
+#: Options that change what the net is fed with: a run is resumed with the same only.
+OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
+
+
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     folder = claim(args)
@@ -144,7 +148,12 @@ def main(args: Args) -> None:
             device=device,
             progress=not args.quiet,
             tensorboard=args.tensorboard,
-            about={"command": shlex.join(["python", *sys.argv]), "seed": args.seed, "model": about},
+            about={
+                "command": shlex.join(["python", *sys.argv]),
+                "seed": args.seed,
+                "model": about,
+                "options": {name: getattr(args, name) for name in OF_THE_DATA},
+            },
         )
     print(result.table())
     print(
@@ -158,7 +167,7 @@ def claim(args: Args) -> RunFolder:
     """The folder of the run, claimed before anything else is done."""
     if args.out is not None:
         return RunFolder.claim(args.out, resume=args.resume)
-    name = f"{Path(args.data).name}-{args.model}".replace("/", "-")
+    name = f"{Path(args.data).resolve().name}-{args.model}".replace("/", "-")
     return RunFolder.claim_next(Path("runs"), name, resume=args.resume)
 
 
@@ -206,10 +215,13 @@ def make_model(args: Args, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
     kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(args.model_kwargs)}
     try:
         model = timm.create_model(args.model, **kwargs)
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise RunError(f"--model {args.model} with {kwargs}: {error}") from error
+    except Exception as error:  # models check their arguments in their own ways
+        raise RunError(f"--model {args.model} with {kwargs}: {type(error).__name__}: {error}") from error
     plain_name = args.model.split("_x")[0] if grown_modules(model) else args.model
-    return model, {"name": args.model, "plain_name": plain_name, "kwargs": kwargs}
+    plain_kwargs = {
+        key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
+    }
+    return model, {"name": args.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
 
 
 def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -258,7 +270,7 @@ if __name__ == "__main__":
     try:
         main(tyro.cli(Args, description=__doc__))
     except gs.GrowShrinkError as error:
-        print(f"grow_cycle: {error}", file=sys.stderr)
+        print(f"grow_cycle: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
         sys.exit(2)
     except KeyboardInterrupt:
         print("grow_cycle: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)

@@ -1,4 +1,11 @@
+import pytest
 import torch
 
 # The workers of pytest-xdist share the cores; more threads than cores make every one of them slower.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """The order in which the workers happen to run the tests decides nothing."""
+    torch.manual_seed(0)

@@ -9,7 +9,12 @@ import growshrink as gs
 from growshrink.activations import VanishingReLU
 from nets import net
 
-DTYPES = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+DTYPES = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
 
 
 def through_prelu(lam):

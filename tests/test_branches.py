@@ -136,7 +136,8 @@ def test_what_a_branch_inherits(kind):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "groups", "width"), [(2.0, 1, 16), (0.25, 1, 2), (1e-9, 1, 1), (1e-9, 4, 4), (1.3, 4, 12), (0.5, 8, 8), (8, 8, 64)]
+    ("ratio", "groups", "width"),
+    [(2.0, 1, 16), (0.25, 1, 2), (1e-9, 1, 1), (1e-9, 4, 4), (1.3, 4, 12), (0.5, 8, 8), (8, 8, 64)],
 )
 def test_middle_width(ratio, groups, width):
     conv = nn.Conv2d(8, 8, 3, groups=groups)
@@ -167,3 +168,12 @@ def test_bad_specs(call, message):
     with pytest.raises(GrowError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trained_branch_can_be_silenced(kind):
+    conv = conv_of(OPTIONS[0], torch.float32)
+    branch = randomized(build(kind, conv))
+    branch.silence_()
+    x = images(8, 5, 5)
+    assert bool((branch(x, conv(x)) == 0).all())

@@ -63,7 +63,9 @@ def kernel_by_probing(module, in_channels, size):
     return torch.stack(columns, 1), offset.flatten()
 
 
-@pytest.mark.parametrize("kinds", [["bottleneck"], ["insert"], ["nest"], ["bottleneck", "insert", "nest"]], ids="+".join)
+@pytest.mark.parametrize(
+    "kinds", [["bottleneck"], ["insert"], ["nest"], ["bottleneck", "insert", "nest"]], ids="+".join
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -115,7 +117,9 @@ def test_pure_bottleneck_reset():
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kernel_size": 4, "padding": "same"}, {"groups": 4}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": False}, {"kernel_size": 4, "padding": "same"}, {"groups": 4}], ids=str
+)
 def test_fuse_of_one_module(options):
     grown = grown_conv(**options)
     grown.weight.requires_grad_(False)

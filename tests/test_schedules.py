@@ -95,5 +95,7 @@ def test_wrong_arguments(call, message):
 
 
 def test_every_public_function_is_tested_here():
-    public = {n for n, f in vars(schedules).items() if callable(f) and getattr(f, "__module__", "") == schedules.__name__}
+    public = {
+        n for n, f in vars(schedules).items() if callable(f) and getattr(f, "__module__", "") == schedules.__name__
+    }
     assert {n for n in public if not n.startswith("_")} <= set(globals())

@@ -6,6 +6,7 @@ timeline, the learning rate and lam at any update follow from the plan and the n
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,9 @@ LEAST_SETTLE = 50
 DISTIL = ("none", "peak", "previous")
 #: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
 PEAK_ANNEAL = 0.5
+#: hold + vanish at most: the rest of a round is linear.
+MOST_ALIVE = 0.85
+_SLACK = 1e-9  # 0.45 + 0.4 is 0.8500000000000001
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +58,33 @@ class RoundPlan:
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
         if not self.epochs > 0:
             raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
+        if not (isinstance(self.branch, tuple) and self.branch and all(isinstance(kind, str) for kind in self.branch)):
+            raise PlanError(f"branch={self.branch!r}: must be a tuple of at least one kind of branch.")
+        if self.where is not None and not isinstance(self.where, str):
+            raise PlanError(f"where={self.where!r}: must be a regular expression on module names, or None.")
         try:
             check_ratio(self.ratio)
             for kind in self.branch:
                 BranchSpec(kind=kind)
         except GrowError as error:
             raise PlanError(str(error)) from error
-        if not self.branch:
-            raise PlanError("branch=(): a round needs at least one branch.")
         for name in ("hold", "vanish", "settle"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
-        if self.hold + self.vanish + self.settle > 1.0:
+        for name in ("hold", "vanish"):
+            if getattr(self, name) == 0:
+                raise PlanError(f"{name}={getattr(self, name)!r}: must be above 0.")
+        if self.hold + self.vanish + self.settle > 1.0 + _SLACK:
             raise PlanError(f"hold + vanish + settle = {self.hold + self.vanish + self.settle:g}: more than the round.")
-        if self.hold + self.vanish > 0.85:
-            raise PlanError("hold + vanish exceed 0.85: at least the last 15 % of a round must be linear.")
+        if self.hold + self.vanish > MOST_ALIVE + _SLACK:
+            raise PlanError(
+                f"hold + vanish = {self.hold + self.vanish:g}: at most {MOST_ALIVE}, the rest of a round is linear."
+            )
         if self.distil not in DISTIL:
-            raise PlanError(f"distil={self.distil!r}: no such teacher{near(self.distil, DISTIL)}")
+            raise PlanError(f"distil={self.distil!r}: no such teacher{near(str(self.distil), DISTIL)}")
         if not 0.0 < self.distil_weight <= 1.0:
             raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
         if not self.temperature > 0:
@@ -96,6 +108,10 @@ class CyclePlan:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_numbers(self, "base_epochs")
+        for name in ("rewarm", "seed"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
+                raise PlanError(f"{name}={getattr(self, name)!r}: must be a whole number.")
         if self.base_epochs < 0:
             raise PlanError(f"base_epochs={self.base_epochs!r}: must not be negative.")
         if self.base_epochs == 0 and not self.rounds:
@@ -110,16 +126,22 @@ class CyclePlan:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> CyclePlan:
         """The inverse of `to_dict`; PlanError for unknown or missing keys and values out of range."""
-        top = _known(CyclePlan, values)
+        top = _known(CyclePlan, values, "the plan")
+        entries = top.pop("rounds", [])
+        if not isinstance(entries, (list, tuple)):
+            raise PlanError(f"rounds={entries!r}: must be a list of objects.")
         rounds = []
-        for index, entry in enumerate(top.pop("rounds", ())):
-            if not isinstance(entry, Mapping):
-                raise PlanError(f"rounds[{index}]: must be an object, got {entry!r}.")
-            round_values = _known(RoundPlan, entry)
-            if "branch" in round_values:
+        for index, entry in enumerate(entries):
+            round_values = _known(RoundPlan, entry, f"rounds[{index}]")
+            if isinstance(round_values.get("branch"), list):
                 round_values["branch"] = tuple(round_values["branch"])
-            rounds.append(_build(RoundPlan, round_values))
-        return _build(CyclePlan, {**top, "rounds": tuple(rounds)})
+            try:
+                rounds.append(RoundPlan(**round_values))
+            except TypeError as error:  # a key is missing
+                raise PlanError(f"rounds[{index}]: {error}.") from error
+            except PlanError as error:
+                raise PlanError(f"rounds[{index}]: {error}") from error
+        return CyclePlan(rounds=tuple(rounds), **top)
 
 
 @dataclass(frozen=True)
@@ -139,10 +161,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Timeline:
-    """A plan in optimizer updates."""
+    """A plan in optimizer updates.
+
+    Attributes:
+        plan: The plan.
+        updates_per_epoch: Of the data.
+        born_grown: The net is grown before the first round already; its activations are then alive in the base.
+    """
 
     plan: CyclePlan
     updates_per_epoch: int
+    born_grown: bool = False
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -150,8 +179,12 @@ class Timeline:
         found = [Segment(0, "base", 0, self._updates(self.plan.base_epochs))]
         for number, plan in enumerate(self.plan.rounds, start=1):
             start, total = found[-1].stop, self._updates(plan.epochs)
-            hold, vanish = round(plan.hold * total), round(plan.vanish * total)
-            settle = max(LEAST_SETTLE, round(plan.settle * total))
+            # Sums are rounded, and down: three shares rounded up one by one may exceed the round.
+            hold, alive, grown = (
+                math.floor(share * total + _SLACK)
+                for share in (plan.hold, plan.hold + plan.vanish, plan.hold + plan.vanish + plan.settle)
+            )
+            vanish, settle = alive - hold, max(LEAST_SETTLE, grown - alive)
             tail = total - hold - vanish - settle
             if min(hold, vanish) < 1 or tail < 0:
                 raise PlanError(
@@ -161,6 +194,8 @@ class Timeline:
             for phase, length in (("hold", hold), ("vanish", vanish), ("settle", settle), ("tail", tail)):
                 found.append(Segment(number, phase, start, start + length))
                 start += length
+        if found[-1].stop == 0:
+            raise PlanError(f"base_epochs={self.plan.base_epochs!r}: less than one update.")
         return tuple(segment for segment in found if segment.stop > segment.start)
 
     @property
@@ -187,7 +222,7 @@ class Timeline:
 
         def schedule(update: int) -> float:
             number = self.segment_at(update).round
-            return rounds[number](update - begins[number]) if number else 0.0
+            return rounds[number](update - begins[number]) if number else float(self.born_grown)
 
         return schedule
 
@@ -214,18 +249,18 @@ class Timeline:
         return round(epochs * self.updates_per_epoch)
 
 
-def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise PlanError(f"{what}: must be an object, got {values!r}.")
     names = [field.name for field in fields(cls)]
     for key in values:
         if key not in names:
-            raise PlanError(f"{key!r}: not an option of {cls.__name__}{near(str(key), names)}")
+            raise PlanError(f"{what}: {key!r} is not an option of {cls.__name__}{near(str(key), names)}")
     return dict(values)
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
-    try:
-        return cls(**values)
-    except PlanError:
-        raise
-    except TypeError as error:
-        raise PlanError(f"{cls.__name__}: {error}.") from error
+def _check_numbers(plan: object, *names: str) -> None:
+    for name in names:
+        value = getattr(plan, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise PlanError(f"{name}={value!r}: must be a finite number.")

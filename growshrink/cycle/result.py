@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from growshrink.compare import assert_equivalent
+from growshrink.cycle.plan import Timeline
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.feed import Feed
@@ -35,6 +36,7 @@ class CycleResult:
             the end; retention; effect; max_rel; costs.
         history: The rows of log.jsonl.
         growth_log: Every change of structure.
+        timeline: The plan in updates.
         val: `top1` and `loss` on the part of the training set that rounds are judged by.
         final: The same on the test set, read once.
         plain: `macs` and `params` of the plain architecture.
@@ -50,6 +52,7 @@ class CycleResult:
     rounds: Sequence[Mapping[str, Any]]
     history: Sequence[Mapping[str, Any]]
     growth_log: Sequence[Mapping[str, Any]]
+    timeline: Timeline
     val: Mapping[str, float]
     final: Mapping[str, float]
     plain: Mapping[str, int]
@@ -134,12 +137,36 @@ _COLUMNS = (
     ("dropped", lambda r: _percent(r["top1"].get("dropped"))),
     ("fused", lambda r: _percent(r["top1"].get("fused"))),
     ("end", lambda r: _percent(r["top1"].get("end"))),
-    ("retention", lambda r: "no peak" if r.get("retention") is None else f"{r['retention']:.2f}"),
+    ("retention", lambda r: _retention(r)),
     ("effect", lambda r: f"{r['trained_effect']:.3f}"),
     ("max_rel", lambda r: f"{r['max_rel']:.0e}"),
     ("grown MACs", lambda r: f"x{r['macs']['grown'] / r['macs']['plain']:.2f}"),
     ("tail", lambda r: f"{r['tail_share']:.0%}"),
+    ("training MACs", lambda r: f"{r['training_macs']:.2e}"),
 )
+
+
+_GLOSSARY = {
+    "before": "the net as the round found it",
+    "peak": "grown, activations alive",
+    "vanished": "grown, lam = 0",
+    "dropped": "vanished, but with the branches cut off instead of merged: vanished less dropped is what they held",
+    "fused": "the plain net right after merging",
+    "end": "after the tail on the plain net",
+    "retention": "(fused - before) / (peak - before), or *no gain* where the peak is no higher than before; *before* "
+    "is a stage of this same run, not a plain net trained as long, so this says nothing about what growing is worth",
+    "effect": "relative change of the outputs when the branches, as trained, are silenced",
+    "max_rel": "largest relative difference between grown and fused outputs in float64",
+    "grown MACs": "of an image through the grown net, over the plain net's",
+    "tail": "share of the round's updates that train the plain net",
+    "training MACs": "of the round, forward and backward, teachers included",
+}
+
+
+def _retention(record: Mapping[str, Any]) -> str:
+    if (value := record.get("retention")) is not None:
+        return f"{value:.2f}"
+    return "-" if record["top1"].get("before") is None else "no gain"
 
 
 def _percent(value: float | None) -> str:
@@ -175,13 +202,10 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         _table(result.rounds, markdown=True),
         "",
-        "Top-1 in percent on the val split (a part of the training set), of the averaged weights where an average is "
-        "kept. *before*: the net as the round found it. *peak*: grown, activations alive. *vanished*: grown, lam = 0. "
-        "*dropped*: vanished, but with the branches cut off instead of merged; vanished less dropped is what they were "
-        "worth. *fused*: the plain net right after merging. *end*: after the tail on the plain net. *retention*: "
-        "(fused - before) / (peak - before); *before* is a stage of this same run, not a plain net trained as long. "
-        "*effect*: relative change of the outputs when the branches are silenced. *max_rel*: largest relative "
-        "difference between grown and fused outputs in float64.",
+        f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
+        f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
+        "",
+        *(f"- *{word}*: {meaning}." for word, meaning in _GLOSSARY.items()),
         "",
         "## Did the new parameters learn?",
         "",
@@ -191,7 +215,7 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
             if found := record.get(key):
                 lines.append(
                     f"- Round {record['number']}, {moment}: {found['with_gradient']} of {found['new_parameters']} new "
-                    f"tensors had a gradient; they held {found['share_of_norm']:.0%} of its norm."
+                    f"tensors had a gradient, of {found['share_of_norm']:.0%} of the whole gradient's norm."
                 )
     if not result.rounds:
         lines.append("- No round: the net was never grown.")
@@ -202,9 +226,13 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         *(
             f"- Round {r['number']}: fused against grown, max_rel {r['max_rel']:.1e} in float64, "
             f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}. Silencing the branches "
-            f"changes the outputs by {r['trained_effect']:.2g} as trained, by {r['effect']:.2g} with random norms (the "
-            "same comparison was made there, where a mistake cannot hide behind a small gamma)."
+            f"changes the outputs by {r['trained_effect']:.2g} as trained, by {r['effect']:.2g} with random norms."
             for r in result.rounds
+        ),
+        *(
+            "- max_rel is the larger of two: of the net as trained, and of a copy with random norms, where no mistake "
+            "can hide behind a small gamma."
+            for _ in result.rounds[:1]
         ),
         f"- `{PLAIN_FILE}` was read back into the plain architecture (strict): tensors bit-identical, outputs equal.",
         "",
@@ -212,9 +240,13 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         "```python",
         "import growshrink, timm, safetensors.torch",
-        f"net = timm.create_model({model.get('plain_name', '...')!r}, **{model.get('kwargs', {})!r})",
+        f"net = timm.create_model({model.get('plain_name', '...')!r}, **{model.get('plain_kwargs', {})!r})",
         f"net.load_state_dict(safetensors.torch.load_file({PLAIN_FILE!r}))",
         "```",
+        "",
+        f"It takes images of size {tuple(data['input_size'])}, values in [0, 1], less the mean "
+        f"{_rounded(data['mean'])}, over the standard deviation {_rounded(data['std'])} (exact in the file's metadata, "
+        "with the names of the classes).",
         "",
     ]
     if drawn:
@@ -224,6 +256,10 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
     return "\n".join(lines)
 
 
+def _rounded(values: Sequence[float]) -> str:
+    return f"({', '.join(f'{value:.4f}' for value in values)})"
+
+
 def _draw_curves(result: CycleResult) -> bool:
     """curves.png: accuracy, loss, lam and learning rate, and cost, over the updates; False without matplotlib."""
     try:
@@ -231,34 +267,51 @@ def _draw_curves(result: CycleResult) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    rows = result.history
-    figure = Figure(figsize=(9, 9), layout="constrained")
+    rows, timeline = result.history, result.timeline
+    figure = Figure(figsize=(9, 10), layout="constrained")
     FigureCanvasAgg(figure)
-    top, middle, schedule, cost = figure.subplots(4, 1, sharex=True)
+    axes = figure.subplots(4, 1, sharex=True)
+    accuracy, loss, schedule, cost = axes
     updates = [row["update"] for row in rows]
-    top.plot(updates, [row["val_top1"] for row in rows], color="C0")
-    top.set_ylabel("val top-1 (%)")
-    middle.plot(updates, [row["train_loss"] for row in rows], color="C1", label="training")
-    middle.plot(updates, [row["val_loss"] for row in rows], color="C0", label="val")
-    middle.set_ylabel("loss")
-    middle.legend(frameon=False)
-    schedule.plot(
-        updates, [row["lam"] if row["lam"] is not None else float("nan") for row in rows], color="C3", label="lam"
-    )
-    peak = max(row["lr"] for row in rows) or 1.0
-    schedule.plot(updates, [row["lr"] / peak for row in rows], color="C2", label="learning rate / peak")
+
+    top1 = [row["val_top1"] for row in rows]
+    accuracy.plot(updates, top1, color="C0")
+    interesting = [row["val_top1"] for row in rows if row["round"]] or top1  # the climb from chance would hide the rest
+    margin = 0.08 * (max(top1) - min(interesting)) or 1.0
+    accuracy.set_ylim(min(interesting) - margin, max(top1) + margin)
+    accuracy.set_ylabel("val top-1 (%)")
+
+    teachers = any(record["distil"] != "none" for record in result.rounds)
+    loss.plot(updates, [row["train_loss"] for row in rows], color="C1", label="training" + " (and teacher)" * teachers)
+    loss.plot(updates, [row["val_loss"] for row in rows], color="C0", label="val")
+    loss.set_yscale("log")
+    loss.set_ylabel("loss")
+
+    every = range(timeline.total)  # rows are too far apart to show a re-warm
+    schedule.plot(every, [timeline.learning_rate(update) for update in every], color="C2", label="learning rate / peak")
+    for number in sorted({s.round for s in timeline.segments if s.grown}):
+        own = [update for s in timeline.segments if s.round == number and s.grown for update in range(s.start, s.stop)]
+        schedule.plot(own, list(map(timeline.lam, own)), color="C3", label="lam" if number == 1 else None)
     schedule.set_ylabel("lam, learning rate")
-    schedule.legend(frameon=False)
-    cost.plot(updates, [row["training_macs"] for row in rows], color="C4", label="this run")
-    whole = result.plain_training_macs / updates[-1]
-    cost.plot(updates, [u * whole for u in updates], color="0.6", linestyle="--", label="plain net, as many updates")
+
+    cost.plot([0, *updates], [0, *(row["training_macs"] for row in rows)], color="C4", label="this run")
+    cost.plot(
+        [0, timeline.total], [0, result.plain_training_macs], "--", color="0.6", label="plain net, as many updates"
+    )
     cost.set_ylabel("training MACs")
-    cost.set_xlabel("optimizer updates")
-    cost.legend(frameon=False)
+    cost.set_xlabel("optimizer updates (shaded: grown)")
+    cost.set_xlim(0, timeline.total)
+
     for entry in result.growth_log:
-        for axis in (top, middle, schedule, cost):
-            axis.axvline(entry["update"], color="0.8", linewidth=1, zorder=0)
-        top.annotate(entry["op"], (entry["update"], 1.0), xycoords=("data", "axes fraction"), fontsize=8, va="bottom")
+        accuracy.annotate(
+            f"{entry['op']} {entry['round']}", (entry["update"], 1.0), xycoords=("data", "axes fraction"), va="bottom"
+        )
+    for axis in axes:
+        for segment in timeline.segments:
+            if segment.grown:
+                axis.axvspan(segment.start, segment.stop, color="0.93", linewidth=0, zorder=0)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
     name = result.about.get("model", {}).get("name", type(result.model).__name__)
     figure.suptitle(f"{name} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %")
     figure.savefig(result.out_dir / "curves.png", dpi=110)

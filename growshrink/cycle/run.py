@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from growshrink.compare import profile, training_macs
+from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
+from growshrink.cycle.state import RunState, newest_run, save_run
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
 from growshrink.dataflow import InputSize
-from growshrink.errors import RunError
+from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
-from growshrink.training.checkpoints import (
-    find_checkpoints,
-    load_checkpoint,
-    random_state,
-    save_checkpoint,
-    set_random_state,
-    write_atomic,
-)
+from growshrink.training.checkpoints import find_checkpoints, set_random_state
 from growshrink.training.data import DataSet
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
-from growshrink.training.folder import RunFolder, json_line
+from growshrink.training.folder import RunFolder
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
 from growshrink.transforms import grow, growth_report
 
@@ -68,7 +63,8 @@ def run_cycle(
         resume: Go on with the unfinished run in `out_dir`.
         progress: Show a progress bar, and a line per round.
         tensorboard: Also write event files (needs the extra `tensorboard`).
-        about: Written into the run's marker and report, e.g. the command and the model's arguments.
+        about: Written into the run's marker and report: "command", and whatever else makes the run what it is (the
+            model's arguments, say). A run is resumed only with the same, "command" excepted.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
@@ -76,14 +72,15 @@ def run_cycle(
     Raises:
         RunError: The folder is in use or holds another run, or the loss is no longer finite (the last checkpoint
             stays).
-        PlanError: The plan does not fit the data.
+        PlanError: The plan does not fit the data or the model.
     """
-    feed = (
-        MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device)
-        if isinstance(data, DataSet)
-        else data
-    )
-    timeline = Timeline(plan, feed.train.updates_per_epoch)
+    about = dict(about or {})
+    if isinstance(data, DataSet):
+        feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device)
+        about["augment"] = asdict(augment)
+    else:
+        feed = data
+    timeline = Timeline(plan, feed.train.updates_per_epoch, born_grown=bool(grown_modules(model)))
     assert timeline.total > 0  # a plan that does not fit the data fails here, before anything is written
     check_model_fits(model, feed)
     _check_rounds(model, plan, feed.input_size)
@@ -95,19 +92,7 @@ def run_cycle(
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
         run = _Run(model, feed, timeline, config or TrainConfig(), folder, torch.device(device), progress, tensorboard)
-        return run.execute(dict(about or {}))
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds beside tensors: plain values, all of it written to and read from JSON."""
-
-    log: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    macs_spent: int = 0
-    seconds: float = 0.0
-    teacher_log: int | None = None  # entries of the log that make the teacher's structure; None: no teacher
+        return run.execute(about)
 
 
 class _Run:
@@ -131,30 +116,41 @@ class _Run:
         self.config = config
         self.folder = folder
         self.device = device
-        self.state = _State()
+        self.state = RunState()
         self.teacher: nn.Module | None = None
         self.size = feed.input_size
-        self.bar = tqdm(total=timeline.total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05)
-        self.writer = _tensorboard_writer(folder.path) if tensorboard else None
         self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
         self.trainer = self._make_trainer(self.initial)
+        self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
 
     # ---- the run
 
     def execute(self, about: dict[str, Any]) -> CycleResult:
+        command = {"command": about.pop("command", " ".join(sys.argv))}
+        data = {
+            "name": self.feed.name,
+            "batch_size": self.feed.train.batch_size,
+            "input_size": list(self.size),
+            "mean": list(self.feed.mean),
+            "std": list(self.feed.std),
+            "val_images": len(self.feed.val),
+            "test_images": len(self.feed.test),
+        }
         identity = {
+            **about,
             "plan": self.plan.to_dict(),
             "config": asdict(self.config),
-            "data": {"name": self.feed.name, "batch_size": self.feed.train.batch_size, "input_size": list(self.size)},
+            "data": data,
             "updates": self.timeline.total,
         }
-        first = 0
-        if self.folder.fresh:
-            self.folder.write_marker("running", {**identity, "about": about, "versions": versions()})
-        else:
-            self.folder.check_same(identity)
-            first = self._restore()
+        record = {**command, **identity, "versions": versions()}
         try:
+            first = 0
+            if self.folder.fresh:
+                self.folder.write_marker("running", record)
+            else:
+                self.folder.check_same(identity)
+                first = self._restore()
             for index, segment in enumerate(self.timeline.segments):
                 if index < first:
                     continue
@@ -163,23 +159,19 @@ class _Run:
                 self._train(index, segment)
                 self._leave(segment)
                 self._checkpoint(index + 1)
-            return self._finish(identity, about)
+            return self._finish(record)
         finally:
-            self.bar.close()
-            if self.writer is not None:
-                self.writer.close()
+            self.journal.close()
 
     def _train(self, index: int, segment: Segment) -> None:
         """The updates of a segment, in pieces that end at every epoch."""
         per_epoch = self.feed.train.updates_per_epoch
+        self.journal.enter(segment)
         while self.trainer.update < segment.stop:
             start = self.trainer.update
             stop = min(segment.stop, (start // per_epoch + 1) * per_epoch)
             if segment.phase == "hold" and start == segment.start:
                 stop = min(stop, start + 2)  # the second update: by now every new parameter must have a gradient
-            self.bar.set_description(
-                f"round {segment.round} {segment.phase}" if segment.round else segment.phase, refresh=False
-            )
             began = time.perf_counter()
             loss = float(
                 self.trainer.train(
@@ -187,7 +179,7 @@ class _Run:
                     learning_rate=self.timeline.learning_rate,
                     lam=self.timeline.lam,
                     teacher=self._teacher_of(segment),
-                    after_update=self.bar.update,
+                    after_update=self.journal.updated,
                 )
             )
             seconds = time.perf_counter() - began
@@ -200,7 +192,7 @@ class _Run:
                 )
             self.state.seconds += seconds
             self.state.macs_spent += (stop - start) * self.feed.train.batch_size * self._macs_per_image(segment)
-            if segment.phase == "hold" and stop == min(segment.start + 2, segment.stop):
+            if segment.phase == "hold" and stop == segment.start + 2:
                 self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
             if stop % per_epoch == 0 or stop == segment.stop:
                 self._log_row(segment, start, loss, seconds)
@@ -257,8 +249,7 @@ class _Run:
             record["top1"]["end"] = self._score().top1
             record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
             self.teacher, self.state.teacher_log = None, None
-            if not self.bar.disable:
-                self.bar.write(_round_line(record))
+            self.journal.end_round(record)
 
     # ---- teachers, scores, costs
 
@@ -269,6 +260,7 @@ class _Run:
     def _set_teacher(self) -> None:
         self.teacher = copy.deepcopy(self.trainer.best).eval().requires_grad_(False)
         self.state.teacher_log = len(self.state.log)
+        self._cost = None
 
     def _teacher_of(self, segment: Segment) -> Teacher | None:
         if self.teacher is None or segment.phase == "hold":
@@ -298,63 +290,46 @@ class _Run:
             "val_top1": score.top1,
             "val_loss": score.loss,
             "lr": self.config.lr * self.timeline.learning_rate(last),
-            "lam": self.timeline.lam(last) if segment.grown else None,
+            "lam": self.timeline.lam(last) if grown_modules(self.trainer.model) else None,
             "training_macs": self.state.macs_spent,
             "images_per_second": (self.trainer.update - start) * self.feed.train.batch_size / seconds,
             "seconds": self.state.seconds,
         }
         self.state.history.append(row)
-        with open(self.folder.path / "log.jsonl", "a") as file:
-            file.write(json_line(row))
-        self.bar.set_postfix(loss=f"{loss:.3f}", val=f"{score.top1:.1f}", refresh=False)
-        if self.writer is not None:
-            for key in ("train_loss", "val_top1", "val_loss", "lr", "images_per_second"):
-                self.writer.add_scalar(key, row[key], self.trainer.update)
-            self.writer.add_scalar("lam", row["lam"] or 0.0, self.trainer.update)
+        self.journal.add(row)
 
     # ---- checkpoints
 
     def _checkpoint(self, next_segment: int) -> None:
-        state: dict[str, Any] = {
-            "update": self.trainer.update,
-            "next_segment": next_segment,
-            "run": asdict(self.state),
-            "model": self.trainer.model.state_dict(),
-            "optimizer": self.trainer.optimizer_state(),
-            "random": random_state(),
-        }
-        if self.trainer.ema is not None:
-            state["ema"] = self.trainer.ema.state_dict()
-        if self.teacher is not None:
-            state["teacher"] = self.teacher.state_dict()
-        save_checkpoint(self.folder.path, self.trainer.update, state)
+        save_run(self.folder.path, next_segment, self.state, self.trainer, self.teacher)
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; the number of the segment to go on with."""
-        for path in find_checkpoints(self.folder.path):
-            try:
-                saved = load_checkpoint(path)
-            except RunError as error:
-                self.bar.write(f"{error} Trying the one before.")
-                continue
-            self.state = _State(**saved["run"])
-            self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
-            self.trainer.update = saved["update"]
-            self.trainer.model.load_state_dict(saved["model"])
-            if self.trainer.ema is not None:
-                self.trainer.ema.load_state_dict(saved["ema"])
-            self.trainer.load_optimizer_state(saved["optimizer"])
-            if self.state.teacher_log is not None:
-                teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
-                teacher.load_state_dict(saved["teacher"])
-                self.teacher = self._placed(teacher).eval().requires_grad_(False)
-            set_random_state(saved["random"])
-            rows = "".join(map(json_line, self.state.history))
-            write_atomic(self.folder.path / "log.jsonl", rows.encode())
-            self.bar.update(self.trainer.update)
-            return saved["next_segment"]
-        write_atomic(self.folder.path / "log.jsonl", b"")  # killed before the first checkpoint: start again
-        return 0
+        newest = newest_run(self.folder.path, self.journal.say)
+        if newest is None:  # killed before the first checkpoint: start again
+            self.journal.restart([], 0)
+            return 0
+        path, saved = newest
+        try:
+            self._take_over(saved)
+        except (RunError, RuntimeError) as error:  # PyTorch's own, for other keys or shapes
+            raise RunError(f"{path}: of another model ({str(error).splitlines()[0]}).") from error
+        self.journal.restart(self.state.history, self.trainer.update)
+        return int(saved["next_segment"])
+
+    def _take_over(self, saved: Mapping[str, Any]) -> None:
+        self.state = RunState(**saved["run"])
+        self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
+        self.trainer.update = saved["update"]
+        self.trainer.model.load_state_dict(saved["model"])
+        if self.trainer.ema is not None:
+            self.trainer.ema.load_state_dict(saved["ema"])
+        self.trainer.load_optimizer_state(saved["optimizer"])
+        if self.state.teacher_log is not None:
+            teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
+            teacher.load_state_dict(saved["teacher"])
+            self.teacher = self._placed(teacher).eval().requires_grad_(False)
+        set_random_state(saved["random"])
 
     def _make_trainer(self, model: nn.Module) -> Trainer:
         return Trainer(self._placed(copy.deepcopy(model)), self.config, self.feed.train)
@@ -364,7 +339,7 @@ class _Run:
 
     # ---- the end
 
-    def _finish(self, identity: dict[str, Any], about: dict[str, Any]) -> CycleResult:
+    def _finish(self, record: dict[str, Any]) -> CycleResult:
         best = self.trainer.best.eval()
         plain = replay(self.initial, [{"op": "fuse"}], self.size)
         result = CycleResult(
@@ -373,6 +348,7 @@ class _Run:
             rounds=self.state.rounds,
             history=self.state.history,
             growth_log=self.state.log,
+            timeline=self.timeline,
             val=asdict(self._score()),
             final=asdict(evaluate(best, self.feed.test, amp=self.config.amp)),
             plain=asdict(profile(plain, self.size)),
@@ -380,33 +356,19 @@ class _Run:
             training_macs=self.state.macs_spent,
             plain_training_macs=self.timeline.total * self.feed.train.batch_size * training_macs(plain, self.size),
             seconds=self.state.seconds,
-            about={**about, **identity, "versions": versions()},
+            about=record,
         )
         save_plain(result, plain, self.feed)
         result.write()
-        self.folder.write_marker("finished", {**identity, "about": about, "versions": versions()})
+        self.folder.write_marker("finished", record)
         return result
 
 
 def _check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
     """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
     born_grown = bool(grown_modules(model))
+    if born_grown and not plan.rounds:
+        raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
     plain = replay(model, [{"op": "fuse"}], input_size)
     for entry in plan.rounds[1:] if born_grown else plan.rounds:
         grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
-
-
-def _round_line(record: Mapping[str, Any]) -> str:
-    top1 = record["top1"]
-    parts = [
-        f"{key} {top1[key]:.2f}" for key in ("before", "peak", "vanished", "fused", "end") if top1.get(key) is not None
-    ]
-    return f"round {record['number']} ({', '.join(record['branch'])}): val top-1 " + " -> ".join(parts)
-
-
-def _tensorboard_writer(path: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise RunError("TensorBoard is not installed: pip install 'growshrink[tensorboard]'.") from error
-    return SummaryWriter(str(path / "tensorboard"))

@@ -1,11 +1,12 @@
 """Checkpoints: one safetensors file each, tensors beside a JSON header, written so that a crash leaves no half file.
 
 Nothing is ever unpickled. A nested state (dicts with string keys, tensors, and what JSON can hold) is flattened into
-named tensors and one JSON document in the file's metadata.
+named tensors and one JSON document in the file's metadata, beside a digest of both (safetensors has none).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from growshrink.errors import RunError
 
+PARTIAL = ".partial"
 _FORMAT = "growshrink-checkpoint-1"
 _TENSOR = "__tensor__"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
@@ -27,7 +29,7 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new, and nothing between."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}{PARTIAL}")
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
@@ -43,9 +45,9 @@ def write_atomic(path: Path, content: bytes) -> None:
 def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write `state` as the checkpoint of `update` and remove all but the newest `keep`."""
     tensors: dict[str, Tensor] = {}
-    document = _flatten(state, "", tensors)
+    document = json.dumps(_flatten(state, "", tensors))
     path = folder / f"checkpoint-{update:09d}.safetensors"
-    write_atomic(path, save(tensors, {"format": _FORMAT, "state": json.dumps(document)}))
+    write_atomic(path, save(tensors, {"format": _FORMAT, "state": document, "digest": _digest(document, tensors)}))
     for old in find_checkpoints(folder)[keep:]:
         old.unlink()
     return path
@@ -63,6 +65,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             if metadata.get("format") != _FORMAT:
                 raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if _digest(metadata["state"], tensors) != metadata["digest"]:
+            raise RunError(f"{path}: damaged (it is not what was written).")
         return _unflatten(json.loads(metadata["state"]), tensors)
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise RunError(f"{path}: damaged ({error}).") from error
@@ -94,16 +98,24 @@ def _unflatten(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
-def random_state() -> dict[str, Tensor]:
+def _digest(document: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(document.encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def random_state() -> dict[str, Any]:
     """State of torch's global generators (dropout and drop path draw from them; our batches do not)."""
-    state = {"cpu": torch.get_rng_state()}
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 
 
-def set_random_state(state: Mapping[str, Tensor]) -> None:
+def set_random_state(state: Mapping[str, Any]) -> None:
     """The inverse of `random_state`."""
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if len(state.get("cuda", ())) == torch.cuda.device_count() > 0:
+        torch.cuda.set_rng_state_all(state["cuda"])

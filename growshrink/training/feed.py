@@ -145,7 +145,10 @@ class SplitBatches:
 
 
 def check_model_fits(model: nn.Module, feed: Feed) -> None:
-    """RunError unless the model takes the feed's images and tells its classes apart."""
+    """RunError unless the model takes the images, tells the classes apart, and there is something to score it by."""
+    for split, images in (("val", feed.val), ("test", feed.test)):
+        if not len(images):
+            raise RunError(f"the {split} split of {feed.name} is empty: there is nothing to judge the net by.")
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if first is not None and first.in_channels != feed.input_size[0]:
         raise RunError(

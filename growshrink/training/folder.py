@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from growshrink.errors import RunError
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import PARTIAL, write_atomic
 
 MARKER = "run.json"
+LOCK = ".lock"
 
 
 class RunFolder:
@@ -40,22 +44,14 @@ class RunFolder:
         """
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "a")  # noqa: SIM115 - held for as long as the run
+            _refuse_foreign(path)  # before anything is written there
+            lock = _lock(path)
         except OSError as error:
             raise RunError(f"{path}: cannot be used as the folder of a run ({error.strerror}).") from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise RunError(
-                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
-            ) from error
-        try:
-            found = [entry.name for entry in path.iterdir() if entry.name != ".lock"]
-            if not found:
+            _refuse_foreign(path)
+            if not _entries(path):
                 return RunFolder(path, lock, fresh=True, finished=False)
-            if MARKER not in found:
-                raise RunError(f"{path}: not empty and not the folder of a run ({sorted(found)[0]} is in it).")
             status = read_json(path / MARKER).get("status")
             if not resume:
                 state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
@@ -69,7 +65,11 @@ class RunFolder:
     def claim_next(parent: Path, name: str, *, resume: bool = False) -> RunFolder:
         """Claim `parent/name`, or `parent/name-2`, ... the first that is free; with `resume` the newest there is."""
         taken = sorted(
-            (int(p.name[len(name) + 1 :] or 1) for p in parent.glob(f"{name}*") if _is_numbered(p.name, name)),
+            (
+                int(p.name[len(name) + 1 :] or 1)
+                for p in parent.glob(f"{glob.escape(name)}*")
+                if _is_numbered(p.name, name)
+            ),
         )
         if resume:
             number = taken[-1] if taken else 1
@@ -104,9 +104,10 @@ class RunFolder:
         """End the claim; a folder in which nothing was written disappears."""
         if self._lock.closed:
             return
-        if self.fresh and [entry.name for entry in self.path.iterdir()] == [".lock"]:
-            (self.path / ".lock").unlink()
-            self.path.rmdir()
+        if self.fresh and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            with contextlib.suppress(OSError):  # somebody else has just put something there
+                self.path.rmdir()
         self._lock.close()
 
     def __enter__(self) -> RunFolder:
@@ -118,6 +119,35 @@ class RunFolder:
     ) -> None:
         """Release."""
         self.release()
+
+
+def _lock(path: Path) -> IO[str]:
+    """The lock file of a folder, open and locked; RunError if another process has it."""
+    while True:
+        lock = open(path / LOCK, "a")  # held for as long as the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise RunError(
+                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
+            ) from error
+        except FileNotFoundError:
+            path.mkdir(parents=True, exist_ok=True)
+        lock.close()  # it was locked after its owner had removed it: a lock on nothing
+
+
+def _entries(path: Path) -> list[str]:
+    """What is in a folder, but for the lock and what a crash left half written."""
+    return sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL))
+
+
+def _refuse_foreign(path: Path) -> None:
+    found = _entries(path)
+    if found and MARKER not in found:
+        raise RunError(f"{path}: not empty and not the folder of a run ({found[0]} is in it).")
 
 
 def read_json(path: Path) -> dict[str, Any]:

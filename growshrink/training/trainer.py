@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, list_optimizers
+from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.activations import set_lambda
-from growshrink.errors import PlanError, RunError
+from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
 from growshrink.training.feed import UpdateBatches
+
+#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
+#: change of structure it would be wrong for the old parameters or for the new ones.
+NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +29,7 @@ class TrainConfig:
     """How to train, whatever the structure.
 
     Attributes:
-        optimizer: Any name of timm's `create_optimizer_v2`.
+        optimizer: A name of timm's `create_optimizer_v2`; all that keep their state parameter by parameter.
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Of SGD.
@@ -166,7 +171,13 @@ class Trainer:
         if missing := set(state) - set(named):
             raise RunError(f"the optimizer state is of another structure: it knows {sorted(missing)[0]}.")
         for name, values in state.items():
-            self.optimizer.state[named[name]] = values
+            parameter = named[name]
+            self.optimizer.state[parameter] = {
+                key: torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # its device and memory format
+                if isinstance(value, Tensor) and value.shape == parameter.shape
+                else value
+                for key, value in values.items()
+            }
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None) -> Tensor:
         with torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
@@ -193,8 +204,13 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
+        known = [str(name) for name in list_optimizers()]
+        if config.optimizer not in known:
+            raise PlanError(
+                f"optimizer={config.optimizer!r}: timm knows no such optimizer{near(config.optimizer, known)}"
+            )
         try:
-            return create_optimizer_v2(
+            optimizer = create_optimizer_v2(
                 self.model,
                 opt=config.optimizer,
                 lr=config.lr,
@@ -203,3 +219,9 @@ class Trainer:
             )
         except (ValueError, RuntimeError, AssertionError) as error:
             raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
+        if isinstance(optimizer, NOT_PER_PARAMETER):
+            raise PlanError(
+                f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and cannot "
+                "follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
+            )
+        return optimizer

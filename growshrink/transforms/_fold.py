@@ -36,8 +36,10 @@ def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | Non
     Raises:
         FuseError: The model is grown, or the folded net would differ (the model is then untouched).
     """
-    if grown := next(iter(grown_modules(model)), None):
-        raise FuseError(f"{grown} still carries branches: growshrink.fuse comes before growshrink.fold.")
+    if grown := grown_modules(model):
+        raise FuseError(
+            f"{next(iter(grown)) or 'the model'} still carries branches: growshrink.fuse comes before growshrink.fold."
+        )
     model = model if inplace else copy.deepcopy(model)
     flow = trace(model, input_size)
     commit = partial(_commit, pairs=_foldable(model, flow))

@@ -75,6 +75,10 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
     shared = shared_parameters(model)
     merges: dict[str, _Merge] = {}
     for name, module in grown_modules(model).items():
+        if module is model and isinstance(module, PureBottleneck):
+            raise FuseError(
+                "the model is itself a PureBottleneck, which cannot be replaced: its own fuse() gives a conv."
+            )
         if isinstance(module, GrownConv2d) and module._parameters.get("weight") is None:
             raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
         if any(owner == name or owner.startswith(f"{name}.") for owner in shared):

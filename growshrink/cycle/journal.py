@@ -1,0 +1,75 @@
+"""What a run tells while it runs: rows in log.jsonl and in TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from growshrink.cycle.plan import Segment
+from growshrink.errors import RunError
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.folder import json_line
+
+
+class Journal:
+    """The running record of a run of `total` updates in `folder`."""
+
+    def __init__(self, folder: Path, total: int, *, progress: bool, tensorboard: bool) -> None:
+        self._path = folder / "log.jsonl"
+        self._writer = _tensorboard_writer(folder) if tensorboard else None
+        self._progress = progress
+        self._bar = tqdm(total=total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05)
+
+    def restart(self, rows: Iterable[Mapping[str, Any]], update: int) -> None:
+        """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""
+        write_atomic(self._path, "".join(map(json_line, rows)).encode())
+        if self._progress:
+            self._bar.n = self._bar.initial = update  # the rate, and with it the time left, count from here
+
+    def updated(self) -> None:
+        """One more update is done."""
+        self._bar.update()
+
+    def enter(self, segment: Segment) -> None:
+        """Name the phase beside the bar."""
+        name = f"round {segment.round} {segment.phase}" if segment.round else segment.phase
+        self._bar.set_description(name, refresh=False)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write a row."""
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json_line(row))
+        self._bar.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{row['val_top1']:.1f}", refresh=False)
+        if self._writer is not None:
+            for key in ("train_loss", "val_top1", "val_loss", "lr", "images_per_second"):
+                self._writer.add_scalar(key, row[key], row["update"])
+            self._writer.add_scalar("lam", row["lam"] or 0.0, row["update"])
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._progress:
+            self._bar.write(text)
+
+    def end_round(self, record: Mapping[str, Any]) -> None:
+        """A line on the round that is over."""
+        top1 = record["top1"]
+        stages = ("before", "peak", "vanished", "fused", "end")
+        parts = [f"{key} {top1[key]:.2f}" for key in stages if top1.get(key) is not None]
+        self.say(f"round {record['number']} ({', '.join(record['branch'])}): val top-1 " + " -> ".join(parts))
+
+    def close(self) -> None:
+        """Remove nothing, close everything."""
+        self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise RunError("TensorBoard is not installed: pip install 'growshrink[tensorboard]'.") from error
+    return SummaryWriter(str(folder / "tensorboard"))

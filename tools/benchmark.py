@@ -1,0 +1,540 @@
+"""What does it cost: fused, grown and plain nets, our loader, a whole round, the activation, the training loop.
+
+    python tools/benchmark.py                             every section, about 3 minutes on 2 quiet cores
+    python tools/benchmark.py --only fused grown --threads 1
+    python tools/benchmark.py --out bench.json --strict   exit 1 if a target is missed
+
+Every row compares two things, A and B, in one process on the CPU: they take turns (A, B, A, B, ...), each pair of
+turns gives a ratio A / B, and the row shows the median of the ratios and their quartiles. What slows the machine down
+for a while slows both halves of a pair, so a ratio stands where a single timing does not. The times shown are medians.
+On a machine that is busy with other things, --threads 1 is steadier: threads wait for one another.
+
+| section    | A / B                                                                                     | target  |
+| ---------- | ----------------------------------------------------------------------------------------- | ------- |
+| fused      | inference of a fused reducenet20_x4 / of the same net written by hand in plain PyTorch    | <= 1.02 |
+| grown      | inference of reducenet20 grown (ratio 4), and of reducenet20_x4 / of what it fuses into   | >= 2.5  |
+| loader     | images/s of TrainBatches, out of memory / of timm's loader, 2 workers, out of PNG files   | >= 20   |
+| round      | time of a default round on reducenet20 / of its twin that stays grown for as many updates | bound   |
+| activation | other ways to write the vanishing ReLU, forward and backward / VanishingReLU              |         |
+| step       | one update of Trainer / of a loop of forward, backward and step written by hand           |         |
+
+The bound of a round is 1.1 * ((1 - t) + t / c): t is the share of its tail, trained at plain cost, and c the time of a
+grown training step over that of a plain one. The surgery (growing, fusing with its proofs) counts against the round
+alone; scoring on a val split, which a run of either kind does, is left out of both.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import timm
+import torch
+import tyro
+from PIL import Image
+from timm.data import ImageDataset, create_loader
+from timm.data.transforms import ToNumpy
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import transforms
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.compare import randomize_norms_
+from growshrink.cycle.plan import Timeline
+from growshrink.cycle.result import versions
+from growshrink.cycle.surgery import fuse_nets, grow_nets
+from growshrink.errors import RunError
+from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
+from growshrink.training.batches import fill_colour
+
+Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
+SECTIONS: tuple[Section, ...] = get_args(Section)
+FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
+SIZE, MEAN, STD = (3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+#: A turn lasts at least this many seconds (calls are repeated within it), far above the clock's resolution.
+TURN = 0.005
+MOST_REPEATS = 400
+#: Samples a round is cut into, each with every phase in it: updates 0, 10, 20, ..., updates 1, 11, 21, ..., and so on.
+ROUND_SAMPLES = 10
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of benchmark."""
+
+    only: Annotated[tuple[Section, ...], tyro.conf.arg(metavar="{" + ",".join(SECTIONS) + "} ...")] = SECTIONS
+    """Sections to run."""
+    threads: int | None = None
+    """Of torch; by default all it takes by itself, the physical cores."""
+    seconds: float = 5.0
+    """To spend on each comparison, longer if that is needed for 15 pairs (a round takes what it takes)."""
+    quick: bool = False
+    """A smoke run of seconds: very few repeats, numbers that mean nothing."""
+    strict: bool = False
+    """Exit 1 if a target is missed."""
+    out: Path | None = None
+    """Write everything, single ratios included, to this JSON file, which must not exist."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `a`, `b` and `ratio` are medians, `q1` and `q3` quartiles of `ratios`, which are pair by pair."""
+
+    section: str
+    what: str
+    a: float
+    b: float
+    unit: str
+    ratio: float
+    q1: float
+    q3: float
+    repeats: int
+    target: str
+    verdict: str  # "ok" or "MISSED"; empty without a target
+    note: str
+    ratios: tuple[float, ...]
+
+
+@dataclass
+class Bench:
+    """How much is measured, and what was found."""
+
+    seconds: float = 5.0  # per comparison
+    least_repeats: int = 15
+    batch_size: int = 64  # of inference and training steps
+    num_files: int = 4096  # of the loaders
+    round_batch: int = 8
+    round_updates: int = 700  # from 625 on LEAST_SETTLE does not change the default shares
+    progress: bool = True
+    rows: list[Row] = field(default_factory=list)
+
+    def compare(self, what: str, a: Callable[[], object], b: Callable[[], object], **options: Any) -> Row:
+        """Time `a` and `b` in turns, for as many pairs as fit into the seconds given; `options` are those of `add`."""
+        for _ in range(2):  # warm up: allocator, primitive caches, worker processes
+            a(), b()
+        first, second = seconds_of(a), seconds_of(b)
+        calls = max(1, math.ceil(TURN / min(first, second)))
+        pairs = int(self.seconds / (calls * (first + second)))
+        times_a, times_b = [], []
+        for _ in self.bar(min(MOST_REPEATS, max(self.least_repeats, pairs)), what):
+            times_a.append(1e3 * seconds_of(a, calls))
+            times_b.append(1e3 * seconds_of(b, calls))
+        return self.add(what, times_a, times_b, **options)
+
+    def add(
+        self,
+        what: str,
+        a: Sequence[float],
+        b: Sequence[float],
+        *,
+        unit: str = "ms",
+        images: tuple[int, int] | None = None,
+        at_most: float = math.inf,
+        at_least: float = 0.0,
+        note: str = "",
+    ) -> Row:
+        """Keep a row, from the times pair by pair; with `images` in a turn of A and of B, their rates are compared."""
+        if images is not None:
+            unit = "images/s"
+            a, b = ([1e3 * count / ms for ms in times] for count, times in zip(images, (a, b), strict=True))
+        ratios = tuple(x / y for x, y in zip(a, b, strict=True))
+        q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
+        target = f"<= {at_most:.3g}" if at_most < math.inf else f">= {at_least:.3g}" if at_least else ""
+        verdict = "" if not target else "ok" if at_least <= ratio <= at_most else "MISSED"
+        section, _, what = what.partition(": ")
+        medians = statistics.median(a), statistics.median(b)
+        row = Row(section, what, *medians, unit, ratio, q1, q3, len(ratios), target, verdict, note, ratios)
+        self.rows.append(row)
+        return row
+
+    def bar(self, count: int, what: str) -> Iterator[int]:
+        """`range(count)` with a progress bar."""
+        return iter(tqdm(range(count), desc=what, leave=False, disable=not self.progress, dynamic_ncols=True))
+
+
+def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
+    """Per call."""
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+def main(args: Args) -> int:
+    """Measure, print, write; the exit status."""
+    if args.threads is not None and args.threads < 1:
+        raise RunError(f"--threads {args.threads}: must be at least 1.")
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise RunError(f"--seconds {args.seconds}: must be above 0.")
+    if not args.only:
+        raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
+    if args.out is not None and args.out.exists():
+        raise RunError(f"--out {args.out}: exists; choose another name or remove it.")
+    if args.out is not None and not args.out.absolute().parent.is_dir():
+        raise RunError(f"--out {args.out}: the folder {args.out.parent} does not exist.")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    bench = Bench(0.02, 3, 4, 256, 2, 160) if args.quick else Bench(args.seconds)
+    bench.progress = not args.quiet
+    about: dict[str, Any] = {
+        "command": shlex.join(["python", *sys.argv]),
+        "versions": versions(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": load(),
+    }
+    began = time.perf_counter()
+    for section in SECTIONS:
+        if section in args.only:
+            torch.manual_seed(0)
+            MEASURES[section](bench)
+            gc.collect()  # worker processes too
+    about |= {"seconds": time.perf_counter() - began, "load_after": load()}
+    print(table(bench.rows, about))
+    if args.out is not None:
+        try:
+            with open(args.out, "x", encoding="utf-8") as file:
+                file.write(json.dumps({**about, **asdict(bench)}, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"--out {args.out}: {error.strerror}.") from error
+    return int(args.strict and any(row.verdict == "MISSED" for row in bench.rows))
+
+
+# ---- fused, grown
+
+
+class HandWritten(nn.Module):
+    """The plain reducenet20 as one writes it without a library."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
+        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        self.blocks = nn.Sequential(*(HandWrittenBlock(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)))
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        x = self.blocks(F.relu(self.norm(self.conv(x))))
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class HandWrittenBlock(nn.Module):
+    """3x3 -> BN (+ identity where the shape allows) -> ReLU."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.skip = inputs == outputs
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=1 if self.skip else 2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+        y = self.norm(self.conv(x))
+        return F.relu(y + x if self.skip else y)
+
+
+def measure_fused(bench: Bench) -> None:
+    """Nothing of this library is left in a fused net: it is as fast as one that never was grown."""
+    _, fused = grown_and_fused("reducenet20_x4")
+    hand = HandWritten()  # the same layers in the same order, by other names
+    hand.load_state_dict(dict(zip(hand.state_dict(), fused.state_dict().values(), strict=True)))
+    hand = channels_last(hand).eval()
+    gs.assert_equivalent(hand, fused, input_size=SIZE)
+    for size in (1, bench.batch_size):
+        compare_inference(bench, "fused: fused / hand-written", fused, hand, size, at_most=FUSED_AT_MOST)
+
+
+def measure_grown(bench: Bench) -> None:
+    """What fusing saves."""
+    for name, words in (("reducenet20", "reducenet20 + bottleneck 4"), ("reducenet20_x4", "reducenet20_x4")):
+        what = f"grown: {words} / fused"
+        grown, fused = grown_and_fused(name)
+        for size in (1, bench.batch_size):
+            compare_inference(bench, what, grown, fused, size, at_least=GROWN_AT_LEAST)
+        batch = random_batch(bench.batch_size)
+        steps = (partial(BareLoop(net), *batch) for net in (grown, fused))
+        bench.compare(f"{what}, training step, batch {bench.batch_size}", *steps)
+
+
+def grown_and_fused(name: str) -> tuple[nn.Module, nn.Module]:
+    """A grown net with lam at 1, and what it fuses into; random norms, so that its branches are at work."""
+    grown = timm.create_model(name, num_classes=10)
+    grown = gs.grow(grown, ratio=4, input_size=SIZE) if name == "reducenet20" else grown
+    randomize_norms_(grown)
+    gs.set_lambda(grown, 0.0)
+    fused = gs.fuse(grown, input_size=SIZE)
+    gs.set_lambda(grown, 1.0)
+    return channels_last(grown), channels_last(fused)
+
+
+def compare_inference(bench: Bench, what: str, a: nn.Module, b: nn.Module, size: int, **target: float) -> None:
+    """Latency of two nets in eval mode."""
+    images, _ = random_batch(size)
+    with torch.inference_mode():
+        what = f"{what}, inference, batch {size}"
+        bench.compare(what, partial(a.eval(), images), partial(b.eval(), images), **target)
+
+
+# ---- loader
+
+
+def measure_loader(bench: Bench) -> None:
+    """Pad-4 crop and flip of 32x32 images: in memory and batchwise against files, PIL and worker processes."""
+    batch_size, passes = 128, 4  # ours makes several passes in a turn: one is a matter of milliseconds
+    split = random_split(bench.num_files)
+    ours = TrainBatches(split, batch_size=batch_size, mean=MEAN, std=STD)
+    with tempfile.TemporaryDirectory(prefix="growshrink-benchmark-") as folder:
+        for index in bench.bar(len(split), "loader: writing PNG files"):
+            path = Path(folder, str(int(split.labels[index])), f"{index:05d}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(split.images[index].numpy()).save(path)
+        theirs = timm_loader(folder, batch_size)
+        shapes = {(images.shape, images.dtype, labels.dtype) for images, labels in (next(iter(theirs)), ours.batch(0))}
+        assert len(shapes) == 1, shapes
+
+        def our_turn() -> None:
+            for update in range(passes * ours.updates_per_epoch):
+                ours.batch(update)
+
+        def their_turn() -> None:
+            for _ in theirs:
+                pass
+
+        what = "loader: TrainBatches / timm's create_loader with 2 workers on a PNG folder"
+        images = ours.updates_per_epoch * batch_size
+        bench.compare(what, our_turn, their_turn, images=(passes * images, images), at_least=LOADER_AT_LEAST)
+
+
+def timm_loader(folder: str, batch_size: int) -> Any:
+    """As timm's train.py makes it (prefetcher: workers hand over bytes, batches are normalised here), bar the crop."""
+    loader = create_loader(
+        ImageDataset(folder),
+        SIZE,
+        batch_size,
+        is_training=True,
+        mean=MEAN,
+        std=STD,
+        num_workers=2,
+        device=torch.device("cpu"),
+    )
+    crop = transforms.RandomCrop(SIZE[1], padding=4, fill=tuple(fill_colour(MEAN).tolist()))
+    loader.dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), ToNumpy()])
+    return loader
+
+
+# ---- round
+
+
+def measure_round(bench: Bench) -> None:
+    """A round against the bound that the share of its tail sets it."""
+    size, per_epoch = bench.round_batch, 100
+    plain = channels_last(timm.create_model("reducenet20", num_classes=10))
+    batches = TrainBatches(random_split(per_epoch * size), batch_size=size, mean=MEAN, std=STD)
+    plan = gs.RoundPlan(epochs=bench.round_updates / per_epoch)
+    timeline = Timeline(gs.CyclePlan(rounds=(plan,)), batches.updates_per_epoch)
+    tail = next(segment.start for segment in timeline.segments if segment.phase == "tail")
+
+    def make(grown: bool) -> Trainer:
+        trainer = Trainer(copy.deepcopy(plain), TrainConfig(), batches)
+        if grown:
+            grow_nets(trainer, plan, 0, SIZE)
+        return trainer
+
+    def advance(trainer: Trainer) -> Callable[[], object]:
+        return lambda: trainer.train(trainer.update + 1, learning_rate=timeline.learning_rate, lam=timeline.lam)
+
+    what = f"round: c, training step of Trainer, grown / plain, batch {size}"
+    c = bench.compare(what, advance(make(grown=True)), advance(make(grown=False))).ratio
+
+    twin, actual = make(grown=True), make(grown=False)
+    step_actual, step_twin = advance(actual), advance(twin)
+    grow_seconds, fuse_seconds = seconds_of(lambda: grow_nets(actual, plan, 0, SIZE)), 0.0
+    parts_actual, parts_twin = ([0.0] * ROUND_SAMPLES for _ in range(2))
+    what = f"round: round / twin that stays grown, {timeline.total} updates of {size}"
+    for update in bench.bar(timeline.total, what):
+        if update == tail:
+            fuse_seconds = seconds_of(lambda: fuse_nets(actual, lambda net: 0.0, SIZE))
+        parts_actual[update % ROUND_SAMPLES] += seconds_of(step_actual)
+        parts_twin[update % ROUND_SAMPLES] += seconds_of(step_twin)
+    surgery, updates, t = grow_seconds + fuse_seconds, sum(parts_actual), timeline.tail_share(1)
+    bound = ROUND_MARGIN * ((1 - t) + t / c)
+    note = (
+        f"bound {bound:.3f} = {ROUND_MARGIN} * ((1 - t) + t / c), t = {t:.3f}, c = {c:.2f}. The round took "
+        f"{updates + surgery:.1f} s: growing {grow_seconds:.2f}, fusing {fuse_seconds:.2f}, updates {updates:.1f}; the "
+        f"twin's updates {sum(parts_twin):.1f} s. A repeat is every {ROUND_SAMPLES}th update, with its share of the rest"
+    )
+    parts_actual = [part + surgery / ROUND_SAMPLES for part in parts_actual]
+    bench.add(what, parts_actual, parts_twin, unit="s", at_most=bound, note=note)
+
+
+# ---- activation
+
+
+def measure_activation(bench: Bench) -> None:
+    """Why VanishingReLU reads lam on the CPU: the ways to write it without reading lose."""
+    act = gs.VanishingReLU(0.5)
+    x = torch.randn(bench.batch_size, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn_like(x)
+    forms: dict[str, Callable[[Tensor], Tensor]] = {
+        "F.prelu with a tensor slope": lambda x: F.prelu(x, (1 - act.lam).reshape(1)),
+        "torch.where": lambda x: torch.where(x > 0, x, (1 - act.lam) * x),
+        "lam * relu(x) + (1 - lam) * x": lambda x: act.lam * F.relu(x) + (1 - act.lam) * x,
+        "relu, which does not vanish,": F.relu,
+    }
+
+    def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(x), x, gradient)
+
+    for name, function in forms.items():
+        if function is not F.relu:
+            torch.testing.assert_close(function(x), act(x))
+        what = f"activation: {name} / VanishingReLU, forward + backward, {tuple(x.shape)}"
+        bench.compare(what, both_ways(function), both_ways(act))
+
+
+# ---- step
+
+
+class BareLoop:
+    """A training step written by hand, with the optimizer of Trainer's default configuration."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.train()
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """One update."""
+        loss = F.cross_entropy(self.model(images), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+
+@dataclass
+class OneBatch:
+    """The same batch at every update, so that no time goes into making it."""
+
+    value: Batch
+    batch_size: int
+    updates_per_epoch: int = 1000
+
+    def batch(self, update: int) -> Batch:
+        """Whatever the update."""
+        return self.value
+
+
+def measure_step(bench: Bench) -> None:
+    """What average, schedules and lam add to an update."""
+    batches = OneBatch(random_batch(bench.batch_size), bench.batch_size)
+    timeline = Timeline(gs.CyclePlan(rounds=(gs.RoundPlan(epochs=1),)), batches.updates_per_epoch)
+    plain = channels_last(timm.create_model("reducenet20", num_classes=10))
+    grown = gs.grow(plain, ratio=4, input_size=SIZE)
+    for name, net, decay in (("plain", plain, 0.998), ("plain, no average", plain, 0.0), ("grown", grown, 0.998)):
+        trainer = Trainer(copy.deepcopy(net), TrainConfig(lr=1e-3, ema_decay=decay), batches)
+
+        def advance(trainer: Trainer = trainer) -> None:
+            trainer.train(trainer.update + 1, learning_rate=timeline.learning_rate, lam=timeline.lam)
+
+        what = f"step: Trainer / bare loop, {name}, batch {batches.batch_size}"
+        bench.compare(what, advance, partial(BareLoop(copy.deepcopy(net)), *batches.value))
+
+
+MEASURES: dict[Section, Callable[[Bench], None]] = {
+    "fused": measure_fused,
+    "grown": measure_grown,
+    "loader": measure_loader,
+    "round": measure_round,
+    "activation": measure_activation,
+    "step": measure_step,
+}
+
+
+# ---- small things
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """In place."""
+    return model.to(memory_format=torch.channels_last)
+
+
+def random_split(count: int) -> Split:
+    """Noise."""
+    return Split(torch.randint(256, (count, *SIZE[1:], SIZE[0]), dtype=torch.uint8), torch.arange(count) % 10)
+
+
+def random_batch(size: int) -> Batch:
+    """Noise, as batches come."""
+    images = torch.randn(size, *SIZE).contiguous(memory_format=torch.channels_last)
+    return images, torch.randint(10, (size,))
+
+
+def processor() -> str:
+    """Its name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def load() -> float | None:
+    """How many processes wanted to run in the last minute, on average; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def table(rows: Sequence[Row], about: dict[str, Any]) -> str:
+    """All rows in columns, and what is to be said besides."""
+    lines = [["section", "A / B", "A", "B", "", "ratio", "quartiles", "repeats", "target", ""]]
+    for row in rows:
+        a, b = (f"{value:.3f}" if value < 10 else f"{value:,.1f}" for value in (row.a, row.b))
+        quartiles = f"{row.q1:.3f} .. {row.q3:.3f}"
+        lines.append([row.section, row.what, a, b, row.unit, f"{row.ratio:.3f}", quartiles])
+        lines[-1] += [str(row.repeats), row.target, row.verdict]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    right = (2, 3, 5, 7)
+    text = []
+    for line in lines:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        text.append("  ".join(cells).rstrip())
+    text += [f"{row.section}: {row.note}." for row in rows if row.note]
+    found = about["versions"]
+    loads = " -> ".join(
+        "?" if value is None else f"{value:.1f}" for value in (about["load_before"], about["load_after"])
+    )
+    text.append(
+        f"{about['threads']} threads, {about['cores']} cores, {about['processor']}, {found['machine']}; torch "
+        f"{found['torch']}, timm {found['timm']}, growshrink {found['growshrink']}, Python {found['python']}; "
+        f"load average {loads}; {about['seconds']:.0f} s."
+    )
+    if missed := sum(row.verdict == "MISSED" for row in rows):
+        text.append(f"{missed} of {sum(bool(row.target) for row in rows)} targets MISSED.")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except gs.GrowShrinkError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("benchmark: interrupted.", file=sys.stderr)
+        sys.exit(130)
