@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class Branch(nn.Module, ABC):
     #: The branch has a middle width, which `ratio` sets.
     has_width: ClassVar[bool] = True
 
-    norm: nn.BatchNorm2d
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        norm: nn.BatchNorm2d
 
     def __init_subclass__(cls, kind: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -74,7 +75,8 @@ class Bottleneck(Branch, kind="bottleneck"):
     merge into a kernel of the same shape, exactly, borders included.
     """
 
-    body: PureBottleneck
+    if TYPE_CHECKING:
+        body: PureBottleneck
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)

@@ -27,7 +27,8 @@ class GrownConv2d(nn.Conv2d):
     module goes on referring to it.
     """
 
-    branches: nn.ModuleList
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        branches: nn.ModuleList
 
     @staticmethod
     def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:

@@ -217,3 +217,12 @@ def test_the_name_in_an_error_is_the_whole_path():
 def test_a_conv_without_branches_is_its_own_map():
     grown = grown_conv([])
     assert torch.equal(grown.as_convmap().kernel, ConvMap.from_conv2d(grown).kernel)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["bottleneck", "insert", "nest"])
+def test_grown_nets_script(kind):
+    grown = gs.grow(net(), kind, init="paper").eval()
+    x = images(3, 16, 16)
+    with torch.no_grad():
+        assert rel(torch.jit.script(grown)(x), grown(x)) < 1e-6

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, list_optimizers
+from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -210,18 +210,19 @@ class Trainer:
                 f"optimizer={config.optimizer!r}: timm knows no such optimizer{near(config.optimizer, known)}"
             )
         try:
-            optimizer = create_optimizer_v2(
+            if issubclass(get_optimizer_class(config.optimizer, bind_defaults=False), NOT_PER_PARAMETER):
+                raise PlanError(
+                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and cannot "
+                    "follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
+                )
+            return create_optimizer_v2(
                 self.model,
                 opt=config.optimizer,
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
             )
+        except PlanError:
+            raise
         except (ValueError, RuntimeError, AssertionError) as error:
             raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
-        if isinstance(optimizer, NOT_PER_PARAMETER):
-            raise PlanError(
-                f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and cannot "
-                "follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
-            )
-        return optimizer
