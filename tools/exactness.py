@@ -1,0 +1,95 @@
+"""Is the fused net the grown one? Errors in float64 and float32 for any timm models, as a table.
+
+    python tools/exactness.py                                every ReduceNet that is grown at birth, at full width
+    python tools/exactness.py resnet18 efficientnet_lite0 --branch nest --image-size 64
+
+Norm parameters and statistics are random: a fresh batch norm hides most mistakes. `effect` is the relative change of
+the output when the branches are silenced; at 0 the comparison would prove nothing. `drift` is what three rounds of
+grow (silent), random norms and fuse add up to in float64. Exit code 1 if a net is not exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.compare import randomize_norms_
+from growshrink.errors import near
+from growshrink.grown import grown_modules
+
+
+COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
+
+
+@dataclass
+class Args:
+    """Options of exactness."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """timm models; plain ones are grown first. By default every ReduceNet that is grown at birth."""
+    branch: str = "bottleneck"
+    """What plain models are grown with; A+B attaches both."""
+    image_size: int | None = None
+    """Pixels; by default the model's own, at most 64."""
+
+
+def main(args: Args) -> int:
+    """Print the table; the number of nets that are not exact."""
+    names = args.models or [name for name in timm.list_models("reducenet*") if "_x" in name]
+    for name in names:
+        if not timm.is_model(name):
+            raise gs.GrowShrinkError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
+    print(f"{'model':24s} {'grown':>5s}" + "".join(f"{title:>10s}" for title in COLUMNS))
+    num_wrong = 0
+    for name in (bar := tqdm(names, unit="net", leave=False)):
+        model = timm.create_model(name)
+        channels, height, _ = timm.get_pretrained_cfg(name).input_size
+        size = (channels, *[args.image_size or min(height, 64)] * 2)
+        if not grown_modules(model):
+            model = gs.grow(model, args.branch.split("+"), input_size=size)
+        proof = gs.verify(model, input_size=size)
+        drift = drift_of_rounds(model, args.branch.split("+"), size)
+        num_wrong += not (proof.ok and drift < 1e-9)
+        bar.write(
+            f"{name:24s} {len(grown_modules(model)):5d}{proof.max_rel:10.1e}{proof.max_rel_float32:10.1e}"
+            f"{proof.rounding_float32:10.1e}{proof.effect:10.2f}{drift:10.1e}{'' if proof.ok else '  NOT EXACT'}",
+            file=sys.stdout,
+        )
+    return num_wrong
+
+
+def drift_of_rounds(model: nn.Module, branch: list[str], size: tuple[int, int, int], rounds: int = 3) -> float:
+    """Relative differences of plain to grown and grown to fused, added up over rounds in float64."""
+    plain = gs.fuse(_vanished(copy.deepcopy(model).double()), input_size=size)
+    drift = 0.0
+    for seed in range(rounds):
+        grown = gs.grow(plain, branch, seed=seed, input_size=size)
+        drift += gs.compare(plain, grown, input_size=size).max_rel
+        randomize_norms_(grown, seed)
+        grown = _vanished(grown)
+        plain = gs.fuse(grown, input_size=size)
+        drift += gs.compare(grown, plain, input_size=size).max_rel
+    return drift
+
+
+def _vanished(model: nn.Module) -> nn.Module:
+    gs.set_lambda(model, 0.0)
+    return model.eval()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    try:
+        sys.exit(min(1, main(tyro.cli(Args, description=__doc__))))
+    except gs.GrowShrinkError as error:
+        print(f"exactness: {error}", file=sys.stderr)
+        sys.exit(2)
