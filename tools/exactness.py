@@ -26,7 +26,6 @@ from growshrink.compare import randomize_norms_
 from growshrink.errors import near
 from growshrink.grown import grown_modules
 
-
 COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
 
 
@@ -52,8 +51,11 @@ def main(args: Args) -> int:
     num_wrong = 0
     for name in (bar := tqdm(names, unit="net", leave=False)):
         model = timm.create_model(name)
-        channels, height, _ = timm.get_pretrained_cfg(name).input_size
-        size = (channels, *[args.image_size or min(height, 64)] * 2)
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None
+        channels, height, _ = cfg.input_size
+        side = args.image_size or min(height, 64)
+        size = (channels, side, side)
         if not grown_modules(model):
             model = gs.grow(model, args.branch.split("+"), input_size=size)
         proof = gs.verify(model, input_size=size)
