@@ -4,6 +4,9 @@ import torch
 # The workers of pytest-xdist share the cores; more threads than cores make every one of them slower.
 torch.set_num_threads(1)
 
+# --doctest-modules would import it, and importing it changes timm's registry.
+collect_ignore = ["conformance/timm_shim.py"]
+
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
