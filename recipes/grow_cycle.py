@@ -11,6 +11,7 @@ and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json 
 from __future__ import annotations
 
 import ast
+import math
 import shlex
 import sys
 from dataclasses import dataclass
@@ -243,6 +244,8 @@ def make_plan(args: Args) -> gs.CyclePlan:
     if args.plan is not None:
         values = read_json(args.plan)
         return gs.CyclePlan.from_dict(values.get("plan", values))
+    if not 0 < args.epochs < math.inf:
+        raise PlanError(f"--epochs {args.epochs}: must be a number above 0.")
     if args.rounds < 0:
         raise PlanError(f"--rounds {args.rounds}: must not be negative.")
     if not 0.0 <= args.base <= 1.0:

@@ -11,7 +11,7 @@ On a machine that is busy with other things, --threads 1 is steadier: threads wa
 
 | section    | A / B                                                                                     | target  |
 | ---------- | ----------------------------------------------------------------------------------------- | ------- |
-| fused      | inference of a fused reducenet20_x4 / of the same net written by hand in plain PyTorch    | <= 1.02 |
+| fused      | inference of a fused reducenet20_x4 / of that net written by hand, and of reducenet20     | <= 1.02 |
 | grown      | inference of reducenet20 grown (ratio 4), and of reducenet20_x4 / of what it fuses into   | >= 2.5  |
 | loader     | images/s of TrainBatches, out of memory / of timm's loader, 2 workers, out of PNG files   | >= 20   |
 | round      | time of a default round on reducenet20 / of its twin that stays grown for as many updates | bound   |
@@ -62,6 +62,9 @@ from growshrink.errors import RunError
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
 
+Call = Callable[[], object]
+Values = Sequence[float]
+Images = tuple[int, int] | None
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
@@ -81,7 +84,7 @@ class Args:
     """Sections to run."""
     threads: int | None = None
     """Of torch; by default all it takes by itself, the physical cores."""
-    seconds: float = 5.0
+    seconds: float = 4.0
     """To spend on each comparison, longer if that is needed for 15 pairs (a round takes what it takes)."""
     quick: bool = False
     """A smoke run of seconds: very few repeats, numbers that mean nothing."""
@@ -116,7 +119,7 @@ class Row:
 class Bench:
     """How much is measured, and what was found."""
 
-    seconds: float = 5.0  # per comparison
+    seconds: float = 4.0  # per comparison
     least_repeats: int = 15
     batch_size: int = 64  # of inference and training steps
     num_files: int = 4096  # of the loaders
@@ -125,8 +128,13 @@ class Bench:
     progress: bool = True
     rows: list[Row] = field(default_factory=list)
 
-    def compare(self, what: str, a: Callable[[], object], b: Callable[[], object], **options: Any) -> Row:
-        """Time `a` and `b` in turns, for as many pairs as fit into the seconds given; `options` are those of `add`."""
+    def compare(
+        self, what: str, a: Call, b: Call, *, at_most: float = math.inf, at_least: float = 0.0, images: Images = None
+    ) -> Row:
+        """Time `a` and `b` in turns, for as many pairs as fit into the seconds given; `what` begins with the section.
+
+        With the numbers of `images` that a call of `a` and one of `b` make, the rates are compared, not the times.
+        """
         for _ in range(2):  # warm up: allocator, primitive caches, worker processes
             a(), b()
         first, second = seconds_of(a), seconds_of(b)
@@ -136,24 +144,15 @@ class Bench:
         for _ in self.bar(min(MOST_REPEATS, max(self.least_repeats, pairs)), what):
             times_a.append(1e3 * seconds_of(a, calls))
             times_b.append(1e3 * seconds_of(b, calls))
-        return self.add(what, times_a, times_b, **options)
+        unit = "ms" if images is None else "images/s"
+        if images is not None:
+            times_a, times_b = ([1e3 * n / ms for ms in t] for n, t in zip(images, (times_a, times_b), strict=True))
+        return self.add(what, times_a, times_b, unit, at_most=at_most, at_least=at_least)
 
     def add(
-        self,
-        what: str,
-        a: Sequence[float],
-        b: Sequence[float],
-        *,
-        unit: str = "ms",
-        images: tuple[int, int] | None = None,
-        at_most: float = math.inf,
-        at_least: float = 0.0,
-        note: str = "",
+        self, what: str, a: Values, b: Values, unit: str, *, at_most: float, at_least: float = 0.0, note: str = ""
     ) -> Row:
-        """Keep a row, from the times pair by pair; with `images` in a turn of A and of B, their rates are compared."""
-        if images is not None:
-            unit = "images/s"
-            a, b = ([1e3 * count / ms for ms in times] for count, times in zip(images, (a, b), strict=True))
+        """Keep a row, from the values pair by pair."""
         ratios = tuple(x / y for x, y in zip(a, b, strict=True))
         q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
         target = f"<= {at_most:.3g}" if at_most < math.inf else f">= {at_least:.3g}" if at_least else ""
@@ -166,10 +165,10 @@ class Bench:
 
     def bar(self, count: int, what: str) -> Iterator[int]:
         """`range(count)` with a progress bar."""
-        return iter(tqdm(range(count), desc=what, leave=False, disable=not self.progress, dynamic_ncols=True))
+        return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
 
 
-def seconds_of(call: Callable[[], object], calls: int = 1) -> float:
+def seconds_of(call: Call, calls: int = 1) -> float:
     """Per call."""
     began = time.perf_counter()
     for _ in range(calls):
@@ -191,21 +190,19 @@ def main(args: Args) -> int:
         raise RunError(f"--out {args.out}: the folder {args.out.parent} does not exist.")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    bench = Bench(0.02, 3, 4, 256, 2, 160) if args.quick else Bench(args.seconds)
+    bench = Bench(0.02, 3, 4, 256, 2, 120) if args.quick else Bench(args.seconds)
     bench.progress = not args.quiet
     about: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **machine(),
         "load_before": load(),
     }
     began = time.perf_counter()
-    for section in SECTIONS:
+    for section, measure in zip(SECTIONS, MEASURES, strict=True):
         if section in args.only:
             torch.manual_seed(0)
-            MEASURES[section](bench)
+            measure(bench)
             gc.collect()  # worker processes too
     about |= {"seconds": time.perf_counter() - began, "load_after": load()}
     print(table(bench.rows, about))
@@ -222,44 +219,44 @@ def main(args: Args) -> int:
 
 
 class HandWritten(nn.Module):
-    """The plain reducenet20 as one writes it without a library."""
+    """The plain reducenet20 as one writes it in PyTorch alone."""
+
+    class Block(nn.Module):
+        """3x3 -> BN (+ identity where the shape allows) -> ReLU."""
+
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__()
+            self.skip = inputs == outputs
+            self.conv = nn.Conv2d(inputs, outputs, 3, stride=1 if self.skip else 2, padding=1, bias=False)
+            self.norm = nn.BatchNorm2d(outputs)
+            self.relu = nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+            y = self.norm(self.conv(x))
+            if self.skip:
+                y = y + x
+            return self.relu(y)
 
     def __init__(self) -> None:
         super().__init__()
         widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-        self.conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(16)
-        self.blocks = nn.Sequential(*(HandWrittenBlock(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)))
-        self.fc = nn.Linear(64, 10)
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.blocks = nn.Sequential(*map(self.Block, widths[:-1], widths[1:]))
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        x = self.blocks(F.relu(self.norm(self.conv(x))))
-        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
-
-
-class HandWrittenBlock(nn.Module):
-    """3x3 -> BN (+ identity where the shape allows) -> ReLU."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.skip = inputs == outputs
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride=1 if self.skip else 2, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
-
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
-        y = self.norm(self.conv(x))
-        return F.relu(y + x if self.skip else y)
+        return self.head(self.blocks(self.stem(x)))
 
 
 def measure_fused(bench: Bench) -> None:
-    """Nothing of this library is left in a fused net: it is as fast as one that never was grown."""
+    """A fused net is as fast as one that never was grown, and as one that no library had a part in."""
     _, fused = grown_and_fused("reducenet20_x4")
-    hand = HandWritten()  # the same layers in the same order, by other names
-    hand.load_state_dict(dict(zip(hand.state_dict(), fused.state_dict().values(), strict=True)))
-    hand = channels_last(hand).eval()
-    gs.assert_equivalent(hand, fused, input_size=SIZE)
-    for size in (1, bench.batch_size):
-        compare_inference(bench, "fused: fused / hand-written", fused, hand, size, at_most=FUSED_AT_MOST)
+    hand, plain = HandWritten(), timm.create_model("reducenet20", num_classes=10)
+    for name, other in (("hand-written", hand), ("reducenet20 never grown", plain)):
+        other.load_state_dict(dict(zip(other.state_dict(), fused.state_dict().values(), strict=True)))  # by order
+        gs.assert_equivalent(channels_last(other), fused, input_size=SIZE)
+        for size in (1, bench.batch_size):
+            compare_inference(bench, f"fused: fused / {name}", fused, other, size, at_most=FUSED_AT_MOST)
 
 
 def measure_grown(bench: Bench) -> None:
@@ -285,12 +282,14 @@ def grown_and_fused(name: str) -> tuple[nn.Module, nn.Module]:
     return channels_last(grown), channels_last(fused)
 
 
-def compare_inference(bench: Bench, what: str, a: nn.Module, b: nn.Module, size: int, **target: float) -> None:
+def compare_inference(
+    bench: Bench, what: str, a: nn.Module, b: nn.Module, size: int, at_most: float = math.inf, at_least: float = 0.0
+) -> None:
     """Latency of two nets in eval mode."""
     images, _ = random_batch(size)
     with torch.inference_mode():
-        what = f"{what}, inference, batch {size}"
-        bench.compare(what, partial(a.eval(), images), partial(b.eval(), images), **target)
+        what, nets = f"{what}, inference, batch {size}", (partial(net.eval(), images) for net in (a, b))
+        bench.compare(what, *nets, at_most=at_most, at_least=at_least)
 
 
 # ---- loader
@@ -325,15 +324,9 @@ def measure_loader(bench: Bench) -> None:
 
 def timm_loader(folder: str, batch_size: int) -> Any:
     """As timm's train.py makes it (prefetcher: workers hand over bytes, batches are normalised here), bar the crop."""
+    device = torch.device("cpu")
     loader = create_loader(
-        ImageDataset(folder),
-        SIZE,
-        batch_size,
-        is_training=True,
-        mean=MEAN,
-        std=STD,
-        num_workers=2,
-        device=torch.device("cpu"),
+        ImageDataset(folder), SIZE, batch_size, is_training=True, mean=MEAN, std=STD, num_workers=2, device=device
     )
     crop = transforms.RandomCrop(SIZE[1], padding=4, fill=tuple(fill_colour(MEAN).tolist()))
     loader.dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), ToNumpy()])
@@ -358,7 +351,7 @@ def measure_round(bench: Bench) -> None:
             grow_nets(trainer, plan, 0, SIZE)
         return trainer
 
-    def advance(trainer: Trainer) -> Callable[[], object]:
+    def advance(trainer: Trainer) -> Call:
         return lambda: trainer.train(trainer.update + 1, learning_rate=timeline.learning_rate, lam=timeline.lam)
 
     what = f"round: c, training step of Trainer, grown / plain, batch {size}"
@@ -378,11 +371,12 @@ def measure_round(bench: Bench) -> None:
     bound = ROUND_MARGIN * ((1 - t) + t / c)
     note = (
         f"bound {bound:.3f} = {ROUND_MARGIN} * ((1 - t) + t / c), t = {t:.3f}, c = {c:.2f}. The round took "
-        f"{updates + surgery:.1f} s: growing {grow_seconds:.2f}, fusing {fuse_seconds:.2f}, updates {updates:.1f}; the "
-        f"twin's updates {sum(parts_twin):.1f} s. A repeat is every {ROUND_SAMPLES}th update, with its share of the rest"
+        f"{updates + surgery:.1f} s: growing {grow_seconds:.2f}, fusing {fuse_seconds:.2f}, updates {updates:.1f}; "
+        f"the twin's updates {sum(parts_twin):.1f} s. Each repeat is every {ROUND_SAMPLES}th update, scaled up"
     )
-    parts_actual = [part + surgery / ROUND_SAMPLES for part in parts_actual]
-    bench.add(what, parts_actual, parts_twin, unit="s", at_most=bound, note=note)
+    whole_actual = [ROUND_SAMPLES * part + surgery for part in parts_actual]
+    whole_twin = [ROUND_SAMPLES * part for part in parts_twin]
+    bench.add(what, whole_actual, whole_twin, "s", at_most=bound, note=note)
 
 
 # ---- activation
@@ -396,11 +390,10 @@ def measure_activation(bench: Bench) -> None:
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "F.prelu with a tensor slope": lambda x: F.prelu(x, (1 - act.lam).reshape(1)),
         "torch.where": lambda x: torch.where(x > 0, x, (1 - act.lam) * x),
-        "lam * relu(x) + (1 - lam) * x": lambda x: act.lam * F.relu(x) + (1 - act.lam) * x,
         "relu, which does not vanish,": F.relu,
     }
 
-    def both_ways(function: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    def both_ways(function: Callable[[Tensor], Tensor]) -> Call:
         return lambda: torch.autograd.grad(function(x), x, gradient)
 
     for name, function in forms.items():
@@ -457,14 +450,7 @@ def measure_step(bench: Bench) -> None:
         bench.compare(what, advance, partial(BareLoop(copy.deepcopy(net)), *batches.value))
 
 
-MEASURES: dict[Section, Callable[[Bench], None]] = {
-    "fused": measure_fused,
-    "grown": measure_grown,
-    "loader": measure_loader,
-    "round": measure_round,
-    "activation": measure_activation,
-    "step": measure_step,
-}
+MEASURES = (measure_fused, measure_grown, measure_loader, measure_round, measure_activation, measure_step)
 
 
 # ---- small things
@@ -486,18 +472,19 @@ def random_batch(size: int) -> Batch:
     return images, torch.randint(10, (size,))
 
 
-def processor() -> str:
-    """Its name."""
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def load() -> float | None:
     """How many processes wanted to run in the last minute, on average; None where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def table(rows: Sequence[Row], about: dict[str, Any]) -> str:
@@ -515,14 +502,10 @@ def table(rows: Sequence[Row], about: dict[str, Any]) -> str:
         cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         text.append("  ".join(cells).rstrip())
     text += [f"{row.section}: {row.note}." for row in rows if row.note]
-    found = about["versions"]
-    loads = " -> ".join(
-        "?" if value is None else f"{value:.1f}" for value in (about["load_before"], about["load_after"])
-    )
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
     text.append(
-        f"{about['threads']} threads, {about['cores']} cores, {about['processor']}, {found['machine']}; torch "
-        f"{found['torch']}, timm {found['timm']}, growshrink {found['growshrink']}, Python {found['python']}; "
-        f"load average {loads}; {about['seconds']:.0f} s."
+        f"{about['threads']} threads on {about['cores']} cores of {about['processor']}; {versions}; load average "
+        f"{about['load_before']} before, {about['load_after']} after; {about['seconds']:.0f} s"
     )
     if missed := sum(row.verdict == "MISSED" for row in rows):
         text.append(f"{missed} of {sum(bool(row.target) for row in rows)} targets MISSED.")

@@ -62,6 +62,12 @@ class CycleResult:
     seconds: float
     about: Mapping[str, Any]
 
+    @property
+    def model_about(self) -> dict[str, Any]:
+        """What `about` says of the model, its name at the least."""
+        found = self.about.get("model", {})
+        return {"name": type(self.model).__name__, **(found if isinstance(found, Mapping) else {"name": str(found)})}
+
     def to_dict(self) -> dict[str, Any]:
         """The content of report.json."""
         return {
@@ -98,7 +104,7 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
     """
     state = {key: value.detach().cpu().contiguous() for key, value in result.model.state_dict().items()}
     metadata = {
-        "about": json.dumps(dict(result.about.get("model", {}))),
+        "about": json.dumps(result.model_about),
         "classes": json.dumps(list(feed.classes)),
         "input_size": json.dumps(list(feed.input_size)),
         "mean": json.dumps(list(feed.mean)),
@@ -187,10 +193,10 @@ def _table(rounds: Sequence[Mapping[str, Any]], *, markdown: bool) -> str:
 
 def _markdown(result: CycleResult, drawn: bool) -> str:
     about, final, plain, deployed = result.about, result.final, result.plain, result.deployed
-    data, model = about["data"], about.get("model", {})
+    data, model = about["data"], result.model_about
     same = "exactly the plain net's" if deployed == plain else "NOT the plain net's"
     lines = [
-        f"# {model.get('name', type(result.model).__name__)} on {data['name']}",
+        f"# {model['name']} on {data['name']}",
         "",
         f"**Test top-1 {final['top1']:.2f} %** (loss {final['loss']:.4f}; the test set was read once, at the end), "
         f"val {result.val['top1']:.2f} %.",
@@ -312,7 +318,8 @@ def _draw_curves(result: CycleResult) -> bool:
                 axis.axvspan(segment.start, segment.stop, color="0.93", linewidth=0, zorder=0)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
-    name = result.about.get("model", {}).get("name", type(result.model).__name__)
-    figure.suptitle(f"{name} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %")
+    figure.suptitle(
+        f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %"
+    )
     figure.savefig(result.out_dir / "curves.png", dpi=110)
     return True

@@ -170,8 +170,9 @@ class _Run:
         while self.trainer.update < segment.stop:
             start = self.trainer.update
             stop = min(segment.stop, (start // per_epoch + 1) * per_epoch)
-            if segment.phase == "hold" and start == segment.start:
-                stop = min(stop, start + 2)  # the second update: by now every new parameter must have a gradient
+            second = segment.start + 2  # by then every new parameter must have a gradient
+            if segment.phase == "hold" and start < second:
+                stop = min(stop, second)
             began = time.perf_counter()
             loss = float(
                 self.trainer.train(
@@ -192,7 +193,7 @@ class _Run:
                 )
             self.state.seconds += seconds
             self.state.macs_spent += (stop - start) * self.feed.train.batch_size * self._macs_per_image(segment)
-            if segment.phase == "hold" and stop == segment.start + 2:
+            if segment.phase == "hold" and stop == second:
                 self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
             if stop % per_epoch == 0 or stop == segment.stop:
                 self._log_row(segment, start, loss, seconds)

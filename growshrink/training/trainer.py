@@ -32,7 +32,7 @@ class TrainConfig:
         optimizer: A name of timm's `create_optimizer_v2`; all that keep their state parameter by parameter.
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
-        momentum: Of SGD.
+        momentum: Of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
         label_smoothing: In [0, 1).
         ema_decay: Of the averaged weights; 0 keeps no average.
         clip_grad: Largest norm of the gradient; None does not clip.
@@ -172,12 +172,7 @@ class Trainer:
             raise RunError(f"the optimizer state is of another structure: it knows {sorted(missing)[0]}.")
         for name, values in state.items():
             parameter = named[name]
-            self.optimizer.state[parameter] = {
-                key: torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # its device and memory format
-                if isinstance(value, Tensor) and value.shape == parameter.shape
-                else value
-                for key, value in values.items()
-            }
+            self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None) -> Tensor:
         with torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
@@ -210,10 +205,11 @@ class Trainer:
                 f"optimizer={config.optimizer!r}: timm knows no such optimizer{near(config.optimizer, known)}"
             )
         try:
-            if issubclass(get_optimizer_class(config.optimizer, bind_defaults=False), NOT_PER_PARAMETER):
+            kind = get_optimizer_class(config.optimizer, bind_defaults=False)
+            if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
                 raise PlanError(
-                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and cannot "
-                    "follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
+                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and "
+                    "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
                 )
             return create_optimizer_v2(
                 self.model,
@@ -226,3 +222,12 @@ class Trainer:
             raise
         except (ValueError, RuntimeError, AssertionError) as error:
             raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
+
+
+def _beside(parameter: nn.Parameter, value: Any) -> Any:
+    """A value of an optimizer's state where and how the optimizer made it; it comes from a checkpoint, on the CPU."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value  # counts live on the CPU
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with its memory format
+    return value.to(parameter.device)

@@ -1,0 +1,164 @@
+"""A run that is killed, anywhere, and resumed ends with the weights of one that was not, bit for bit."""
+
+import importlib
+import json
+import os
+
+import pytest
+import torch
+from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
+
+import growshrink as gs
+from growshrink.cycle.plan import Timeline
+from growshrink.errors import RunError
+from growshrink.training import Augment, TrainConfig
+from growshrink.training.checkpoints import find_checkpoints
+
+CASES = {
+    "peak": {"plan": two_rounds(distil="peak"), "model": {"dropout": 0.3}, "config": CONFIG},
+    "previous": {
+        "plan": two_rounds((("insert", "bottleneck"), ("nest",)), distil="previous"),
+        "model": {"bias": True},
+        "config": TrainConfig(optimizer="adamw", lr=0.003, ema_decay=0.0, clip_grad=1.0),
+    },
+    "born grown": {
+        "plan": two_rounds(distil="peak"),
+        "model": {"born_grown": True, "dropout": 0.3},
+        "config": TrainConfig(optimizer="nadamw", lr=0.003, ema_decay=0.9),
+    },
+}
+TIMES = ("seconds", "images_per_second")
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    shorten_settle(monkeypatch)
+    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+
+
+def run(path, case, *, fail_at=None, resume=False):
+    feed = Feed.make(augment=Augment(crop=1))
+    feed.train.fail_at = fail_at
+    torch.manual_seed(5)  # the process starts like the one before, as the recipe does
+    return gs.run_cycle(
+        small(**CASES[case]["model"], outputs=4),
+        feed,
+        CASES[case]["plan"],
+        out_dir=path,
+        config=CASES[case]["config"],
+        resume=resume,
+    )
+
+
+def outcome(path, result):
+    """Everything a run leaves, but for the times."""
+    lines = (path / "log.jsonl").read_text().splitlines()
+    rows = [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+    report = json.loads((path / "report.json").read_text())
+    del report["training"]["seconds"], report["about"]["command"]
+    log = json.loads((path / "growth_log.json").read_text())
+    state = {key: value.tolist() for key, value in result.model.state_dict().items()}
+    return {"rows": rows, "report": report, "log": log, "state": state, "random": torch.rand(3).tolist()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcome of each case, run once from start to end."""
+    found = {}
+
+    def of(case):
+        if case not in found:
+            path = tmp_path_factory.mktemp("undisturbed")
+            found[case] = outcome(path, run(path, case))
+        return found[case]
+
+    return of
+
+
+def starts():
+    return [segment.start for segment in Timeline(two_rounds(), 4).segments]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_again_and_again(tmp_path, undisturbed, case):
+    """In every phase of both rounds, at its first update (right after a surgery) and later."""
+    expected = undisturbed(case)
+    points = sorted({update + extra for update in starts() for extra in (0, 1)} | {7, 20, 50})
+    assert {0, 3, 9, 13, 17, 27, 33, 37, 41} == set(starts())
+    points = points if case == "peak" else starts()
+    for index, update in enumerate(points):
+        with pytest.raises(Interrupt, match=f"before update {update}$"):
+            run(tmp_path, case, fail_at=update, resume=index > 0)
+        json.loads((tmp_path / "run.json").read_text())
+    result = run(tmp_path, case, resume=True)
+    assert outcome(tmp_path, result) == expected
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["surgery.fuse", "run.save_run", "run.save_plain", "result.write_json"],  # in a surgery, at its end, at the end
+)
+def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
+    expected = undisturbed("peak")
+    module, _, name = place.partition(".")
+    module = importlib.import_module(f"growshrink.cycle.{module}")
+    real, calls = getattr(module, name), []
+
+    def die(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == (2 if place in ("surgery.fuse", "run.save_run") else 1):
+            raise Interrupt(place)
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, die)
+        with pytest.raises(Interrupt):
+            run(tmp_path, "peak")
+    assert outcome(tmp_path, run(tmp_path, "peak", resume=True)) == expected
+
+
+def test_killed_while_a_checkpoint_is_written(tmp_path, undisturbed, monkeypatch):
+    expected = undisturbed("peak")
+    real, calls = os.replace, []
+
+    def die(*args):
+        calls.append(args)
+        if len(calls) == 9:
+            raise Interrupt
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        with pytest.raises(Interrupt):
+            run(tmp_path, "peak")
+    assert list(tmp_path.glob(".*.partial"))
+    assert outcome(tmp_path, run(tmp_path, "peak", resume=True)) == expected
+
+
+@pytest.mark.parametrize("damage", ["truncated", "bit"])
+def test_a_damaged_checkpoint_makes_way_for_the_one_before(tmp_path, undisturbed, damage):
+    expected = undisturbed("peak")
+    with pytest.raises(Interrupt):
+        run(tmp_path, "peak", fail_at=30)
+    newest, before = find_checkpoints(tmp_path)
+    content = bytearray(newest.read_bytes())
+    if damage == "bit":
+        content[-7] ^= 8
+    newest.write_bytes(content if damage == "bit" else content[:-100])
+    assert outcome(tmp_path, run(tmp_path, "peak", resume=True)) == expected
+
+
+def test_where_all_checkpoints_are_damaged_nothing_is_overwritten(tmp_path):
+    with pytest.raises(Interrupt):
+        run(tmp_path, "peak", fail_at=30)
+    for path in find_checkpoints(tmp_path):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    with pytest.raises(RunError, match=r"its checkpoints \(2\) are all damaged"):
+        run(tmp_path, "peak", resume=True)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+
+
+def test_resume_of_an_empty_folder_is_a_fresh_run(tmp_path, undisturbed):
+    expected = undisturbed("previous")
+    assert outcome(tmp_path, run(tmp_path, "previous", resume=True)) == expected

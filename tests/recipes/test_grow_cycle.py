@@ -1,0 +1,312 @@
+"""recipes/grow_cycle.py as its users run it."""
+
+import ast
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from growshrink.activations import set_lambda
+from growshrink.cycle import CyclePlan
+from growshrink.errors import RunError
+from growshrink.training import RunFolder
+from growshrink.transforms import fuse
+
+RECIPE = Path(__file__).parent.parent.parent / "recipes" / "grow_cycle.py"
+FILES = {"curves.png", "growth_log.json", "log.jsonl", "plain.safetensors", "report.json", "report.md", "run.json"}
+SMALL = [
+    "--model-kwargs",
+    "width=0.25",
+    "--ratio",
+    "1",
+    "--rounds",
+    "1",
+    "--epochs",
+    "5",
+    "--distil",
+    "peak",
+    "--quiet",
+]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums as in the process of the tests
+
+
+def main(*args):
+    """Run the recipe in this process; its exit code."""
+    argv, sys.argv = sys.argv, [str(RECIPE), *map(str, args)]
+    try:
+        runpy.run_path(str(RECIPE), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def start(*args, **kwargs):
+    """Run the recipe in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(RECIPE), *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        **kwargs,
+    )
+
+
+def contents(path):
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a small run that was not disturbed."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    assert main("--out", path, *SMALL) == 0
+    return path
+
+
+def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
+    began = time.monotonic()
+    process = start("--out", tmp_path / "run", cwd=tmp_path)
+    out, err = process.communicate(timeout=900)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err and "Warning" not in err
+    print(f"{time.monotonic() - began:.0f} s")
+    path = tmp_path / "run"
+    assert {p.name for p in path.iterdir()} >= FILES
+    report = json.loads((path / "report.json").read_text())
+    assert report["final"]["top1"] >= 97.0
+    assert report["final"]["params"] == report["plain"]["params"] == 123_610
+    assert report["final"]["macs"] == report["plain"]["macs"]
+    assert [record["branch"] for record in report["rounds"]] == [["bottleneck"], ["insert"]]
+    for record in report["rounds"]:
+        assert record["max_rel"] <= 1e-10 and record["max_rel_float32"] <= 1e-5 and record["effect"] >= 0.1
+        assert record["tail_share"] >= 0.55
+        assert record["gradients_at_update_2"]["with_gradient"] == record["gradients_at_update_2"]["new_parameters"]
+    assert report["training"]["seconds"] < 180
+    net = timm.create_model("reducenet20", num_classes=10, in_chans=1)
+    net.load_state_dict(load_file(path / "plain.safetensors"), strict=True)
+    assert "round | branches" in out and f"Read {path / 'report.md'}" in out
+    assert "round 1 (bottleneck): val top-1 before" in out
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, finished, capsys):
+    path = tmp_path / "run"
+    process = start("--out", path, *SMALL)
+    deadline = time.monotonic() + 300
+    while not (found := [p for p in path.glob("checkpoint-*") if int(p.stem[-9:]) >= 28]):  # in the vanishing
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and found
+    assert json.loads((path / "run.json").read_text())["status"] == "running"
+    assert main("--out", path, *SMALL) == 2
+    assert "an unfinished run (--resume goes on with it)" in capsys.readouterr().err
+    assert main("--out", path, *SMALL, "--crop", "2", "--resume") == 2
+    assert "another options (crop: None then, 2 now)" in capsys.readouterr().err
+    assert main("--out", path, *SMALL, "--seed", "1", "--resume") == 2
+    assert main("--out", path, *SMALL, "--resume") == 0
+    expected = load_file(finished / "plain.safetensors")
+    found = load_file(path / "plain.safetensors")
+    assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
+    reports = [json.loads((p / "report.json").read_text()) for p in (path, finished)]
+    assert reports[0]["rounds"] == reports[1]["rounds"] and reports[0]["final"] == reports[1]["final"]
+
+
+def test_a_finished_run_is_left_alone(finished, capsys):
+    before = contents(finished)
+    assert main("--out", finished, *SMALL, "--resume") == 0
+    out, err = capsys.readouterr()
+    assert "is finished" in out and not err
+    assert main("--out", finished, *SMALL) == 2
+    out, err = capsys.readouterr()
+    assert "holds a finished run. Nothing is overwritten" in err
+    assert contents(finished) == before
+
+
+def test_a_plan_comes_from_a_file_of_its_own_or_from_a_run(tmp_path, finished):
+    (tmp_path / "plan.json").write_text('{"base_epochs": 0.5}')
+    (tmp_path / "run.json").write_text('{"plan": {"base_epochs": 0.5}, "status": "finished"}')
+    for name in ("plan", "run"):
+        path = tmp_path / name
+        assert main("--out", path, "--plan", f"{path}.json", "--model-kwargs", "width=0.25", "--quiet") == 0
+        plan = json.loads((path / "run.json").read_text())["plan"]
+        assert CyclePlan.from_dict(plan) == CyclePlan(rounds=(), base_epochs=0.5)
+    plan = CyclePlan.from_dict(json.loads((finished / "run.json").read_text())["plan"])
+    assert plan.rounds[0].distil == "peak" and len(plan.rounds) == 1
+
+
+def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, monkeypatch, capsys):
+    pictures = torch.Generator().manual_seed(0)
+    for part, count in (("train", 20), ("test", 4)):
+        for label, name in enumerate(("dark", "light")):
+            folder = tmp_path / "my data" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = torch.randint(100, (16, 16, 3), generator=pictures) + 120 * label
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index}.png")
+    monkeypatch.chdir(tmp_path / "my data")
+    options = ["--data", ".", "--batch-size", "8", "--epochs", "24", "--rounds", "1", "--quiet"]
+    assert main("--model", "reducenet20_x2", "--model-kwargs", "width=0.125", *options) == 0
+    path = tmp_path / "my data" / "runs" / "my data-reducenet20_x2"
+    report = json.loads((path / "report.json").read_text())
+    assert report["rounds"][0]["branch"] == ["born grown"]
+    assert report["final"]["params"] == report["plain"]["params"]
+    assert main("--model", "reducenet20_x2", "--model-kwargs", "width=0.125", *options, "--resume") == 0
+    assert "is finished" in capsys.readouterr().out
+    monkeypatch.chdir(path)
+    exec((path / "report.md").read_text().split("```python\n")[1].split("```")[0], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "plain"),
+    [
+        ("reducenet20_x4", ("width=0.25",), "reducenet20"),
+        ("reducenet20", ("expansion=3", "linear=True"), "reducenet20"),
+        ("reducenet32_x2", ("expansion=1", "checkpoint_path="), "reducenet32"),
+        ("test_resnet", ("drop_rate=0.1",), "test_resnet"),
+    ],
+)
+def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
+    recipe = runpy.run_path(str(RECIPE))
+    args = recipe["Args"](model=name, model_kwargs=kwargs, quiet=True)
+    model, about = recipe["make_model"](args, recipe["make_feed"](args, torch.device("cpu")))
+    set_lambda(model, 0.0)
+    again = timm.create_model(about["plain_name"], **about["plain_kwargs"])
+    assert about["plain_name"] == plain
+    again.load_state_dict(fuse(model, input_size=(1, 8, 8)).state_dict(), strict=True)
+
+
+def test_help_explains_every_option(capsys):
+    assert main("--help") == 0
+    out = capsys.readouterr().out
+    tree = ast.parse(RECIPE.read_text())
+    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    options = [(n.target.id, after) for n, after in zip(body, body[1:], strict=False) if isinstance(n, ast.AnnAssign)]
+    assert len(options) >= 30
+    words = " ".join(out.replace("│", " ").split())
+    for name, explanation in options:
+        assert f"--{name.replace('_', '-')}" in out, name
+        assert isinstance(explanation, ast.Expr) and isinstance(explanation.value, ast.Constant), name
+        assert explanation.value.value.split(".")[0][:40].strip() in words, name
+
+
+BAD = {
+    "unknown model": (["--model", "reducenett20"], "--model reducenett20: timm knows no such model; did you mean "),
+    "unknown data": (["--data", "digitz"], "knows no data set 'digitz'"),
+    "missing folder": (["--data", "cifar10", "--data-dir", "nowhere"], "nowhere"),
+    "channels": (["--model-kwargs", "in_chans=3"], "takes 3 channels, the images of digits have 1"),
+    "classes": (["--model-kwargs", "num_classes=7"], "has 10 classes: make it with num_classes=10"),
+    "model argument": (["--model-kwargs", "widht=2"], "widht"),
+    "model argument's value": (["--model-kwargs", "width=-1"], "width=-1"),
+    "no argument": (["--model-kwargs", "width"], "--model-kwargs width: must be KEY=VALUE"),
+    "big net": (["--model", "vit_tiny_patch16_224"], "does not run on images of size (1, 8, 8)"),
+    "ratio": (["--ratio", "0"], "ratio"),
+    "negative ratio": (["--ratio=-2"], "ratio"),
+    "regex": (["--where", "nothing"], "where='nothing': matches no convolution"),
+    "broken regex": (["--where", "("], "not a regular expression"),
+    "branch": (["--branches", "bottelneck"], "branch='bottelneck': no such branch; did you mean bottleneck"),
+    "half a branch": (["--branches", "insert+"], "branch='': no such branch"),
+    "device": (["--device", "warp9"], "--device warp9: not to be had here"),
+    "no gpu": (["--device", "cuda:77"], "--device cuda:77: not to be had here"),
+    "too few epochs": (["--epochs", "4"], "too few for hold"),
+    "no epochs": (["--epochs", "0"], "--epochs 0.0: must be a number above 0"),
+    "negative epochs": (["--epochs=-3"], "--epochs -3.0: must be a number above 0"),
+    "infinite epochs": (["--epochs", "inf"], "--epochs inf: must be a number above 0"),
+    "rounds": (["--rounds=-1"], "--rounds -1: must not be negative"),
+    "base": (["--base", "2"], "--base 2.0"),
+    "shares": (["--hold", "0.6", "--vanish", "0.3"], "hold + vanish = 0.9"),
+    "no val": (["--val-fraction", "0"], "the val split of digits is empty"),
+    "val fraction": (["--val-fraction", "1.5"], "val_fraction=1.5"),
+    "batch": (["--batch-size", "0"], "batch_size=0"),
+    "huge batch": (["--batch-size", "100000"], "too few for one update"),
+    "optimizer": (["--optimizer", "sdg"], "timm knows no such optimizer; did you mean"),
+    "lr": (["--lr", "0"], "lr=0.0: must be above 0"),
+    "momentum": (["--momentum", "1"], "momentum=1.0"),
+    "crop": (["--crop=-1"], "crop=-1"),
+    "stream": (["--stream"], "--stream needs --image-size"),
+    "size": (["--image-size", "16"], "works for class folders only"),
+    "no plan": (["--plan", "nowhere.json"], "nowhere.json: not readable as JSON"),
+    "nan": (["--lr", "1e9", "--epochs", "20"], "the loss is nan in round 0, phase base, between updates 0 and "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, case):
+    args, words = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    small = [] if "--model-kwargs" in args or "--model" in args else ["--model-kwargs", "width=0.25"]
+    assert main("--out", "run", "--quiet", *small, *args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("grow_cycle: ")
+    assert words in err
+    if case == "nan":
+        assert json.loads(Path("run/run.json").read_text())["status"] == "running"
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "not readable as JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"plan": 3}', "the plan: must be an object"),
+        ('{"rounds": [{"epochs": 60, "brnch": ["insert"]}]}', "'brnch' is not an option of RoundPlan; did you mean"),
+        ('{"rounds": [{"branch": ["insert"]}]}', "rounds[0]: "),
+        ('{"rounds": [{"epochs": "many"}]}', "rounds[0]: epochs='many'"),
+    ],
+)
+def test_a_malformed_plan_file_gets_one_clear_line(tmp_path, capsys, content, words):
+    (tmp_path / "plan.json").write_text(content)
+    assert main("--out", tmp_path / "run", "--quiet", "--plan", tmp_path / "plan.json") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and words in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"), [(["--epoch", "3"], "--epochs"), (["--epochs", "abc"], "abc"), (["--distil", "peek"], "peak")]
+)
+def test_an_unknown_option_or_value_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys, args, words):
+    monkeypatch.chdir(tmp_path)
+    assert main(*args) == 2
+    out, err = capsys.readouterr()
+    assert args[0] in out + err and words in out + err and "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_or_of_somebody_else_is_refused_by_a_real_process(tmp_path):
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    with RunFolder.claim(tmp_path / "busy"):
+        processes = {name: start("--out", tmp_path / name, "--quiet") for name in ("foreign", "busy")}
+        ends = {name: (*process.communicate(timeout=300), process.returncode) for name, process in processes.items()}
+    for name, words in {"foreign": "thesis.tex is in it", "busy": "in use by another run"}.items():
+        out, err, code = ends[name]
+        assert (code, out, err.count("\n")) == (2, "", 1) and words in err and str(tmp_path / name) in err
+    assert contents(tmp_path) == {"foreign": None, "foreign/thesis.tex": b"years of work"}
+
+
+def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def press(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("growshrink.cycle.run.evaluate", press)
+    assert main("--out", tmp_path / "run", *SMALL) == 130
+    assert "--resume" in capsys.readouterr().err
+    with pytest.raises(RunError, match="unfinished run"):
+        RunFolder.claim(tmp_path / "run")
