@@ -75,7 +75,7 @@ class Block(nn.Module):
             )
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.skip = stride == 1 and in_channels == out_channels
-        self.act = nn.Identity() if linear else nn.ReLU()
+        self.act = nn.Identity() if linear else nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -168,7 +168,7 @@ class ReduceNet(nn.Module):
             nn.Conv2d(in_chans, channels[0], 3, stride=stem_stride, padding=1, bias=False, device=device, dtype=dtype),
         )
         self.stem.add_module("bn", nn.BatchNorm2d(channels[0], device=device, dtype=dtype))
-        self.stem.add_module("act", nn.Identity() if linear else nn.ReLU())
+        self.stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
 
         self.stages = nn.Sequential()
         feature_info: list[dict[str, Any]] = []

@@ -68,14 +68,6 @@ def contents(path):
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a small run that was not disturbed."""
-    path = tmp_path_factory.mktemp("finished") / "run"
-    assert main("--out", path, *SMALL) == 0
-    return path
-
-
 def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
     began = time.monotonic()
     process = start("--out", tmp_path / "run", cwd=tmp_path)
@@ -102,8 +94,8 @@ def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, finished, capsys):
-    path = tmp_path / "run"
+def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, capsys):
+    path, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     process = start("--out", path, *SMALL)
     deadline = time.monotonic() + 300
     while not (found := [p for p in path.glob("checkpoint-*") if int(p.stem[-9:]) >= 28]):  # in the vanishing
@@ -111,6 +103,7 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, fin
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert main("--out", undisturbed, *SMALL) == 0
     assert process.returncode == -signal.SIGKILL and found
     assert json.loads((path / "run.json").read_text())["status"] == "running"
     assert main("--out", path, *SMALL) == 2
@@ -119,25 +112,23 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, fin
     assert "another options (crop: None then, 2 now)" in capsys.readouterr().err
     assert main("--out", path, *SMALL, "--seed", "1", "--resume") == 2
     assert main("--out", path, *SMALL, "--resume") == 0
-    expected = load_file(finished / "plain.safetensors")
+    expected = load_file(undisturbed / "plain.safetensors")
     found = load_file(path / "plain.safetensors")
     assert list(found) == list(expected) and all(torch.equal(found[key], expected[key]) for key in expected)
-    reports = [json.loads((p / "report.json").read_text()) for p in (path, finished)]
+    reports = [json.loads((p / "report.json").read_text()) for p in (path, undisturbed)]
     assert reports[0]["rounds"] == reports[1]["rounds"] and reports[0]["final"] == reports[1]["final"]
 
-
-def test_a_finished_run_is_left_alone(finished, capsys):
-    before = contents(finished)
-    assert main("--out", finished, *SMALL, "--resume") == 0
+    before = contents(path)  # finished now
+    capsys.readouterr()
+    assert main("--out", path, *SMALL, "--resume") == 0
     out, err = capsys.readouterr()
     assert "is finished" in out and not err
-    assert main("--out", finished, *SMALL) == 2
-    out, err = capsys.readouterr()
-    assert "holds a finished run. Nothing is overwritten" in err
-    assert contents(finished) == before
+    assert main("--out", path, *SMALL) == 2
+    assert "holds a finished run. Nothing is overwritten" in capsys.readouterr().err
+    assert contents(path) == before
 
 
-def test_a_plan_comes_from_a_file_of_its_own_or_from_a_run(tmp_path, finished):
+def test_a_plan_comes_from_a_file_of_its_own_or_from_a_run(tmp_path):
     (tmp_path / "plan.json").write_text('{"base_epochs": 0.5}')
     (tmp_path / "run.json").write_text('{"plan": {"base_epochs": 0.5}, "status": "finished"}')
     for name in ("plan", "run"):
@@ -145,8 +136,6 @@ def test_a_plan_comes_from_a_file_of_its_own_or_from_a_run(tmp_path, finished):
         assert main("--out", path, "--plan", f"{path}.json", "--model-kwargs", "width=0.25", "--quiet") == 0
         plan = json.loads((path / "run.json").read_text())["plan"]
         assert CyclePlan.from_dict(plan) == CyclePlan(rounds=(), base_epochs=0.5)
-    plan = CyclePlan.from_dict(json.loads((finished / "run.json").read_text())["plan"])
-    assert plan.rounds[0].distil == "peak" and len(plan.rounds) == 1
 
 
 def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, monkeypatch, capsys):
@@ -289,16 +278,19 @@ def test_an_unknown_option_or_value_is_named_before_anything_is_made(tmp_path, m
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_use_or_of_somebody_else_is_refused_by_a_real_process(tmp_path):
+def test_a_folder_in_use_or_of_somebody_else_is_refused_and_left_as_it_was(tmp_path, capsys):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("x")
     with RunFolder.claim(tmp_path / "busy"):
-        processes = {name: start("--out", tmp_path / name, "--quiet") for name in ("foreign", "busy")}
-        ends = {name: (*process.communicate(timeout=300), process.returncode) for name, process in processes.items()}
-    for name, words in {"foreign": "thesis.tex is in it", "busy": "in use by another run"}.items():
-        out, err, code = ends[name]
-        assert (code, out, err.count("\n")) == (2, "", 1) and words in err and str(tmp_path / name) in err
-    assert contents(tmp_path) == {"foreign": None, "foreign/thesis.tex": b"years of work"}
+        process = start("--out", tmp_path / "busy", "--quiet")
+        out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1) and "in use by another run" in err
+    for name, words in {"foreign": "thesis.tex is in it", "file": "cannot be used"}.items():
+        assert main("--out", tmp_path / name, "--quiet") == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1) and words in err and str(tmp_path / name) in err
+    assert contents(tmp_path) == {"foreign": None, "foreign/thesis.tex": b"years of work", "file": b"x"}
 
 
 def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch, capsys):
