@@ -29,15 +29,12 @@ import copy
 import gc
 import json
 import math
-import os
-import platform
 import shlex
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -51,7 +48,6 @@ from timm.data.transforms import ToNumpy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import transforms
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.compare import randomize_norms_
@@ -61,17 +57,12 @@ from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.errors import RunError
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
+from paired import Bench, Call, load, machine, seconds_of, table
 
-Call = Callable[[], object]
-Values = Sequence[float]
-Images = tuple[int, int] | None
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
 SIZE, MEAN, STD = (3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-#: A turn lasts at least this many seconds (calls are repeated within it), far above the clock's resolution.
-TURN = 0.005
-MOST_REPEATS = 400
 #: Samples a round is cut into, each with every phase in it: updates 0, 10, 20, ..., updates 1, 11, 21, ..., and so on.
 ROUND_SAMPLES = 10
 
@@ -94,86 +85,6 @@ class Args:
     """Write everything, single ratios included, to this JSON file, which must not exist."""
     quiet: bool = False
     """No progress bar."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One comparison. `a`, `b` and `ratio` are medians, `q1` and `q3` quartiles of `ratios`, which are pair by pair."""
-
-    section: str
-    what: str
-    a: float
-    b: float
-    unit: str
-    ratio: float
-    q1: float
-    q3: float
-    repeats: int
-    target: str
-    verdict: str  # "ok" or "MISSED"; empty without a target
-    note: str
-    ratios: tuple[float, ...]
-
-
-@dataclass
-class Bench:
-    """How much is measured, and what was found."""
-
-    seconds: float = 4.0  # per comparison
-    least_repeats: int = 15
-    batch_size: int = 64  # of inference and training steps
-    num_files: int = 4096  # of the loaders
-    round_batch: int = 8
-    round_updates: int = 700  # from 625 on LEAST_SETTLE does not change the default shares
-    progress: bool = True
-    rows: list[Row] = field(default_factory=list)
-
-    def compare(
-        self, what: str, a: Call, b: Call, *, at_most: float = math.inf, at_least: float = 0.0, images: Images = None
-    ) -> Row:
-        """Time `a` and `b` in turns, for as many pairs as fit into the seconds given; `what` begins with the section.
-
-        With the numbers of `images` that a call of `a` and one of `b` make, the rates are compared, not the times.
-        """
-        for _ in range(2):  # warm up: allocator, primitive caches, worker processes
-            a(), b()
-        first, second = seconds_of(a), seconds_of(b)
-        calls = max(1, math.ceil(TURN / min(first, second)))
-        pairs = int(self.seconds / (calls * (first + second)))
-        times_a, times_b = [], []
-        for _ in self.bar(min(MOST_REPEATS, max(self.least_repeats, pairs)), what):
-            times_a.append(1e3 * seconds_of(a, calls))
-            times_b.append(1e3 * seconds_of(b, calls))
-        unit = "ms" if images is None else "images/s"
-        if images is not None:
-            times_a, times_b = ([1e3 * n / ms for ms in t] for n, t in zip(images, (times_a, times_b), strict=True))
-        return self.add(what, times_a, times_b, unit, at_most=at_most, at_least=at_least)
-
-    def add(
-        self, what: str, a: Values, b: Values, unit: str, *, at_most: float, at_least: float = 0.0, note: str = ""
-    ) -> Row:
-        """Keep a row, from the values pair by pair."""
-        ratios = tuple(x / y for x, y in zip(a, b, strict=True))
-        q1, ratio, q3 = statistics.quantiles(ratios, n=4, method="inclusive")
-        target = f"<= {at_most:.3g}" if at_most < math.inf else f">= {at_least:.3g}" if at_least else ""
-        verdict = "" if not target else "ok" if at_least <= ratio <= at_most else "MISSED"
-        section, _, what = what.partition(": ")
-        medians = statistics.median(a), statistics.median(b)
-        row = Row(section, what, *medians, unit, ratio, q1, q3, len(ratios), target, verdict, note, ratios)
-        self.rows.append(row)
-        return row
-
-    def bar(self, count: int, what: str) -> Iterator[int]:
-        """`range(count)` with a progress bar."""
-        return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
-
-
-def seconds_of(call: Call, calls: int = 1) -> float:
-    """Per call."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - began) / calls
 
 
 def main(args: Args) -> int:
@@ -470,46 +381,6 @@ def random_batch(size: int) -> Batch:
     """Noise, as batches come."""
     images = torch.randn(size, *SIZE).contiguous(memory_format=torch.channels_last)
     return images, torch.randint(10, (size,))
-
-
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
-def load() -> float | None:
-    """How many processes wanted to run in the last minute, on average; None where the system does not tell."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def table(rows: Sequence[Row], about: dict[str, Any]) -> str:
-    """All rows in columns, and what is to be said besides."""
-    lines = [["section", "A / B", "A", "B", "", "ratio", "quartiles", "repeats", "target", ""]]
-    for row in rows:
-        a, b = (f"{value:.3f}" if value < 10 else f"{value:,.1f}" for value in (row.a, row.b))
-        quartiles = f"{row.q1:.3f} .. {row.q3:.3f}"
-        lines.append([row.section, row.what, a, b, row.unit, f"{row.ratio:.3f}", quartiles])
-        lines[-1] += [str(row.repeats), row.target, row.verdict]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    right = (2, 3, 5, 7)
-    text = []
-    for line in lines:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        text.append("  ".join(cells).rstrip())
-    text += [f"{row.section}: {row.note}." for row in rows if row.note]
-    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
-    text.append(
-        f"{about['threads']} threads on {about['cores']} cores of {about['processor']}; {versions}; load average "
-        f"{about['load_before']} before, {about['load_after']} after; {about['seconds']:.0f} s"
-    )
-    if missed := sum(row.verdict == "MISSED" for row in rows):
-        text.append(f"{missed} of {sum(bool(row.target) for row in rows)} targets MISSED.")
-    return "\n".join(text)
 
 
 if __name__ == "__main__":

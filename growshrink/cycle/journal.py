@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ class Journal:
         self._path = folder / "log.jsonl"
         self._writer = _tensorboard_writer(folder) if tensorboard else None
         self._progress = progress
-        self._bar = tqdm(total=total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05)
+        every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file has no use for ten bars a second
+        self._bar = tqdm(
+            total=total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05, mininterval=every
+        )
 
     def restart(self, rows: Iterable[Mapping[str, Any]], update: int) -> None:
         """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""

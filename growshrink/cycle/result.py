@@ -223,7 +223,12 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
                     f"- Round {record['number']}, {moment}: {found['with_gradient']} of {found['new_parameters']} new "
                     f"tensors had a gradient, of {found['share_of_norm']:.0%} of the whole gradient's norm."
                 )
-    if not result.rounds:
+    if result.rounds:
+        lines.append(
+            "- The bias of a branch's last norm is among them; where a batch norm follows, that norm subtracts it and "
+            "its gradient is rounding noise."
+        )
+    else:
         lines.append("- No round: the net was never grown.")
     lines += [
         "",

@@ -270,7 +270,7 @@ class _Run:
         return Teacher(self.teacher, plan.distil_weight, plan.temperature)
 
     def _score(self, model: nn.Module | None = None) -> Score:
-        return evaluate(model or self.trainer.best, self.feed.val, amp=self.config.amp)
+        return evaluate(model or self.trainer.best, self.feed.val)
 
     def _macs_per_image(self, segment: Segment) -> int:
         """Forward and backward of the graph that runs now, and the teacher's forward."""
@@ -351,7 +351,7 @@ class _Run:
             growth_log=self.state.log,
             timeline=self.timeline,
             val=asdict(self._score()),
-            final=asdict(evaluate(best, self.feed.test, amp=self.config.amp)),
+            final=asdict(evaluate(best, self.feed.test)),
             plain=asdict(profile(plain, self.size)),
             deployed=asdict(profile(best, self.size)),
             training_macs=self.state.macs_spent,

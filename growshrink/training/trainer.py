@@ -36,7 +36,7 @@ class TrainConfig:
         label_smoothing: In [0, 1).
         ema_decay: Of the averaged weights; 0 keeps no average.
         clip_grad: Largest norm of the gradient; None does not clip.
-        amp: bfloat16 autocast.
+        amp: bfloat16 autocast in training (scores are always taken in float32).
     """
 
     optimizer: str = "sgd"
