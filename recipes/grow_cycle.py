@@ -156,7 +156,8 @@ def main(args: Args) -> None:
                 "options": {name: getattr(args, name) for name in OF_THE_DATA},
             },
         )
-    print(result.table())
+    if result.rounds:
+        print(result.table())
     print(
         f"test top-1 {result.final['top1']:.2f} %, {result.deployed['params']:,} parameters "
         f"(the plain net has {result.plain['params']:,}), training cost "
