@@ -27,6 +27,7 @@ from growshrink.errors import GrowError as GrowError
 from growshrink.errors import GrowShrinkError as GrowShrinkError
 from growshrink.grown import GrownConv2d as GrownConv2d
 from growshrink.grown import PureBottleneck as PureBottleneck
+from growshrink.training import calibrate_bn as calibrate_bn
 from growshrink.transforms import drop as drop
 from growshrink.transforms import fold as fold
 from growshrink.transforms import fuse as fuse

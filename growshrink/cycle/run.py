@@ -242,6 +242,7 @@ class _Run:
             if plan.distil == "peak":
                 self._set_teacher()
         elif segment.phase == "settle":
+            self.trainer.calibrate_average()
             fused = fuse_nets(self.trainer, lambda net: self._score(net).top1, self.size)
             record["top1"].update(fused.pop("top1"))
             record.update(fused, retention=retention(record["top1"]))

@@ -5,6 +5,7 @@ from growshrink.training.batches import Augment as Augment
 from growshrink.training.batches import Batch as Batch
 from growshrink.training.batches import TrainBatches as TrainBatches
 from growshrink.training.batches import eval_batches as eval_batches
+from growshrink.training.calibrate import calibrate_bn as calibrate_bn
 from growshrink.training.data import DataSet as DataSet
 from growshrink.training.data import Split as Split
 from growshrink.training.data import load_data as load_data

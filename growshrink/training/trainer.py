@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from growshrink.activations import set_lambda
 from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
+from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.feed import UpdateBatches
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
@@ -145,6 +146,16 @@ class Trainer:
             if after_update is not None:
                 after_update()
         return total / max(1, self.update - first)
+
+    def calibrate_average(self, num_batches: int = 50) -> None:
+        """Take the batch norm statistics of the averaged net anew, on the last batches it was trained on.
+
+        The averaged statistics are those of other weights, and reach back to before lam was 0: fused with them, a net
+        would be worth less than it is.
+        """
+        if self.ema is not None and self.update:
+            updates = range(max(0, self.update - num_batches), self.update)
+            calibrate_bn(self.ema, (self.batches.batch(update)[0] for update in updates))
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
         """Make the optimizer anew after the model grew or fused.

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
 from growshrink.schedules import constant, linear
-from growshrink.training import Teacher, TrainConfig, Trainer
+from growshrink.training import Teacher, TrainConfig, Trainer, calibrate_bn
 from nets import net, randomized
 
 SIZE = (3, 8, 8)
@@ -286,3 +286,15 @@ def test_a_model_of_linear_layers_only_is_trained_too():
     ours = trainer(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
     first = ours.train(1, **FLAT)
     assert float(ours.train(3, **FLAT)) < 10 * float(first)
+
+
+def test_the_average_is_calibrated_on_the_batches_it_was_trained_on():
+    trained = trainer()
+    trained.train(3, learning_rate=constant(1.0), lam=constant(1.0))
+    expected = copy.deepcopy(trained.ema)
+    calibrate_bn(expected, [trained.batches.batch(update)[0] for update in (1, 2)])
+    stale = copy.deepcopy(trained.ema.state_dict())
+    trained.calibrate_average(num_batches=2)
+    found = trained.ema.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
+    assert any(not torch.equal(stale[name], found[name]) for name in stale if name.endswith("running_var"))

@@ -1,0 +1,48 @@
+"""Batch norm statistics of a net, taken anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@torch.no_grad()
+def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of every batch norm to their plain average over `batches`, in place.
+
+    Needed where the weights did not come from training alone: averaged weights, or a subnet. Everything but the batch
+    norms runs in eval mode (no dropout); modes, momenta and parameters are as before afterwards.
+
+    Args:
+        model: Batch norms without running statistics are left alone.
+        batches: Images `(N, C, H, W)`, at least one batch.
+
+    Raises:
+        ValueError: There is no batch; the statistics are then as they were.
+
+    Source: Yu and Huang, Universally Slimmable Networks (arXiv:1903.05134), section 3.3.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    remaining = iter(batches)
+    first = next(remaining, None)
+    if first is None:
+        raise ValueError("calibrate_bn needs at least one batch.")
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum = None  # torch: the cumulative average
+        model(first)
+        for images_NCHW in remaining:
+            model(images_NCHW)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, training in modes.items():
+            module.training = training
