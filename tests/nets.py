@@ -108,3 +108,15 @@ def with_conv(conv, **kwargs):
     model = ConvNet(**kwargs)
     model.conv = copy.deepcopy(conv)
     return model
+
+
+class Batches:
+    """Random 8x8 batches as a function of the update, what a Trainer is fed with."""
+
+    updates_per_epoch = 5
+    batch_size = 6
+
+    def batch(self, update):
+        random = torch.Generator().manual_seed(update)
+        images = torch.randn(self.batch_size, 3, 8, 8, generator=random).contiguous(memory_format=torch.channels_last)
+        return images, torch.randint(10, (self.batch_size,), generator=random)

@@ -314,10 +314,8 @@ class ReduceNet(nn.Module):
         """(N, C, H, W) -> (N, num_features, H / reduction, W / reduction), rounded up."""
         x = self.stem(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.stages, x, flatten=True)
-        else:
-            x = self.stages(x)
-        return x
+            return checkpoint_seq(self.stages, x, flatten=True)
+        return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features -> (N, num_classes), or (N, head_hidden_size) with `pre_logits`."""

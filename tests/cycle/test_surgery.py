@@ -16,21 +16,11 @@ from growshrink.errors import FuseError, RunError
 from growshrink.grown import grown_modules
 from growshrink.schedules import constant
 from growshrink.training import TrainConfig, Trainer
-from nets import net, randomized, rel
+from nets import Batches, net, randomized, rel
 
 SIZE = (3, 8, 8)
 OPTIMIZERS = {"sgd": 0.05, "adamw": 0.003, "nadamw": 0.003}
 KINDS = [("bottleneck",), ("nest",), ("insert",), ("bottleneck", "insert"), ("insert", "nest")]
-
-
-class Batches:
-    updates_per_epoch = 5
-    batch_size = 6
-
-    def batch(self, update):
-        random = torch.Generator().manual_seed(update)
-        images = torch.randn(self.batch_size, *SIZE, generator=random).contiguous(memory_format=torch.channels_last)
-        return images, torch.randint(10, (self.batch_size,), generator=random)
 
 
 def make(model=None, optimizer="sgd", **kwargs):

@@ -11,23 +11,11 @@ import growshrink as gs
 from growshrink.errors import PlanError, RunError
 from growshrink.schedules import constant, linear
 from growshrink.training import Teacher, TrainConfig, Trainer, calibrate_bn
-from nets import net, randomized
+from nets import Batches, net, randomized
 
 SIZE = (3, 8, 8)
 FLAT = {"learning_rate": constant(1.0), "lam": constant(1.0)}
 CONFIG = TrainConfig(lr=0.05)
-
-
-class Batches:
-    """Random batches as a function of the update."""
-
-    updates_per_epoch = 5
-    batch_size = 6
-
-    def batch(self, update):
-        random = torch.Generator().manual_seed(update)
-        images = torch.randn(self.batch_size, *SIZE, generator=random).contiguous(memory_format=torch.channels_last)
-        return images, torch.randint(10, (self.batch_size,), generator=random)
 
 
 def trainer(model=None, config=CONFIG, **kwargs):
