@@ -31,8 +31,6 @@ class Branch(nn.Module, ABC):
     #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
     #: so an optimizer may keep the kernel's state when the branch is fused.
     parallel: ClassVar[bool] = True
-    #: The branch has a middle width, which `ratio` sets.
-    has_width: ClassVar[bool] = True
 
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         norm: nn.BatchNorm2d
@@ -122,7 +120,6 @@ class Insert(Branch, kind="insert"):
     """
 
     parallel = False
-    has_width = False
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)

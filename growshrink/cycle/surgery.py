@@ -16,19 +16,20 @@ from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
 from growshrink.grown import GrownConv2d, grown_modules
 from growshrink.training.trainer import Trainer
-from growshrink.transforms import drop, fuse, grow, growth_report
+from growshrink.transforms import drop, fuse, grow
 
 
 def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
     """Grow model and average alike, and make the optimizer anew; returns what the growth log needs."""
-    preview = grow(trainer.model, plan.branch, ratio=plan.ratio, where=plan.where, seed=seed, input_size=input_size)
+    model = trainer.model
+    grow(model, plan.branch, ratio=plan.ratio, where=plan.where, seed=seed, inplace=True, input_size=input_size)
     entry = {
         "branches": [{"kind": kind, "ratio": plan.ratio} for kind in plan.branch],
-        "names": list(growth_report(preview, input_size=input_size).grown),
+        "names": list(grown_modules(model)),  # it was plain before
         "seed": seed,
     }
-    for net in _nets(trainer):
-        apply_grow(net, entry, input_size)
+    if trainer.ema is not None:
+        apply_grow(trainer.ema, entry, input_size)
     trainer.structure_changed()
     return entry
 

@@ -6,6 +6,7 @@ import copy
 from functools import partial
 
 import torch
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from growshrink.algebra import ConvMap
@@ -65,8 +66,6 @@ def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
 
 
 def _is_norm_act(norm: nn.Module) -> bool:
-    from timm.layers import BatchNormAct2d
-
     return type(norm) is BatchNormAct2d and norm.track_running_stats
 
 
