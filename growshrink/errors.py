@@ -44,6 +44,10 @@ class DropError(GrowShrinkError):
     """A grown module has nothing left once its branches are dropped."""
 
 
+class WidthError(GrowShrinkError):
+    """A width, or a space of widths, that a model cannot have."""
+
+
 class EquivalenceError(GrowShrinkError):
     """Two nets that were claimed equal are not, or the check could not have told."""
 

@@ -18,6 +18,7 @@ from growshrink.activations import set_lambda
 from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
 from growshrink.training.calibrate import calibrate_bn
+from growshrink.training.distil import distillation_loss
 from growshrink.training.feed import UpdateBatches
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
@@ -194,11 +195,8 @@ class Trainer:
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
         if teacher is None:
             return loss
-        t = teacher.temperature
-        student_log = F.log_softmax(logits.float() / t, dim=1)
-        teacher_log = F.log_softmax(target.float() / t, dim=1)
-        kl = F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True)
-        return (1 - teacher.weight) * loss + teacher.weight * t * t * kl
+        learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
+        return (1 - teacher.weight) * loss + teacher.weight * learnt
 
     def _set_lambda(self, value: float, of_ema: bool = False) -> None:
         if of_ema:

@@ -1,0 +1,66 @@
+"""What one update of a supernet runs: the modes, as functions of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from growshrink.supernet.chain import Chain
+from growshrink.training.seeding import generator
+from growshrink.widths import WidthSpace
+
+#: Every how many updates `lazy` runs the augmented net, if nobody says otherwise.
+LAZY_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one update.
+
+    Attributes:
+        width: Of the pass that is always there: the base net's (in `single` the one that is drawn).
+        augmented: Widths of the augmented passes, in the order they run, before the base's.
+        start: The unit of the chain from which on the augmented passes run; None runs them whole.
+        asked: A net that is run for its logits only: the one that `single` learns from in in-place distillation.
+    """
+
+    width: dict[str, int]
+    augmented: tuple[dict[str, int], ...] = ()
+    start: int | None = None
+    asked: dict[str, int] | None = None
+
+
+Mode = Callable[[WidthSpace, int, int, Chain | None], Passes]
+
+
+def _netaug(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.base, (space.sample(seed, update),))
+
+
+def _suffix(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    assert chain is not None
+    draw = torch.randint(len(chain.starts), (1,), generator=generator("suffix", seed, update))
+    start = chain.starts[int(draw)]
+    return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
+
+
+def _single(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.sample(seed, update), asked=space.full)
+
+
+def _sandwich(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.base, (space.full, space.sample(seed, update)))
+
+
+#: A new mode is one function of (space, seed, update, chain) here.
+MODES: dict[str, Mode] = {
+    "netaug": _netaug,
+    "lazy": _netaug,
+    "suffix": _suffix,
+    "single": _single,
+    "sandwich": _sandwich,
+}
+#: Augmented passes of an update that has any.
+NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2}
