@@ -178,7 +178,8 @@ class NetAugTask(ClassificationTask):
                 "with grad checkpointing the augmented pass would be recomputed at base width: use task.backward."
             )
         self._begin()
-        return self._synced(self._one_loss, input, target)
+        with self._net.at(self.passes().width, self.space.base):
+            return self._synced(self._one_loss, input, target)
 
     def backward(
         self, input: Tensor, target: Tensor, scaler: Scaler | None = None, accumulation: int = 1
@@ -203,7 +204,7 @@ class NetAugTask(ClassificationTask):
         def differentiate(loss: Tensor, shared: Tensor | None = None, gradient: Tensor | None = None) -> None:
             loss = loss / accumulation
             loss = loss if scaler is None else scaler.scale(loss)
-            with torch.autocast(loss.device.type, enabled=False):
+            with _no_autocast(loss.device.type):
                 if shared is None or gradient is None:
                     loss.backward()
                 else:  # the beginning that passes share is gone through once, with the gradients of all of them
@@ -216,7 +217,7 @@ class NetAugTask(ClassificationTask):
             logits, loss, shared, gradient = run.run_base()
             return logits, loss + self._touch(run.passes), shared, gradient
 
-        with torch.enable_grad():
+        with torch.enable_grad(), self._net.at(self.passes().width, self.space.base):
             run = self._start(input, target, differentiate)
             logits, loss, shared, gradient = self._synced(base)
             differentiate(loss, shared, gradient)
@@ -408,6 +409,12 @@ class _Call(nn.Module):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _precise(logits: Tensor) -> Tensor:
