@@ -150,9 +150,10 @@ class PureBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`."""
-        if not torch.jit.is_scripting():
-            if self.width != self.conv.out_channels:
-                return self._forward_prefix(x)
+        if torch.jit.is_scripting():
+            assert self.width == self.conv.out_channels, "TorchScript knows the full width only: growshrink.fuse first."
+        elif self.width != self.conv.out_channels:
+            return self._forward_prefix(x)
         return self.pointwise(self.act(self.bn(self.conv(x))))
 
     @torch.jit.unused

@@ -196,12 +196,12 @@ class WidthSpace:
 
     def check(self, model: nn.Module) -> None:
         """WidthError unless this is a space of `model`."""
+        for name, values in self.choices.items():
+            if not values or list(values) != sorted(set(values)):
+                raise WidthError(f"{name}: its choices {values} must rise.")
         slots = Slots(model)
-        slots.check(self.full)
-        slots.check(self.base)
-        for values in self.choices.values():
-            if list(values) != sorted(set(values)):
-                raise WidthError(f"choices {values}: must rise.")
+        for index in range(max(map(len, self.choices.values()), default=1)):
+            slots.check({name: values[min(index, len(values) - 1)] for name, values in self.choices.items()})
 
     def to_json(self) -> str:
         """A JSON object."""

@@ -32,7 +32,7 @@ class Narrow:
             body = module if isinstance(module, PureBottleneck) else getattr(module, "body", None)
             if body is not None and value:
                 self._narrow(body, value)
-        for name, module in list(self.net.named_modules()):
+        for name, module in reversed(list(self.net.named_modules())):
             if isinstance(module, GrownConv2d):
                 self._remove(module, name, {n for n, value in width.items() if value == 0})
         self.origin = {name: self.origin[name] for name in [n for n, _ in self._tensors()]}
