@@ -207,7 +207,8 @@ def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
     if groups > 1 and norm.training and norm.track_running_stats:  # the cut was a copy
         for name in ("running_mean", "running_var"):
             if (statistics := whole[name]) is not None:
-                blocks = statistics.unflatten(0, (groups, -1)).narrow(1, 0, mid.shape[1] // groups)
+                # .data: the graph of an earlier pass may have saved the statistics, though it does not read them
+                blocks = statistics.data.unflatten(0, (groups, -1)).narrow(1, 0, mid.shape[1] // groups)
                 blocks.copy_(cut[name].unflatten(0, (groups, -1)))
     return out
 

@@ -29,6 +29,8 @@ class Narrow:
         }
         for name, value in width.items():
             module = self.net.get_submodule(name)
+            if isinstance(module, Branch):
+                module.skipped = False  # as of now; those of width 0 are removed below
             body = module if isinstance(module, PureBottleneck) else getattr(module, "body", None)
             if body is not None and value:
                 self._narrow(body, value)
