@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,6 +112,11 @@ class Trainer:
         return self.averager.module if self.averager is not None else None
 
     @property
+    def nets(self) -> list[nn.Module]:
+        """The model, and its average where there is one."""
+        return [self.model] if self.ema is None else [self.model, self.ema]
+
+    @property
     def best(self) -> nn.Module:
         """The net to judge and to deploy: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema
@@ -176,8 +181,11 @@ class Trainer:
         would be worth less than it is.
         """
         if self.ema is not None and self.update:
-            updates = range(max(0, self.update - num_batches), self.update)
-            calibrate_bn(self.ema, (self.batches.batch(update)[0] for update in updates))
+            calibrate_bn(self.ema, self.recent_images(num_batches))
+
+    def recent_images(self, num_batches: int) -> Iterator[Tensor]:
+        """The images `(N, C, H, W)` of the last batches it was trained on."""
+        return (self.batches.batch(u)[0] for u in range(max(0, self.update - num_batches), self.update))
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
         """Make the optimizer anew after the model grew or fused.
