@@ -47,9 +47,10 @@ class Supernet:
         that runs (and that is compiled) is the same in all passes. Through `.data`: autograd has saved these buffers,
         and would call it an illegal change. The net behind sees the dropout masks it would see by itself.
         """
+        live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
+        saved = [torch.empty_like(b) for b in live]
         with torch.no_grad():
-            live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
-            saved = [b.clone() for b in live]
+            torch._foreach_copy_(saved, live)
         with self.at(width, then), torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
                 yield

@@ -250,9 +250,13 @@ class NetAugTask(ClassificationTask):
         A gradient of zero does not hold a weight still: weight decay and momentum go on moving it. Attached, rows of
         channels that were not drawn, and their state in the optimizer, are after `optimizer.step()` what they were
         before, bit for bit; branches that were skipped are passed over altogether. Nothing waits for the device.
+        (Counts of steps are per tensor: Adam's correction of its start is that of the rows that were always drawn.)
 
         Returns:
             self.
+
+        Raises:
+            WidthError: The optimizer keeps state that belongs to no single weight (Adafactor, Kron), or calls no hooks.
         """
         self.detach()
         self._keeper = Keeper(self._net.slots, optimizer, after_step=lambda: self.set_step(self.update + 1))
