@@ -16,7 +16,7 @@ from growshrink.supernet import NetAugTask, choose_width, default_candidates, sa
 from growshrink.supernet.cost import StepCost
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Teacher, Trainer
-from growshrink.widths import Width, set_width, width_space
+from growshrink.widths import Width, WidthSpace, set_width, width_space
 
 #: Batches that batch norm statistics of a wider net are taken from.
 CALIBRATION_BATCHES = 20
@@ -69,6 +69,17 @@ class Augmentation:
             set_width(trainer.ema, self.space.base)
         self._cost = StepCost(self.task, input_size)
 
+    def describe(self, start: int, stop: int) -> dict[str, Any]:
+        """What the round's record says of it; `step_macs` is of an average update of `start` to `stop`, an image."""
+        task = self.task
+        return {
+            "mode": task.mode,
+            "every": task.every,
+            "inplace_distil": task.inplace_distil,
+            "nets": self.space.size,
+            "step_macs": self._cost.mean(start, stop),
+        }
+
     def macs(self, start: int, stop: int) -> int:
         """MACs an image of the updates from `start` to `stop`, all passes and the teacher's."""
         return sum(map(self._cost.of_update, range(start, stop)))
@@ -98,12 +109,12 @@ class Augmentation:
                 input_size=input_size,
             )
             width = choice.width
-            record["candidates"] = [{"width": c.width, "top1": c.score} for c in choice.candidates]
+            record["candidates"] = [{"width": _name(c.width, self.space), "top1": c.score} for c in choice.candidates]
         for net in trainer.nets:
             set_width(net, width)
             if width != base:
                 calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
-        return {**record, "exit": plan.exit, "width": _name(width, self.space.base, self.space.full)}
+        return {**record, "exit": plan.exit, "width": _name(width, self.space)}
 
 
 class Augmentations:
@@ -164,5 +175,8 @@ def save_net(
     save_supernet(path, model, width_space(model), about)
 
 
-def _name(width: Width, base: Width, full: Width) -> str | dict[str, int]:
-    return "base" if width == base else "full" if width == full else dict(width)
+def _name(width: Width, space: WidthSpace) -> str | dict[str, int]:
+    for index in range(space.diversity + 1):
+        if width == space.level(index / space.diversity):
+            return {0: "base", space.diversity: "full"}.get(index, f"level {index} of {space.diversity}")
+    return dict(width)

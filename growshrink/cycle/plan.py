@@ -232,11 +232,14 @@ class Timeline:
         """Updates of the whole run."""
         return self.segments[-1].stop
 
+    def grown_span(self, number: int) -> tuple[int, int]:
+        """The updates, from and to (exclusive), in which the net of a round carries branches."""
+        own = [s for s in self.segments if s.round == number and s.grown]
+        return own[0].start, own[-1].stop
+
     def last_grown(self, segment: Segment) -> bool:
         """Whether the branches go at the end of this phase."""
-        return segment.grown and segment.stop == max(
-            s.stop for s in self.segments if s.round == segment.round and s.grown
-        )
+        return segment.grown and segment.stop == self.grown_span(segment.round)[1]
 
     def segment_at(self, update: int) -> Segment:
         """The phase that update number `update` (the first is 0) belongs to."""
@@ -252,7 +255,7 @@ class Timeline:
         """Lam by update; 0 where nothing is grown."""
         starts = {s.start: s for s in self.segments if s.phase == "hold"}
         lengths = {s.round: s.stop - s.start for s in self.segments if s.phase == "vanish"}
-        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths[s.round]) for s in starts.values()}
+        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths.get(s.round, 0)) for s in starts.values()}
         begins = {s.round: start for start, s in starts.items()}
 
         def schedule(update: int) -> float:

@@ -236,6 +236,7 @@ class _Run:
                 "top1": {"before": None if born_grown else before.top1},
                 "params": {"plain": net.params, "grown": grown.params},
                 "macs": {"plain": net.macs, "grown": grown.macs},
+                "plain_step_macs": training_macs(replay(self.initial, [{"op": "fuse"}], self.size), self.size),
                 "training_macs_start": self.state.macs_spent,
             }
         )
@@ -258,7 +259,10 @@ class _Run:
             if augmentation:
                 self._save_supernet("supernet", segment)
                 record["top1"]["base"] = self._score().top1
-                record["left_by"] = augmentation.leave(self.trainer, plan, self._top1, self.size)
+                record["left_by"] = {
+                    **augmentation.describe(*self.timeline.grown_span(segment.round)),
+                    **augmentation.leave(self.trainer, plan, self._top1, self.size),
+                }
                 self._augmentations.close()
             fused = fuse_nets(self.trainer, self._top1, self.size)
             record["top1"].update(fused.pop("top1"))

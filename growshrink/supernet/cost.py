@@ -66,9 +66,9 @@ class StepCost:
             total += self._asked
         return total
 
-    def mean(self, num_updates: int = 1000) -> float:
-        """Of an average update."""
-        return sum(map(self.of_update, range(num_updates))) / num_updates
+    def mean(self, start: int = 0, stop: int = 1000) -> float:
+        """Of an average update among those from `start` to `stop` (exclusive)."""
+        return sum(map(self.of_update, range(start, stop))) / (stop - start)
 
     def _count(self, width: Width) -> int:
         with active_width(self._model, width):
