@@ -43,6 +43,8 @@ ARMS: dict[str, dict[str, Any] | float] = {
     "lazy8+distil": {"mode": "lazy", "every": 8, "inplace_distil": 0.5},
     "lazy4+distil": {"mode": "lazy", "every": 4, "inplace_distil": 0.5},
     "suffix4+distil": {"mode": "suffix", "every": 4, "inplace_distil": 0.5},
+    "suffix4, alpha 1/4, +distil": {"mode": "suffix", "every": 4, "alpha": 0.25, "inplace_distil": 0.5},
+    "lazy8, alpha 1/8, +distil": {"mode": "lazy", "every": 8, "alpha": 0.125, "inplace_distil": 0.5},
     "single": {"mode": "single"},
     "sandwich": {"mode": "sandwich"},
     "sandwich8": {"mode": "sandwich", "every": 8},

@@ -176,7 +176,7 @@ def save_net(
 
 
 def _name(width: Width, space: WidthSpace) -> str | dict[str, int]:
-    for index in range(space.diversity + 1):
+    for index in (0, *range(space.diversity, 0, -1)):  # a space of few choices has equal levels
         if width == space.level(index / space.diversity):
             return {0: "base", space.diversity: "full"}.get(index, f"level {index} of {space.diversity}")
     return dict(width)
