@@ -141,6 +141,8 @@ class NetAugTask(ClassificationTask):
         self.teacher = self._make_teacher(teacher)
         for key in ("mean", "std"):
             self.register_buffer(f"_{key}", self._normalization(key), persistent=False)
+        self._mean: Tensor | None
+        self._std: Tensor | None
         self.teacher_weight = teacher_weight
         self.teacher_temperature = teacher_temperature
         self.lambda_schedule = lambda_schedule
