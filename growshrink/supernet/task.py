@@ -19,7 +19,7 @@ from growshrink.errors import PlanError, WidthError, near
 from growshrink.schedules import Schedule
 from growshrink.supernet.chain import Chain
 from growshrink.supernet.keeper import Keeper
-from growshrink.supernet.passes import LAZY_EVERY, MODES, NUM_AUGMENTED, Passes
+from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
 from growshrink.supernet.step import StepRun, Supernet
 from growshrink.training.distil import distillation_loss
@@ -60,7 +60,7 @@ class NetAugTask(ClassificationTask):
     ``suffix``
         like netaug, but only the blocks from a random one on are widened: what comes before is computed once for both.
     ``lazy``
-        like netaug, in every 4th update only, with 4 times the weight: the same gradient on average.
+        like netaug, in every 8th update only: with 8 times the weight it is the same gradient on average (see alpha).
     ``single``
         one random net in place of the base, which then needs `calibrate_bn`.
 
@@ -73,12 +73,15 @@ class NetAugTask(ClassificationTask):
         verbose: timm's one line at the start.
         space: Widths to draw from; None is `width_space(model)`.
         mode: See above.
-        every: Augmented passes in every `every`-th update only, weighted up; None is 4 in `lazy` and 1 otherwise.
-        alpha: Weight of an augmented pass, or a schedule of it by update; where it is 0 the base net is trained alone,
-            and nothing else is run. To anneal it with lam, give the schedule of lam.
+        every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
+            `lazy` and 1 otherwise.
+        alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update; where it is 0 the
+            base net is trained alone, and nothing else is run. To anneal it with lam, give the schedule of lam. None is
+            1 / every: NetAug's own 1, and where passes are rarer no more weight for the one there is (weighted up, it
+            drowns the base's: measured, see the README).
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
-            of the labels; for every pass but that one. None is 1 in `sandwich` and 0 otherwise.
+            of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
         inplace_temperature: Of both softmaxes there.
         teacher: A finished net that every pass learns from as well: a module, which is fed what the model is fed; or
             timm's `DistillationTeacher`, or the name of a pretrained timm model, which get their own normalisation.
@@ -105,7 +108,7 @@ class NetAugTask(ClassificationTask):
         space: WidthSpace | None = None,
         mode: str = "lazy",
         every: int | None = None,
-        alpha: float | Schedule = 1.0,
+        alpha: float | Schedule | None = None,
         reduction: str = "sum",
         inplace_distil: float | None = None,
         inplace_temperature: float = 1.0,
@@ -121,11 +124,10 @@ class NetAugTask(ClassificationTask):
             raise PlanError(f"mode={mode!r}: no such mode{near(str(mode), MODES)}")
         if reduction not in REDUCTIONS:
             raise PlanError(f"reduction={reduction!r}: no such reduction{near(str(reduction), REDUCTIONS)}")
-        every = (LAZY_EVERY if mode == "lazy" else 1) if every is None else every
+        every = default_every(mode) if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
-        if inplace_distil is None:
-            inplace_distil = 1.0 if mode == "sandwich" else 0.0
+        inplace_distil = INPLACE_DISTIL.get(mode, 0.0) if inplace_distil is None else inplace_distil
         _check_share("inplace_distil", inplace_distil)
         _check_share("teacher_weight", teacher_weight)
         _check_temperature("inplace_temperature", inplace_temperature)
@@ -134,7 +136,7 @@ class NetAugTask(ClassificationTask):
         self.space.check(model)
         self.mode = mode
         self.every = every
-        self.alpha = alpha
+        self.alpha = default_alpha(mode, every) if alpha is None else alpha
         self.reduction = reduction
         self.inplace_distil = inplace_distil
         self.inplace_temperature = inplace_temperature
