@@ -283,6 +283,8 @@ class NetAugTask(ClassificationTask):
 
         Widths need no communication: every rank draws the same. For SyncBatchNorm convert the model first.
         """
+        if device_ids is not None and next(self.trainable_module.parameters()).device.type == "cpu":
+            device_ids = None  # timm's train.py names the CPU, which DDP does not take
         self._ddp = [DistributedDataParallel(_Call(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
         return self
 

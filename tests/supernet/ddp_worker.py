@@ -96,7 +96,7 @@ def main():
         case = CASES[name]
         model = model_of(case)
         optimizer = optimizer_of(model)
-        task = task_of(model, case).attach(optimizer).prepare_distributed()
+        task = task_of(model, case).attach(optimizer).prepare_distributed(device_ids=[torch.device("cpu")])
         if first:
             state = torch.load(out / f"{name}-{first}.pt")
             task.load_checkpoint_state(state["state_dict"], state["task_state"])

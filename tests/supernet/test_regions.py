@@ -82,7 +82,6 @@ def task_of(model, mode):
     [
         ("x4", "netaug"),
         ("x4", "suffix"),
-        ("x4", "single"),
         ("grown", "netaug"),
         ("several", "netaug"),
         ("groups", "netaug"),
@@ -123,7 +122,7 @@ def test_at_most_a_graph_per_region_and_width(name, mode):
         torch.testing.assert_close(model.eval()(x), expected(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["x4", "several"])
+@pytest.mark.parametrize("name", ["several"])
 def test_a_compiled_net_is_copied_fused_and_averaged_like_any_other(name):
     model = model_of(name)
     task = gs.NetAugTask(model, mode="netaug", verbose=False)

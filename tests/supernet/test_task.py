@@ -11,6 +11,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.errors import PlanError
+from growshrink.schedules import constant
 from nets import Batches, net, randomized
 
 SIZE = (3, 8, 8)
@@ -34,14 +35,13 @@ def task_of(model=None, **options):
         ({"alpha": -0.1}, "alpha=-0.1 at update 0: must not be negative"),
         ({"alpha": math.nan}, "alpha=nan"),
         ({"alpha": math.inf}, "alpha=inf"),
-        ({"alpha": lambda update: -1.0}, r"alpha=-1.0 at update 0"),
+        ({"alpha": constant(-1.0)}, r"alpha=-1.0 at update 0"),
         ({"inplace_distil": 1.5}, r"inplace_distil=1.5: must lie in \[0, 1\]"),
         ({"inplace_distil": -1}, "inplace_distil=-1"),
         ({"inplace_temperature": 0}, "inplace_temperature=0: must be above 0"),
         ({"teacher_weight": math.nan}, r"teacher_weight=nan: must lie in \[0, 1\]"),
         ({"teacher_temperature": -1.0}, "teacher_temperature=-1.0"),
     ],
-    ids=str,
 )
 def test_options_out_of_range(options, message):
     model = net("reducenet20_x4")
