@@ -151,8 +151,12 @@ def test_skipped_branches_are_passed_over():
     model = model_of(grown)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     task = task_of(model, optimizer, alpha=0.0)
-    step(task, optimizer, 0)
     branches = [p for n, p in model.named_parameters() if "branches" in n]
+    for p in branches:
+        p.grad = torch.zeros_like(p)  # as zero_grad(set_to_none=False) and DDP leave it
+    x, target = Batches().batch(0)
+    task.backward(x.double(), target)
+    optimizer.step()
     assert branches and all(p.grad is None and not optimizer.state.get(p) for p in branches)
 
 
@@ -173,6 +177,9 @@ def test_in_every_mode(mode):
             task(x.double(), target)["loss"].backward()
             optimizer.step()
         after = picture(model, optimizer)
+        for name, p in model.named_parameters():
+            trained = used[name] & (p.grad.abs() > 1e-6)
+            assert (after[name] != before[name])[trained].all(), name
         assert all(torch.equal(after[k][~used[k.split("/")[0]]], v[~used[k.split("/")[0]]]) for k, v in before.items())
     assert task.update == 6
 
