@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 
+import growshrink  # noqa: F401 - registers the models
+
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "timm_train.py"
 SCRIPT = """
 import sys
