@@ -11,6 +11,7 @@ from growshrink.activations import set_lambda as set_lambda
 from growshrink.algebra import ConvMap as ConvMap
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
+from growshrink.closed_loop import ClosedLoop as ClosedLoop
 from growshrink.compare import assert_equivalent as assert_equivalent
 from growshrink.compare import compare as compare
 from growshrink.compare import profile as profile

@@ -76,8 +76,9 @@ def _jacobian(model: nn.Module, input_size: InputSize, num_outputs: int) -> tupl
     for start in range(0, num_outputs, ROWS):
         count = min(ROWS, num_outputs - start)
         black = torch.zeros(count, *input_size, dtype=torch.float64, requires_grad=True)
-        # Image i asks for output start + i; in eval mode no image sees another.
-        picked = model(black).diagonal(start).sum()
+        with torch.enable_grad():
+            # Image i asks for output start + i; in eval mode no image sees another.
+            picked = model(black).diagonal(start).sum()
         rows.append(torch.autograd.grad(picked, black)[0].flatten(1))
     with torch.no_grad():
         bias_K = model(torch.zeros(1, *input_size, dtype=torch.float64))[0]
