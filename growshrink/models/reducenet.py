@@ -24,8 +24,6 @@ and trained, with `pad="front"` (Kim et al., arXiv:2301.12187, move the padding 
 shapes stay the same.
 """
 
-import math
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +32,14 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from growshrink.models.block import Block
-from growshrink.models.staged import StagedNet, cifar_cfg, conv_norm_act, photo_cfg, register_variants
+from growshrink.models.staged import (
+    StagedNet,
+    check_options,
+    cifar_cfg,
+    conv_norm_act,
+    photo_cfg,
+    register_variants,
+)
 
 __all__ = ["ReduceNet"]
 
@@ -126,14 +131,6 @@ class ReduceNet(StagedNet):
             device=device,
             dtype=dtype,
         )
-
-
-def check_options(width: float, expansion: int) -> None:
-    """ValueError unless the multiplier of all channels and that of the bottlenecks make sense."""
-    if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width < math.inf:
-        raise ValueError(f"{width=}: must be a number > 0, the multiplier of all channels.")
-    if isinstance(expansion, bool) or not isinstance(expansion, numbers.Integral) or expansion < 0:
-        raise ValueError(f"{expansion=}: must be an integer >= 0 (0 = the plain net).")
 
 
 def _runs(pad: str | Runs, depths: Sequence[int]) -> Runs:

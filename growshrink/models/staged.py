@@ -1,5 +1,7 @@
 """What the families of nets here share: stem, stages, head, and everything timm asks of a first-class model."""
 
+import math
+import numbers
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -196,6 +198,14 @@ class StagedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def check_options(width: float, expansion: int) -> None:
+    """ValueError unless the multiplier of all channels and that of the bottlenecks make sense."""
+    if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width < math.inf:
+        raise ValueError(f"{width=}: must be a number > 0, the multiplier of all channels.")
+    if isinstance(expansion, bool) or not isinstance(expansion, numbers.Integral) or expansion < 0:
+        raise ValueError(f"{expansion=}: must be an integer >= 0 (0 = the plain net).")
+
+
 def conv_norm_act(
     in_channels: int,
     out_channels: int,
@@ -231,15 +241,15 @@ def photo_cfg(**kwargs: Any) -> dict[str, Any]:
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     """The pretrained cfg of a net for 32x32 images (mean and deviation of CIFAR-10); `kwargs` go over it."""
-    return photo_cfg(
-        num_classes=10,
-        input_size=(3, 32, 32),
-        pool_size=(8, 8),
-        crop_pct=1.0,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        **kwargs,
-    )
+    cifar = {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+    }
+    return photo_cfg(**{**cifar, **kwargs})
 
 
 def register_variants(
