@@ -9,6 +9,17 @@ from growshrink.grown import PureBottleneck
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 
+def front_padding(stride: int, length: int) -> int:
+    """Padding of the first of `length` 3x3 convs in a row, of which it alone strides and it alone pads.
+
+    One conv of `2 * front_padding(...) + 1` pixels can then take the place of all of them.
+
+    >>> front_padding(stride=1, length=3), front_padding(stride=2, length=3)
+    (3, 5)
+    """
+    return 1 + stride * (length - 1)
+
+
 class Block(nn.Module):
     """`conv` -> `bn` (+ identity where the shape allows) -> ReLU.
 

@@ -31,7 +31,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from growshrink.models.block import Block
+from growshrink.models.block import Block, front_padding
 from growshrink.models.staged import (
     StagedNet,
     check_options,
@@ -109,7 +109,7 @@ class ReduceNet(StagedNet):
         for index, (out_channels, stride, lengths) in enumerate(zip(channels, strides, runs, strict=True)):
             blocks: list[Block] = []
             for length in lengths:
-                padding = 1 + (1 if blocks else stride) * (length - 1)  # only the first block of a stage strides
+                padding = front_padding(1 if blocks else stride, length)  # only the first block of a stage strides
                 for position in range(length):
                     block_stride = 1 if blocks else stride
                     block_padding = 0 if position else padding

@@ -90,9 +90,7 @@ def outcomes(report: Path) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = defaultdict(dict)
     pattern = re.compile(r"(\w+)\[(?:\d+-)?((?:reducenet|vanillanet)\w+)(?:\.untrained)?(?:-\d+)?\]")
     for case in ElementTree.parse(report).iter("testcase"):
-        match = re.fullmatch(
-            r"(\w+)\[(?:\d+-)?((?:reducenet|vanillanet)\w+)(?:\.untrained)?(?:-\d+)?\]", case.get("name", "")
-        )
+        match = pattern.fullmatch(case.get("name", ""))
         assert match, f"a test that is not about one of our models: {case.get('name')}"
         function, model = match.groups()
         assert function not in found[model], f"{case.get('name')} ran twice"
