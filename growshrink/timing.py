@@ -37,23 +37,20 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def in_turns(calls: Mapping[str, Call], *, rounds: int = 40, progress: bool = False) -> dict[str, float]:
-    """Milliseconds per call of each, timed in turns.
+def in_turns(calls: Mapping[str, Call], *, rounds: int = 60, progress: bool = False) -> dict[str, float]:
+    """Milliseconds per call of each, warm, timed in turns.
 
-    All calls take turns, round after round, warm. A slow spell of the machine slows the whole round, so each time is
-    taken as a share of its round: the result is the median share times the median duration of a round.
+    All calls take turns, round after round, so a slow spell of the machine meets all of them alike. The result is the
+    lower quartile over the rounds: other processes only ever add to a time, on a busy machine to most turns.
     """
     repeats = {}
     for name, call in calls.items():
         for _ in range(3):  # warm up: allocator, primitive caches
             call()
         repeats[name] = max(1, round(TURN / max(seconds_of(call), 1e-9)))
-
-    def turn(name: str) -> float:
-        calls[name]()  # its weights and code are back in the caches
-        return 1e3 * seconds_of(calls[name], repeats[name])
-
-    bar = tqdm(range(rounds), "latencies", unit="round", leave=False, disable=not progress, ncols=110)
-    table = [{name: turn(name) for name in calls} for _ in bar]
-    typical = statistics.median(sum(row.values()) for row in table)
-    return {name: typical * statistics.median(row[name] / sum(row.values()) for row in table) for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in tqdm(range(rounds), "latencies", unit="round", leave=False, disable=not progress, ncols=110):
+        for name, call in calls.items():
+            call()  # its weights and code are back in the caches
+            times[name].append(1e3 * seconds_of(call, repeats[name]))
+    return {name: statistics.quantiles(values, n=4, method="inclusive")[0] for name, values in times.items()}

@@ -107,9 +107,10 @@ def run(args: Args, path: Path) -> str:
         loop = RecordedLoop(zero_at, tolerance=args.tolerance)
         for name, lam in (("cosine", gs.schedules.cosine(1.0, 0.0, steps=zero_at)), ("closed loop", loop)):
             torch.manual_seed(seed)
-            kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], "width": args.width}
             net = fit(
-                timm.create_model(args.model, **kwargs),
+                timm.create_model(
+                    args.model, num_classes=len(feed.classes), in_chans=feed.input_size[0], width=args.width
+                ),
                 feed.train,
                 TrainConfig(lr=args.lr, ema_decay=0.0),
                 updates=updates,

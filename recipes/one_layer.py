@@ -20,6 +20,7 @@ import shlex
 import statistics
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def fit_directly(feed: MemoryFeed) -> dict[str, nn.Module]:
     """Linear classifiers of the same pixels; how strongly they are regularised is chosen on the val split."""
     x_ND, y_N = pixels(feed, "train")
     found: dict[str, nn.Module] = {}
-    candidates = [least_squares(x_ND, y_N, len(feed.classes), penalty) for penalty in (1e-4, 1e-3, 1e-2, 1e-1, 1.0)]
+    candidates = least_squares(x_ND, y_N, len(feed.classes), penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0))
     found["least squares, fitted directly"] = best_of(candidates, feed)
     if x_ND.numel() <= MOST_PIXELS:
         candidates = [logistic(x_ND, y_N, strength) for strength in (1e-3, 1e-2, 1e-1, 1.0)]
@@ -180,14 +181,14 @@ def pixels(feed: MemoryFeed, split: str) -> tuple[Tensor, Tensor]:
     return torch.cat(images).flatten(1).double(), torch.cat(labels)
 
 
-def least_squares(x_ND: Tensor, y_N: Tensor, num_classes: int, penalty: float) -> nn.Sequential:
-    """Ridge regression of one-hot labels; the penalty is relative to the mean variance of a pixel."""
+def least_squares(x_ND: Tensor, y_N: Tensor, num_classes: int, penalties: Sequence[float]) -> list[nn.Sequential]:
+    """Ridge regressions of one-hot labels; penalties are relative to the mean variance of a pixel."""
     mean_D, target_NK = x_ND.mean(0), F.one_hot(y_N, num_classes).double()
-    centred = x_ND - mean_D
-    gram = centred.T @ centred
-    gram.diagonal().add_(penalty * float(gram.diagonal().mean()))
-    weight_KD = torch.linalg.solve(gram, centred.T @ (target_NK - target_NK.mean(0))).T
-    return one_layer(weight_KD, target_NK.mean(0) - weight_KD @ mean_D)
+    centred_ND = x_ND - mean_D
+    gram_DD, moment_DK = centred_ND.T @ centred_ND, centred_ND.T @ target_NK
+    ridge_DD = torch.eye(len(gram_DD), dtype=torch.float64) * gram_DD.diagonal().mean()
+    weights_KD = [torch.linalg.solve(gram_DD + penalty * ridge_DD, moment_DK).T for penalty in penalties]
+    return [one_layer(weight_KD, target_NK.mean(0) - weight_KD @ mean_D) for weight_KD in weights_KD]
 
 
 def logistic(x_ND: Tensor, y_N: Tensor, strength: float) -> nn.Sequential:
@@ -261,8 +262,8 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
     figure, axes = plt.subplots(*shape, figsize=(1.1 * classes, 1.4 * len(nets)), squeeze=False, layout="constrained")
     for line, (name, net) in zip(axes, nets.items(), strict=True):
         for axis, row, label in zip(line, net.get_parameter("1.weight").detach(), feed.classes, strict=True):
-            template_HWC = row.reshape(feed.input_size).permute(1, 2, 0)
-            scale = float(template_HWC.abs().max())
+            template_HWC = row.reshape(feed.input_size).permute(1, 2, 0).numpy()
+            scale = float(abs(template_HWC).max())
             if template_HWC.shape[2] == 3:
                 axis.imshow(0.5 + template_HWC / (2 * scale))
             else:

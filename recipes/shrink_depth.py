@@ -36,7 +36,7 @@ from growshrink.compare import training_macs
 from growshrink.cycle.result import versions
 from growshrink.depth.knob import depth_frontier, plan_depth, segment_harms
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
-from growshrink.depth.segments import Cut, check_reducenet, merge_cut, plain_at_depth, uncut, vanish_cut
+from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
 from growshrink.training import Augment, MemoryFeed, RunFolder, TrainConfig, evaluate, fit, load_data
@@ -81,8 +81,10 @@ class Args:
     """Runs to repeat everything but the choice of cuts with."""
     threads: int = 1
     """Of torch, for training and latency alike."""
+    rounds: int = 60
+    """Turns every net takes when latencies are measured."""
     fresh: bool = False
-    """Measure latencies even where this machine has been measured before."""
+    """Measure latencies even where this machine has been measured before, and do not keep them."""
     out: Path | None = None
     """Folder of the run; by default runs/DATA-MODEL-depth, numbered if taken."""
     quiet: bool = False
@@ -106,8 +108,9 @@ def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     if args.seeds < 1 or args.epochs <= 0 or args.shrink_epochs <= 0 or not 0 < args.vanish < 1:
         raise PlanError("--seeds, --epochs and --shrink-epochs must be above 0, and --vanish between 0 and 1.")
-    if not timm.is_model(args.model):
-        raise RunError(f"--model {args.model}: no such model{near(args.model, timm.list_models('reducenet*'))}")
+    plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
+    if args.model not in plain:
+        raise RunError(f"--model {args.model}: not a plain ReduceNet{near(args.model, plain)}")
     torch.set_num_threads(args.threads)
     name = f"{Path(args.data).resolve().name}-{args.model}-depth"
     with RunFolder.claim(args.out) if args.out else RunFolder.claim_next(Path("runs"), name) as folder:
@@ -159,7 +162,9 @@ def run(args: Args, path: Path) -> tuple[list[Row], Latencies, float]:
             row.plain.append(evaluate(plain, feed.test).top1)
             say(f"seed {seed}: {row.name}: test top-1 {row.knob[-1]:.2f} %, trained plainly {row.plain[-1]:.2f} %")
     assert latencies is not None
-    net_ms, times = measure_cuts(model, [row.cut for row in rows], size, batch_size=args.latency_batch)
+    net_ms, times = measure_cuts(
+        model, [row.cut for row in rows], size, batch_size=args.latency_batch, rounds=args.rounds
+    )
     for row, ms in zip(rows, times, strict=True):
         row.ms = ms
     return rows, latencies, net_ms
@@ -172,6 +177,7 @@ def choose(args: Args, model: nn.Module, feed: MemoryFeed) -> tuple[Latencies, l
         feed.input_size,
         batch_size=args.latency_batch,
         longest=args.longest,
+        rounds=args.rounds,
         cache=None if args.fresh else CACHE / "latency",
         progress=not args.quiet,
     )
@@ -203,10 +209,8 @@ def make_feed(args: Args, seed: int) -> MemoryFeed:
 
 
 def make_model(args: Args, feed: MemoryFeed) -> nn.Module:
-    """The net, if the knob can turn it."""
-    model = timm.create_model(args.model, num_classes=len(feed.classes), in_chans=feed.input_size[0], width=args.width)
-    check_reducenet(model)
-    return model
+    """A fresh net."""
+    return timm.create_model(args.model, num_classes=len(feed.classes), in_chans=feed.input_size[0], width=args.width)
 
 
 def schedule_of(args: Args, updates: int) -> Schedule:
@@ -267,8 +271,9 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies, 
 
 ![accuracy against latency](pareto.png)
 
-* Latencies: medians of paired turns, {args.latency_batch} image(s) at a time, {latencies.hardware}. The net as it
-  was: {net_ms:.3f} ms. Predictions are at most {100 * max(errors):.0f} % off (as shares of the net's time).
+* Latencies: lower quartiles of turns taken together, {args.latency_batch} image(s) at a time. The net as it was:
+  {net_ms:.3f} ms. Predictions are at most {100 * max(errors):.0f} % off (as shares of the net's time).
+  {latencies.hardware}.
 * Slower than the net it started from: {", ".join(slower) or "none"}.
 * Turning the knob was better than training the same shape plainly for the same training MACs in {wins} of {pairs}
   comparisons over {args.seeds} seed(s). Differences below the spread of the seeds mean nothing.
