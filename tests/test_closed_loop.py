@@ -82,12 +82,14 @@ def test_asking_again_changes_nothing():
 @pytest.mark.parametrize("cut", [7, 20, 33])
 def test_resumed_it_goes_on_as_if_nothing_had_been(cut):
     signals = [1 + 0.3 * math.sin(i / 3) for i in range(60)]
-    whole = follow(ClosedLoop(50, hold=5, every=4), signals)
+    uninterrupted = ClosedLoop(50, hold=5, every=4)
+    whole = follow(uninterrupted, signals)
     first = ClosedLoop(50, hold=5, every=4)
     values = follow(first, signals[:cut])
     second = ClosedLoop(50, hold=5, every=4)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert values + follow(second, signals[cut:], start=cut) == whole
+    assert second.state_dict() == uninterrupted.state_dict()
     assert len(set(whole)) > 10
 
 

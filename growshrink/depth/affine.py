@@ -55,7 +55,7 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
     calls: dict[str, tuple[Any, Any]] = {}
 
     def record(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
-        calls.setdefault(name, _cloned((args, kwargs)))
+        calls.setdefault(name, (args, kwargs))
 
     hooks = [
         module.register_forward_pre_hook(partial(record, name=name), with_kwargs=True)
@@ -95,7 +95,7 @@ def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> floa
         )
 
     def outputs(values: Any) -> list[Tensor]:
-        args, kwargs = _cloned(values)  # a call may overwrite them
+        args, kwargs = values
         return [out for out in tree_leaves(call(*args, **kwargs)) if _is_floating(out)]
 
     first, second = tree_map(noise, (args, kwargs)), tree_map(noise, (args, kwargs))
@@ -113,7 +113,3 @@ def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> floa
 
 def _is_floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _cloned(values: Any) -> Any:
-    return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, values)
