@@ -44,7 +44,7 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
     error = float((x.flatten(1) @ weight_KD.T + bias_K - expected).abs().max() / expected.abs().max())
     if not error <= EXACT_FLOAT64:
         raise NotLinearError(f"the net and the matrix of its gradients at 0 differ by {error:.1e} on random images.")
-    like = next(model.parameters())
+    like = next(model.parameters(), x)
     linear = nn.utils.skip_init(nn.Linear, weight_KD.shape[1], weight_KD.shape[0], device=like.device, dtype=like.dtype)
     with torch.no_grad():
         linear.weight.copy_(weight_KD)
