@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 Call = Callable[[], object]
 
-#: A turn lasts at least this many seconds (a call is repeated within it), far above the clock's resolution.
-TURN = 0.005
+#: A turn lasts about this many seconds (a call is repeated within it): far above the clock's resolution, and shorter
+#: than the slices in which a busy system hands out its cores.
+TURN = 0.001
 
 
 def seconds_of(call: Call, calls: int = 1) -> float:
@@ -37,11 +38,11 @@ def machine() -> dict[str, Any]:
     return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
-def in_turns(calls: Mapping[str, Call], *, rounds: int = 60, progress: bool = False) -> dict[str, float]:
+def in_turns(calls: Mapping[str, Call], *, rounds: int = 200, progress: bool = False) -> dict[str, float]:
     """Milliseconds per call of each, warm, timed in turns.
 
     All calls take turns, round after round, so a slow spell of the machine meets all of them alike. The result is the
-    lower quartile over the rounds: other processes only ever add to a time, on a busy machine to most turns.
+    lowest decile over the rounds: other processes only ever add to a time, on a busy machine to most turns.
     """
     repeats = {}
     for name, call in calls.items():
@@ -53,4 +54,4 @@ def in_turns(calls: Mapping[str, Call], *, rounds: int = 60, progress: bool = Fa
         for name, call in calls.items():
             call()  # its weights and code are back in the caches
             times[name].append(1e3 * seconds_of(call, repeats[name]))
-    return {name: statistics.quantiles(values, n=4, method="inclusive")[0] for name, values in times.items()}
+    return {name: statistics.quantiles(values, n=10, method="inclusive")[0] for name, values in times.items()}

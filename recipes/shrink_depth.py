@@ -81,7 +81,7 @@ class Args:
     """Runs to repeat everything but the choice of cuts with."""
     threads: int = 1
     """Of torch, for training and latency alike."""
-    rounds: int = 60
+    rounds: int = 200
     """Turns every net takes when latencies are measured."""
     fresh: bool = False
     """Measure latencies even where this machine has been measured before, and do not keep them."""
@@ -272,7 +272,7 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) 
 
 ![accuracy against latency](pareto.png)
 
-* Latencies: lower quartiles of turns taken together, {args.latency_batch} image(s) at a time, on
+* Latencies: lowest deciles of turns taken together, {args.latency_batch} image(s) at a time, on
   {latencies.hardware}. Predictions are at most {100 * max(errors):.0f} % off
   (as shares of the net's time). Cuts that were measured slower than the net have been left out before any training.
 * Turning the knob was better than training the same shape plainly for the same training MACs in {wins} of {pairs}

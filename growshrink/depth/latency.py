@@ -51,7 +51,7 @@ def measure_latencies(
     *,
     batch_size: int = 1,
     longest: int = 4,
-    rounds: int = 60,
+    rounds: int = 200,
     cache: Path | None = CACHE / "latency",
     progress: bool = False,
 ) -> Latencies:
@@ -103,7 +103,7 @@ def measure_cuts(
     input_size: InputSize,
     *,
     batch_size: int = 1,
-    rounds: int = 60,
+    rounds: int = 200,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
     """Time a plain ReduceNet and what it becomes by each of the cuts, in turns: no training is needed to know that.
