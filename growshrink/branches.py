@@ -43,6 +43,7 @@ class Branch(nn.Module, ABC):
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__()
+        self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Bottleneck(Branch, kind="bottleneck"):
         super().__init__(conv, ratio)
         self.body = PureBottleneck(
             conv.in_channels,
-            middle_width(conv, ratio),
+            middle_width(conv.out_channels, conv.groups, ratio),
             conv.out_channels,
             conv.kernel_size,  # type: ignore[arg-type]
             stride=conv.stride,  # type: ignore[arg-type]
@@ -175,9 +176,9 @@ class BranchSpec:
         return branch
 
 
-def middle_width(conv: nn.Conv2d, ratio: float) -> int:
+def middle_width(out_channels: int, groups: int, ratio: float) -> int:
     """`ratio` times the output channels, to the nearest multiple of the groups, at least one per group."""
-    return max(1, round(ratio * conv.out_channels / conv.groups)) * conv.groups
+    return max(1, round(ratio * out_channels / groups)) * groups
 
 
 def check_ratio(ratio: float) -> None:

@@ -52,6 +52,10 @@ class NotLinearError(GrowShrinkError):
     """A net that is to become one layer is not an affine map of its input."""
 
 
+class WidthError(GrowShrinkError):
+    """A width, or a space of widths, that a model cannot have."""
+
+
 class EquivalenceError(GrowShrinkError):
     """Two nets that were claimed equal are not, or the check could not have told."""
 

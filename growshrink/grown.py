@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from growshrink.activations import VanishingReLU
 from growshrink.algebra import ConvMap
@@ -52,15 +54,17 @@ class GrownConv2d(nn.Conv2d):
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
         y = self._conv_forward(x, self.weight, self.bias)
         for branch in self.branches:
-            y = y + branch(x, y)
+            if not branch.skipped:
+                y = y + branch(x, y)
         return y
 
     def as_convmap(self) -> ConvMap:
-        """The whole module as one affine map; AlgebraError if a branch is not affine."""
+        """The whole module as one affine map, at its active width; AlgebraError if a branch is not affine."""
         total = ConvMap.from_conv2d(self)
         for index, branch in enumerate(self.branches):
-            with _named(f"branches.{index}"):
-                total = total + cast("Branch", branch).as_convmap(total)
+            if not branch.skipped:
+                with _named(f"branches.{index}"):
+                    total = total + cast("Branch", branch).as_convmap(total)
         return total
 
     def fuse(self) -> nn.Conv2d:
@@ -82,6 +86,9 @@ class PureBottleneck(nn.Module):
 
     The unit of ReduceNet. Once lam is 0 it is one kxk convolution whatever its middle width, borders included: all
     padding is in the kxk. Its bias, which comes from the BN, has to go into the norm that follows.
+
+    All widths up to M share these parameters: at `width` m only the first m of the M middle channels exist (with G
+    groups, the first m / G of each group), as views of the same tensors.
 
     Args:
         in_channels: I.
@@ -114,6 +121,7 @@ class PureBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         self.out_channels = out_channels
+        self.width = mid_channels  # how many middle channels are active; see growshrink.set_width
         self.conv = nn.Conv2d(
             in_channels,
             mid_channels,
@@ -142,20 +150,67 @@ class PureBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`."""
+        if torch.jit.is_scripting():
+            assert self.width == self.conv.out_channels, "TorchScript knows the full width only: growshrink.fuse first."
+        elif self.width != self.conv.out_channels:
+            return self._forward_prefix(x)
         return self.pointwise(self.act(self.bn(self.conv(x))))
+
+    @torch.jit.unused
+    def _forward_prefix(self, x: Tensor) -> Tensor:
+        groups, conv = self.conv.groups, self.conv
+        if isinstance(conv, GrownConv2d):  # its branches have outputs of their own: computed whole, then cut
+            mid = prefix(conv(x), self.width, groups, dim=1)
+        else:
+            mid = conv._conv_forward(x, prefix(conv.weight, self.width, groups), None)
+        mid = self.act(_norm_prefix(self.bn, mid, groups))
+        kernel = self.pointwise.weight[:, : self.width // groups]
+        return self.pointwise._conv_forward(mid, kernel, None)
 
     @torch.jit.ignore
     def as_convmap(self) -> ConvMap:
-        """The whole module as one affine map; AlgebraError while the activation lives."""
+        """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
         total = convmap_of(self.conv, "conv")
-        for name in ("bn", "act", "pointwise"):
+        for name in ("bn", "act"):
             total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
-        return total
+        last = convmap_of(self.pointwise, "pointwise")
+        if self.width != self.conv.out_channels:
+            groups = self.conv.groups
+            total = replace(
+                total, kernel=prefix(total.kernel, self.width, groups), bias=prefix(total.bias, self.width, groups)
+            )
+            last = replace(last, kernel=last.kernel[:, : self.width // groups])
+        return total.then(last)
 
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
         """A plain convolution computing the same, with a bias (timm's `reparameterize_model` calls this)."""
         return self.as_convmap().to_conv2d(dtype=self.pointwise.weight.dtype)
+
+
+def prefix(tensor: Tensor, width: int, groups: int, dim: int = 0) -> Tensor:
+    """The first `width` channels along `dim`, taken evenly from each of `groups` blocks; a view where groups is 1."""
+    if groups == 1:
+        return tensor.narrow(dim, 0, width)
+    return tensor.unflatten(dim, (groups, -1)).narrow(dim + 1, 0, width // groups).flatten(dim, dim + 1)
+
+
+def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
+    """The channels of `norm` that belong to `mid`, a prefix of what it was made for; updates their statistics.
+
+    Its own forward is called, on its own tensors cut short, so that SyncBatchNorm and a momentum of None stay what
+    they are.
+    """
+    whole = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
+    cut = {name: prefix(t, mid.shape[1], groups) for name, t in whole.items() if t is not None}
+    out = functional_call(norm, cut, (mid,))
+    if groups > 1 and norm.training and norm.track_running_stats:  # the cut was a copy
+        for name in ("running_mean", "running_var"):
+            if (statistics := whole[name]) is not None:
+                # .data: the graph of an earlier pass may have saved the statistics, though it does not read them
+                blocks = statistics.data.unflatten(0, (groups, -1)).narrow(1, 0, mid.shape[1] // groups)
+                blocks.copy_(cut[name].unflatten(0, (groups, -1)))
+    return out
 
 
 GROWN_TYPES = (GrownConv2d, PureBottleneck)

@@ -141,7 +141,7 @@ def test_what_a_branch_inherits(kind):
 )
 def test_middle_width(ratio, groups, width):
     conv = nn.Conv2d(8, 8, 3, groups=groups)
-    assert middle_width(conv, ratio) == width
+    assert middle_width(conv.out_channels, conv.groups, ratio) == width
     assert build("bottleneck", conv, ratio=ratio).body.conv.out_channels == width
 
 

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from growshrink.activations import vanishing
 from growshrink.algebra import ConvMap
+from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.widths import Width, active_width
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
 NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
@@ -30,16 +32,20 @@ class _Merge:
     norm: str | None  # the batch norm that takes the bias, where the convolution has none
 
 
-def fuse(model: nn.Module, *, inplace: bool = False, input_size: InputSize | None = None) -> nn.Module:
+def fuse(
+    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
+) -> nn.Module:
     """Merge every branch into its convolution: back to the plain architecture, the same keys and shapes.
 
-    The result computes what the grown net computes in eval mode, in whatever mode the model is now. Kernels are
+    The result computes what the grown net computes in eval mode at `width`, in whatever mode the model is now. The
+    batch norm statistics are the model's: those of a width it was not trained at need `calibrate_bn` first. Kernels are
     merged in float64 and cast at the end (relative error of the net about 1e-15 in float64, 1e-6 in float32). The
     bias of a branch goes into the convolution's own, or else into the running mean of the batch norm behind it.
     A net without branches comes back as it is.
 
     Args:
-        model: A grown net with every lam exactly 0.
+        model: A grown net with every lam exactly 0 (of the branches that `width` does not skip).
+        width: A width of the supernet; None is the active one.
         inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
             branches merge into, stay the same objects.
         input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
@@ -50,8 +56,12 @@ def fuse(model: nn.Module, *, inplace: bool = False, input_size: InputSize | Non
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
+        WidthError: `width` is not a width of this model.
     """
     model = model if inplace else copy.deepcopy(model)
+    if width is not None:
+        with active_width(model, width):
+            return fuse(model, inplace=True, input_size=input_size)
     if grown_modules(model):
         _refuse_alive(model)
         flow = trace(model, input_size)
@@ -62,8 +72,13 @@ def fuse(model: nn.Module, *, inplace: bool = False, input_size: InputSize | Non
 
 
 def _refuse_alive(model: nn.Module) -> None:
-    grown = grown_modules(model)
-    alive = [f"{n}.{a} (lam = {float(act.lam)!r})" for n, m in grown.items() for a, act in vanishing(m) if act.lam != 0]
+    skipped = [f"{name}." for name, module in model.named_modules() if isinstance(module, Branch) and module.skipped]
+    alive = [
+        f"{name}.{act_name} (lam = {float(act.lam)!r})"
+        for name, module in grown_modules(model).items()
+        for act_name, act in vanishing(module)
+        if act.lam != 0 and not f"{name}.{act_name}".startswith(tuple(skipped))
+    ]
     if alive:
         raise FuseError(
             f"{len(alive)} activation(s) have not vanished: {', '.join(alive[:3])}{', ...' * (len(alive) > 3)}. "

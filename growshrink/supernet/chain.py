@@ -1,0 +1,122 @@
+"""A model as a chain of units, so that a pass can start in the middle of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.compare import random_images, randomize_norms_
+from growshrink.dataflow import InputSize, trace
+from growshrink.errors import WidthError
+from growshrink.widths import Slots, Width
+
+
+class Chain:
+    """The units of a model's `forward_features` in order: `model(x) == forward_head(unit_n(... unit_1(x)))`.
+
+    A unit is a child of the model, or of an `nn.Sequential` in it, however deep.
+
+    Args:
+        model: With timm's `forward_features` and `forward_head`, and at least two units with branches.
+        input_size: `(C, H, W)` to prove it on; None takes the model's own.
+
+    Attributes:
+        starts: Indices of the units that carry branches: where an augmented pass may begin.
+
+    Raises:
+        WidthError: The model is no such chain. This is checked by running it, not by its looks.
+    """
+
+    def __init__(self, model: nn.Module, input_size: InputSize | None = None) -> None:
+        if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+            raise WidthError(f"{_REFUSAL} {type(model).__name__} has no forward_features and forward_head.")
+        self._head = cast(Callable[[Tensor], Tensor], model.forward_head)
+        units = _units("", model)
+        inside = _called_within_features(model, units, input_size)
+        self._names = [name for name, _ in units if name in inside]
+        self._units = [unit for name, unit in units if name in inside]
+        self._owner: dict[str, int] = {}
+        for slot, _ in Slots(model):
+            index = next((i for i, name in enumerate(self._names) if f"{slot}.".startswith(f"{name}.")), None)
+            if index is not None:
+                self._owner[slot] = index
+        self.starts = tuple(sorted(set(self._owner.values())))
+        if len(self.starts) < 2:
+            raise WidthError(
+                f"{_REFUSAL} Only {len(self.starts)} of the units of {type(model).__name__} carry branches."
+            )
+        self._prove(model, input_size)
+
+    def of_copy(self, model: nn.Module) -> Chain:
+        """The same chain of a copy of the model."""
+        twin = copy.copy(self)
+        twin._units = [model.get_submodule(name) for name in self._names]
+        twin._head = cast(Callable[[Tensor], Tensor], model.forward_head)
+        return twin
+
+    def prefix(self, x: Tensor, start: int) -> Tensor:
+        """Images `(N, C, H, W)` -> the input of unit number `start`."""
+        for unit in self._units[:start]:
+            x = unit(x)
+        return x
+
+    def suffix(self, x: Tensor, start: int) -> Tensor:
+        """The input of unit number `start` -> logits."""
+        for unit in self._units[start:]:
+            x = unit(x)
+        return self._head(x)
+
+    def widened_from(self, start: int, width: Width, base: Width) -> dict[str, int]:
+        """`width` in unit number `start` and behind it, `base` before."""
+        return {name: value if self._owner.get(name, start) >= start else base[name] for name, value in width.items()}
+
+    @torch.no_grad()
+    def _prove(self, model: nn.Module, input_size: InputSize | None) -> None:
+        replica = copy.deepcopy(model).eval()
+        randomize_norms_(replica)
+        units = [replica.get_submodule(name) for name in self._names]
+        x = random_images(trace(model, input_size).input_size, 2, torch.float32, 0).to(next(replica.parameters()))
+        expected, found = replica(x), x
+        inputs = []
+        try:
+            for unit in units:
+                inputs.append(found)
+                before = found.clone()
+                found = unit(found)
+                if len(inputs) - 1 in self.starts and not torch.equal(inputs[-1], before):
+                    raise WidthError(f"{_REFUSAL} {self._names[len(inputs) - 1]} overwrites its input.")
+            found = cast(Callable[[Tensor], Tensor], replica.forward_head)(found)
+        except WidthError:
+            raise
+        except Exception as error:  # a unit that wants something else than one tensor fails in its own way
+            raise WidthError(f"{_REFUSAL} {type(model).__name__}: {str(error).splitlines()[0]}") from error
+        if not torch.equal(found, expected):
+            raise WidthError(f"{_REFUSAL} {type(model).__name__} computes something else than its units in a row.")
+
+
+_REFUSAL = "mode='suffix' needs a model that is a list of blocks, one after another; take mode='lazy'."
+
+
+def _units(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    found = []
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        found += _units(path, child) if type(child) is nn.Sequential else [(path, child)]
+    return found
+
+
+@torch.no_grad()
+def _called_within_features(
+    model: nn.Module, units: list[tuple[str, nn.Module]], input_size: InputSize | None
+) -> set[str]:
+    replica = copy.deepcopy(model).eval()
+    called: set[str] = set()
+    for name, _ in units:
+        replica.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: called.add(name))
+    x = random_images(trace(model, input_size).input_size, 1, torch.float32, 0).to(next(replica.parameters()))
+    cast(Callable[[Tensor], Tensor], replica.forward_features)(x)
+    return called

@@ -1,0 +1,63 @@
+"""Where the middle channels of a bottleneck lie: which axis of which tensor of it each of them is an entry of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.branches import Bottleneck
+from growshrink.grown import GrownConv2d, PureBottleneck
+
+
+class Axis(NamedTuple):
+    """Tensor `name` of `module` has one entry a middle channel along `dim`, in `groups` blocks.
+
+    Along dim 1, that of the pointwise kernel, each output channel sees the block of its own group only.
+    """
+
+    module: nn.Module
+    name: str
+    dim: int
+    groups: int
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor as it is now (None: a norm without it)."""
+        return getattr(self.module, self.name)
+
+    def beyond(self, tensor: Tensor, width: int) -> Tensor:
+        """The entries of `tensor`, shaped like this one, that a net of `width` does not use; a view."""
+        if self.dim == 1:
+            return tensor[:, width // self.groups :]
+        return tensor.unflatten(0, (self.groups, -1))[:, width // self.groups :]
+
+    def permuted(self, tensor: Tensor, order_GK: Tensor) -> Tensor:
+        """`tensor`, shaped like this one, in another order of its channels; `order_GK` permutes within each group."""
+        groups, length = order_GK.shape
+        if self.dim == 1:
+            blocks = tensor.unflatten(0, (groups, -1))
+            index = order_GK.view(groups, 1, length, *(1,) * (blocks.dim() - 3))
+            return blocks.take_along_dim(index, 2).flatten(0, 1)
+        starts = torch.arange(groups, device=order_GK.device)[:, None] * length
+        return tensor.index_select(0, (order_GK + starts).flatten())
+
+
+def axes(body: PureBottleneck) -> Iterator[Axis]:
+    """Every parameter and buffer of `body` that has an axis of middle channels."""
+    groups, conv = body.conv.groups, body.conv
+    yield Axis(conv, "weight", 0, groups)
+    if isinstance(conv, GrownConv2d):  # the outputs of its branches are middle channels as well
+        for branch in conv.branches:
+            assert isinstance(branch, Bottleneck), "only `nest` grows inside a branch, and it attaches bottlenecks"
+            yield Axis(branch.body.pointwise, "weight", 0, groups)
+            yield from _of_norm(branch.norm, groups)
+    yield from _of_norm(body.bn, groups)
+    yield Axis(body.pointwise, "weight", 1, groups)
+
+
+def _of_norm(norm: nn.BatchNorm2d, groups: int) -> Iterator[Axis]:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        yield Axis(norm, name, 0, groups)

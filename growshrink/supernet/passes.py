@@ -1,0 +1,74 @@
+"""What one update of a supernet runs: the modes, as functions of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from growshrink.supernet.chain import Chain
+from growshrink.widths import WidthSpace, draw
+
+#: Every how many updates the augmented net runs, if nobody says otherwise.
+EVERY = {"lazy": 8}
+#: Share of the base's loss that it learns from the augmented net, if nobody says otherwise.
+INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The passes of one update.
+
+    Attributes:
+        width: Of the pass that is always there: the base net's (in `single` the one that is drawn).
+        augmented: Widths of the augmented passes, in the order they run, before the base's.
+        start: The unit of the chain from which on the augmented passes run; None runs them whole.
+        asked: A net that is run for its logits only: the one that `single` learns from in in-place distillation.
+    """
+
+    width: dict[str, int]
+    augmented: tuple[dict[str, int], ...] = ()
+    start: int | None = None
+    asked: dict[str, int] | None = None
+
+
+Mode = Callable[[WidthSpace, int, int, Chain | None], Passes]
+
+
+def _netaug(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.base, (space.sample(seed, update),))
+
+
+def _suffix(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    assert chain is not None
+    start = draw(chain.starts, seed, update, "suffix")
+    return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
+
+
+def _single(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.sample(seed, update), asked=space.full)
+
+
+def _sandwich(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+    return Passes(space.base, (space.full, space.sample(seed, update)))
+
+
+#: A new mode is one function of (space, seed, update, chain) here.
+MODES: dict[str, Mode] = {
+    "netaug": _netaug,
+    "lazy": _netaug,
+    "suffix": _suffix,
+    "single": _single,
+    "sandwich": _sandwich,
+}
+#: Augmented passes of an update that has any.
+NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2}
+
+
+def default_every(mode: str) -> int:
+    """Every how many updates a mode augments."""
+    return EVERY.get(mode, 1)
+
+
+def default_alpha(mode: str, every: int | None = None) -> float:
+    """The alpha at which a pass of an augmented net weighs what the base's does, in the updates that have one."""
+    return 1.0 / (default_every(mode) if every is None else every)

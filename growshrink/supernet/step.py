@@ -1,0 +1,133 @@
+"""The passes of one update, run one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from growshrink.supernet.chain import Chain
+from growshrink.supernet.passes import Passes
+from growshrink.widths import Slots, Width
+
+
+class Supernet:
+    """A model, its widths, and the statistics of its batch norms, each looked up once.
+
+    Attributes:
+        model: The grown net.
+        slots: Its widths.
+        chain: The model as a chain of units, where a pass is to start in the middle.
+    """
+
+    def __init__(self, model: nn.Module, slots: Slots, chain: Chain | None) -> None:
+        self.model = model
+        self.slots = slots
+        self.chain = chain
+        self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+    @contextmanager
+    def at(self, width: Width, then: Width) -> Iterator[None]:
+        """Run at `width`; afterwards, whatever happens, at `then`."""
+        self.slots.set(width)
+        try:
+            yield
+        finally:
+            self.slots.set(then)
+
+    @contextmanager
+    def aside(self, width: Width, then: Width, device: torch.device) -> Iterator[None]:
+        """Run at `width` without a trace: `at`, with batch norm statistics and random streams as before afterwards.
+
+        Batch norms normalise by the batch as ever. Their statistics are put back, not kept from moving: so the graph
+        that runs (and that is compiled) is the same in all passes. Through `.data`: autograd has saved these buffers,
+        and would call it an illegal change. The net behind sees the dropout masks it would see by itself.
+        """
+        live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
+        saved = [torch.empty_like(b) for b in live]
+        with torch.no_grad():
+            torch._foreach_copy_(saved, live)
+        with self.at(width, then), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    torch._foreach_copy_(live, saved)
+
+    def untrained_by(self, width: Width) -> list[nn.Parameter]:
+        """Parameters that a pass at `width` does not use at all: those of the branches it skips."""
+        branches = [slot.branch for name, slot in self.slots if width[name] == 0 and slot.branch is not None]
+        return [p for branch in branches for p in branch.parameters() if p.requires_grad]
+
+
+@dataclass
+class StepRun:
+    """One update on one batch.
+
+    Attributes:
+        net: What is trained.
+        passes: What to run.
+        x: Images `(N, C, H, W)`.
+        loss_of: (logits, logits to learn from or None) -> loss, 0-dim.
+        weight: Of the loss of each augmented pass.
+        share: Of the loss of the base pass.
+        backward: What differentiates the loss of an augmented pass, at its width; None leaves that to whoever gets the
+            sum of all losses.
+        mentor: Logits of the first augmented net, from which the passes after it learn.
+        augmented: Losses of the augmented passes, weighted.
+    """
+
+    net: Supernet
+    passes: Passes
+    x: Tensor
+    loss_of: Callable[[Tensor, Tensor | None], Tensor]
+    weight: float
+    share: float
+    backward: Callable[[Tensor], None] | None
+    mentor: Tensor | None = None
+    augmented: list[Tensor] = field(default_factory=list)
+
+    def ask(self) -> None:
+        """Get logits to learn from out of a net that is not trained in this update."""
+        if self.passes.asked is not None:
+            with torch.no_grad(), self.net.aside(self.passes.asked, self.passes.width, self.x.device):
+                self.mentor = self.net.model(self.x)
+
+    def run_augmented(self, forward: Callable[[], Tensor]) -> None:
+        """All augmented passes; `forward` gives the logits at the active width."""
+        for width in self.passes.augmented:
+            with self.net.aside(width, self.passes.width, self.x.device):
+                logits = forward()
+                loss = self.weight * self.loss_of(logits, self.mentor)
+                if self.backward is not None:
+                    self.backward(loss)  # here: checkpointed blocks run again in it
+            self.augmented.append(loss if self.backward is None else loss.detach())
+            if self.mentor is None:
+                self.mentor = logits.detach()
+
+    def run_base(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The pass that is always there, and the augmented ones where they share its beginning.
+
+        Returns:
+            Logits, weighted loss, and where passes share a beginning its output and the gradient that the augmented
+            ones have for it.
+        """
+        start = self.passes.start
+        if start is None:
+            logits, shared, leaf = self.net.model(self.x), None, None
+        else:
+            chain = self.net.chain
+            assert chain is not None
+            shared = chain.prefix(self.x, start)
+            leaf = shared if self.backward is None else shared.detach().requires_grad_()
+            self.run_augmented(lambda: chain.suffix(leaf, start))
+            logits = chain.suffix(shared, start)
+        loss = self.share * self.loss_of(logits, self.mentor)
+        if shared is None or leaf is shared or not shared.requires_grad:
+            return logits, loss, None, None
+        assert leaf is not None
+        return logits, loss, shared, leaf.grad
