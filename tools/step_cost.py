@@ -25,8 +25,9 @@ import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
 from growshrink.supernet.cost import StepCost
+from growshrink.timing import machine
 from growshrink.training import Batch, TrainConfig, Trainer
-from paired import Bench, load, machine
+from paired import Bench, load
 
 #: NetAugTask's own defaults, and every mode.
 MODES: dict[str, dict[str, Any]] = {
