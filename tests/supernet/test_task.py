@@ -164,7 +164,7 @@ def test_a_teacher_by_name(monkeypatch):
             asked.update(kwargs, name=name)
             super().__init__(net(seed=2))
 
-    monkeypatch.setattr("growshrink.supernet.task.DistillationTeacher", Pretrained)
+    monkeypatch.setattr("growshrink.supernet.teacher.DistillationTeacher", Pretrained)
     task = task_of(teacher="resnet18", dtype=torch.float32)
     assert asked == {
         "name": "resnet18",
@@ -173,7 +173,7 @@ def test_a_teacher_by_name(monkeypatch):
         "device": torch.device("cpu"),
         "dtype": torch.float32,
     }
-    assert torch.equal(task._mean.flatten(), torch.tensor(task.trainable_module.pretrained_cfg["mean"]))
+    assert torch.equal(task.teacher.mean.flatten(), torch.tensor(task.trainable_module.pretrained_cfg["mean"]))
     assert not any(name.startswith("_") for name in task.state_dict())
 
 
