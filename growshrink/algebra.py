@@ -33,7 +33,7 @@ class ConvMap:
         kernel: `(O, I // groups, kh, kw)`.
         bias: `(O,)`.
         stride: `(vertical, horizontal)`.
-        padding: `((top, bottom), (left, right))`, in pixels.
+        padding: `((top, bottom), (left, right))`, in pixels; below 0 they are left out.
         dilation: `(vertical, horizontal)`.
         groups: Number of groups; channels are grouped in contiguous blocks as in `nn.Conv2d`.
         padding_mode: What the padded pixels hold: `zeros`, `reflect`, `replicate` or `circular`.
@@ -177,7 +177,7 @@ class ConvMap:
             )
         if self.stride != other.stride:
             raise AlgebraError(f"cannot add: strides {self.stride} and {other.stride} differ.")
-        modes = {m.padding_mode for m in (self, other) if m.padding != NO_PADDING} or {"zeros"}
+        modes = {m.padding_mode for m in (self, other) if max(map(max, m.padding)) > 0} or {"zeros"}
         if len(modes) > 1:
             raise AlgebraError(f"cannot add: padding modes {sorted(modes)} differ.")
         if self._shrinkage != other._shrinkage:

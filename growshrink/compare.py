@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from growshrink.activations import set_lambda
+from growshrink.branches import Branch
 from growshrink.dataflow import InputSize
 from growshrink.errors import EquivalenceError
 from growshrink.grown import GrownConv2d, grown_modules
@@ -215,7 +216,8 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
     """Random affine parameters and statistics, in place, for every batch norm of `model`.
 
     Gammas in [0.5, 1.5] with a random sign on a fifth of them, variances in [0.5, 2], means and betas of order 0.3:
-    nothing is near its default and nothing explodes with depth.
+    nothing is near its default and nothing explodes with depth. Branches without a norm that are silent get a last
+    factor of order 0.3.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -234,6 +236,9 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
                 if module.weight is not None:
                     flip = torch.rand(module.weight.shape, generator=generator) < 0.2
                     module.weight.mul_(torch.where(flip, -1.0, 1.0).to(module.weight))
+        for module in model.modules():
+            if isinstance(module, Branch) and not (last := module.get_parameter(module.outermost)).any():
+                uniform_(last, -0.3, 0.3)
 
 
 def random_images(input_size: InputSize, num_inputs: int, dtype: torch.dtype, seed: int) -> Tensor:

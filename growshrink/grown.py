@@ -247,6 +247,8 @@ def convmap_of(module: nn.Module, name: str, channels: int = 0) -> ConvMap:
             if (lam := float(module.lam)) != 0.0:
                 raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
             return ConvMap.identity(channels, device=module.lam.device)
+        if type(module) is nn.AvgPool2d:
+            return ConvMap.from_avg_pool(module, channels)
         if type(module) is nn.Identity:
             return ConvMap.identity(channels)
         raise AlgebraError(f"{type(module).__name__} is not known to be affine.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from growshrink.branches import BranchSpec, check_ratio
+from growshrink.branches import Branch, BranchSpec, check_ratio, say_left_out
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import DropError, GrowError, near
 from growshrink.grown import GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
@@ -36,13 +36,18 @@ def grow(
 
     Args:
         model: A timm model or any `nn.Module`.
-        branch: A preset name ("bottleneck", "insert", "nest"), a `BranchSpec`, or a sequence of them, in order.
+        branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
+            "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your own)
+            and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
+            "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
+            A convolution that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
         ratio: Middle width of a branch over the output channels of its convolution.
         where: None for every eligible convolution, a regular expression searched in dotted names, a callable
             `(name, module) -> bool`, or a list of exact names. The first three skip what cannot be grown (see
             `growth_report`); a name in a list that cannot be grown is refused.
-        init: "silent" leaves the function of the net as it is, in train and eval mode, at any lam: the last gamma of
-            each branch starts at 0. "paper" starts the branches at work, for training from scratch.
+        init: "silent" leaves the function of the net as it is, in train and eval mode, at any lam: the last factor of
+            each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
+            for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
@@ -58,14 +63,14 @@ def grow(
     if init not in INITS:
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
     model = model if inplace else copy.deepcopy(model)
-    names = _select(model, where, _Eligibility(model, input_size))
+    names = _select(model, where, _Eligibility(model, input_size), specs)
     convs = {name: model.get_submodule(name) for name in names}
     attachments = {
         name: [
             spec.build(
                 conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, num_branches(conv) + position)
             )
-            for position, spec in enumerate(specs)
+            for position, spec in enumerate(_fitting(specs, conv)[0])
         ]
         for name, conv in convs.items()
         if isinstance(conv, nn.Conv2d)
@@ -102,6 +107,7 @@ class ReportRow:
     shape: str
     branches: tuple[str, ...]
     reason: str  # why it cannot be grown; empty where it can
+    left_out: Mapping[str, str] = field(default_factory=dict)  # kinds that do not fit it, and why
 
 
 @dataclass(frozen=True)
@@ -122,22 +128,42 @@ class GrowthReport:
 
     def __str__(self) -> str:
         def status(row: ReportRow) -> str:
-            return f"grown: {', '.join(row.branches)}" if row.branches else row.reason or "eligible"
+            if row.reason and not row.branches:
+                return row.reason
+            parts = [f"grown: {', '.join(row.branches)}" if row.branches else "eligible"]
+            return "; ".join(parts + [say_left_out(row.left_out)] * bool(row.left_out))
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
         lines.append(f"{len(self.rows)} convolutions: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
         return "\n".join(lines)
 
 
-def growth_report(model: nn.Module, *, input_size: InputSize | None = None) -> GrowthReport:
-    """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now)."""
+def growth_report(
+    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSize | None = None
+) -> GrowthReport:
+    """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now).
+
+    Args:
+        model: A plain or a grown net.
+        branch: What it is to be grown with, as for `grow`: reasons against these branches count too. None takes the
+            kinds the model carries anywhere, and so tells why some convolutions lack some of them.
+        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
+    """
     eligibility = _Eligibility(model, input_size)
+    specs = branch_specs(branch) if branch is not None else []
+    carried = {b.kind: type(b) for m in _candidates(model).values() if isinstance(m, GrownConv2d) for b in m.branches}
+    asked = {kind: Branch.kinds[kind] for spec in specs for kind in spec.kinds} or carried
     rows = []
     for name, module in _candidates(model).items():
         shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
         shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
-        rows.append(ReportRow(name, shape, kinds, eligibility.reason_against(name, module)))
+        reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
+        left_out = {kind: reason for kind, reason in reasons.items() if reason}
+        reason = eligibility.reason_against(name, module) or _fitting(specs, module)[1]
+        if not reason and carried and len(left_out) == len(asked):
+            reason = say_left_out(left_out)
+        rows.append(ReportRow(name, shape, kinds, reason, left_out))
     return GrowthReport(tuple(rows))
 
 
@@ -147,6 +173,17 @@ def branch_specs(branch: BranchLike) -> list[BranchSpec]:
     if not parts:
         raise GrowError("branch=[]: name at least one branch.")
     return [part if isinstance(part, BranchSpec) else BranchSpec(kind=part) for part in parts]
+
+
+def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchSpec], str]:
+    """One spec for each branch that `conv` gets; an empty list and the reason where it cannot carry all of `specs`."""
+    fitting: list[BranchSpec] = []
+    for spec in specs:
+        parts, reason = spec.fitting(conv)
+        if not parts:
+            return [], reason
+        fitting += parts
+    return fitting, ""
 
 
 def num_branches(module: nn.Module) -> int:
@@ -196,9 +233,11 @@ def _candidates(model: nn.Module) -> dict[str, nn.Conv2d]:
     return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m) not in inside}
 
 
-def _select(model: nn.Module, where: Where, eligibility: _Eligibility) -> list[str]:
+def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
     candidates = _candidates(model)
-    reasons = {name: eligibility.reason_against(name, conv) for name, conv in candidates.items()}
+    reasons = {
+        name: eligibility.reason_against(name, conv) or _fitting(specs, conv)[1] for name, conv in candidates.items()
+    }
     if isinstance(where, str):
         try:
             pattern = re.compile(where)

@@ -1,0 +1,86 @@
+"""The branches whose activation vanishes: beside a kernel, in each other, behind a kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from growshrink.activations import VanishingReLU
+from growshrink.algebra import ConvMap
+from growshrink.branches.base import Branch, middle_width
+from growshrink.grown import GrownConv2d, PureBottleneck, convmap_of
+
+
+class Bottleneck(Branch, kind="bottleneck"):
+    """In parallel: kxk -> BN -> vanishing ReLU -> 1x1 -> BN, middle width `ratio` times the output channels.
+
+    The block of ReduceNet beside a kernel. The kxk repeats the convolution's geometry, the 1x1 its groups, so the two
+    merge into a kernel of the same shape, exactly, borders included.
+    """
+
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        body: PureBottleneck
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        self.body = PureBottleneck(
+            conv.in_channels,
+            middle_width(conv.out_channels, conv.groups, ratio),
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            padding_mode=conv.padding_mode,
+        )
+        self.norm = nn.BatchNorm2d(conv.out_channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Branch.forward`."""
+        return self.norm(self.body(x))
+
+    def as_convmap(self, kernel: ConvMap) -> ConvMap:
+        """See `Branch.as_convmap`."""
+        return convmap_of(self.body, "body").then(convmap_of(self.norm, "norm"))
+
+
+class Nest(Bottleneck, kind="nest"):
+    """A bottleneck whose kxk is itself a grown convolution with a bottleneck branch.
+
+    The inner branch starts loud (gamma 1): the outermost gamma is the one factor that makes the whole silent.
+    """
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        inner = self.body.conv
+        GrownConv2d.from_conv(inner, [Bottleneck(inner, ratio)])
+
+
+class Insert(Branch, kind="insert"):
+    """In series, behind the output y: y + BN(1x1(vanishing ReLU(y))).
+
+    A new layer for a kernel that is already trained: growing *into* a fused net. When linear it multiplies into the
+    kernel, whose meaning thereby changes (its optimizer state starts afresh). It has no middle width.
+    """
+
+    parallel = False
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        self.act = VanishingReLU()
+        self.pointwise = nn.Conv2d(conv.out_channels, conv.out_channels, 1, groups=conv.groups, bias=False)
+        nn.init.kaiming_normal_(self.pointwise.weight, mode="fan_out", nonlinearity="relu")
+        self.norm = nn.BatchNorm2d(conv.out_channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Branch.forward`."""
+        return self.norm(self.pointwise(self.act(y)))
+
+    def as_convmap(self, kernel: ConvMap) -> ConvMap:
+        """See `Branch.as_convmap`."""
+        total = kernel
+        for name in ("act", "pointwise", "norm"):
+            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
+        return total

@@ -1,0 +1,100 @@
+"""Branches that add up kernels before they convolve: whatever their number, one convolution in training."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.algebra import ConvMap
+from growshrink.branches.base import Branch
+from growshrink.branches.geometry import even_sides, like
+
+
+class _Kernels(Branch, kind=""):
+    """A convolution with a kernel that is computed anew in every pass."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        conv: nn.Conv2d
+
+    @abstractmethod
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        """`(O, I // groups, kh, kw)`, computed in `dtype`."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """See `Branch.forward`."""
+        return self.conv._conv_forward(x, self.kernel(self.conv.weight.dtype), None)
+
+    def as_convmap(self, kernel: ConvMap) -> ConvMap:
+        """See `Branch.as_convmap`."""
+        own = self.kernel(torch.float64)
+        return replace(ConvMap.from_conv2d(self.conv), kernel=own, bias=own.new_zeros(len(own)))
+
+
+class Mixture(_Kernels, kind="mixture"):
+    """In parallel: sum over i of mix_i W_i, `ratio` kernels (to the nearest whole number) with a learnt scalar each.
+
+    Source: CondConv (Yang et al., arXiv:1904.04971, eq. 1) with scalars that do not depend on the input. They start
+    where the paper's do on average, at sigmoid(0).
+    """
+
+    outermost = "mix"
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        num_kernels = max(1, round(ratio))
+        self.conv = like(conv, out_channels=num_kernels * conv.out_channels)  # kernel after kernel
+        self.mix = nn.Parameter(torch.full((num_kernels,), 0.5))
+
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        """See `_Kernels.kernel`."""
+        kernels_EOIHW = self.conv.weight.to(dtype).unflatten(0, (len(self.mix), -1))
+        return (kernels_EOIHW * self.mix.to(dtype).view(-1, 1, 1, 1, 1)).sum(0)
+
+
+class Orepa(_Kernels, kind="orepa"):
+    """In parallel: kxk, 1x1, 1x1-kxk and 1x1-average pool with a scale per path and channel, no norms, one kernel.
+
+    Source: OREPA (Hu et al., arXiv:2204.00826, section 3.2: a block's norms become linear scales, and a norm behind the
+    sum is left; that is the one behind the convolution). Its frequency prior (which starts at scale 0) and its
+    depthwise-separable path are left out.
+    """
+
+    outermost = "scale"
+
+    #: Where the scales of kxk, 1x1, 1x1-kxk and 1x1-average start.
+    STARTS = (0.25, 0.5, 0.5, 0.25)
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        self.conv = like(conv)
+        one_tap = {"kernel_size": (1, 1), "padding": (0, 0)}
+        self.pointwise = like(conv, **one_tap)
+        self.before = like(conv, out_channels=conv.in_channels, **one_tap)
+        nn.init.dirac_(self.before.weight, conv.groups)
+        self.behind = like(conv)
+        self.average = like(conv, **one_tap)
+        self.scale = nn.Parameter(torch.tensor(self.STARTS)[:, None].repeat(1, conv.out_channels))
+
+    @classmethod
+    def reason_against(cls, conv: nn.Conv2d) -> str:
+        """See `Branch.reason_against`."""
+        return even_sides(conv)
+
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        """See `_Kernels.kernel`."""
+        own_OIHW = self.conv.weight.to(dtype)
+        height, width = own_OIHW.shape[2:]
+        around = [width // 2, width // 2, height // 2, height // 2]
+        pointwise_OIHW = nn.functional.pad(self.pointwise.weight.to(dtype), around)
+        groups = self.conv.groups
+        before_GMI = self.before.weight.to(dtype).flatten(1).unflatten(0, (groups, -1))
+        behind_GOMHW = self.behind.weight.to(dtype).unflatten(0, (groups, -1))
+        chain_OIHW = torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)
+        average_OIHW = self.average.weight.to(dtype).expand_as(own_OIHW) / (height * width)
+        scale_POIHW = self.scale.to(dtype)[:, :, None, None, None]
+        paths_POIHW = torch.stack([own_OIHW, pointwise_OIHW, chain_OIHW, average_OIHW])
+        return (scale_POIHW * paths_POIHW).sum(0)

@@ -1,0 +1,87 @@
+"""Which branches a convolution gets: kinds by name, and the presets that stand for several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from growshrink.branches.base import Branch
+from growshrink.errors import GrowError, near
+
+
+#: Blocks of the literature that have several branches: preset -> kinds. A convolution gets those that fit it.
+PRESETS: Mapping[str, tuple[str, ...]] = {
+    "repvgg": ("pointwise", "identity"),
+    "acnet": ("vertical", "horizontal"),
+    "dbb": ("pointwise", "pointwise_conv", "pointwise_average"),
+    # with the kernel itself the four copies of MobileOne-S0
+    "mobileone": ("copy", "copy", "copy", "pointwise", "identity"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchSpec:
+    """Which branch, and how wide.
+
+    Attributes:
+        kind: A key of `Branch.kinds` ("bottleneck", "insert", "nest", "expandnet", ..., or one of your own), or of
+            `PRESETS` ("repvgg", "acnet", "dbb", "mobileone"), which stands for several kinds.
+        ratio: Middle width over output channels; None takes the `ratio` given to `grow`.
+    """
+
+    kind: str
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in Branch.kinds and self.kind not in PRESETS:
+            raise GrowError(f"branch={self.kind!r}: no such branch{near(self.kind, [*Branch.kinds, *PRESETS])}")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds this stands for: one, or those of a preset."""
+        return PRESETS.get(self.kind, (self.kind,))
+
+    def fitting(self, conv: nn.Conv2d) -> tuple[list[BranchSpec], str]:
+        """One spec for each kind that `conv` can carry; without any, an empty list and the reason."""
+        reasons = {kind: Branch.kinds[kind].reason_against(conv) for kind in self.kinds}
+        fitting = [replace(self, kind=kind) for kind in self.kinds if not reasons[kind]]
+        return fitting, "" if fitting else say_left_out(reasons)
+
+    def build(self, conv: nn.Conv2d, *, ratio: float, init: str, generator_seed: int) -> Branch:
+        """A branch for `conv` on its device, in its dtype, memory format, mode and trainability.
+
+        The weights depend on `generator_seed` alone; no random stream of the process is touched. Not for a preset:
+        build what `fitting` gives.
+
+        Raises:
+            GrowError: `conv` cannot carry a branch of this kind.
+        """
+        if reason := Branch.kinds[self.kind].reason_against(conv):
+            raise GrowError(f"branch={self.kind!r} does not fit this convolution: {reason}.")
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(generator_seed)
+            branch = Branch.kinds[self.kind](conv, self.ratio or ratio)
+        if init == "silent":
+            branch.silence_()
+        branch.to(device=conv.weight.device, dtype=conv.weight.dtype)
+        if conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous():
+            branch.to(memory_format=torch.channels_last)
+        branch.train(conv.training).requires_grad_(conv.weight.requires_grad)
+        return branch
+
+
+def say_left_out(reasons: Mapping[str, str]) -> str:
+    """Kinds of branches that do not fit a convolution, and why, in words."""
+    return "; ".join(f"no {kind}: {reason}" for kind, reason in reasons.items())
+
+
+def check_ratio(ratio: float) -> None:
+    """GrowError unless `ratio` is a finite number above 0."""
+    if not (math.isfinite(ratio) and ratio > 0):
+        raise GrowError(f"{ratio=}: the middle width over the output channels must be a number above 0.")
