@@ -158,11 +158,12 @@ def growth_report(
         shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
         shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
-        reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
-        left_out = {kind: reason for kind, reason in reasons.items() if reason}
-        reason = eligibility.reason_against(name, module) or _fitting(specs, module)[1]
-        if not reason and carried and len(left_out) == len(asked):
-            reason = say_left_out(left_out)
+        reason = eligibility.reason_against(name, module)
+        left_out = {}
+        if not reason:
+            reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
+            left_out = {kind: why for kind, why in reasons.items() if why}
+            reason = _fitting(specs, module)[1] or (say_left_out(left_out) if len(left_out) == len(asked) else "")
         rows.append(ReportRow(name, shape, kinds, reason, left_out))
     return GrowthReport(tuple(rows))
 
@@ -264,7 +265,8 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
         return chosen
     eligible = [name for name in chosen if not reasons[name]]
     if not eligible:
-        found = f"{chosen[0]}: {reasons[chosen[0]]}" if chosen else "the model has no convolution"
+        first = next((name for name in chosen if name not in eligibility.stem), chosen[0] if chosen else "")
+        found = f"{first}: {reasons[first]}" if chosen else "the model has no convolution"
         raise GrowError(
             f"none of {len(chosen)} convolutions can be grown exactly ({found}). See growshrink.growth_report."
         )
