@@ -6,9 +6,10 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
+from timm.layers import Conv2dSame, pad_same, register_notrace_module
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 class GrownConv2d(nn.Conv2d):
     """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
 
-    `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
+    A subclass of `nn.Conv2d` whose forward is its own has a subclass here (`GROWN_CLASSES`), which is one of that class
+    too and returns to it. `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
     checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one with
     `GrownConv2d.from_conv`, in place, and becomes an `nn.Conv2d` again with `to_plain`, so whatever refers to the
     module goes on referring to it.
@@ -31,15 +33,15 @@ class GrownConv2d(nn.Conv2d):
 
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         branches: nn.ModuleList
+    plain_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
 
     @staticmethod
     def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:
-        """Attach branches to `conv`, an `nn.Conv2d` or already grown one, and return the same object."""
+        """Attach branches to `conv`, of a class in `GROWN_CLASSES` or already grown, and return the same object."""
         if isinstance(conv, GrownConv2d):
             conv.branches.extend(branches)
             return conv
-        assert type(conv) is nn.Conv2d
-        conv.__class__ = GrownConv2d
+        conv.__class__ = GROWN_CLASSES[type(conv)]
         assert isinstance(conv, GrownConv2d)
         conv.branches = nn.ModuleList(branches).train(conv.training)
         return conv
@@ -47,11 +49,16 @@ class GrownConv2d(nn.Conv2d):
     def to_plain(self) -> nn.Conv2d:
         """Forget the branches and be the class this module came from; returns the same object."""
         del self.branches
-        self.__class__ = nn.Conv2d  # type: ignore[assignment]
+        self.__class__ = self.plain_class  # type: ignore[assignment]
         return self
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input as kernel and branches see it: with the padding that is not in `padding`, where there is any."""
+        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
+        x = self.padded(x)
         y = self._conv_forward(x, self.weight, self.bias)
         for branch in self.branches:
             if not branch.skipped:
@@ -59,7 +66,7 @@ class GrownConv2d(nn.Conv2d):
         return y
 
     def as_convmap(self) -> ConvMap:
-        """The whole module as one affine map, at its active width; AlgebraError if a branch is not affine."""
+        """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
         total = ConvMap.from_conv2d(self)
         for index, branch in enumerate(self.branches):
             if not branch.skipped:
@@ -79,6 +86,24 @@ class GrownConv2d(nn.Conv2d):
         if self.bias is not None or bool((fused.bias != 0).any()):
             plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
         return plain
+
+
+@register_notrace_module  # as its parent is: the sizes it computes with are not to be traced
+class GrownConv2dSame(GrownConv2d, Conv2dSame):
+    """timm's `Conv2dSame`, grown: padded as TensorFlow does, by an amount that depends on the size of the input.
+
+    Kernel and branches see the padded input, as if nobody had padded it: so the branches merge exactly at any size.
+    """
+
+    plain_class = Conv2dSame
+
+    def padded(self, x: Tensor) -> Tensor:
+        """See `GrownConv2d.padded`."""
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)
+
+
+#: What becomes of a convolution that grows; other classes are left alone.
+GROWN_CLASSES: dict[type[nn.Conv2d], type[GrownConv2d]] = {nn.Conv2d: GrownConv2d, Conv2dSame: GrownConv2dSame}
 
 
 class PureBottleneck(nn.Module):

@@ -8,17 +8,21 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from growshrink.branches import Branch, BranchSpec, check_ratio, say_left_out
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import DropError, GrowError, near
-from growshrink.grown import GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown import GROWN_CLASSES, GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
 
 INITS = ("silent", "paper")
+
+#: Every filter they compute with has mean 0 (and a given norm): most sums of kernels are none of theirs.
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 def grow(
@@ -209,7 +213,9 @@ class _Eligibility:
             return "the stem is left alone"
         if name in self.classifier:
             return "the classifier is left alone"
-        if type(conv) not in (nn.Conv2d, GrownConv2d):
+        if isinstance(conv, _STANDARDISED):
+            return f"it is a {type(conv).__name__}: its kernel is standardised, and a merged one could not be"
+        if type(conv) not in GROWN_CLASSES and not isinstance(conv, GrownConv2d):
             return f"it is a {type(conv).__name__}, whose forward is its own"
         if not isinstance(conv._parameters.get("weight"), nn.Parameter):
             return "its weight is computed by a hook, not a parameter"
