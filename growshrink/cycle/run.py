@@ -316,7 +316,7 @@ class _Run:
 
     def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
         last = self.trainer.update - 1
-        score = self._score()
+        score = self._score(self._augmentations.judged(self.trainer))
         row = {
             "update": self.trainer.update,
             "epoch": self.trainer.update / self.feed.train.updates_per_epoch,
