@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 class GrownConv2d(nn.Conv2d):
     """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
 
-    A subclass of `nn.Conv2d` whose forward is its own has a subclass here (`GROWN_CLASSES`), which is one of that class
-    too and returns to it. `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
+    A class of convolutions with a forward of its own has a subclass here (`GROWN_CLASSES`), which is one of that class
+    too and returns to it.
+
+    `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
     checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one with
     `GrownConv2d.from_conv`, in place, and becomes an `nn.Conv2d` again with `to_plain`, so whatever refers to the
     module goes on referring to it.
@@ -99,7 +101,7 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
 
     def padded(self, x: Tensor) -> Tensor:
         """See `GrownConv2d.padded`."""
-        return pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
 
 #: What becomes of a convolution that grows; other classes are left alone.

@@ -85,7 +85,9 @@ def expandnet_stack(path, x, k, s, p, g):
 
 def lora(path, x, k, s, p, g):
     ups, downs = path.up.weight.chunk(g), path.down.weight.chunk(g)
-    delta = torch.cat([(u.flatten(1) @ d.flatten(1)).view(len(u), *d.shape[1:]) for u, d in zip(ups, downs, strict=True)])
+    delta = torch.cat(
+        [(u.flatten(1) @ d.flatten(1)).view(len(u), *d.shape[1:]) for u, d in zip(ups, downs, strict=True)]
+    )
     return F.conv2d(x, delta, stride=s, padding=p, groups=g)
 
 

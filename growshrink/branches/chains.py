@@ -5,10 +5,12 @@ Each has all its padding in its first convolution, so each is one kernel of the 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from growshrink.branches.base import Chain, middle_width
-from growshrink.branches.geometry import like, lopsided, padding_of
+from growshrink.branches.geometry import ONE_TAP, like, lopsided, padding_of
 
 
 class PointwiseConv(Chain, kind="pointwise_conv"):
@@ -24,15 +26,16 @@ class PointwiseConv(Chain, kind="pointwise_conv"):
     outermost = "path.norm.weight"
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        pointwise = _pointwise_in_front(conv, conv.in_channels)
+        nn.init.dirac_(pointwise.weight, conv.groups)
         super().__init__(
             conv,
             ratio,
-            pointwise=_pointwise_in_front(conv, conv.in_channels),
+            pointwise=pointwise,
             inner=nn.BatchNorm2d(conv.in_channels),
             conv=like(conv, padding=(0, 0)),
             norm=nn.BatchNorm2d(conv.out_channels),
         )
-        nn.init.dirac_(self.path.pointwise.weight, conv.groups)  # type: ignore[arg-type]
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
@@ -78,13 +81,12 @@ class ExpandNet(Chain, kind="expandnet"):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         wide_in = middle_width(conv.in_channels, conv.groups, ratio)
         wide_out = middle_width(conv.out_channels, conv.groups, ratio)
-        pointwise = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
         super().__init__(
             conv,
             ratio,
-            first=like(conv, out_channels=wide_in, **pointwise),
+            first=like(conv, out_channels=wide_in, **ONE_TAP),
             conv=like(conv, wide_in, wide_out),  # zeros stay zeros behind a 1x1 without a bias: it may pad itself
-            last=like(conv, wide_out, **pointwise),
+            last=like(conv, wide_out, **ONE_TAP),
         )
 
 
@@ -100,7 +102,7 @@ class ExpandNetStack(Chain, kind="expandnet_stack"):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         depth = (conv.kernel_size[0] - 1) // 2
         widths = [conv.in_channels, *[middle_width(conv.out_channels, conv.groups, ratio)] * (depth - 1)]
-        parts = {
+        parts: dict[str, Any] = {
             f"conv{index}": like(
                 conv,
                 widths[index],
@@ -135,13 +137,10 @@ class LowRank(Chain, kind="lora"):
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         rank = middle_width(conv.out_channels, conv.groups, ratio)
-        pointwise = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
-        super().__init__(conv, ratio, down=like(conv, out_channels=rank), up=like(conv, rank, **pointwise))
+        super().__init__(conv, ratio, down=like(conv, out_channels=rank), up=like(conv, rank, **ONE_TAP))
         self.silence_()
 
 
 def _pointwise_in_front(conv: nn.Conv2d, out_channels: int) -> nn.Conv2d:
     """A 1x1 that does the padding of `conv`."""
-    return like(
-        conv, out_channels=out_channels, kernel_size=(1, 1), stride=(1, 1), padding=padding_of(conv), dilation=(1, 1)
-    )
+    return like(conv, out_channels=out_channels, **{**ONE_TAP, "padding": padding_of(conv)})

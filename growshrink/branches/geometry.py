@@ -9,6 +9,9 @@ from torch import nn
 
 from growshrink.algebra import Pair
 
+#: Options of `like` for a 1x1 that changes nothing but the channels.
+ONE_TAP: dict[str, Any] = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+
 
 def padding_of(conv: nn.Conv2d) -> Pair:
     """Pixels on each side, `(vertical, horizontal)`; where `padding="same"` is lopsided, on the side with fewer."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra import ConvMap
 from growshrink.branches.base import Branch
-from growshrink.branches.geometry import even_sides, like
+from growshrink.branches.geometry import ONE_TAP, even_sides, like
 
 
 class _Kernels(Branch, kind=""):
@@ -71,12 +71,11 @@ class Orepa(_Kernels, kind="orepa"):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)
         self.conv = like(conv)
-        one_tap = {"kernel_size": (1, 1), "padding": (0, 0)}
-        self.pointwise = like(conv, **one_tap)
-        self.before = like(conv, out_channels=conv.in_channels, **one_tap)
+        self.pointwise = like(conv, **ONE_TAP)
+        self.before = like(conv, out_channels=conv.in_channels, **ONE_TAP)
         nn.init.dirac_(self.before.weight, conv.groups)
         self.behind = like(conv)
-        self.average = like(conv, **one_tap)
+        self.average = like(conv, **ONE_TAP)
         self.scale = nn.Parameter(torch.tensor(self.STARTS)[:, None].repeat(1, conv.out_channels))
 
     @classmethod

@@ -12,7 +12,6 @@ from torch import nn
 from growshrink.branches.base import Branch
 from growshrink.errors import GrowError, near
 
-
 #: Blocks of the literature that have several branches: preset -> kinds. A convolution gets those that fit it.
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "repvgg": ("pointwise", "identity"),

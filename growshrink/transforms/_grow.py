@@ -155,15 +155,16 @@ def growth_report(
     """
     eligibility = _Eligibility(model, input_size)
     specs = branch_specs(branch) if branch is not None else []
-    carried = {b.kind: type(b) for m in _candidates(model).values() if isinstance(m, GrownConv2d) for b in m.branches}
-    asked = {kind: Branch.kinds[kind] for spec in specs for kind in spec.kinds} or carried
+    asked: dict[str, type[Branch]] = {kind: Branch.kinds[kind] for spec in specs for kind in spec.kinds}
+    if branch is None:
+        asked = {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
         shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
         shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
         reason = eligibility.reason_against(name, module)
-        left_out = {}
+        left_out: dict[str, str] = {}
         if not reason:
             reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
             left_out = {kind: why for kind, why in reasons.items() if why}
