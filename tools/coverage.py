@@ -1,0 +1,211 @@
+"""Does grow -> train -> fuse work on every convolutional net of timm, and come back as that net? A table, net by net.
+
+    python tools/coverage.py                                        one net of each of timm's families
+    python tools/coverage.py "resnet*" "mobilenetv*" --branches dbb  what matches, with other branches
+    python tools/coverage.py "*" --max-params 30                    every net of up to 30 million parameters (hours)
+
+Each net is grown with silent branches, gets random norms (and branches that are at work), is fused, and what was fused
+is loaded, strictly, into a fresh `timm.create_model` that has to compute the same. `share` is how much of the MACs of
+the eligible convolutions was grown; eligible are all but the stem, the classifier, and those that run never or on 1x1
+maps. Nets with less than half their MACs in convolutions are left out, and counted. Exit code 1 if a net crashed or is
+not exact.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+import timm
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.compare import EXACT_FLOAT32, branch_effect, randomize_norms_
+from growshrink.dataflow import InputSize, trace
+from growshrink.errors import near
+from growshrink.grown import grown_modules
+
+#: How the reasons begin that say a convolution is nobody's to grow.
+NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps")
+LEAST_CONV_SHARE = 0.5
+
+
+@dataclass
+class Args:
+    """Options of coverage."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Names of timm models, with wildcards. By default the first net of each family that the limit lets through."""
+    branches: tuple[str, ...] = ("bottleneck", "insert", "dbb")
+    """What to grow with, one net each; A+B attaches both."""
+    ratio: float = 0.5
+    """Middle width over the output channels."""
+    max_params: float = 10.0
+    """Largest net, in millions of parameters."""
+    image_size: int = 64
+    """Pixels, where the net runs on so few; else its own."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one net with one kind of branch."""
+
+    convs: int
+    grown: int
+    share: float
+    reasons: Counter[str]
+    max_rel: float  # float64; NaN where the net does not run in it
+    max_rel_float32: float
+    effect: float
+    wrong: bool
+
+
+def main(args: Args) -> int:
+    """Print the table and its totals; the number of nets that crashed or are not exact."""
+    names = [name for pattern in args.models for name in timm.list_models(pattern)]
+    for pattern in args.models:
+        if not timm.list_models(pattern):
+            raise gs.GrowShrinkError(f"{pattern}: matches no model of timm{near(pattern, timm.list_models())}")
+    groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
+    print(f"{'model':32s} {'branch':11s} {'convs':>5s} {'grown':>5s} share  float64  float32 effect seconds  left alone")
+    results: dict[tuple[str, str], Result] = {}
+    num_wrong, others = 0, Counter[str]()
+    for group in (bar := tqdm(groups, unit="net", leave=False)):
+        name = next((name for name in group if num_params(name) <= args.max_params * 1e6), None)
+        if name is None:
+            others["too large"] += 1
+            continue
+        size = size_for(name, args.image_size)
+        if size is None or conv_share(name, size) < LEAST_CONV_SHARE:
+            others["with most of its MACs outside convolutions"] += 1
+            continue
+        for branch in args.branches:
+            start = time.perf_counter()
+            try:
+                results[name, branch] = result = cover(name, branch, size, args.ratio)
+            except gs.GrowError as error:
+                others["without anything to grow"] += 1
+                bar.write(f"{name:32s} {branch:11s} {error}", file=sys.stdout)
+                continue
+            except Exception as error:  # of any net, in any way: that is what is looked for
+                num_wrong += 1
+                bar.write(f"{name:32s} {branch:11s} CRASHED {type(error).__name__}: {error}", file=sys.stdout)
+                continue
+            num_wrong += result.wrong
+            reasons = ", ".join(f"{count} {reason}" for reason, count in result.reasons.most_common())
+            bar.write(
+                f"{name:32s} {branch:11s} {result.convs:5d} {result.grown:5d} {result.share:5.0%} {result.max_rel:8.1e} "
+                f"{result.max_rel_float32:8.1e} {result.effect:6.2f} {time.perf_counter() - start:7.1f}  {reasons}"
+                f"{'  NOT EXACT' if result.wrong else ''}",
+                file=sys.stdout,
+            )
+    nets = len({name for name, _ in results})
+    median = statistics.median(result.share for result in results.values()) if results else 0.0
+    print(f"{nets} nets, {len(results)} grown and fused, {num_wrong} wrong; median share of eligible MACs {median:.1%}")
+    for what, count in others.items():
+        print(f"left out: {count} {what}")
+    return num_wrong
+
+
+def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
+    """Grow, fuse and land one net; any exception is a finding."""
+    plain = timm.create_model(name).eval()
+    flow = trace(plain, size)
+    grown = gs.grow(plain, branch.split("+"), ratio=ratio, input_size=size)
+    report = gs.growth_report(grown, input_size=size)
+    macs, eligible = 0, 0
+    for row in report.rows:
+        cost = _macs(plain.get_submodule(row.name), flow.output_sizes.get(row.name))
+        macs += cost * bool(row.branches)
+        eligible += cost * (not row.reason.startswith(NOT_ELIGIBLE))
+    randomize_norms_(grown)
+    gs.set_lambda(grown, 0.0)
+    land = partial(_landed, name=name, size=size)
+    single = gs.compare(grown, land(grown), input_size=size, dtype=torch.float32).max_rel
+    rounding = EXACT_FLOAT32
+    try:
+        proof = gs.verify(grown, land, input_size=size, randomize_norms=False)
+        double, effect, rounding = proof.max_rel, proof.effect, max(EXACT_FLOAT32, 10 * proof.rounding_float32)
+        wrong = not proof.ok
+    except RuntimeError:  # it makes float32 constants inside
+        double, effect, wrong = float("nan"), branch_effect(grown.float(), input_size=size), False
+    reasons = Counter(_brief(reason) for reason in report.skipped.values())
+    return Result(
+        len(report.rows),
+        len(grown_modules(grown)),
+        macs / max(1, eligible),
+        reasons,
+        double,
+        single,
+        effect,
+        wrong or not single <= rounding,
+    )
+
+
+def _landed(grown: nn.Module, name: str, size: InputSize) -> nn.Module:
+    """A fresh net with what `grown` was fused to."""
+    fresh = timm.create_model(name).to(next(grown.parameters()).dtype).eval()
+    fresh.load_state_dict(gs.fuse(grown, input_size=size).state_dict(), strict=True)
+    return fresh
+
+
+def num_params(name: str) -> int:
+    """Parameters of a timm model."""
+    return sum(p.numel() for p in _empty(name).parameters())
+
+
+def size_for(name: str, side: int) -> InputSize | None:
+    """The image a net is tried on: of `side` pixels, or of its own size; None if it runs on neither."""
+    cfg = timm.get_pretrained_cfg(name)
+    assert cfg is not None
+    for size in ((cfg.input_size[0], side, side), cfg.input_size):
+        try:
+            trace(_empty(name), size)
+        except gs.GrowShrinkError:
+            continue
+        return size
+    return None
+
+
+def conv_share(name: str, size: InputSize) -> float:
+    """Share of a net's MACs that is in `nn.Conv2d`s."""
+    model = _empty(name)
+    flow = trace(model, size)
+    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    return sum(_macs(m, flow.output_sizes.get(n)) for n, m in convs.items()) / max(1, gs.profile(model, size).macs)
+
+
+def _empty(name: str) -> nn.Module:
+    """The net without memory, or with it where timm cannot make it so."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name)
+    except (RuntimeError, NotImplementedError):
+        return timm.create_model(name)
+
+
+def _macs(module: nn.Module, output: tuple[int, int] | None) -> int:
+    assert isinstance(module, nn.Conv2d)
+    return module.weight.numel() * output[0] * output[1] if output else 0
+
+
+def _brief(reason: str) -> str:
+    """A reason without the names of modules in it."""
+    return reason.split(",")[0].split(" (")[0].split(": ")[-1]
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    try:
+        sys.exit(min(1, main(tyro.cli(Args, description=__doc__))))
+    except gs.GrowShrinkError as error:
+        print(f"coverage: {error}", file=sys.stderr)
+        sys.exit(2)
