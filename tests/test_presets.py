@@ -305,6 +305,23 @@ def test_presets_as_specs():
     assert all(part.ratio == 0.5 for part in parts)
 
 
+def test_a_branch_that_adds_no_bias_needs_no_norm_behind_it():
+    plain = randomized(ConvNet(norm=False, kernel_size=5, padding=2)).double().eval()
+    x = images(*SIZE, dtype=torch.float64)
+    unbiased = [kind for kind in TWINS if not Branch.kinds[kind].biased]
+    assert unbiased == ["expandnet", "expandnet_stack", "lora", "mixture", "orepa"]
+    for kind in unbiased:
+        assert not gs.growth_report(plain, kind).skipped.get("conv")
+        grown = randomized(gs.grow(plain, kind, init="paper", where=["conv"]))
+        fused = gs.fuse(grown)
+        assert rel(fused(x), grown(x)) < 1e-10 and rel(fused(x), plain(x)) > 1e-3
+        assert list(fused.state_dict()) == list(plain.state_dict())
+    for branch in ("repvgg", ["lora", "copy"], None):
+        assert "finds no batch norm to go to" in gs.growth_report(plain, branch).skipped["conv"]
+    with pytest.raises(GrowError, match="finds no batch norm to go to"):
+        gs.grow(plain, ["lora", "copy"])
+
+
 # --- whole nets ---
 
 

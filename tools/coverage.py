@@ -75,7 +75,9 @@ def main(args: Args) -> int:
         if not timm.list_models(pattern):
             raise gs.GrowShrinkError(f"{pattern}: matches no model of timm{near(pattern, timm.list_models())}")
     groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
-    print(f"{'model':32s} {'branch':11s} {'convs':>5s} {'grown':>5s} share  float64  float32 effect seconds  left alone")
+    print(
+        f"{'model':32s} {'branch':11s} {'convs':>5s} {'grown':>5s} share  float64  float32 effect seconds  left alone"
+    )
     results: dict[tuple[str, str], Result] = {}
     num_wrong, others = 0, Counter[str]()
     for group in (bar := tqdm(groups, unit="net", leave=False)):

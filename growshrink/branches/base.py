@@ -30,6 +30,8 @@ class Branch(nn.Module, ABC):
     #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
     #: so an optimizer may keep the kernel's state when the branch is fused.
     parallel: ClassVar[bool] = True
+    #: Merging it gives the convolution a bias, which must have somewhere to go.
+    biased: ClassVar[bool] = True
     #: The parameter that is zero in a silent branch (with the bias beside it), by name: the last factor of every path.
     outermost: ClassVar[str] = "norm.weight"
 

@@ -76,6 +76,7 @@ class ExpandNet(Chain, kind="expandnet"):
     the place of the kernel.
     """
 
+    biased = False
     outermost = "path.last.weight"
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
@@ -97,6 +98,7 @@ class ExpandNetStack(Chain, kind="expandnet_stack"):
     last; `ratio` times the output channels between.
     """
 
+    biased = False
     outermost = "path.last.weight"
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
@@ -133,6 +135,7 @@ class LowRank(Chain, kind="lora"):
     Source: LoRA (Hu et al., arXiv:2106.09685, eq. 3), W + BA with a convolution for A and a 1x1 for B.
     """
 
+    biased = False
     outermost = "path.up.weight"
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:

@@ -17,6 +17,8 @@ from growshrink.branches.geometry import ONE_TAP, even_sides, like
 class _Kernels(Branch, kind=""):
     """A convolution with a kernel that is computed anew in every pass."""
 
+    biased = False
+
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         conv: nn.Conv2d
 

@@ -163,12 +163,12 @@ def growth_report(
         shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
         shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
-        reason = eligibility.reason_against(name, module)
+        reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
             reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
             left_out = {kind: why for kind, why in reasons.items() if why}
-            reason = _fitting(specs, module)[1] or (say_left_out(left_out) if len(left_out) == len(asked) else "")
+            reason = say_left_out(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, shape, kinds, reason, left_out))
     return GrowthReport(tuple(rows))
 
@@ -207,8 +207,8 @@ class _Eligibility:
         self.stem = _as_tuple(cfg.get("first_conv")) or tuple(_candidates(model))[:1]
         self.classifier = _as_tuple(cfg.get("classifier"))
 
-    def reason_against(self, name: str, conv: nn.Conv2d) -> str:
-        """Empty if `conv` can be grown, else the reason why not."""
+    def reason_against(self, name: str, conv: nn.Conv2d, specs: Sequence[BranchSpec]) -> str:
+        """Empty if `conv` can be grown (with `specs`, where any are given), else the reason why not."""
         calls = self.flow.calls.get(name, 0)
         if name in self.stem:
             return "the stem is left alone"
@@ -226,7 +226,11 @@ class _Eligibility:
             return f"it runs {calls} times in a forward pass"
         if self.flow.output_sizes.get(name, (1, 1)) == (1, 1):
             return "it is seen on 1x1 maps, which a batch norm cannot be trained on"
-        if conv.bias is None:
+        parts, reason = _fitting(specs, conv)
+        if reason:
+            return reason
+        biased = not specs or any(Branch.kinds[part.kind].biased for part in parts)
+        if conv.bias is None and biased:
             norm, reason = self.flow.norm_after(name)
             if norm is None:
                 return f"it has no bias, and the bias of a branch finds no batch norm to go to: {reason}"
@@ -243,9 +247,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Conv2d]:
 
 def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
     candidates = _candidates(model)
-    reasons = {
-        name: eligibility.reason_against(name, conv) or _fitting(specs, conv)[1] for name, conv in candidates.items()
-    }
+    reasons = {name: eligibility.reason_against(name, conv, specs) for name, conv in candidates.items()}
     if isinstance(where, str):
         try:
             pattern = re.compile(where)

@@ -1,0 +1,34 @@
+import subprocess
+import sys
+from pathlib import Path
+
+TOOL = Path(__file__).parents[2] / "tools" / "coverage.py"
+
+
+def run(*args):
+    return subprocess.run([sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300)
+
+
+def test_table_of_small_nets():
+    done = run("test_resnet", "test_nfnet", "test_vit", "--branches", "repvgg")
+    assert done.returncode == 0, done.stderr
+    header, grown, standardised, totals, *left_out = done.stdout.splitlines()
+    titles = header.removesuffix("  left alone").split()
+    values = dict(zip(titles, grown.split(), strict=False))
+    assert (values["model"], values["branch"], values["convs"], values["grown"]) == (
+        "test_resnet",
+        "repvgg",
+        "15",
+        "14",
+    )
+    assert values["share"] == "100%" and grown.endswith("  1 the stem is left alone")
+    assert float(values["float64"]) <= 1e-10 and float(values["float32"]) <= 1e-5 and float(values["effect"]) > 0.01
+    assert standardised.startswith("test_nfnet") and "its kernel is standardised" in standardised
+    assert totals == "1 nets, 1 grown and fused, 0 wrong; median share of eligible MACs 100.0%"
+    assert len(left_out) == 2
+
+
+def test_what_matches_nothing_is_one_line_and_exit_code_2():
+    done = run("resnet8")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("coverage: resnet8: matches no model of timm") and done.stderr.count("\n") == 1
