@@ -103,9 +103,10 @@ def main(args: Args) -> int:
                 continue
             num_wrong += result.wrong
             reasons = ", ".join(f"{count} {reason}" for reason, count in result.reasons.most_common())
+            seconds = time.perf_counter() - start
             bar.write(
-                f"{name:32s} {branch:11s} {result.convs:5d} {result.grown:5d} {result.share:5.0%} {result.max_rel:8.1e} "
-                f"{result.max_rel_float32:8.1e} {result.effect:6.2f} {time.perf_counter() - start:7.1f}  {reasons}"
+                f"{name:32s} {branch:11s} {result.convs:5d} {result.grown:5d} {result.share:5.0%} "
+                f"{result.max_rel:8.1e} {result.max_rel_float32:8.1e} {result.effect:6.2f} {seconds:7.1f}  {reasons}"
                 f"{'  NOT EXACT' if result.wrong else ''}",
                 file=sys.stdout,
             )
