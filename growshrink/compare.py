@@ -237,8 +237,10 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
                     flip = torch.rand(module.weight.shape, generator=generator) < 0.2
                     module.weight.mul_(torch.where(flip, -1.0, 1.0).to(module.weight))
         for module in model.modules():
-            if isinstance(module, Branch) and not (last := module.get_parameter(module.outermost)).any():
-                uniform_(last, -0.3, 0.3)
+            if isinstance(module, Branch):
+                last = dict(module.named_parameters()).get(module.outermost)  # none in a norm without parameters
+                if last is not None and not last.any():
+                    uniform_(last, -0.3, 0.3)
 
 
 def random_images(input_size: InputSize, num_inputs: int, dtype: torch.dtype, seed: int) -> Tensor:
