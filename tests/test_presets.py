@@ -128,6 +128,7 @@ GEOMETRIES = [
     {"stride": 2},
     {"kernel_size": 5, "padding": 2, "groups": 2},
     {"kernel_size": 5, "padding": 2, "stride": 2, "groups": 8},
+    {"kernel_size": 7, "padding": 3},
 ]
 
 
@@ -164,6 +165,14 @@ def test_against_the_paper(name, options):
         assert list(fused.state_dict()) == list(plain.state_dict())
         picture = images(*SIZE, dtype=torch.float64)
         assert rel(fused(picture), grown(picture)) < 1e-10
+
+
+def test_the_average_of_orepa_over_a_rectangle():
+    branch = BranchSpec(kind="orepa").build(nn.Conv2d(4, 4, (3, 5)), ratio=1.0, init="silent", generator_seed=0)
+    branch.scale.data[3] = 1.0
+    x = images(4, 7, 8)
+    expected = F.avg_pool2d(F.conv2d(x, branch.average.weight), (3, 5), stride=1)
+    torch.testing.assert_close(branch(x, expected), expected)
 
 
 def kernel_sizes(kind, conv):
