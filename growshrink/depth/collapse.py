@@ -11,6 +11,7 @@ from growshrink.compare import EXACT_FLOAT64, random_images
 from growshrink.dataflow import InputSize
 from growshrink.depth.affine import affinity_defect, nonaffine_modules
 from growshrink.errors import GrowShrinkError, NotLinearError
+from growshrink.transforms._fuse import relative_error
 
 #: Rows of the matrix that are computed at a time.
 ROWS = 64
@@ -41,7 +42,7 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
         raise GrowShrinkError("collapse needs a net that gives (N, K): one with a classifier, or pooled features.")
     _refuse_nonlinear(replica, input_size)
     weight_KD, bias_K = _jacobian(replica, input_size, expected.shape[1])
-    error = float((x.flatten(1) @ weight_KD.T + bias_K - expected).abs().max() / expected.abs().max())
+    error = relative_error(x.flatten(1) @ weight_KD.T + bias_K, expected)
     if not error <= EXACT_FLOAT64:
         raise NotLinearError(f"the net and the matrix of its gradients at 0 differ by {error:.1e} on random images.")
     like = next(model.parameters(), x)
