@@ -7,8 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from growshrink.activations import vanishing
 from growshrink.compare import EXACT_FLOAT64, random_images
-from growshrink.dataflow import InputSize
+from growshrink.dataflow import InputSize, trace
 from growshrink.depth.affine import affinity_defect, nonaffine_modules
 from growshrink.errors import GrowShrinkError, NotLinearError
 from growshrink.transforms._fuse import relative_error
@@ -55,6 +56,9 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
 
 def _refuse_nonlinear(model: nn.Module, input_size: InputSize) -> None:
     culprits = nonaffine_modules(model, input_size)
+    if not culprits:  # a lam may be too small to be felt, and is alive nevertheless
+        ran = trace(model, input_size).calls
+        culprits = {name: float(act.lam) for name, act in vanishing(model) if ran.get(name) and float(act.lam) != 0}
     if not culprits:
         return
     name, defect = next(iter(culprits.items()))
