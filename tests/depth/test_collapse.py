@@ -103,9 +103,7 @@ def test_lam_above_0_is_refused():
     model = linear_net("reducenet20_x1")
     for lam in (1e-8, 1e-20):  # alive, the second though no output shows it
         model.stages[1][1].conv.act.lam.fill_(lam)
-        with untouched(model), pytest.raises(
-            NotLinearError, match=rf"^stages\.1\.1\.conv\.act .*its lam is {lam:g}"
-        ):
+        with untouched(model), pytest.raises(NotLinearError, match=rf"^stages\.1\.1\.conv\.act .*its lam is {lam:g}"):
             gs.collapse(model, (3, 8, 8))
 
 
