@@ -145,7 +145,8 @@ def measure_cuts(
         vanished = vanish_cut(model, cut)
         set_lambda(vanished, 0.0)
         calls[str(number)] = _call(merge_cut(vanished, cut, input_size=input_size), images)
-    times = in_turns(calls, rounds=rounds, progress=progress)
+    own_thread = like.device.type == "cpu" and torch.get_num_threads() == 1
+    times = in_turns(calls, rounds=rounds, own_thread=own_thread, progress=progress)
     return times["net"], [times[str(number)] for number in range(len(cuts))]
 
 

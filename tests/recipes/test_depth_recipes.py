@@ -111,7 +111,7 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         ("shrink_depth", ["--data", "digts"], "did you mean 'digits'"),
         ("shrink_depth", ["--vanish", "1.5"], "between 0 and 1"),
         ("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0"),
-        ("one_layer", ["--flip"], "see the same pixels"),
+        ("one_layer", ["--flip", "True"], "see the same pixels"),
         ("one_layer", ["--model-kwargs", "wdth=2"], "wdth"),
     ],
 )
