@@ -60,7 +60,7 @@ class Args(ComparisonOptions):
     epochs: float = 30.0
     """Of the net that all cuts start from."""
     shrink_epochs: float = 20.0
-    """Of the training in which activations vanish; lam is 0 from the share --vanish of it on. It starts at half of --lr."""
+    """Of the training in which activations vanish; lam is 0 from the share --vanish of it on. From half of --lr."""
     vanish: float = 0.5
     """Share of the shrinking after which lam is 0."""
     schedule: Annotated[Literal["cosine", "closed-loop"], tyro.conf.arg(metavar="cosine|closed-loop")] = "cosine"
