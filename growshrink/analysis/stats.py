@@ -44,8 +44,8 @@ def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
     r"""Kendall's tau of n pairs, in O(n log n).
 
     With P concordant and Q discordant of the :math:`n_0 = n(n-1)/2` pairs, and :math:`n_x, n_y` of them tied:
-    :math:`\tau_a = (P - Q) / n_0`, :math:`\tau_b = (P - Q) / \sqrt{(n_0 - n_x)(n_0 - n_y)}`. tau-b is NaN where one side
-    is constant.
+    :math:`\tau_a = (P - Q) / n_0`, :math:`\tau_b = (P - Q) / \sqrt{(n_0 - n_x)(n_0 - n_y)}`. tau-b is NaN where
+    one side is constant.
 
     Source: Kendall, The treatment of ties in ranking problems (Biometrika 33, 1945); tau-b is scipy's `kendalltau`.
     """
@@ -252,7 +252,7 @@ class Paired:
 
 
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
-    """a - b, pair by pair (seeds): Student's interval of the mean, and the exact sign-flip test of no difference.
+    """Student's interval of the mean of a - b over pairs (seeds), and the exact sign-flip test of no difference.
 
     A bootstrap of a handful of pairs covers too little; Student's interval is right for normal differences. The test
     assumes only that under no difference each sign is a coin's: with n pairs p is never below 2 / 2**n (0.0625 for 5).
@@ -271,7 +271,7 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for being several: the i-th smallest of m times m - i + 1, never falling, at most 1.
+    """Correct p values for being several: the i-th smallest of m times m - i + 1, never falling, at most 1.
 
     Source: Holm, A simple sequentially rejective multiple test procedure (Scand. J. Stat. 6, 1979).
     """
