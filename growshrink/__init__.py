@@ -9,6 +9,8 @@ from growshrink.activations import VanishingReLU as VanishingReLU
 from growshrink.activations import get_lambda as get_lambda
 from growshrink.activations import set_lambda as set_lambda
 from growshrink.algebra import ConvMap as ConvMap
+from growshrink.analysis import angle as angle
+from growshrink.analysis import rank as rank
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
 from growshrink.compare import assert_equivalent as assert_equivalent
@@ -20,6 +22,7 @@ from growshrink.cycle import CycleResult as CycleResult
 from growshrink.cycle import RoundPlan as RoundPlan
 from growshrink.cycle import run_cycle as run_cycle
 from growshrink.errors import AlgebraError as AlgebraError
+from growshrink.errors import AnalysisError as AnalysisError
 from growshrink.errors import DropError as DropError
 from growshrink.errors import EquivalenceError as EquivalenceError
 from growshrink.errors import FuseError as FuseError
