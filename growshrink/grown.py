@@ -150,9 +150,10 @@ class PureBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`."""
-        if not torch.jit.is_scripting():
-            if self.width != self.conv.out_channels:
-                return self._forward_prefix(x)
+        if torch.jit.is_scripting():
+            assert self.width == self.conv.out_channels, "TorchScript knows the full width only: growshrink.fuse first."
+        elif self.width != self.conv.out_channels:
+            return self._forward_prefix(x)
         return self.pointwise(self.act(self.bn(self.conv(x))))
 
     @torch.jit.unused
@@ -206,7 +207,8 @@ def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
     if groups > 1 and norm.training and norm.track_running_stats:  # the cut was a copy
         for name in ("running_mean", "running_var"):
             if (statistics := whole[name]) is not None:
-                blocks = statistics.unflatten(0, (groups, -1)).narrow(1, 0, mid.shape[1] // groups)
+                # .data: the graph of an earlier pass may have saved the statistics, though it does not read them
+                blocks = statistics.data.unflatten(0, (groups, -1)).narrow(1, 0, mid.shape[1] // groups)
                 blocks.copy_(cut[name].unflatten(0, (groups, -1)))
     return out
 

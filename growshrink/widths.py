@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -177,11 +177,7 @@ class WidthSpace:
 
         No random stream is read or moved, so every rank and every resumed run draws the same without a word.
         """
-        drawn = {}
-        for name, values in self.choices.items():
-            digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-            drawn[name] = values[int.from_bytes(digest, "little") % len(values)]
-        return drawn
+        return {name: draw(values, seed, step, name) for name, values in self.choices.items()}
 
     def level(self, share: float) -> dict[str, int]:
         """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one."""
@@ -196,12 +192,12 @@ class WidthSpace:
 
     def check(self, model: nn.Module) -> None:
         """WidthError unless this is a space of `model`."""
+        for name, values in self.choices.items():
+            if not values or list(values) != sorted(set(values)):
+                raise WidthError(f"{name}: its choices {values} must rise.")
         slots = Slots(model)
-        slots.check(self.full)
-        slots.check(self.base)
-        for values in self.choices.values():
-            if list(values) != sorted(set(values)):
-                raise WidthError(f"choices {values}: must rise.")
+        for index in range(max(map(len, self.choices.values()), default=1)):
+            slots.check({name: values[min(index, len(values) - 1)] for name, values in self.choices.items()})
 
     def to_json(self) -> str:
         """A JSON object."""
@@ -255,6 +251,12 @@ def width_space(
         raise WidthError(f"{factor=}: must be a number above 0, the full width over the output channels.")
     choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in Slots(model)}
     return WidthSpace(choices, factor, steps, divisor)
+
+
+def draw(values: Sequence[int], seed: int, step: int, name: str) -> int:
+    """One of `values`, all as likely: a function of the arguments, which moves no random stream."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return values[int.from_bytes(digest, "little") % len(values)]
 
 
 def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: int) -> tuple[int, ...]:

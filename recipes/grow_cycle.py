@@ -3,6 +3,7 @@
     python recipes/grow_cycle.py                                    digits, two rounds, well under 3 minutes on 2 cores
     python recipes/grow_cycle.py --data cifar10 --data-dir D --model reducenet20 --epochs 60 --amp
     python recipes/grow_cycle.py --data D --model mobilenetv3_small_050 --branches bottleneck insert+bottleneck
+    python recipes/grow_cycle.py --augment lazy --exit choose       with middle widths sampled, as NetAug does
 
 Leaves runs/NAME/ with report.md (read this), report.json, curves.png, plain.safetensors (the net to deploy, the keys
 and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json (options, versions, seeds).
@@ -10,48 +11,27 @@ and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json 
 
 from __future__ import annotations
 
-import ast
 import math
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import timm
 import torch
 import tyro
-from torch import nn
 
 import growshrink as gs
-from growshrink.cycle.plan import DISTIL
-from growshrink.errors import PlanError, RunError, near
-from growshrink.grown import grown_modules
-from growshrink.training import Augment, DataSet, Feed, MemoryFeed, RunFolder, TrainConfig, load_data, stream_data
+from growshrink.cycle.plan import DISTIL, EXITS
+from growshrink.errors import PlanError
+from growshrink.supernet.passes import MODES
 from growshrink.training.folder import read_json
+from growshrink.training.options import Options
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(Options):
     """Options of grow_cycle."""
 
-    # ---- what is trained on what
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
-    """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
-    model: str = "reducenet20"
-    """Any timm model; one that is grown at birth (reducenet20_x4) is not grown again in round 1."""
-    model_kwargs: tuple[str, ...] = ()
-    """KEY=VALUE arguments for timm.create_model, e.g. width=0.5 drop_path_rate=0.05."""
-    image_size: int | None = None
-    """Resize the images of a folder to this many pixels."""
-    stream: bool = False
-    """Decode a folder that does not fit into memory as it is needed, with timm's loader (needs --image-size)."""
-    val_fraction: float = 0.1
-    """Share of the training images that rounds are judged by; the test set is read once, at the end."""
-
-    # ---- the rounds
     epochs: float = 60.0
     """Of the whole run: --base, then rounds of equal length."""
     rounds: int = 2
@@ -59,7 +39,8 @@ class Args:
     base: float = 0.1
     """Share of the epochs before the first round."""
     branches: tuple[str, ...] = ("bottleneck", "insert")
-    """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest; A+B attaches both."""
+    """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest; A+B attaches both. A model
+    that is grown at birth (reducenet20_x4) is not grown again in round 1."""
     ratio: float = 4.0
     """Middle width of a branch over the output channels of its convolution."""
     where: str | None = None
@@ -70,91 +51,41 @@ class Args:
     """Share of a round in which lam falls to 0."""
     settle: float = 0.08
     """Share of a round at lam = 0 before the fuse (at least 50 updates). The rest is trained at plain cost."""
+    augment: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *MODES)))] = "none"
+    """Sample the middle widths while the net is grown (NetAug), in one of these ways; none trains at full width."""
+    alpha: float = 1.0
+    """Weight of the augmented net's loss."""
+    inplace_distil: float | None = None
+    """Share of the base net's loss that comes from the augmented net's logits of the same update."""
+    exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
+    """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
     plan: Path | None = None
-    """A JSON file with a whole plan (see run.json of any run), instead of the options of this group."""
-
-    # ---- training
-    batch_size: int = 64
-    """Images per update."""
-    lr: float = 0.1
-    """Peak learning rate."""
-    optimizer: str = "sgd"
-    """Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron, adahessian)."""
-    weight_decay: float = 5e-4
-    """Not applied to norms and biases."""
-    momentum: float = 0.9
-    """Of SGD."""
-    label_smoothing: float = 0.0
-    """In [0, 1)."""
-    ema_decay: float = 0.998
-    """Of the averaged weights, which are what is judged and deployed; 0 for none."""
-    clip_grad: float | None = None
-    """Largest norm of the gradient."""
-    crop: int | None = None
-    """Pad by this many pixels and crop at random; by default an eighth of the image."""
-    flip: bool | None = None
-    """Mirror at random; by default except for digits."""
-    cutout: int = 0
-    """Side in pixels of a square blanked at random."""
-    amp: bool = False
-    """bfloat16 autocast: about twice as fast where the machine has it."""
-
-    # ---- the run
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-MODEL, numbered if taken."""
-    resume: bool = False
-    """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
-    seed: int = 0
-    """Of initial weights, branches, data order and augmentation."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1, mps."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too."""
-    quiet: bool = False
-    """No progress bar."""
-
-
-#: Options that change what the net is fed with: a run is resumed with the same only.
-OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
+    """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    folder = claim(args)
+    folder = args.claim()
     with folder:
         if folder.finished:
             print(f"{folder.path} is finished: {folder.path / 'report.md'}")
             return
-        device = find_device(args.device)
+        device = args.torch_device()
         torch.manual_seed(args.seed)
-        feed = make_feed(args, device)
-        model, about = make_model(args, feed)
+        feed = args.make_feed(device)
+        model, model_about = args.make_model(feed)
         result = gs.run_cycle(
             model,
             feed,
             make_plan(args),
             out_dir=folder,
-            config=TrainConfig(
-                optimizer=args.optimizer,
-                lr=args.lr,
-                weight_decay=args.weight_decay,
-                momentum=args.momentum,
-                label_smoothing=args.label_smoothing,
-                ema_decay=args.ema_decay,
-                clip_grad=args.clip_grad,
-                amp=args.amp,
-            ),
+            config=args.train_config(),
             device=device,
             progress=not args.quiet,
             tensorboard=args.tensorboard,
-            about={
-                "command": shlex.join(["python", *sys.argv]),
-                "seed": args.seed,
-                "model": about,
-                "options": {name: getattr(args, name) for name in OF_THE_DATA},
-            },
+            about=args.about(model_about),
         )
     if result.rounds:
         print(result.table())
@@ -163,81 +94,6 @@ def main(args: Args) -> None:
         f"(the plain net has {result.plain['params']:,}), training cost "
         f"{result.to_dict()['training']['cost']:.2f} times the plain net's.\nRead {folder.path / 'report.md'}"
     )
-
-
-def claim(args: Args) -> RunFolder:
-    """The folder of the run, claimed before anything else is done."""
-    if args.out is not None:
-        return RunFolder.claim(args.out, resume=args.resume)
-    name = f"{Path(args.data).resolve().name}-{args.model}".replace("/", "-")
-    return RunFolder.claim_next(Path("runs"), name, resume=args.resume)
-
-
-def find_device(name: str) -> torch.device:
-    """The device, if it is there."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(f"--device {name}: not to be had here ({str(error).splitlines()[0]}).") from error
-    return device
-
-
-def make_feed(args: Args, device: torch.device) -> Feed:
-    """Batches of the data set."""
-    if args.stream:
-        if args.image_size is None:
-            raise RunError("--stream needs --image-size.")
-        return stream_data(
-            args.data_dir or Path(args.data),
-            batch_size=args.batch_size,
-            image_size=args.image_size,
-            val_fraction=args.val_fraction,
-            seed=args.seed,
-            device=device,
-        )
-    data: DataSet = load_data(
-        args.data,
-        args.data_dir,
-        val_fraction=args.val_fraction,
-        seed=args.seed,
-        image_size=args.image_size,
-        progress=not args.quiet,
-    )
-    crop = data.input_size[1] // 8 if args.crop is None else args.crop
-    flip = args.data != "digits" if args.flip is None else args.flip
-    augment = Augment(crop=crop, flip=flip, cutout=args.cutout)
-    return MemoryFeed.of(data, batch_size=args.batch_size, augment=augment, seed=args.seed, device=device)
-
-
-def make_model(args: Args, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
-    """The model for this data, and how to make its plain form again."""
-    if not timm.is_model(args.model):
-        raise RunError(f"--model {args.model}: timm knows no such model{near(args.model, timm.list_models())}")
-    kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(args.model_kwargs)}
-    try:
-        model = timm.create_model(args.model, **kwargs)
-    except Exception as error:  # models check their arguments in their own ways
-        raise RunError(f"--model {args.model} with {kwargs}: {type(error).__name__}: {error}") from error
-    plain_name = args.model.split("_x")[0] if grown_modules(model) else args.model
-    plain_kwargs = {
-        key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
-    }
-    return model, {"name": args.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
-
-
-def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE strings as arguments; values are Python literals, or strings."""
-    kwargs = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise RunError(f"--model-kwargs {pair}: must be KEY=VALUE.")
-        try:
-            kwargs[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            kwargs[key] = text
-    return kwargs
 
 
 def make_plan(args: Args) -> gs.CyclePlan:
@@ -263,6 +119,10 @@ def make_plan(args: Args) -> gs.CyclePlan:
             hold=args.hold,
             vanish=args.vanish,
             settle=args.settle,
+            augment=args.augment,
+            alpha=args.alpha,
+            inplace_distil=args.inplace_distil,
+            exit=args.exit,
             distil=args.distil,
         )
         for number in range(args.rounds)

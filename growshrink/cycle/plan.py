@@ -16,9 +16,11 @@ from typing import Any
 from growshrink.branches import BranchSpec, check_ratio
 from growshrink.errors import GrowError, PlanError, near
 from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, rewarm
+from growshrink.supernet.passes import MODES
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
+EXITS = ("fuse", "drop", "choose")
 DISTIL = ("none", "peak", "previous")
 #: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
 PEAK_ANNEAL = 0.5
@@ -40,6 +42,13 @@ class RoundPlan:
         vanish: Share of the round in which lam falls to 0.
         settle: Share of the round at lam = 0 before fusing; at least 50 updates whatever the share.
             What is left of the round is the tail, trained on the plain net at plain cost.
+        augment: How middle widths are sampled while the net is grown (NetAug): a mode of `NetAugTask` ("netaug",
+            "lazy", "suffix", "single", "sandwich"), or "none" for training at full width.
+        alpha: Weight of the loss of the augmented net.
+        inplace_distil: Share of the base net's loss that comes from the augmented net's logits; None is the mode's own.
+        exit: How the round ends: "fuse" merges the net at full width; in a round with sampled widths also "drop", which
+            keeps the base net alone (the augmentation then fades out with lam, and vanish and settle may be 0), and
+            "choose", which fuses at several widths and keeps the best on the val split.
         distil: Teacher from the end of the hold on: "peak" (this round's grown net, averaged and with its learning
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
@@ -53,12 +62,16 @@ class RoundPlan:
     hold: float = 0.20
     vanish: float = 0.15
     settle: float = 0.08
+    augment: str = "none"
+    alpha: float = 1.0
+    inplace_distil: float | None = None
+    exit: str = "fuse"
     distil: str = "none"
     distil_weight: float = 0.5
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
+        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "alpha", "distil_weight", "temperature")
         if not self.epochs > 0:
             raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
         if not (isinstance(self.branch, tuple) and self.branch and all(isinstance(kind, str) for kind in self.branch)):
@@ -74,12 +87,13 @@ class RoundPlan:
         for name in ("hold", "vanish", "settle"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
-        for name in ("hold", "vanish"):
+        self._check_augment()
+        for name in ("hold",) if self.exit == "drop" else ("hold", "vanish"):
             if getattr(self, name) == 0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be above 0.")
         if self.hold + self.vanish + self.settle > 1.0 + _SLACK:
             raise PlanError(f"hold + vanish + settle = {self.hold + self.vanish + self.settle:g}: more than the round.")
-        if self.hold + self.vanish > MOST_ALIVE + _SLACK:
+        if self.hold + self.vanish > MOST_ALIVE + _SLACK and self.exit != "drop":
             raise PlanError(
                 f"hold + vanish = {self.hold + self.vanish:g}: at most {MOST_ALIVE}, the rest of a round is linear."
             )
@@ -89,6 +103,20 @@ class RoundPlan:
             raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
         if not self.temperature > 0:
             raise PlanError(f"temperature={self.temperature!r}: must be above 0.")
+
+    def _check_augment(self) -> None:
+        if self.augment not in ("none", *MODES):
+            raise PlanError(f"augment={self.augment!r}: no such mode{near(str(self.augment), ('none', *MODES))}")
+        if self.alpha < 0:
+            raise PlanError(f"alpha={self.alpha!r}: must not be negative.")
+        if self.inplace_distil is not None:
+            _check_numbers(self, "inplace_distil")
+            if not 0.0 <= self.inplace_distil <= 1.0:
+                raise PlanError(f"inplace_distil={self.inplace_distil!r}: must lie in [0, 1].")
+        if self.exit not in EXITS:
+            raise PlanError(f"exit={self.exit!r}: no such exit{near(str(self.exit), EXITS)}")
+        if self.exit != "fuse" and self.augment == "none":
+            raise PlanError(f"exit={self.exit!r}: only a round with sampled widths (augment) has it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,9 +212,10 @@ class Timeline:
                 math.floor(share * total + _SLACK)
                 for share in (plan.hold, plan.hold + plan.vanish, plan.hold + plan.vanish + plan.settle)
             )
-            vanish, settle = alive - hold, max(LEAST_SETTLE, grown - alive)
+            dropped = plan.exit == "drop"  # nothing is merged: no need to be linear, or to settle
+            vanish, settle = alive - hold, max(0 if dropped else LEAST_SETTLE, grown - alive)
             tail = total - hold - vanish - settle
-            if min(hold, vanish) < 1 or tail < 0:
+            if hold < 1 or (vanish < 1 and not dropped) or tail < 0:
                 raise PlanError(
                     f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
                     "Give it more epochs or a smaller batch size."
@@ -203,6 +232,15 @@ class Timeline:
         """Updates of the whole run."""
         return self.segments[-1].stop
 
+    def grown_span(self, number: int) -> tuple[int, int]:
+        """The updates, from and to (exclusive), in which the net of a round carries branches."""
+        own = [s for s in self.segments if s.round == number and s.grown]
+        return own[0].start, own[-1].stop
+
+    def last_grown(self, segment: Segment) -> bool:
+        """Whether the branches go at the end of this phase."""
+        return segment.grown and segment.stop == self.grown_span(segment.round)[1]
+
     def segment_at(self, update: int) -> Segment:
         """The phase that update number `update` (the first is 0) belongs to."""
         return self.segments[bisect_right([s.start for s in self.segments], update) - 1]
@@ -217,7 +255,7 @@ class Timeline:
         """Lam by update; 0 where nothing is grown."""
         starts = {s.start: s for s in self.segments if s.phase == "hold"}
         lengths = {s.round: s.stop - s.start for s in self.segments if s.phase == "vanish"}
-        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths[s.round]) for s in starts.values()}
+        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths.get(s.round, 0)) for s in starts.values()}
         begins = {s.round: start for start, s in starts.items()}
 
         def schedule(update: int) -> float:

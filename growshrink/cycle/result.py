@@ -213,6 +213,7 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         *(f"- *{word}*: {meaning}." for word, meaning in _GLOSSARY.items()),
         "",
+        *_sampled_widths(result),
         "## Did the new parameters learn?",
         "",
     ]
@@ -265,6 +266,31 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
     lines += ["## Made by", "", f"`{about.get('command', ' '.join(sys.argv))}`", "", "```json"]
     lines += [json.dumps(dict(about), indent=2), "```", ""]
     return "\n".join(lines)
+
+
+def _sampled_widths(result: CycleResult) -> list[str]:
+    """The section of the rounds whose middle widths were sampled."""
+    lines = []
+    for record in result.rounds:
+        if (left := record.get("left_by")) is None:
+            continue
+        every = f", in every {left['every']}th update" if left["every"] > 1 else ""
+        own = f", {left['inplace_distil']:.0%} of its loss learnt from the wider net" * bool(left["inplace_distil"])
+        lines += [
+            f"- Round {record['number']}: mode {left['mode']}{every}, out of {left['nets']:,} nets; base net "
+            f"{record['top1']['base']:.2f} %{own}, widest net {record['top1']['peak']:.2f} % (at the end of the hold, "
+            f"statistics taken anew). An average step cost {left['step_macs'] / record['plain_step_macs']:.2f} times "
+            f"the plain net's in MACs. Left by *{left['exit']}*, at width: {_width_name(left['width'])}.",
+        ]
+        for candidate in left.get("candidates", ()):
+            lines.append(f"    - {candidate['top1']:.2f} % fused at width: {_width_name(candidate['width'])}")
+    if not lines:
+        return []
+    return ["## Sampled widths", "", *lines, ""]
+
+
+def _width_name(width: str | Mapping[str, int]) -> str:
+    return width if isinstance(width, str) else f"one drawn at random, {sum(width.values())} middle channels in all"
 
 
 def _rounded(values: Sequence[float]) -> str:

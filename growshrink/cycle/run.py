@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from growshrink.compare import profile, training_macs
+from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.state import RunState, newest_run, save_run
-from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
-from growshrink.dataflow import InputSize
-from growshrink.errors import PlanError, RunError
+from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
+from growshrink.errors import RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
 from growshrink.training.checkpoints import find_checkpoints, set_random_state
@@ -31,7 +31,7 @@ from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.training.folder import RunFolder
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import grow, growth_report
+from growshrink.transforms import growth_report
 
 
 def run_cycle(
@@ -83,7 +83,7 @@ def run_cycle(
     timeline = Timeline(plan, feed.train.updates_per_epoch, born_grown=bool(grown_modules(model)))
     assert timeline.total > 0  # a plan that does not fit the data fails here, before anything is written
     check_model_fits(model, feed)
-    _check_rounds(model, plan, feed.input_size)
+    check_rounds(model, plan, feed.input_size)
     if isinstance(out_dir, RunFolder):
         claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)  # whoever claimed it releases it
     else:
@@ -118,7 +118,9 @@ class _Run:
         self.device = device
         self.state = RunState()
         self.teacher: nn.Module | None = None
+        self.model_about: Mapping[str, Any] = {}
         self.size = feed.input_size
+        self._augmentations = Augmentations(timeline, feed.input_size)
         self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
         self.trainer = self._make_trainer(self.initial)
         self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
@@ -126,6 +128,7 @@ class _Run:
     # ---- the run
 
     def execute(self, about: dict[str, Any]) -> CycleResult:
+        self.model_about = about.get("model", {})
         command = {"command": about.pop("command", " ".join(sys.argv))}
         data = {
             "name": self.feed.name,
@@ -173,6 +176,7 @@ class _Run:
             second = segment.start + 2  # by then every new parameter must have a gradient
             if segment.phase == "hold" and start < second:
                 stop = min(stop, second)
+            augmentation = self._augmentation_of(segment)
             began = time.perf_counter()
             loss = float(
                 self.trainer.train(
@@ -180,6 +184,7 @@ class _Run:
                     learning_rate=self.timeline.learning_rate,
                     lam=self.timeline.lam,
                     teacher=self._teacher_of(segment),
+                    task=augmentation.task if augmentation else None,
                     after_update=self.journal.updated,
                 )
             )
@@ -192,8 +197,9 @@ class _Run:
                     "clip_grad=1."
                 )
             self.state.seconds += seconds
-            self.state.macs_spent += (stop - start) * self.feed.train.batch_size * self._macs_per_image(segment)
-            if segment.phase == "hold" and stop == second:
+            macs = augmentation.macs(start, stop) if augmentation else (stop - start) * self._macs_per_image(segment)
+            self.state.macs_spent += self.feed.train.batch_size * macs
+            if segment.phase == "hold" and stop == second and not augmentation:
                 self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
             if stop % per_epoch == 0 or stop == segment.stop:
                 self._log_row(segment, start, loss, seconds)
@@ -208,18 +214,21 @@ class _Run:
         net = profile(self.trainer.model, self.size)
         born_grown = bool(grown_modules(self.trainer.model))
         if plan.distil == "previous":
-            self._set_teacher()
+            self._set_teacher(self.trainer.best)
         seed = self.plan.seed + 1000 * segment.round
         entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
         if not born_grown:
             entry = grow_nets(self.trainer, plan, seed, self.size)
         self._log("grow", segment, **entry, shapes=shapes_of(self.trainer.model))
+        if plan.augment != "none":
+            self._save_supernet("init", segment)
         grown = profile(self.trainer.model, self.size)
         self.state.rounds.append(
             {
                 "number": segment.round,
                 "branch": ["born grown"] if born_grown else list(plan.branch),
                 "ratio": plan.ratio,
+                "augment": plan.augment,
                 "distil": plan.distil,
                 "num_grown": len(grown_modules(self.trainer.model)),
                 "num_skipped": len(growth_report(self.trainer.model, input_size=self.size).skipped),
@@ -227,6 +236,7 @@ class _Run:
                 "top1": {"before": None if born_grown else before.top1},
                 "params": {"plain": net.params, "grown": grown.params},
                 "macs": {"plain": net.macs, "grown": grown.macs},
+                "plain_step_macs": training_macs(replay(self.initial, [{"op": "fuse"}], self.size), self.size),
                 "training_macs_start": self.state.macs_spent,
             }
         )
@@ -236,14 +246,25 @@ class _Run:
             return
         record = self.state.rounds[-1]
         plan = self.plan.rounds[segment.round - 1]
+        augmentation = self._augmentation_of(segment)
         if segment.phase == "hold":
-            record["top1"]["peak"] = self._score().top1
-            record["gradients_at_peak"] = gradients(self.trainer)
+            peak = augmentation.full_net(self.trainer) if augmentation else self.trainer.best
+            record["top1"]["peak"] = self._score(peak).top1
+            if not augmentation:
+                record["gradients_at_peak"] = gradients(self.trainer)
             if plan.distil == "peak":
-                self._set_teacher()
-        elif segment.phase == "settle":
+                self._set_teacher(peak)
+        if self.timeline.last_grown(segment):
             self.trainer.calibrate_average()
-            fused = fuse_nets(self.trainer, lambda net: self._score(net).top1, self.size)
+            if augmentation:
+                self._save_supernet("supernet", segment)
+                record["top1"]["base"] = self._score().top1
+                record["left_by"] = {
+                    **augmentation.describe(*self.timeline.grown_span(segment.round)),
+                    **augmentation.leave(self.trainer, plan, self._top1, self.size),
+                }
+                self._augmentations.close()
+            fused = fuse_nets(self.trainer, self._top1, self.size)
             record["top1"].update(fused.pop("top1"))
             record.update(fused, retention=retention(record["top1"]))
             self._log("fuse", segment, max_rel=record["max_rel"], effect=record["effect"])
@@ -259,8 +280,8 @@ class _Run:
         self.state.log.append({"op": op, "update": self.trainer.update, "round": segment.round, **values})
         self._cost = None
 
-    def _set_teacher(self) -> None:
-        self.teacher = copy.deepcopy(self.trainer.best).eval().requires_grad_(False)
+    def _set_teacher(self, net: nn.Module) -> None:
+        self.teacher = copy.deepcopy(net).eval().requires_grad_(False)
         self.state.teacher_log = len(self.state.log)
         self._cost = None
 
@@ -269,6 +290,19 @@ class _Run:
             return None
         plan = self.plan.rounds[segment.round - 1]
         return Teacher(self.teacher, plan.distil_weight, plan.temperature)
+
+    def _augmentation_of(self, segment: Segment) -> Augmentation | None:
+        return self._augmentations.of(segment, self.trainer, self._teacher_of(segment))
+
+    def _save_supernet(self, name: str, segment: Segment) -> None:
+        entry = next(e for e in reversed(self.state.log) if e["op"] == "grow")
+        number = f"-{segment.round}" if len(self.plan.rounds) > 1 else ""
+        save_net(
+            self.folder.path / f"{name}{number}.safetensors", self.trainer.best, self.model_about, entry, self.size
+        )
+
+    def _top1(self, model: nn.Module) -> float:
+        return self._score(model).top1
 
     def _score(self, model: nn.Module | None = None) -> Score:
         return evaluate(model or self.trainer.best, self.feed.val)
@@ -364,13 +398,3 @@ class _Run:
         result.write()
         self.folder.write_marker("finished", record)
         return result
-
-
-def _check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
-    """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
-    born_grown = bool(grown_modules(model))
-    if born_grown and not plan.rounds:
-        raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
-    plain = replay(model, [{"op": "fuse"}], input_size)
-    for entry in plan.rounds[1:] if born_grown else plan.rounds:
-        grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)

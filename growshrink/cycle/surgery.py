@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from growshrink.compare import EXACT_FLOAT64, branch_effect, compare, verify
-from growshrink.cycle.log import apply_grow, shapes_of
-from growshrink.cycle.plan import RoundPlan
+from growshrink.cycle.log import apply_grow, replay, shapes_of
+from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.dataflow import InputSize
-from growshrink.errors import RunError
+from growshrink.errors import PlanError, RunError
 from growshrink.grown import GrownConv2d, grown_modules
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import drop, fuse, grow
+from growshrink.widths import get_width
 
 
 def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
@@ -53,20 +54,23 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
     owns_kernels = all(isinstance(module, GrownConv2d) for module in grown_modules(best).values())
     vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
     exact = copy.deepcopy(best).double()
-    trained = compare(exact, fuse(exact, input_size=input_size), input_size=input_size)
-    proof = verify(best, input_size=input_size)
-    max_rel = max(trained.max_rel, proof.max_rel)
+    max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
+    effect = trained_effect = 0.0
+    if any(get_width(best).values()):  # else every branch is skipped, and nothing is merged
+        proof = verify(best, input_size=input_size)
+        max_rel, effect = max(max_rel, proof.max_rel), proof.effect
+        trained_effect = branch_effect(best, input_size=input_size)
     if not max_rel <= EXACT_FLOAT64:
         raise RunError(f"the fused net differs from the grown one by {max_rel:.1e} in float64.")
     reset = _meaning_changes(trainer.model)
-    for net in _nets(trainer):
+    for net in trainer.nets:
         fuse(net, inplace=True, input_size=input_size)
     trainer.structure_changed(reset)
     single = compare(best, trainer.best, input_size=input_size, dtype=torch.float32)
     return {
         "top1": {"vanished": vanished, "dropped": dropped, "fused": score(trainer.best)},
-        "effect": proof.effect,
-        "trained_effect": branch_effect(best, input_size=input_size),
+        "effect": effect,
+        "trained_effect": trained_effect,
         "max_rel": max_rel,
         "max_rel_float32": single.max_rel,
         "top1_agreement": single.top1_agreement,
@@ -97,15 +101,26 @@ def retention(top1: Mapping[str, float | None]) -> float | None:
     return (fused - before) / (peak - before)
 
 
-def _nets(trainer: Trainer) -> list[nn.Module]:
-    return [net for net in (trainer.model, trainer.ema) if net is not None]
-
-
 def _meaning_changes(model: nn.Module) -> set[str]:
     """Parameters that mean something else after the fuse: kernels (and biases) behind a branch that is not parallel."""
     return {
         f"{name}.{key}"
         for name, module in grown_modules(model).items()
-        if isinstance(module, GrownConv2d) and not all(getattr(branch, "parallel", False) for branch in module.branches)
+        if isinstance(module, GrownConv2d)
+        and not all(getattr(branch, "parallel", False) or branch.skipped for branch in module.branches)
         for key in ("weight", "bias")
     }
+
+
+def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
+    """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
+    born_grown = bool(grown_modules(model))
+    if born_grown and not plan.rounds:
+        raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
+    if born_grown and plan.rounds[0].exit == "drop":
+        raise PlanError(
+            "exit='drop' in round 1: a net that is grown at birth has no kernels that would remain; choose."
+        )
+    plain = replay(model, [{"op": "fuse"}], input_size)
+    for entry in plan.rounds[1:] if born_grown else plan.rounds:
+        grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)

@@ -51,6 +51,13 @@ class Chain:
             )
         self._prove(model, input_size)
 
+    def of_copy(self, model: nn.Module) -> Chain:
+        """The same chain of a copy of the model."""
+        twin = copy.copy(self)
+        twin._units = [model.get_submodule(name) for name in self._names]
+        twin._head = cast(Callable[[Tensor], Tensor], model.forward_head)
+        return twin
+
     def prefix(self, x: Tensor, start: int) -> Tensor:
         """Images `(N, C, H, W)` -> the input of unit number `start`."""
         for unit in self._units[:start]:

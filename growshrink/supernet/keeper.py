@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from growshrink.errors import WidthError
 from growshrink.supernet.middle import Axis, axes
@@ -24,13 +27,17 @@ class Keeper:
         slots: Widths of the model.
         optimizer: Its state must be per parameter: of the parameter's shape, or a single number.
         after_step: Called after every step.
+
+    Raises:
+        WidthError: The optimizer is of another kind.
     """
 
     def __init__(self, slots: Slots, optimizer: torch.optim.Optimizer, after_step: Callable[[], None]) -> None:
         self._slots = slots
         self._after_step = after_step
         self._widest: dict[str, int] = {}
-        self._kept: list[tuple[Axis, int, Tensor, Tensor, dict[str, Tensor]]] = []
+        #: Where it lies, the width it lies beyond, the parameter, its state's key (None: the parameter itself), values.
+        self._kept: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
         self._fresh = _fresh_state(optimizer)
         self._axes = {name: list(axes(slot.body)) if slot.body is not None else [] for name, slot in slots}
         self._hooks = [
@@ -54,11 +61,10 @@ class Keeper:
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._kept = []
-        if not self._widest:  # a gradient that is not ours
-            return
+        beyond: list[tuple[Axis, int, Tensor, str | None]] = []
+        live: list[Tensor] = []
         for name, slot in self._slots:
-            width = self._widest[name]
+            width = self._widest.get(name, slot.full)  # of a gradient that is not ours, nothing is kept
             if width == 0:
                 assert slot.branch is not None
                 for parameter in slot.branch.parameters():
@@ -68,53 +74,67 @@ class Keeper:
                     tensor = axis.tensor
                     if tensor is None or tensor.grad is None:  # a buffer, or frozen
                         continue
-                    state = optimizer.state.get(tensor, {})
-                    kept = {key: axis.beyond(value, width).clone() for key, value in _per_entry(tensor, state, name)}
-                    self._kept.append((axis, width, tensor, axis.beyond(tensor, width).clone(), kept))
+                    for key, value in ((None, tensor), *_per_entry(tensor, optimizer)):
+                        beyond.append((axis, width, tensor, key))
+                        live.append(axis.beyond(value, width))
+        saved = [torch.empty_like(value) for value in live]
+        if live:
+            torch._foreach_copy_(saved, live)
+        self._kept = [(*where, value) for where, value in zip(beyond, saved, strict=True)]
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        live: list[Tensor] = []
-        saved: list[Tensor] = []
-        for axis, width, tensor, value, kept in self._kept:
-            live.append(axis.beyond(tensor, width))
-            saved.append(value)
-            for key, entry in _per_entry(tensor, optimizer.state.get(tensor, {}), axis.name):
-                beyond = axis.beyond(entry, width)
-                if key in kept:
-                    live.append(beyond)
-                    saved.append(kept[key])
-                elif key in self._fresh:
-                    beyond.fill_(self._fresh[key])
+        live = []
+        for axis, width, tensor, key, _ in self._kept:
+            live.append(axis.beyond(tensor if key is None else optimizer.state[tensor][key], width))
         if live:
-            torch._foreach_copy_(live, saved)
+            torch._foreach_copy_(live, [value for *_, value in self._kept])
+        had = {(id(tensor), key) for _, _, tensor, key, _ in self._kept}
+        for axis, width, tensor, key, _ in self._kept:
+            if key is None:
+                for name, value in _per_entry(tensor, optimizer):
+                    if (id(tensor), name) not in had and name in self._fresh:
+                        axis.beyond(value, width).fill_(self._fresh[name])
         self._kept = []
         self.forget()
         self._after_step()
 
 
-def _per_entry(tensor: Tensor, state: dict[str, Any], name: str) -> list[tuple[str, Tensor]]:
-    """The entries of an optimizer's state that have one value for each of the parameter's."""
-    found = []
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.numel() > 1:
-            if value.shape != tensor.shape:
-                raise WidthError(
-                    f"{name}: the optimizer keeps {key!r} in another shape than the weight's, so single channels "
-                    "cannot be kept still. Take sgd, adamw, lion, ..., or do not attach it."
-                )
-            found.append((key, value))
-    return found
+def _per_entry(parameter: Tensor, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    """What the optimizer's state of a parameter has for each entry of it, by key."""
+    state = optimizer.state.get(parameter, {}).items()
+    return [(key, v) for key, v in state if isinstance(v, Tensor) and v.shape == parameter.shape]
 
 
 def _fresh_state(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What this kind of optimizer's first step makes of the state of a weight of 0 whose gradient is 0, by key."""
-    parameter = torch.nn.Parameter(torch.zeros(2, 2))
-    parameter.grad = torch.zeros(2, 2)
+    """What the optimizer's first step makes of the state of a weight of 0 whose gradient is 0, by key.
+
+    Found by trying it, on a twin; WidthError if it keeps state that belongs to no single entry.
+    """
+    kind = type(optimizer).__name__
+    if not getattr(type(optimizer).step, "hooked", False):
+        raise WidthError(f"{kind} does not call the hooks of torch's optimizers, so it cannot be attached.")
+    twin = copy.copy(optimizer)  # without its hooks
+    twin.state = defaultdict(dict)
+    twin.param_groups = []
+    for group in optimizer.param_groups:
+        device = next((p.device for p in group["params"] if not p.is_meta), torch.device("cpu"))
+        parameter = nn.Parameter(torch.zeros(32, 32, 3, 3, device=device))  # large enough for what factors its state
+        parameter.grad = torch.zeros_like(parameter)
+        twin.param_groups.append({**group, "params": [parameter]})
     try:
-        twin = type(optimizer)([parameter], **optimizer.defaults)
         twin.step()
-    except Exception:  # a constructor or a step with demands of its own: its state is left as the step makes it
-        return {}
-    values = twin.state[parameter].items()
-    return {key: float(v.flatten()[0]) for key, v in values if isinstance(v, Tensor) and v.shape == parameter.shape}
+    except Exception as error:  # it may want anything
+        raise WidthError(f"{kind} cannot be attached: a first step of it, tried on zeros, fails ({error}).") from error
+    fresh = {}
+    for parameter, state in twin.state.items():
+        for key, value in state.items():
+            parts = [part for part in tree_leaves(value) if isinstance(part, Tensor) and part.numel() > 1]
+            if any(part.shape != parameter.shape for part in parts):
+                raise WidthError(
+                    f"{kind} keeps {key!r} in another shape than the weight's, so single channels cannot be kept "
+                    "still. Take sgd, adamw, lion, ..., or do not attach it."
+                )
+            if parts:
+                fresh[key] = float(parts[0].flatten()[0])
+    return fresh

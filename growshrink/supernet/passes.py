@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from growshrink.supernet.chain import Chain
-from growshrink.training.seeding import generator
-from growshrink.widths import WidthSpace
+from growshrink.widths import WidthSpace, draw
 
 #: Every how many updates `lazy` runs the augmented net, if nobody says otherwise.
 LAZY_EVERY = 4
@@ -41,8 +38,7 @@ def _netaug(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> P
 
 def _suffix(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
     assert chain is not None
-    draw = torch.randint(len(chain.starts), (1,), generator=generator("suffix", seed, update))
-    start = chain.starts[int(draw)]
+    start = draw(chain.starts, seed, update, "suffix")
     return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
 
 

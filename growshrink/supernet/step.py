@@ -40,20 +40,23 @@ class Supernet:
             self.slots.set(then)
 
     @contextmanager
-    def frozen_statistics(self) -> Iterator[None]:
-        """Batch norms normalise by the batch as ever, and have forgotten it afterwards.
+    def aside(self, width: Width, then: Width, device: torch.device) -> Iterator[None]:
+        """Run at `width` without a trace: `at`, with batch norm statistics and random streams as before afterwards.
 
-        The statistics are put back, not kept from moving: so the graph that runs (and that is compiled) is the same in
-        all passes. Through `.data`: autograd has saved these buffers, and would call it an illegal change.
+        Batch norms normalise by the batch as ever. Their statistics are put back, not kept from moving: so the graph
+        that runs (and that is compiled) is the same in all passes. Through `.data`: autograd has saved these buffers,
+        and would call it an illegal change. The net behind sees the dropout masks it would see by itself.
         """
+        live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
+        saved = [torch.empty_like(b) for b in live]
         with torch.no_grad():
-            live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
-            saved = [b.clone() for b in live]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(live, saved)
+            torch._foreach_copy_(saved, live)
+        with self.at(width, then), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                yield
+            finally:
+                with torch.no_grad():
+                    torch._foreach_copy_(live, saved)
 
     def untrained_by(self, width: Width) -> list[nn.Parameter]:
         """Parameters that a pass at `width` does not use at all: those of the branches it skips."""
@@ -91,13 +94,13 @@ class StepRun:
     def ask(self) -> None:
         """Get logits to learn from out of a net that is not trained in this update."""
         if self.passes.asked is not None:
-            with torch.no_grad(), self.net.at(self.passes.asked, self.passes.width), self.net.frozen_statistics():
+            with torch.no_grad(), self.net.aside(self.passes.asked, self.passes.width, self.x.device):
                 self.mentor = self.net.model(self.x)
 
     def run_augmented(self, forward: Callable[[], Tensor]) -> None:
         """All augmented passes; `forward` gives the logits at the active width."""
         for width in self.passes.augmented:
-            with self.net.at(width, self.passes.width), self.net.frozen_statistics():
+            with self.net.aside(width, self.passes.width, self.x.device):
                 logits = forward()
                 loss = self.weight * self.loss_of(logits, self.mentor)
                 if self.backward is not None:

@@ -62,7 +62,7 @@ class NetAugTask(ClassificationTask):
     ``lazy``
         like netaug, in every 4th update only, with 4 times the weight: the same gradient on average.
     ``single``
-        one random net, no base: the base then needs `calibrate_bn`.
+        one random net in place of the base, which then needs `calibrate_bn`.
 
     Args:
         model: A grown net; it is set to base width.
@@ -74,8 +74,8 @@ class NetAugTask(ClassificationTask):
         space: Widths to draw from; None is `width_space(model)`.
         mode: See above.
         every: Augmented passes in every `every`-th update only, weighted up; None is 4 in `lazy` and 1 otherwise.
-        alpha: Weight of an augmented pass, or a schedule of it by update; 0 stops augmenting (and costs nothing). To
-            anneal it with lam, give the schedule of lam.
+        alpha: Weight of an augmented pass, or a schedule of it by update; where it is 0 the base net is trained alone,
+            and nothing else is run. To anneal it with lam, give the schedule of lam.
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
             of the labels; for every pass but that one. None is 1 in `sandwich` and 0 otherwise.
@@ -139,6 +139,8 @@ class NetAugTask(ClassificationTask):
         self.inplace_distil = inplace_distil
         self.inplace_temperature = inplace_temperature
         self.teacher = self._make_teacher(teacher)
+        for key in ("mean", "std"):
+            self.register_buffer(f"_{key}", self._normalization(key), persistent=False)
         self.teacher_weight = teacher_weight
         self.teacher_temperature = teacher_temperature
         self.lambda_schedule = lambda_schedule
@@ -178,7 +180,8 @@ class NetAugTask(ClassificationTask):
                 "with grad checkpointing the augmented pass would be recomputed at base width: use task.backward."
             )
         self._begin()
-        return self._synced(self._one_loss, input, target)
+        with self._net.at(self.passes().width, self.space.base):
+            return self._synced(self._one_loss, input, target)
 
     def backward(
         self, input: Tensor, target: Tensor, scaler: Scaler | None = None, accumulation: int = 1
@@ -203,7 +206,7 @@ class NetAugTask(ClassificationTask):
         def differentiate(loss: Tensor, shared: Tensor | None = None, gradient: Tensor | None = None) -> None:
             loss = loss / accumulation
             loss = loss if scaler is None else scaler.scale(loss)
-            with torch.autocast(loss.device.type, enabled=False):
+            with _no_autocast(loss.device.type):
                 if shared is None or gradient is None:
                     loss.backward()
                 else:  # the beginning that passes share is gone through once, with the gradients of all of them
@@ -216,7 +219,7 @@ class NetAugTask(ClassificationTask):
             logits, loss, shared, gradient = run.run_base()
             return logits, loss + self._touch(run.passes), shared, gradient
 
-        with torch.enable_grad():
+        with torch.enable_grad(), self._net.at(self.passes().width, self.space.base):
             run = self._start(input, target, differentiate)
             logits, loss, shared, gradient = self._synced(base)
             differentiate(loss, shared, gradient)
@@ -237,10 +240,9 @@ class NetAugTask(ClassificationTask):
     def passes(self, update: int | None = None) -> Passes:
         """What an update runs (None: the next one)."""
         update = self.update if update is None else update
-        passes = MODES[self.mode](self.space, self.seed, update, self.chain)
         if self._alpha_at(update) == 0.0 or update % self.every:
-            return Passes(passes.width, asked=passes.asked)
-        return passes
+            return Passes(self.space.base)
+        return MODES[self.mode](self.space, self.seed, update, self.chain)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> NetAugTask:
         """Keep what an update did not train from moving in it, and count the optimizer's updates.
@@ -248,14 +250,23 @@ class NetAugTask(ClassificationTask):
         A gradient of zero does not hold a weight still: weight decay and momentum go on moving it. Attached, rows of
         channels that were not drawn, and their state in the optimizer, are after `optimizer.step()` what they were
         before, bit for bit; branches that were skipped are passed over altogether. Nothing waits for the device.
+        (Counts of steps are per tensor: Adam's correction of its start is that of the rows that were always drawn.)
 
         Returns:
             self.
+
+        Raises:
+            WidthError: The optimizer keeps state that belongs to no single weight (Adafactor, Kron), or calls no hooks.
         """
-        if self._keeper is not None:
-            self._keeper.detach()
+        self.detach()
         self._keeper = Keeper(self._net.slots, optimizer, after_step=lambda: self.set_step(self.update + 1))
         return self
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._keeper is not None:
+            self._keeper.detach()
+            self._keeper = None
 
     # ---- timm's hooks
 
@@ -286,11 +297,17 @@ class NetAugTask(ClassificationTask):
         return self.trainable_module
 
     def update_ema(self, step: int | None = None) -> None:
-        """Average the model, copy lam into the average (it is never averaged), and go on to update number `step`."""
+        """Average the model, copy lam into the average (it is never averaged), and go on to update number `step`.
+
+        None is the next one.
+        """
         super().update_ema(step)
         if self.has_ema() and self._lam is not None:
             set_lambda(self.trainable_module_ema, self._lam)
-        self.set_step(self.update + 1 if step is None else step)
+        if step is not None:
+            self.set_step(step)
+        elif self._keeper is None:  # which counts by itself
+            self.set_step(self.update + 1)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """The update: everything else follows from it."""
@@ -387,15 +404,18 @@ class NetAugTask(ClassificationTask):
             )
         return None if teacher is None else teacher.eval().requires_grad_(False)
 
+    def _normalization(self, key: str) -> Tensor | None:
+        """What the model's images were normalised by, for a teacher who is used to another; None if it is not said."""
+        value = (getattr(self.trainable_module, "pretrained_cfg", None) or {}).get(key)
+        if value is None or not isinstance(self.teacher, DistillationTeacher):
+            return None
+        like = self.teacher.get_buffer(f"{key}_kd")
+        return torch.tensor(value, dtype=like.dtype, device=like.device).view_as(like)
+
     @torch.no_grad()
     def _ask_teacher(self, x: Tensor) -> Tensor | None:
         if isinstance(self.teacher, DistillationTeacher):
-            cfg = getattr(self.trainable_module, "pretrained_cfg", None) or {}
-            like: Any = self.teacher.mean_kd
-            mean, std = (
-                torch.tensor(cfg[key]).to(like).view_as(like) if cfg.get(key) else None for key in ("mean", "std")
-            )
-            return self.teacher(self.teacher.normalize_input(x, mean, std))
+            return self.teacher(self.teacher.normalize_input(x, self._mean, self._std))
         return None if self.teacher is None else self.teacher(x)
 
 
@@ -408,6 +428,12 @@ class _Call(nn.Module):
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[None]:
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _precise(logits: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -74,6 +75,18 @@ class Teacher:
     temperature: float
 
 
+class Task(Protocol):
+    """What computes the loss of an update, and its gradients."""
+
+    def set_step(self, update: int) -> None:
+        """Update number `update` comes next."""
+        ...
+
+    def backward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Add to the gradients; returns the detached "loss", and whatever else."""
+        ...
+
+
 class Trainer:
     """A model in training.
 
@@ -99,6 +112,11 @@ class Trainer:
         return self.averager.module if self.averager is not None else None
 
     @property
+    def nets(self) -> list[nn.Module]:
+        """The model, and its average where there is one."""
+        return [self.model] if self.ema is None else [self.model, self.ema]
+
+    @property
     def best(self) -> nn.Module:
         """The net to judge and to deploy: the averaged one where there is one."""
         return self.model if self.ema is None else self.ema
@@ -110,6 +128,7 @@ class Trainer:
         learning_rate: Schedule,
         lam: Schedule,
         teacher: Teacher | None = None,
+        task: Task | None = None,
         after_update: Callable[[], None] | None = None,
     ) -> Tensor:
         """Do updates until `stop` of them are done in all.
@@ -121,6 +140,8 @@ class Trainer:
             learning_rate: Factor on the config's `lr` by update.
             lam: lam by update.
             teacher: Distil from it.
+            task: Computes loss and gradients in place of the trainer (a `NetAugTask` on the same model, with a teacher
+                of its own if it is to have one).
             after_update: Called after each update (a progress bar).
 
         Returns:
@@ -133,9 +154,14 @@ class Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
             self._set_lambda(lam(self.update))
-            loss = self._loss(images_NCHW, labels_N, teacher)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            if task is not None:
+                task.set_step(self.update)
+                with self._autocast(images_NCHW):
+                    loss = task.backward(images_NCHW, labels_N)["loss"]
+            else:
+                loss = self._loss(images_NCHW, labels_N, teacher)
+                loss.backward()
             if self.config.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.optimizer.step()
@@ -155,8 +181,11 @@ class Trainer:
         would be worth less than it is.
         """
         if self.ema is not None and self.update:
-            updates = range(max(0, self.update - num_batches), self.update)
-            calibrate_bn(self.ema, (self.batches.batch(update)[0] for update in updates))
+            calibrate_bn(self.ema, self.recent_images(num_batches))
+
+    def recent_images(self, num_batches: int) -> Iterator[Tensor]:
+        """The images `(N, C, H, W)` of the last batches it was trained on."""
+        return (self.batches.batch(u)[0] for u in range(max(0, self.update - num_batches), self.update))
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
         """Make the optimizer anew after the model grew or fused.
@@ -187,7 +216,7 @@ class Trainer:
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None) -> Tensor:
-        with torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp):
+        with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
             if teacher is not None:
                 with torch.no_grad():
@@ -197,6 +226,9 @@ class Trainer:
             return loss
         learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
         return (1 - teacher.weight) * loss + teacher.weight * learnt
+
+    def _autocast(self, images_NCHW: Tensor) -> AbstractContextManager[None]:
+        return torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
 
     def _set_lambda(self, value: float, of_ema: bool = False) -> None:
         if of_ema:

@@ -1,0 +1,227 @@
+"""NetAug: train a small net inside a family of wider nets that share its weights, and deploy the small one.
+
+    python recipes/netaug.py                                          digits, about a minute on 2 cores
+    python recipes/netaug.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2 --amp
+    python recipes/netaug.py --mode suffix --inplace-distil 0.5       other ways to draw the wider nets; see --help
+    python recipes/netaug.py --exit choose                            branches go linear, the best width is merged
+    python recipes/netaug.py --model reducenet20_x4 --exit choose     a net that is grown at birth has no other exit
+
+Prints what the base net, the widest net and the deployed net reach on the val split, what a step costs in MACs and in
+time over a plain step, and leaves runs/NAME/ with report.md, netaug.png, plain.safetensors (the net to deploy), and
+init.safetensors and supernet.safetensors (all widths, with the width space) for tools/angle_rank.py.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import tyro
+from torch import nn
+
+import growshrink as gs
+from growshrink.cycle.plan import EXITS
+from growshrink.errors import PlanError
+from growshrink.supernet import load_supernet
+from growshrink.supernet.passes import MODES
+from growshrink.training import Feed, Trainer
+from growshrink.training.folder import read_json, write_json
+from growshrink.training.options import Options
+
+
+@dataclass(kw_only=True)
+class Args(Options):
+    """Options of netaug."""
+
+    epochs: float = 40.0
+    """Of the whole run."""
+    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "suffix"
+    """netaug: base and one wider net in every update. lazy: in every 4th. suffix: only the blocks from a random one on
+    are widened, the others run once for both. single: one random net, no base. sandwich: widest, random, base."""
+    ratio: float = 4.0
+    """r: middle width of the widest net over the output channels."""
+    alpha: float = 1.0
+    """Weight of the wider net's loss."""
+    inplace_distil: float | None = None
+    """Share of the base net's loss that comes from the wider net's logits of the same update."""
+    exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "drop"
+    """drop: the base net alone, NetAug's own way. fuse: the branches go linear and are merged at full width. choose: at
+    the best of several widths."""
+    hold: float | None = None
+    """Share of the run with activations alive; by default all of it before a drop, and half of it before a fuse."""
+    steps_to_time: int = 20
+    """Pairs of steps that the cost in time is measured by; 0 leaves it out."""
+
+
+def main(args: Args) -> None:
+    """Run it; errors of the user's are raised as GrowShrinkError."""
+    folder = args.claim("netaug-")
+    with folder:
+        if folder.finished:
+            print(f"{folder.path} is finished: {folder.path / 'report.md'}")
+            return
+        device = args.torch_device()
+        torch.manual_seed(args.seed)
+        feed = args.make_feed(device)
+        model, about = args.make_model(feed)
+        gs.run_cycle(
+            model,
+            feed,
+            make_plan(args),
+            out_dir=folder,
+            config=args.train_config(),
+            device=device,
+            progress=not args.quiet,
+            tensorboard=args.tensorboard,
+            about=args.about(about),
+        )
+        report = read_json(folder.path / "report.json")
+        cost = cost_of_a_step(args, feed, folder.path, about) if args.steps_to_time else None
+        summary = {**summarise(report), "seconds_of_a_step": cost}
+        write_json(folder.path / "netaug.json", summary)
+        draw(folder.path, summary)
+    print(text(summary))
+    print(f"Read {folder.path / 'report.md'}, look at {folder.path / 'netaug.png'}")
+
+
+def make_plan(args: Args) -> gs.CyclePlan:
+    """One round, all of it with sampled widths."""
+    if not args.epochs > 0:
+        raise PlanError(f"--epochs {args.epochs}: must be above 0.")
+    drop = args.exit == "drop"
+    hold = (1.0 if drop else 0.5) if args.hold is None else args.hold
+    vanish = min(0.2, 1.0 - hold) if not drop else 1.0 - hold
+    plan = gs.RoundPlan(
+        epochs=args.epochs,
+        ratio=args.ratio,
+        hold=hold,
+        vanish=vanish,
+        settle=max(0.0, 1.0 - hold - vanish),
+        augment=args.mode,
+        alpha=args.alpha,
+        inplace_distil=args.inplace_distil,
+        exit=args.exit,
+    )
+    return gs.CyclePlan(rounds=(plan,), seed=args.seed)
+
+
+def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the run."""
+    (record,) = report["rounds"]
+    left = record["left_by"]
+    return {
+        "val_top1": {
+            "base": record["top1"]["base"],
+            "augmented": record["top1"]["peak"],
+            "deployed": record["top1"]["fused"],
+        },
+        "test_top1": report["final"]["top1"],
+        "macs_of_a_step": left["step_macs"] / record["plain_step_macs"],
+        "exit": left["exit"],
+        "width": left["width"],
+        "candidates": left.get("candidates", []),
+        "nets": left["nets"],
+    }
+
+
+def cost_of_a_step(args: Args, feed: Feed, path: Path, about: Mapping[str, Any]) -> dict[str, float]:
+    """Time of a step of this run over that of a plain step, taking turns: median and quartiles of the ratios."""
+    supernet, space, _ = load_supernet(path / "supernet.safetensors")
+    plain = timm.create_model(about["plain_name"], **about["plain_kwargs"])
+    trainers = [Trainer(place(net, args), args.train_config(), feed.train) for net in (supernet, plain)]
+    task = gs.NetAugTask(
+        trainers[0].model,
+        space=space,
+        mode=args.mode,
+        alpha=args.alpha,
+        inplace_distil=args.inplace_distil,
+        seed=args.seed,
+        verbose=False,
+        input_size=feed.input_size,
+    ).attach(trainers[0].optimizer)
+
+    def seconds(trainer: Trainer, task: gs.NetAugTask | None) -> float:
+        began = time.perf_counter()
+        one = gs.schedules.constant(1.0)
+        float(trainer.train(trainer.update + task_period, learning_rate=one, lam=one, task=task))  # waits
+        return time.perf_counter() - began
+
+    task_period = task.every  # a lazy task is dear in one update of several
+    seconds(trainers[0], task), seconds(trainers[1], None)
+    ratios = [seconds(trainers[0], task) / seconds(trainers[1], None) for _ in range(args.steps_to_time)]
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {"ratio": middle, "low": low, "high": high, "pairs": len(ratios)}
+
+
+def place(net: nn.Module, args: Args) -> nn.Module:
+    """Where and how the run had it."""
+    return net.to(args.device).to(memory_format=torch.channels_last)
+
+
+def text(summary: Mapping[str, Any]) -> str:
+    """The figures as a table."""
+    top1, cost = summary["val_top1"], summary["seconds_of_a_step"]
+    rows = [
+        ("base net", f"{top1['base']:.2f} %", "val"),
+        ("widest net, statistics taken anew", f"{top1['augmented']:.2f} %", "val, at the end of the hold"),
+        (f"deployed net ({summary['exit']})", f"{top1['deployed']:.2f} %", "val"),
+        ("deployed net", f"{summary['test_top1']:.2f} %", "test, read once"),
+        ("MACs of an average step", f"{summary['macs_of_a_step']:.2f}", "times a plain step"),
+    ]
+    if cost is not None:
+        rows.append(
+            ("time of an average step", f"{cost['ratio']:.2f}", f"times ({cost['low']:.2f} .. {cost['high']:.2f})")
+        )
+    return "\n".join(f"{what:36s} {value:>9s}  {note}" for what, value, note in rows)
+
+
+def draw(path: Path, summary: Mapping[str, Any]) -> None:
+    """netaug.png: accuracy over the run with its stages, and of the widths that could have been deployed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    over_time, by_width = figure.subplots(1, 2, width_ratios=(2, 1), sharey=False)
+    history = list(map(json.loads, (path / "log.jsonl").read_text().splitlines()))
+    over_time.plot(
+        [row["update"] for row in history], [row["val_top1"] for row in history], color="C0", label="base net"
+    )
+    for name, colour in (("augmented", "C3"), ("deployed", "C2")):
+        over_time.axhline(summary["val_top1"][name], color=colour, linestyle="--", label=f"{name} net")
+    low = min(row["val_top1"] for row in history[len(history) // 4 :])
+    low = min(low, *summary["val_top1"].values())
+    top = max(*(row["val_top1"] for row in history), *summary["val_top1"].values())
+    over_time.set_ylim(low - 0.1 * (top - low) - 0.1, top + 0.1 * (top - low) + 0.1)
+    over_time.set_xlabel("optimizer updates")
+    over_time.set_ylabel("val top-1 (%)")
+    over_time.legend(frameon=False)
+    bars = summary["candidates"] or [{"width": name, "top1": value} for name, value in summary["val_top1"].items()]
+    names = [bar["width"] if isinstance(bar["width"], str) else "random" for bar in bars]
+    by_width.barh(range(len(bars)), [bar["top1"] for bar in bars], color="0.6")
+    by_width.set_yticks(range(len(bars)), names)
+    by_width.set_xlim(min(bar["top1"] for bar in bars) - 1.0, max(bar["top1"] for bar in bars) + 0.5)
+    by_width.invert_yaxis()
+    by_width.set_xlabel("val top-1 (%)")
+    by_width.set_title("fused at width" if summary["candidates"] else "nets of the run")
+    figure.suptitle(f"deployed: test top-1 {summary['test_top1']:.2f} %, a step costs {summary['macs_of_a_step']:.2f}x")
+    figure.savefig(path / "netaug.png", dpi=110)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except gs.GrowShrinkError as error:
+        print(f"netaug: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("netaug: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,189 @@
+"""Which way of sampling widths is worth its cost: every mode of NetAugTask against the plain net, on one data set.
+
+    python tools/netaug_modes.py --data cifar10 --data-dir D --pool 2 --seeds 0 1 2 --out runs/modes.jsonl
+
+Each arm trains the same ReduceNet (its base is the plain net), for the same number of updates or, for the arms named
+plain-xF, for F times as many. Scores are of the averaged weights on a part of the training set; the test set is not
+read. One line of JSON per run is appended to --out; runs that are there already are not done again. Ends with a table.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import tyro
+
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.compare import training_macs
+from growshrink.errors import RunError, near
+from growshrink.schedules import cosine, rewarm
+from growshrink.supernet.cost import StepCost
+from growshrink.training import Augment, DataSet, MemoryFeed, Split, TrainConfig, Trainer, load_data
+from growshrink.training.evaluate import evaluate
+
+#: Arguments of NetAugTask; a number is a plain net trained that many times as long.
+ARMS: dict[str, dict[str, Any] | float] = {
+    "plain-x1": 1.0,
+    "plain-x1.4": 1.4,
+    "netaug": {"mode": "netaug"},
+    "netaug+distil": {"mode": "netaug", "inplace_distil": 0.5},
+    "lazy8": {"mode": "lazy", "every": 8},
+    "lazy8+distil": {"mode": "lazy", "every": 8, "inplace_distil": 0.5},
+    "lazy4+distil": {"mode": "lazy", "every": 4, "inplace_distil": 0.5},
+    "suffix4+distil": {"mode": "suffix", "every": 4, "inplace_distil": 0.5},
+    "single": {"mode": "single"},
+    "sandwich": {"mode": "sandwich"},
+    "sandwich8": {"mode": "sandwich", "every": 8},
+    "plain-x4": 4.0,
+}
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of netaug_modes."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, or a folder of class folders."""
+    data_dir: Path | None = None
+    """Where the data set lies."""
+    pool: int = 1
+    """Average this many pixels by as many into one first: cheaper images."""
+    model: str = "reducenet20"
+    """A ReduceNet."""
+    width: float = 0.5
+    """Multiplier of its channels."""
+    ratio: float = 4.0
+    """Middle width of the widest net over the output channels."""
+    epochs: float = 20.0
+    """Of every arm but the longer plain ones."""
+    batch_size: int = 128
+    """Images per update."""
+    lr: float = 0.2
+    """Peak learning rate, after a short warmup; the same for all arms."""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """Which of them to run, in this order."""
+    seeds: tuple[int, ...] = (0,)
+    """Of weights, data order and widths."""
+    amp: bool = False
+    """bfloat16 autocast."""
+    out: Path = Path("runs/netaug_modes.jsonl")
+    """Results; appended to."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def main(args: Args) -> None:
+    """Run what is missing, print the table."""
+    for arm in args.arms:
+        if arm not in ARMS:
+            raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
+    data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    for seed in args.seeds:
+        for arm in args.arms:
+            if any(r["arm"] == arm and r["seed"] == seed and r["settings"] == settings for r in done):
+                continue
+            result = {"arm": arm, "seed": seed, **train(args, data, arm, seed), "settings": settings}
+            done.append(result)
+            with open(args.out, "a") as file:
+                file.write(json.dumps(result) + "\n")
+    print(table([r for r in done if r["settings"] == settings and r["arm"] in args.arms]))
+
+
+OF_A_RUN = ("data", "pool", "model", "width", "ratio", "epochs", "batch_size", "lr", "amp")
+
+
+def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
+    """One run of one arm."""
+    feed = MemoryFeed.of(
+        data, batch_size=args.batch_size, augment=Augment(crop=data.input_size[1] // 8, flip=args.data != "digits"), seed=seed
+    )
+    torch.manual_seed(seed)
+    net = timm.create_model(args.model, width=args.width, num_classes=len(data.classes), in_chans=data.input_size[0])
+    plain_cost = training_macs(net, feed.input_size)
+    options = ARMS[arm]
+    updates = round(args.epochs * feed.train.updates_per_epoch * (options if isinstance(options, float) else 1.0))
+    task, cost = None, float(plain_cost)
+    if not isinstance(options, float):
+        gs.grow(net, ratio=args.ratio, seed=seed, inplace=True, input_size=feed.input_size)
+        gs.set_width(net, gs.width_space(net).base)  # before the trainer copies it for its average
+    net = net.to(memory_format=torch.channels_last)
+    trainer = Trainer(net, TrainConfig(lr=args.lr, amp=args.amp), feed.train)
+    if not isinstance(options, float):
+        task = gs.NetAugTask(net, seed=seed, verbose=False, input_size=feed.input_size, **options)
+        task.attach(trainer.optimizer)
+        cost = StepCost(task, feed.input_size).mean()
+    began = time.perf_counter()
+    with tqdm(total=updates, desc=f"{arm}, seed {seed}", disable=args.quiet) as bar:
+        trainer.train(
+            updates,
+            learning_rate=rewarm(cosine(1.0, 0.0, steps=updates), [0], 100),
+            lam=gs.schedules.constant(1.0),
+            task=task,
+            after_update=bar.update,
+        )
+    seconds = time.perf_counter() - began
+    if arm == "single":
+        trainer.calibrate_average()
+    score = evaluate(trainer.best, feed.val)
+    return {"top1": score.top1, "loss": score.loss, "cost": cost / plain_cost, "updates": updates, "seconds": seconds}
+
+
+def pooled(data: DataSet, pool: int) -> DataSet:
+    """The data set with smaller images."""
+
+    def smaller(split: Split) -> Split:
+        images = F.avg_pool2d(split.images.permute(0, 3, 1, 2).float(), pool).round().to(torch.uint8)
+        return Split(images.permute(0, 2, 3, 1).contiguous(), split.labels)
+
+    if pool == 1:
+        return data
+    return replace(data, train=smaller(data.train), val=smaller(data.val), test=smaller(data.test))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean and spread of every arm, and its difference to plain-x1 seed by seed."""
+    plain = {r["seed"]: r["top1"] for r in results if r["arm"] == "plain-x1"}
+    lines = ["| arm | seeds | MACs a step / plain | seconds / plain | val top-1 (sd) | less plain-x1, same seed (sd) |"]
+    lines.append("|---|---|---|---|---|---|")
+    seconds = {r["seed"]: r["seconds"] for r in results if r["arm"] == "plain-x1"}
+    for arm in dict.fromkeys(r["arm"] for r in results):
+        own = [r for r in results if r["arm"] == arm]
+        gains = [r["top1"] - plain[r["seed"]] for r in own if r["seed"] in plain]
+        ratio = statistics.median([r["seconds"] / seconds[r["seed"]] for r in own if r["seed"] in seconds] or [0.0])
+        total = own[0]["cost"] * own[0]["updates"] / min(r["updates"] for r in results)
+        lines.append(
+            f"| {arm} | {len(own)} | {total:.2f} | {ratio:.2f} | {spread([r['top1'] for r in own])} | {spread(gains)} |"
+        )
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation."""
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.2f} ({statistics.stdev(values) if len(values) > 1 else 0.0:.2f})"
+
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except gs.GrowShrinkError as error:
+        print(f"netaug_modes: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
