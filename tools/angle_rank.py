@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import tyro
 from torch import nn
 from tqdm import tqdm
@@ -39,15 +40,17 @@ from growshrink.analysis.plots import draw_angles
 from growshrink.analysis.rank import Ranking
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
-from growshrink.analysis.supernets import make_supernet, random_labels, train_supernet
+from growshrink.analysis.supernets import as_supernet, num_updates, train_supernet, with_random_labels
 from growshrink.analysis.truth import Truth, read_truth, subnet_name
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
 from growshrink.supernet import load_supernet, save_supernet
-from growshrink.training import Augment, Feed, MemoryFeed, RunFolder, TrainConfig, evaluate, load_data
+from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
+from growshrink.training.options import Options
 
+MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.
 MANY = 2_000_000
 SLOW_MANY = 5_000
@@ -64,6 +67,9 @@ class Args:
     """The supernet before training (init.safetensors of recipes/netaug.py or of this tool)."""
     trained: Path | None = None
     """The same supernet, trained."""
+
+    model_kwargs: tuple[str, ...] = ()
+    """KEY=VALUE arguments for timm.create_model, where it is trained here, e.g. width=0.5."""
 
     # ---- which subnets, and how they are judged
     num: int | None = None
@@ -105,6 +111,8 @@ class Args:
     """Folder of the results; by default runs/angle-MODEL, numbered if taken."""
     seed: int = 0
     """Of weights, widths, batches, labels, subnets and bootstrap."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps: for training and for --also; angles are taken on the CPU."""
     quiet: bool = False
     """No progress bars."""
 
@@ -157,9 +165,7 @@ def main(args: Args) -> None:
             "agreement": None if ranking is None else ranking.to_dict(),
             "best": [row(table, index, columns, i) for i in order[:100]],
         }
-        print(
-            "\ntau-b with the angle: " + ", ".join(f"{k} {v:+.3f}" for k, v in taus.items())
-        )
+        print("\ntau-b with the angle: " + ", ".join(f"{k} {v:+.3f}" for k, v in taus.items()))
         if ranking is not None:
             print("\n" + ranking.table())
         else:
@@ -182,16 +188,32 @@ def claim(args: Args) -> RunFolder:
     """The folder of the results, claimed before anything is computed."""
     if args.out is not None:
         return RunFolder.claim(args.out)
-    return RunFolder.claim_next(Path("runs"), f"angle-{args.model or 'reducenet20_x4'}")
+    return RunFolder.claim_next(Path("runs"), f"angle-{args.model or MODEL}")
+
+
+def shared(args: Args) -> Options:
+    """The options that other programs have too."""
+    return Options(
+        data=args.data,
+        data_dir=args.data_dir,
+        model=args.model or MODEL,
+        model_kwargs=args.model_kwargs,
+        batch_size=args.batch_size,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        ema_decay=0.0,
+        seed=args.seed,
+        device=args.device,
+        quiet=args.quiet,
+    )
 
 
 def make_feed(args: Args) -> MemoryFeed:
     """Batches of the data set, with random labels to train on if these are asked for."""
-    data = load_data(args.data, args.data_dir, seed=args.seed, progress=not args.quiet)
-    if args.random_labels:
-        data = random_labels(data, args.seed)
-    augment = Augment(crop=data.input_size[1] // 8, flip=args.data != "digits")
-    return MemoryFeed.of(data, batch_size=args.batch_size, augment=augment, seed=args.seed)
+    options = shared(args)
+    feed = options.make_feed(options.torch_device())
+    assert isinstance(feed, MemoryFeed)
+    return with_random_labels(feed, args.seed) if args.random_labels else feed
 
 
 def train(args: Args, feed: Feed | None, out: Path) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
@@ -199,20 +221,30 @@ def train(args: Args, feed: Feed | None, out: Path) -> tuple[nn.Module, nn.Modul
     assert feed is not None
     if not args.epochs > 0:
         raise AnalysisError(f"--epochs {args.epochs}: must be above 0.")
-    name = args.model or "reducenet20_x4"
-    init, space, about = make_supernet(name, feed, seed=args.seed)
-    trained, _, _ = make_supernet(name, feed, seed=args.seed)
-    config = TrainConfig(lr=args.lr, weight_decay=args.weight_decay, ema_decay=0.0)
-    total = max(1, round(args.epochs * feed.train.updates_per_epoch))
+    options = shared(args)
+    torch.manual_seed(args.seed)
+    init, made = options.make_model(feed)
+    space, about = as_supernet(init, made, input_size=feed.input_size, seed=args.seed)
+    trained = copy.deepcopy(init).to(options.torch_device())
+    total = num_updates(feed, args.epochs)
     with tqdm(total=total, unit="update", desc="training", disable=args.quiet, leave=False) as bar:
         train_supernet(
-            trained, feed, epochs=args.epochs, config=config, mode=args.mode, seed=args.seed, after_update=bar.update
+            trained,
+            feed,
+            epochs=args.epochs,
+            config=options.train_config(),
+            mode=args.mode,
+            seed=args.seed,
+            after_update=bar.update,
         )
     save_supernet(out / "init.safetensors", init, space, about)
     save_supernet(out / "supernet.safetensors", trained, space, about)
     labels = "random labels" if args.random_labels else "its labels"
-    val = evaluate(calibrated(trained, feed, space.full), feed.val).top1
-    print(f"{name} trained on {feed.name} with {labels} for {total} updates: val top-1 of the full net {val:.1f} %")
+    top1 = {"base": space.base, "full": space.full}
+    found = ", ".join(
+        f"{name} {evaluate(calibrated(trained, feed, w), feed.val).top1:.1f} %" for name, w in top1.items()
+    )
+    print(f"{about['name']} trained on {feed.name} with {labels} for {total} updates: val top-1 {found}")
     return init, trained, space, about
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import timm
 import torch
 import tyro
-
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -110,7 +109,10 @@ OF_A_RUN = ("data", "pool", "model", "width", "ratio", "epochs", "batch_size", "
 def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
     """One run of one arm."""
     feed = MemoryFeed.of(
-        data, batch_size=args.batch_size, augment=Augment(crop=data.input_size[1] // 8, flip=args.data != "digits"), seed=seed
+        data,
+        batch_size=args.batch_size,
+        augment=Augment(crop=data.input_size[1] // 8, flip=args.data != "digits"),
+        seed=seed,
     )
     torch.manual_seed(seed)
     net = timm.create_model(args.model, width=args.width, num_classes=len(data.classes), in_chans=data.input_size[0])
@@ -177,7 +179,6 @@ def spread(values: list[float]) -> str:
     if not values:
         return "-"
     return f"{statistics.mean(values):.2f} ({statistics.stdev(values) if len(values) > 1 else 0.0:.2f})"
-
 
 
 if __name__ == "__main__":

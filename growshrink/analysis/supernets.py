@@ -6,16 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
-from timm.optim import create_optimizer_v2
 from torch import nn
 
 from growshrink import schedules
-from growshrink.errors import RunError, near
+from growshrink.dataflow import InputSize
 from growshrink.grown import grown_modules
 from growshrink.supernet import NetAugTask
-from growshrink.training import DataSet, Feed, Split, TrainConfig
+from growshrink.training import DataSet, Feed, MemoryFeed, Split, TrainConfig, Trainer
 from growshrink.training.seeding import generator
 from growshrink.transforms import grow
 from growshrink.widths import WidthSpace, width_space
@@ -24,38 +22,30 @@ from growshrink.widths import WidthSpace, width_space
 RATIO = 4.0
 
 
-def make_supernet(
-    name: str, feed: Feed, kwargs: Mapping[str, Any] | None = None, *, seed: int = 0
-) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
-    """A supernet for a data set, freshly initialised.
+def as_supernet(
+    model: nn.Module, about: Mapping[str, Any], *, input_size: InputSize, seed: int = 0
+) -> tuple[WidthSpace, dict[str, Any]]:
+    """Grow a fresh net with bottlenecks of ratio 4, in place, unless it is grown at birth.
 
     Args:
-        name: A timm model; one that is not grown at birth is grown with bottlenecks of ratio 4.
-        feed: Whose classes and image size it gets.
-        kwargs: More for `timm.create_model`.
-        seed: Of the weights; no random stream of the process moves.
+        model: A net with all of its widths active.
+        about: Its `name` and `kwargs` for timm.
+        input_size: `(C, H, W)`.
+        seed: Of the branches.
 
     Returns:
-        The net, its width space, and what `growshrink.supernet.save_supernet` wants to know about it.
-
-    Raises:
-        RunError: timm has no such model, or it does not take these arguments.
+        The width space, and what `growshrink.supernet.save_supernet` wants to know about the net.
     """
-    if not timm.is_model(name):
-        raise RunError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
-    given = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **(kwargs or {})}
     grown_by: dict[str, Any] | None = None
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        try:
-            model = timm.create_model(name, **given)
-        except Exception as error:  # models check their arguments in their own ways
-            raise RunError(f"{name} with {given}: {type(error).__name__}: {error}") from error
     if not grown_modules(model):
         grown_by = {"branch": "bottleneck", "ratio": RATIO, "seed": seed}
-        grow(model, **grown_by, inplace=True, input_size=feed.input_size)
-    about = {"name": name, "kwargs": given, "grow": grown_by, "input_size": list(feed.input_size), "seed": seed}
-    return model, width_space(model), about
+        grow(model, **grown_by, inplace=True, input_size=input_size)
+    return width_space(model), {
+        "name": about["name"],
+        "kwargs": about["kwargs"],
+        "grow": grown_by,
+        "input_size": list(input_size),
+    }
 
 
 def train_supernet(
@@ -73,10 +63,10 @@ def train_supernet(
     """Train the widths of a grown net together, in place, activations alive, learning rate falling by a cosine.
 
     Args:
-        model: A grown net, at lam 1.
+        model: A grown net.
         feed: What with.
         epochs: How long.
-        config: Optimizer, learning rate, weight decay, momentum and label smoothing of it are used.
+        config: Of the training; no average of the weights is kept.
         space: Widths to draw from; None is all of the model's.
         mode: Of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
         seed: Of the widths.
@@ -86,26 +76,27 @@ def train_supernet(
     Returns:
         The number of the update that would come next.
     """
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = start
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
-    optimizer = create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
-    )
-    task.attach(optimizer)
-    task.train()
-    total = max(1, round(epochs * feed.train.updates_per_epoch))
+    task.attach(trainer.optimizer)
+    total = num_updates(feed, epochs)
     rate = schedules.cosine(1.0, 0.0, total)
-    for update in range(total):
-        images_NCHW, labels_N = feed.train.batch(start + update)
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * rate(update) * group.get("lr_scale", 1.0)
-        task.set_step(start + update)
-        optimizer.zero_grad(set_to_none=True)
-        task.backward(images_NCHW, labels_N)
-        optimizer.step()
-        if after_update is not None:
-            after_update()
+    trainer.train(
+        start + total,
+        learning_rate=lambda update: rate(update - start),
+        lam=schedules.constant(1.0),
+        task=task,
+        after_update=after_update,
+    )
+    task.detach()
     return start + total
+
+
+def num_updates(feed: Feed, epochs: float) -> int:
+    """Updates that `epochs` are, at least one."""
+    return max(1, round(epochs * feed.train.updates_per_epoch))
 
 
 def random_labels(data: DataSet, seed: int = 0) -> DataSet:
@@ -115,3 +106,9 @@ def random_labels(data: DataSet, seed: int = 0) -> DataSet:
     """
     drawn = torch.randint(data.num_classes, (len(data.train),), generator=generator("random labels", seed))
     return replace(data, train=Split(data.train.images, drawn))
+
+
+def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
+    """The same feed with `random_labels` to train on."""
+    train = feed.train
+    return MemoryFeed.of(random_labels(feed.data, seed), batch_size=train.batch_size, augment=train.augment, seed=seed)

@@ -2,10 +2,10 @@ import copy
 import math
 import time
 
+import angle_twins as twins
 import numpy as np
 import pytest
 import torch
-import twins
 from torch import nn
 
 import growshrink as gs
