@@ -40,7 +40,7 @@ from growshrink.analysis.plots import draw_angles
 from growshrink.analysis.rank import Ranking
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
-from growshrink.analysis.supernets import as_supernet, num_updates, train_supernet, with_random_labels
+from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
 from growshrink.analysis.truth import Truth, read_truth, subnet_name
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near

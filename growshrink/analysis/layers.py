@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,8 @@ def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
                 sides.setdefault((id(axis.module), axis.name), {})[axis.dim] = side
         if isinstance(slot.branch, Branch):
             branches[f"{name}."] = name
-    positions = _positions(model, input_size)
+    with active_width(model, {name: slot.full for name, slot in slots.items()}):
+        positions = output_positions(model, input_size)
     layers = []
     for prefix, module in model.named_modules():
         for short, parameter in module.named_parameters(recurse=False):
@@ -123,8 +125,8 @@ def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
                 raise AnalysisError(f"{layer.name}: has values that are not finite in {which}.")
 
 
-def _positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
-    """Output positions of an image by name of the convolution or linear layer, at full width."""
+def output_positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
+    """Output positions of an image, by name of the convolution or linear layer: MACs for each of its weights."""
     found: dict[str, int] = {}
 
     def record(module: nn.Module, args: object, output: Tensor, name: str) -> None:
@@ -134,9 +136,8 @@ def _positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
     replica = copy.deepcopy(model).to("meta").eval()
     for name, module in replica.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
-            module.register_forward_hook(lambda m, a, o, name=name: record(m, a, o, name))
+            module.register_forward_hook(partial(record, name=name))
     dtype = next(replica.parameters()).dtype
-    full = {name: slot.full for name, slot in Slots(replica)}
-    with torch.no_grad(), active_width(replica, full):
+    with torch.no_grad():
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return found

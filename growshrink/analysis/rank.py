@@ -93,7 +93,7 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: intervals are [value, low, high], None for NaN and infinity."""
-        return _jsonable(asdict(self))
+        return jsonable(asdict(self))
 
     def table(self) -> str:
         """The agreement and the verdicts as text."""
@@ -246,11 +246,12 @@ def _cell(interval: Interval) -> str:
     return f"{interval.value:+.3f} ({interval.low:+.3f}, {interval.high:+.3f})"
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """What JSON can hold: None for NaN and infinity, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _jsonable(item) for key, item in value.items()}
+        return {key: jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -8,7 +8,7 @@ import growshrink as gs
 import nets
 from growshrink.analysis.angle import supernet_table
 from growshrink.analysis.scores import Bench
-from growshrink.analysis.supernets import train_supernet
+from growshrink.analysis.trained import train_supernet
 from growshrink.training import NO_AUGMENT, MemoryFeed, TrainConfig, load_data
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.activations import VanishingReLU
 from growshrink.analysis import scores
-from growshrink.analysis.supernets import random_labels, train_supernet
+from growshrink.analysis.trained import random_labels, train_supernet
 from growshrink.training import TrainConfig, evaluate
 
 

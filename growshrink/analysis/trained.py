@@ -1,4 +1,4 @@
-"""Making and training the supernets that are analysed."""
+"""Making and training the nets that are analysed."""
 
 from __future__ import annotations
 
@@ -91,6 +91,41 @@ def train_supernet(
         after_update=after_update,
     )
     task.detach()
+    return start + total
+
+
+def train_net(
+    model: nn.Module,
+    feed: Feed,
+    *,
+    epochs: float,
+    config: TrainConfig,
+    start: int = 0,
+    after_update: Callable[[], None] | None = None,
+) -> int:
+    """Train a plain net in place, learning rate falling by a cosine; no average of the weights is kept.
+
+    Args:
+        model: The net.
+        feed: What with.
+        epochs: How long.
+        config: How.
+        start: The number of the first update: which batches it sees.
+        after_update: Called after each update (a progress bar).
+
+    Returns:
+        The number of the update that would come next.
+    """
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = start
+    total = num_updates(feed, epochs)
+    rate = schedules.cosine(1.0, 0.0, total)
+    trainer.train(
+        start + total,
+        learning_rate=lambda update: rate(update - start),
+        lam=schedules.constant(1.0),
+        after_update=after_update,
+    )
     return start + total
 
 
