@@ -61,7 +61,8 @@ class ChannelSpace:
         left_alone: Groups that cannot be pruned, with the reason.
 
     Raises:
-        AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds nothing to prune.
+        AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds nothing to prune; or a net
+            that is cut by its graph does not run.
     """
 
     def __init__(self, model: nn.Module, input_size: InputSize, *, least: float = 0.1, round_to: int = 1) -> None:
@@ -77,6 +78,7 @@ class ChannelSpace:
             raise AnalysisError(f"{type(model).__name__}: no channels that could be pruned.")
         self.choices = {name: _choices(group.channels, least, round_to) for name, group in self._groups.items()}
         self._cost = self._cost_terms()
+        self._prove()
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Parameters and MACs of N nets, `(N,)` each; `index` is `(N, groups)`, as of an `AngleTable`."""
@@ -159,6 +161,24 @@ class ChannelSpace:
                     places.append((item.dep, module, _entries(item)))
             groups.append(_Group(name, len(group[0].idxs), group, tuple(places)))
         return groups
+
+    def _prove(self) -> None:
+        """Cut a net at middle widths, run it, and compare its costs with those that were computed."""
+        index = np.array([[len(choices) // 2 for choices in self.choices.values()]])
+        kept = {name: np.arange(choices[len(choices) // 2]) for name, choices in self.choices.items()}
+        name = type(self.model).__name__
+        try:
+            found = profile(self.cut(kept), self.input_size)
+        except Exception as error:  # whatever a forward may raise
+            raise AnalysisError(
+                f"{name}: with fewer channels it does not run ({str(error).splitlines()[0]})."
+            ) from error
+        params, macs = self.cost(index)
+        if (found.params, found.macs) != (params[0], macs[0]):
+            raise AnalysisError(
+                f"{name}: with fewer channels it has {found.params:,} parameters and {found.macs:,} MACs, its graph "
+                f"says {params[0]:,} and {macs[0]:,}: it cannot be pruned by the graph."
+            )
 
     def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
         """Constant parameters and MACs, and for every tensor with channels how its sizes follow from the widths."""

@@ -254,10 +254,8 @@ def text(summary: Mapping[str, Any]) -> str:
     ]
     nets = len(random["full"])
     if nets < 6:
-        least = (
-            f"with {nets} nets no p is below {2 / 2**nets:.3f} before correction" if nets > 1 else "one net: no test"
-        )
-        lines.append(f"Seeds are few: {least}.")
+        told = f"no p can be below {2 / 2**nets:.3f} before correction" if nets > 1 else "there is no test"
+        lines.append(f"Nets are few ({nets}): {told}.")
     return "\n".join(lines)
 
 
