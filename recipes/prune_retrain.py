@@ -103,11 +103,8 @@ def main(args: Args) -> None:
     with Results(args.out or Path("runs") / name, identity(args)) as results:
         tuning = [TUNING + args.seed + number for number in range(args.tuning_seeds)]
         measured = [args.seed + number for number in range(args.seeds)]
-        tuned = work(
-            args, results, {key_of(s, a, lr): (s, a, lr) for s in tuning for a in args.arms for lr in args.lrs}
-        )
-        rates = best_rates(tuned)
-        found = work(args, results, {key_of(s, a, rates[a]): (s, a, rates[a]) for s in measured for a in args.arms})
+        rates = best_rates(work(args, results, [(s, a, lr) for s in tuning for a in args.arms for lr in args.lrs]))
+        found = work(args, results, [(s, a, rates[a]) for s in measured for a in args.arms])
         dense = [results.done()[f"seed {seed}, dense"] for seed in measured]
         summary = compare_arms(found, dense)
         summary["tuned_rates"] = rates
@@ -177,7 +174,7 @@ def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -
 
 
 def shared(args: Args, seed: int) -> Options:
-    """The options that other programs have too. A seed has a val split of its own, the test split is always the same."""
+    """The options that other programs have too. Every seed has a val split of its own, all have one test split."""
     return Options(
         data=args.data,
         data_dir=args.data_dir,
