@@ -17,6 +17,7 @@ random_prune.json, random_prune.png, and, for --space widths, truth.csv, which t
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import io
@@ -49,7 +50,7 @@ from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, RunError, near
-from growshrink.supernet import load_supernet
+from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import Feed, MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -71,6 +72,9 @@ class Args:
     """KEY=VALUE arguments for timm.create_model, e.g. width=0.5."""
     weights: Path | None = None
     """A trained net (a state_dict as .safetensors; for --space widths a supernet.safetensors), instead of training."""
+    init: Path | None = None
+    """For --space widths with --weights: the supernet before training (init.safetensors), without which nothing but
+    params can pick."""
     seeds: int = 3
     """How many nets are trained; 1 with --weights."""
     least: float = 0.1
@@ -151,6 +155,10 @@ def check(args: Args) -> None:
         known = (*CRITERIA, RANDOM) if args.space == "channels" else PICKERS
         if criterion not in known:
             raise AnalysisError(f"--criteria {criterion}: not one of --space {args.space}{near(criterion, known)}")
+    if args.init is not None and (args.space != "widths" or args.weights is None):
+        raise AnalysisError("--init goes with --space widths and --weights.")
+    if args.space == "widths" and args.weights is not None and args.init is None and criteria_of(args) != ("params",):
+        raise AnalysisError("--criteria other than params look at the untrained supernet too: give it with --init.")
     for name in ("num", "seeds", "calibration"):
         if getattr(args, name) < (2 if name == "num" else 1):
             raise AnalysisError(f"--{name} {getattr(args, name)}: too few.")
@@ -182,17 +190,22 @@ def identity(args: Args) -> dict[str, Any]:
     for key in ("out", "quiet", "device"):
         del values[key]
     values["criteria"] = list(criteria_of(args))
-    if args.weights is not None:
-        try:
-            values["weights"] = hashlib.blake2b(args.weights.read_bytes(), digest_size=8).hexdigest()
-        except OSError as error:
-            raise RunError(f"--weights {args.weights}: not readable ({error.strerror}).") from error
+    for name, path in (("weights", args.weights), ("init", args.init)):
+        if path is not None:
+            try:
+                values[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+            except OSError as error:
+                raise RunError(f"--{name} {path}: not readable ({error.strerror}).") from error
     return {"program": "random_prune", "options": values}
 
 
 def criteria_of(args: Args) -> tuple[str, ...]:
     """The criteria."""
-    return args.criteria if args.criteria is not None else (*CRITERIA, RANDOM) if args.space == "channels" else PICKERS
+    if args.criteria is not None:
+        return args.criteria
+    if args.space == "channels":
+        return (*CRITERIA, RANDOM)
+    return PICKERS if args.weights is None or args.init is not None else ("params",)
 
 
 def make_plan(
@@ -259,29 +272,24 @@ def supernet(
     """Supernet number `number`, before and after training."""
     if args.weights is not None:
         trained, space, _ = load_supernet(args.weights)
-        return trained, trained, space
-    made = []
-    for _ in range(2):
-        torch.manual_seed(args.seed + number)
-        model, about = options.make_model(feed)
-        space, _ = as_supernet(model, about, input_size=feed.input_size, seed=args.seed + number)
-        made.append(model.to(options.torch_device()))
-    init, trained = made
-    path = results.path / f"net-{number}.safetensors"
-    with results.once(number):
-        if not path.exists():
-            with training_bar(args, feed, number) as advance:
-                train_supernet(
-                    trained,
-                    feed,
-                    epochs=args.epochs,
-                    config=options.train_config(),
-                    seed=args.seed + number,
-                    after_update=advance,
-                )
-            write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in trained.state_dict().items()}))
-    trained.load_state_dict(load_file(path))
-    return init, trained, space
+        init = trained if args.init is None else load_supernet(args.init)[0]
+    else:
+        paths = [results.path / f"{name}-{number}.safetensors" for name in ("init", "supernet")]
+        with results.once(number):
+            if not paths[1].exists():
+                torch.manual_seed(args.seed + number)
+                init, made = options.make_model(feed)
+                seed = args.seed + number
+                space, about = as_supernet(init, made, input_size=feed.input_size, seed=seed)
+                trained = copy.deepcopy(init).to(options.torch_device())
+                config = options.train_config()
+                with training_bar(args, feed, number) as advance:
+                    train_supernet(trained, feed, epochs=args.epochs, config=config, seed=seed, after_update=advance)
+                save_supernet(paths[0], init, space, about)
+                save_supernet(paths[1], trained, space, about)
+        (init, _, _), (trained, space, _) = map(load_supernet, paths)
+    device = options.torch_device()
+    return init.to(device), trained.to(device), space
 
 
 def report(args: Args, results: Results, keys: list[str], spaces: list[Any], draws: Draws, feed: Feed) -> None:
