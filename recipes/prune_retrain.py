@@ -111,6 +111,7 @@ def main(args: Args) -> None:
         summary["what"] = {arm: ARMS[arm] for arm in args.arms}
         summary["about"] = {"command": shlex.join(["python", *sys.argv]), "versions": versions(), **identity(args)}
         write_json(results.path / "prune_retrain.json", jsonable(summary))
+        results.finish()
         print(f"{args.model} on {args.data}, pruned by {args.criterion} to {args.macs:g} of the MACs")
         print(text(summary))
         print(f"{results.path / 'prune_retrain.json'} has the figures, results.jsonl every run.")
@@ -164,7 +165,7 @@ def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -
             epochs=args.epochs,
             seed=seed,
         )
-        position = f"{len(results.done())} runs done; {key}"
+        position = f"run {len(results.done().keys() & by_key.keys()) + 1} of {len(keys)}, {key}"
         total = round((1 - start.begin) * num_updates(feed, start.epochs))
         with tqdm(total=total, unit="update", desc=position, disable=args.quiet, leave=False) as bar:
             config = replace(options.train_config(), lr=lr)

@@ -119,6 +119,7 @@ def main(args: Args) -> None:
         summary = compare(records, args.drivers)
         summary["about"] = {"command": shlex.join(["python", *sys.argv]), "versions": versions(), **identity(args)}
         write_json(results.path / "shrink_space.json", jsonable(summary))
+        results.finish()
         print(text(summary))
         print(f"{results.path / 'shrink_space.json'} has the figures, results.jsonl every loop with its scores.")
 
@@ -150,7 +151,7 @@ def run_loop(args: Args, results: Results, plan: ShrinkPlan, seed: int, driver: 
     feed = options.make_feed(options.torch_device())
     assert isinstance(feed, MemoryFeed)
     init, model, space = first_stage(args, options, results, feed, plan, seed)
-    done = f"{len(results.done())} loops done; seed {seed}, {driver}"
+    done = f"loop {len(results.done()) + 1} of {args.seeds * len(args.drivers)}, seed {seed}, {driver}"
     with tqdm(unit="update", desc=done, disable=args.quiet, leave=False) as bar:
         shrunk = shrink(
             init,

@@ -127,7 +127,7 @@ def main(args: Args) -> None:
     began = time.monotonic()
     with claim(args) as folder:
         feed = make_feed(args) if args.init is None or args.also else None
-        init, trained, space, about = train(args, feed, folder.path) if args.init is None else load(args)
+        init, trained, space, about = train(args, feed, folder) if args.init is None else load(args)
         table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
         if not any(angles.max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
@@ -216,7 +216,9 @@ def make_feed(args: Args) -> MemoryFeed:
     return with_random_labels(feed, args.seed) if args.random_labels else feed
 
 
-def train(args: Args, feed: Feed | None, out: Path) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
+def train(
+    args: Args, feed: Feed | None, folder: RunFolder
+) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
     """A supernet trained here; both of its states are left in the folder."""
     assert feed is not None
     if not args.epochs > 0:
@@ -237,8 +239,9 @@ def train(args: Args, feed: Feed | None, out: Path) -> tuple[nn.Module, nn.Modul
             seed=args.seed,
             after_update=bar.update,
         )
-    save_supernet(out / "init.safetensors", init, space, about)
-    save_supernet(out / "supernet.safetensors", trained, space, about)
+    folder.write_marker("running", {"command": shlex.join(["python", *sys.argv])})
+    save_supernet(folder.path / "init.safetensors", init, space, about)
+    save_supernet(folder.path / "supernet.safetensors", trained, space, about)
     labels = "random labels" if args.random_labels else "its labels"
     top1 = {"base": space.base, "full": space.full}
     found = ", ".join(

@@ -315,6 +315,7 @@ def report(args: Args, results: Results, keys: list[str], spaces: list[Any], dra
     draw_yield(results.path / "random_prune.png", random, marks, f"{results.path.name}: {args.macs:g} of the MACs")
     if args.space == "widths":
         write_truth(results.path / "truth.csv", records)
+    results.finish()
     print(f"{results.path / 'random_prune.json'} has the figures, random_prune.png the picture.")
 
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any
 
 from growshrink.errors import RunError
-from growshrink.training.folder import LOCK, MARKER, check_same, json_line, write_json
+from growshrink.training.folder import LOCK, MARKER, check_same, json_line, read_json, write_json
 
 FILE = "results.jsonl"
 #: Numbers of locks beyond those of records.
@@ -123,6 +123,11 @@ class Results:
             if not waiting and all(key in self.done() for key in keys):
                 return
             time.sleep(_PAUSE)
+
+    def finish(self) -> None:
+        """Say in run.json that all is done."""
+        with self._locked(_SETUP):
+            write_json(self.path / MARKER, {**read_json(self.path / MARKER), "status": "finished"})
 
     @contextmanager
     def once(self, number: int) -> Iterator[None]:

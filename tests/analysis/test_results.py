@@ -82,6 +82,13 @@ def test_half_a_line_is_healed_and_told(tmp_path):
         assert results.done()["subnet 2"]["by"] == "second"
 
 
+def test_a_finished_run_says_so_and_can_be_opened_again(tmp_path):
+    with Results(tmp_path / "run", {"what": "test"}) as results:
+        results.finish()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"
+    Results(tmp_path / "run", {"what": "test"}).close()
+
+
 def test_other_options_and_foreign_folders_are_refused(tmp_path):
     work(tmp_path / "run", "first", keys=KEYS[:1])
     with pytest.raises(RunError, match=r"another what \('test' then, 'other' now\)"):
