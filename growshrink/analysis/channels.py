@@ -204,7 +204,7 @@ class ChannelSpace:
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 vectors = int(module.bias is not None)
                 if getattr(module, "groups", 1) > 1:  # depthwise: others are left alone
-                    inside, weights = zero, module.weight[0].numel()
+                    weights = module.weight[0].numel()
                 else:
                     sizes, weights = (sizes[0], module.weight.shape[1]), module.weight[0, 0].numel()
             terms.append(

@@ -59,6 +59,25 @@ def test_where_truth_depends_on_a_score_beyond_size_that_is_found(scores):
     assert "mine: adds to params, macs, null" in result.table()
 
 
+def test_both_parts_of_the_rule_are_needed(scores):
+    random = np.random.default_rng(1)
+    size, own = standard(scores["macs"]), random.normal(size=N)
+    copied = {**scores, "mine": size + 0.05 * random.normal(size=N)}  # the MACs, a little worse
+    verdict = rank(copied, size + 0.5 * own, num_resamples=100).verdicts["mine"]
+    assert verdict.differences["params"].low > 0 and not verdict.adds
+    assert "not shown to be better than macs" in verdict.reason
+    weak = rank({**scores, "mine": own}, 3 * size + own, num_bins=1, num_resamples=100)
+    assert weak.agreement["mine"].beyond.low > 0 and not weak.verdicts["mine"].adds
+
+
+def test_a_baseline_that_ranks_backwards_counts_as_its_opposite(scores):
+    noise = np.random.default_rng(2).normal(size=(2, N))
+    truth = -standard(scores["macs"]) + 0.3 * noise[0]
+    result = rank({**scores, "mine": noise[1]}, truth, num_bins=1, num_resamples=50)
+    assert result.agreement["macs"].tau_within.value < -0.5
+    assert result.verdicts["mine"].differences["macs"].high < 0
+
+
 def test_bins_leave_little_of_what_size_alone_explains(scores):
     result = rank(scores, np.log(scores["macs"]), num_resamples=20)
     assert result.agreement["macs"].tau_b.value == pytest.approx(1.0)
