@@ -14,6 +14,7 @@ from growshrink.analysis import random_prune as random_prune
 from growshrink.analysis import rank as rank
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
+from growshrink.closed_loop import ClosedLoop as ClosedLoop
 from growshrink.compare import assert_equivalent as assert_equivalent
 from growshrink.compare import compare as compare
 from growshrink.compare import profile as profile
@@ -22,6 +23,12 @@ from growshrink.cycle import CyclePlan as CyclePlan
 from growshrink.cycle import CycleResult as CycleResult
 from growshrink.cycle import RoundPlan as RoundPlan
 from growshrink.cycle import run_cycle as run_cycle
+from growshrink.depth import MergeReport as MergeReport
+from growshrink.depth import affinity_defect as affinity_defect
+from growshrink.depth import collapse as collapse
+from growshrink.depth import merge_report as merge_report
+from growshrink.depth import merge_runs as merge_runs
+from growshrink.depth import nonaffine_modules as nonaffine_modules
 from growshrink.errors import AlgebraError as AlgebraError
 from growshrink.errors import AnalysisError as AnalysisError
 from growshrink.errors import DropError as DropError
@@ -29,6 +36,8 @@ from growshrink.errors import EquivalenceError as EquivalenceError
 from growshrink.errors import FuseError as FuseError
 from growshrink.errors import GrowError as GrowError
 from growshrink.errors import GrowShrinkError as GrowShrinkError
+from growshrink.errors import MergeError as MergeError
+from growshrink.errors import NotLinearError as NotLinearError
 from growshrink.errors import WidthError as WidthError
 from growshrink.grown import GrownConv2d as GrownConv2d
 from growshrink.grown import PureBottleneck as PureBottleneck

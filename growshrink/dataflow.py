@@ -27,10 +27,14 @@ _SIZES_TO_TRY = (32, 64, 224, 28, 8)
 
 @dataclass(frozen=True)
 class Reader:
-    """One use of an output: the operator, and the batch norm it belongs to if it is one."""
+    """One use of an output: the operator, and the module it belongs to, where that module owns a tensor it reads too.
+
+    `norm` is that module again if it is a batch norm.
+    """
 
     op: str
     norm: str | None = None
+    module: str | None = None
 
     def __str__(self) -> str:
         return self.norm or self.op
@@ -120,9 +124,14 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     norm_of = {
         id(m.running_mean): names[id(m)] for m in model.modules() if getattr(m, "running_mean", None) is not None
     }
+    owner_of = {
+        id(tensor): names[id(m)]
+        for m in model.modules()
+        for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
+    }
     calls: Counter[str] = Counter()
     output_sizes: dict[str, tuple[int, int]] = {}
-    recorder = _Recorder(norm_of)
+    recorder = _Recorder(norm_of, owner_of)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         name = names[id(module)]
@@ -146,9 +155,10 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
 class _Recorder(TorchDispatchMode):
     """Notes every operator that takes a tensor some module produced."""
 
-    def __init__(self, norm_of: dict[int, str]) -> None:
+    def __init__(self, norm_of: dict[int, str], owner_of: dict[int, str]) -> None:
         super().__init__()
         self.norm_of = norm_of
+        self.owner_of = owner_of
         self.readers: dict[str, list[Reader]] = {}
         self._producers: dict[int, list[str]] = {}
         self._alive: list[Tensor] = []  # an id is only good while its tensor lives
@@ -161,9 +171,10 @@ class _Recorder(TorchDispatchMode):
     def consumed(self, op: str, leaves: list[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), None)
+        owner = norm or next((self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of), None)
         for tensor_id in {id(t) for t in tensors}:
             for name in self._producers.get(tensor_id, ()):
-                self.readers[name].append(Reader(op, norm))
+                self.readers[name].append(Reader(op, norm, owner))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.consumed(func.overloadpacket.__name__, tree_leaves((args, kwargs)))

@@ -44,6 +44,14 @@ class DropError(GrowShrinkError):
     """A grown module has nothing left once its branches are dropped."""
 
 
+class MergeError(GrowShrinkError):
+    """Convolutions that were asked for cannot be merged exactly, or merging them would make the net dearer."""
+
+
+class NotLinearError(GrowShrinkError):
+    """A net that is to become one layer is not an affine map of its input."""
+
+
 class WidthError(GrowShrinkError):
     """A width, or a space of widths, that a model cannot have."""
 

@@ -53,8 +53,8 @@ class Args(Options):
     """Share of a round at lam = 0 before the fuse (at least 50 updates). The rest is trained at plain cost."""
     augment: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *MODES)))] = "none"
     """Sample the middle widths while the net is grown (NetAug), in one of these ways; none trains at full width."""
-    alpha: float = 1.0
-    """Weight of the augmented net's loss."""
+    alpha: float | None = None
+    """Weight of the augmented net's loss, averaged over updates; by default that of the base's where it is there."""
     inplace_distil: float | None = None
     """Share of the base net's loss that comes from the augmented net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"

@@ -43,13 +43,13 @@ class Args(Options):
 
     epochs: float = 40.0
     """Of the whole run."""
-    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "suffix"
-    """netaug: base and one wider net in every update. lazy: in every 4th. suffix: only the blocks from a random one on
+    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
+    """netaug: base and one wider net in every update. lazy: in every 8th. suffix: only the blocks from a random one on
     are widened, the others run once for both. single: one random net, no base. sandwich: widest, random, base."""
     ratio: float = 4.0
     """r: middle width of the widest net over the output channels."""
-    alpha: float = 1.0
-    """Weight of the wider net's loss."""
+    alpha: float | None = None
+    """Weight of the wider net's loss, averaged over updates; by default that of the base's where it is there."""
     inplace_distil: float | None = None
     """Share of the base net's loss that comes from the wider net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "drop"

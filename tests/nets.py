@@ -55,7 +55,7 @@ def images(*size, n=2, dtype=torch.float32, seed=0):
 
 
 def rel(a, b):
-    return float((a - b).abs().max() / b.abs().max())
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
 
 
 def train_a_bit(model, *, steps=2, lr=0.1, size=(3, 16, 16)):

@@ -136,3 +136,11 @@ def test_shared_parameters():
     assert shared_parameters(model) == {"0", "1", "2", "4"}
     act = nn.ReLU()
     assert shared_parameters(nn.Sequential(act, act)) == set()
+
+
+def test_readers_are_named_by_the_module_whose_tensors_they_read_too():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Identity(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    readers = trace(model, (3, 8, 8)).readers
+    assert [(r.module, r.norm) for r in readers["0"]] == [(r.module, r.norm) for r in readers["1"]] == [("2", None)]
+    assert [(r.module, r.norm) for r in readers["2"]] == [("3", "3")]
+    assert [(r.module, r.op) for r in readers["3"]] == [(None, "relu")]

@@ -55,9 +55,10 @@ from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import versions
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.errors import RunError
+from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
-from paired import Bench, Call, load, machine, seconds_of, table
+from paired import Bench, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)

@@ -38,13 +38,15 @@ ARMS: dict[str, dict[str, Any] | float] = {
     "plain-x1.4": 1.4,
     "netaug": {"mode": "netaug"},
     "netaug+distil": {"mode": "netaug", "inplace_distil": 0.5},
-    "lazy8": {"mode": "lazy", "every": 8},
-    "lazy8+distil": {"mode": "lazy", "every": 8, "inplace_distil": 0.5},
-    "lazy4+distil": {"mode": "lazy", "every": 4, "inplace_distil": 0.5},
-    "suffix4+distil": {"mode": "suffix", "every": 4, "inplace_distil": 0.5},
+    # In the updates that have an augmented pass it weighs what the base's does ...
+    "lazy8": {"mode": "lazy", "every": 8, "alpha": 0.125, "inplace_distil": 0.0},
+    "lazy8+distil": {"mode": "lazy", "every": 8, "alpha": 0.125, "inplace_distil": 0.5},
+    "suffix4+distil": {"mode": "suffix", "every": 4, "alpha": 0.25, "inplace_distil": 0.5},
+    # ... or more, so that it weighs the same on average.
+    "lazy8+distil, alpha 1": {"mode": "lazy", "every": 8, "alpha": 1.0, "inplace_distil": 0.5},
+    "suffix4+distil, alpha 1": {"mode": "suffix", "every": 4, "alpha": 1.0, "inplace_distil": 0.5},
     "single": {"mode": "single"},
     "sandwich": {"mode": "sandwich"},
-    "sandwich8": {"mode": "sandwich", "every": 8},
     "plain-x4": 4.0,
 }
 

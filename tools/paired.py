@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-Call = Callable[[], object]
+from growshrink.timing import Call, seconds_of
+
 Values = Sequence[float]
 Images = tuple[int, int] | None
 
@@ -94,24 +91,6 @@ class Bench:
     def bar(self, count: int, what: str) -> Iterator[int]:
         """`range(count)` with a progress bar."""
         return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
-
-
-def seconds_of(call: Call, calls: int = 1) -> float:
-    """Per call."""
-    began = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return (time.perf_counter() - began) / calls
-
-
-def machine() -> dict[str, Any]:
-    """What the times depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def load() -> float | None:

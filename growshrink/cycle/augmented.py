@@ -14,6 +14,7 @@ from growshrink.dataflow import InputSize
 from growshrink.schedules import Schedule
 from growshrink.supernet import NetAugTask, choose_width, default_candidates, save_supernet
 from growshrink.supernet.cost import StepCost
+from growshrink.supernet.passes import default_alpha
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Teacher, Trainer
 from growshrink.widths import Width, WidthSpace, set_width, width_space
@@ -42,9 +43,7 @@ class Augmentation:
     ) -> None:
         self.space = width_space(trainer.model)
         # Dropped at its end, the round fades its branches out with lam; fused, it trains them to the end.
-        alpha: Schedule = (
-            (lambda update: plan.alpha * lam(update)) if plan.exit == "drop" else lambda update: plan.alpha
-        )
+        alpha = default_alpha(plan.augment) if plan.alpha is None else plan.alpha
         distilled: dict[str, Any] = {}
         if teacher is not None:
             distilled = {
@@ -58,7 +57,7 @@ class Augmentation:
             verbose=False,
             space=self.space,
             mode=plan.augment,
-            alpha=alpha,
+            alpha=(lambda update: alpha * lam(update)) if plan.exit == "drop" else alpha,
             inplace_distil=plan.inplace_distil,
             seed=seed,
             input_size=input_size,
@@ -176,7 +175,7 @@ def save_net(
 
 
 def _name(width: Width, space: WidthSpace) -> str | dict[str, int]:
-    for index in range(space.diversity + 1):
+    for index in (0, *range(space.diversity, 0, -1)):  # a space of few choices has equal levels
         if width == space.level(index / space.diversity):
             return {0: "base", space.diversity: "full"}.get(index, f"level {index} of {space.diversity}")
     return dict(width)

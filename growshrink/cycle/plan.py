@@ -44,7 +44,8 @@ class RoundPlan:
             What is left of the round is the tail, trained on the plain net at plain cost.
         augment: How middle widths are sampled while the net is grown (NetAug): a mode of `NetAugTask` ("netaug",
             "lazy", "suffix", "single", "sandwich"), or "none" for training at full width.
-        alpha: Weight of the loss of the augmented net.
+        alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
+            that have one, the weight of the base's.
         inplace_distil: Share of the base net's loss that comes from the augmented net's logits; None is the mode's own.
         exit: How the round ends: "fuse" merges the net at full width; in a round with sampled widths also "drop", which
             keeps the base net alone (the augmentation then fades out with lam, and vanish and settle may be 0), and
@@ -63,7 +64,7 @@ class RoundPlan:
     vanish: float = 0.15
     settle: float = 0.08
     augment: str = "none"
-    alpha: float = 1.0
+    alpha: float | None = None
     inplace_distil: float | None = None
     exit: str = "fuse"
     distil: str = "none"
@@ -71,7 +72,7 @@ class RoundPlan:
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "alpha", "distil_weight", "temperature")
+        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
         if not self.epochs > 0:
             raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
         if not (isinstance(self.branch, tuple) and self.branch and all(isinstance(kind, str) for kind in self.branch)):
@@ -107,10 +108,12 @@ class RoundPlan:
     def _check_augment(self) -> None:
         if self.augment not in ("none", *MODES):
             raise PlanError(f"augment={self.augment!r}: no such mode{near(str(self.augment), ('none', *MODES))}")
-        if self.alpha < 0:
+        for name in ("alpha", "inplace_distil"):
+            if getattr(self, name) is not None:
+                _check_numbers(self, name)
+        if self.alpha is not None and self.alpha < 0:
             raise PlanError(f"alpha={self.alpha!r}: must not be negative.")
         if self.inplace_distil is not None:
-            _check_numbers(self, "inplace_distil")
             if not 0.0 <= self.inplace_distil <= 1.0:
                 raise PlanError(f"inplace_distil={self.inplace_distil!r}: must lie in [0, 1].")
         if self.exit not in EXITS:

@@ -15,6 +15,7 @@ from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.dataflow import InputSize
 from growshrink.errors import PlanError, RunError
 from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.supernet import NetAugTask
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import drop, fuse, grow
 from growshrink.widths import get_width
@@ -123,4 +124,6 @@ def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> No
         )
     plain = replay(model, [{"op": "fuse"}], input_size)
     for entry in plan.rounds[1:] if born_grown else plan.rounds:
-        grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
+        grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
+        if entry.augment != "none":
+            NetAugTask(grown, mode=entry.augment, verbose=False, input_size=input_size)

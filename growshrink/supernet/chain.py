@@ -93,7 +93,7 @@ class Chain:
         except WidthError:
             raise
         except Exception as error:  # a unit that wants something else than one tensor fails in its own way
-            raise WidthError(f"{_REFUSAL} {type(model).__name__}: {error}") from error
+            raise WidthError(f"{_REFUSAL} {type(model).__name__}: {str(error).splitlines()[0]}") from error
         if not torch.equal(found, expected):
             raise WidthError(f"{_REFUSAL} {type(model).__name__} computes something else than its units in a row.")
 

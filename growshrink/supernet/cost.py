@@ -44,7 +44,7 @@ class StepCost:
         self._prefixes: dict[int, int] = {}
         self._asked: int | None = None  # always the full net
         teacher = task.teacher
-        self._teacher = 0 if teacher is None else profile(getattr(teacher, "model", teacher), input_size).macs
+        self._teacher = 0 if teacher is None else profile(teacher.net, input_size).macs
 
     def of_width(self, width: Width) -> int:
         """Forward and backward of the net at `width`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -49,14 +50,18 @@ def load_supernet(path: Path) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
                 raise RunError(f"{path}: not a supernet of this version of growshrink.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         about = json.loads(header["about"])
-        model = timm.create_model(about["name"], **about["kwargs"])
+        with torch.random.fork_rng([]):  # weights that the file replaces
+            model = timm.create_model(about["name"], **about["kwargs"])
         if about.get("grow") is not None:
             grow(model, **about["grow"], inplace=True, input_size=tuple(about["input_size"]))
         model.load_state_dict(tensors)
+        space_json = header["width_space"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"{path}: not a whole supernet ({str(error).splitlines()[0]}).") from error
-    space = WidthSpace.from_json(header["width_space"])
+        raise RunError(
+            f"{path}: not a whole supernet ({(str(error) or type(error).__name__).splitlines()[0]})."
+        ) from error
+    space = WidthSpace.from_json(space_json)
     space.check(model)
     return model, space, about

@@ -45,6 +45,9 @@ class Keeper:
             optimizer.register_step_post_hook(self._after),
         ]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a task is attached to no optimizer."""
+
     def ran(self, width: Width) -> None:
         """A pass at `width` has contributed to the gradient of the coming step."""
         for name, value in width.items():
@@ -127,10 +130,10 @@ def _fresh_state(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     except Exception as error:  # it may want anything
         raise WidthError(f"{kind} cannot be attached: a first step of it, tried on zeros, fails ({error}).") from error
     fresh = {}
-    for parameter, state in twin.state.items():
+    for tried, state in twin.state.items():
         for key, value in state.items():
             parts = [part for part in tree_leaves(value) if isinstance(part, Tensor) and part.numel() > 1]
-            if any(part.shape != parameter.shape for part in parts):
+            if any(part.shape != tried.shape for part in parts):
                 raise WidthError(
                     f"{kind} keeps {key!r} in another shape than the weight's, so single channels cannot be kept "
                     "still. Take sgd, adamw, lion, ..., or do not attach it."

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from growshrink.supernet.chain import Chain
 from growshrink.widths import WidthSpace, draw
 
-#: Every how many updates `lazy` runs the augmented net, if nobody says otherwise.
-LAZY_EVERY = 4
+#: Every how many updates the augmented net runs, if nobody says otherwise.
+EVERY = {"lazy": 8}
+#: Share of the base's loss that it learns from the augmented net, if nobody says otherwise.
+INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,13 @@ MODES: dict[str, Mode] = {
 }
 #: Augmented passes of an update that has any.
 NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2}
+
+
+def default_every(mode: str) -> int:
+    """Every how many updates a mode augments."""
+    return EVERY.get(mode, 1)
+
+
+def default_alpha(mode: str, every: int | None = None) -> float:
+    """The alpha at which a pass of an augmented net weighs what the base's does, in the updates that have one."""
+    return 1.0 / (default_every(mode) if every is None else every)

@@ -16,10 +16,13 @@ def regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A graph is compiled per combination of the widths inside: two in one region, and there would be the square of them.
     """
-    slots = [name for name, _ in Slots(model)]
+    # Where a width is read: in a bottleneck of `nest` that is the body, which holds another one.
+    readers = [
+        f"{name}.body" if slot.branch is not None and slot.body is not None else name for name, slot in Slots(model)
+    ]
 
     def visit(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-        inside = sum(f"{slot}.".startswith(f"{name}." if name else "") for slot in slots)
+        inside = sum(f"{reader}.".startswith(f"{name}." if name else "") for reader in readers)
         if inside <= 1 and name and type(module) not in (nn.ModuleList, nn.ModuleDict):
             return [(name, module)] if any(True for _ in module.parameters()) else []
         found = []

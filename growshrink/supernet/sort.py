@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from timm.utils import unwrap_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from growshrink.errors import WidthError
 from growshrink.grown import PureBottleneck
@@ -29,32 +31,33 @@ def sort_channels(
     Args:
         model: A grown net.
         optimizer: Whose state of these parameters follows.
-        also: Averaged copies of the model (EMA), put into the order of `model`.
+        also: Averaged copies of the model (timm's `ModelEmaV3`, or its `module`), put into the order of `model`.
 
     Returns:
         The new order of each bottleneck whose order changed, int64 `(groups, channels / groups)` by dotted name.
 
     Raises:
-        WidthError: One of `also` is another net than `model`.
+        WidthError: One of `also` is another net than `model`, or the optimizer keeps state that belongs to no single
+            weight (Adafactor). Nothing has moved.
 
     Source: Cai et al., Once for All (arXiv:1908.09791, section 3.3), which has no gamma in it.
     """
-    copies = [dict(net.named_modules()) for net in also]
+    nets = [dict(unwrap_model(net).named_modules()) for net in also]
     orders: dict[str, Tensor] = {}
+    moves: list[tuple[Axis, Tensor, Tensor]] = []
     for name, body in model.named_modules():
         if not isinstance(body, PureBottleneck):
             continue
         order_GK = _order(body)
         if bool((order_GK.diff(dim=1) == 1).all()):
             continue
-        twins = [modules.get(name) for modules in copies]
-        for twin in twins:
-            if not isinstance(twin, PureBottleneck) or twin.conv.weight.shape != body.conv.weight.shape:
-                raise WidthError(f"{name}: a net in `also` has no such bottleneck, so it is no copy of the model.")
-        for one in (body, *twins):
-            for axis in axes(one):  # type: ignore[arg-type]
-                _permute(axis, order_GK, optimizer)
         orders[name] = order_GK
+        for one in (body, *(modules.get(name) for modules in nets)):
+            if not isinstance(one, PureBottleneck) or one.conv.weight.shape != body.conv.weight.shape:
+                raise WidthError(f"{name}: a net in `also` has no such bottleneck, so it is no copy of the model.")
+            moves += [(axis, order_GK, value) for axis in axes(one) for value in _entries(name, axis, optimizer)]
+    for axis, order_GK, value in moves:  # everything is checked: nothing below can fail
+        value.copy_(axis.permuted(value, order_GK.to(value.device)))
     return orders
 
 
@@ -65,15 +68,15 @@ def _order(body: PureBottleneck) -> Tensor:
     return importance_GK.argsort(dim=1, descending=True, stable=True)
 
 
-def _permute(axis: Axis, order_GK: Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+def _entries(name: str, axis: Axis, optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """A tensor, its gradient, and its state: whatever has an entry where it has one."""
     tensor = axis.tensor
     if tensor is None:
-        return
-    values = [tensor]
-    if tensor.grad is not None:
-        values.append(tensor.grad)
-    if optimizer is not None:
-        values += [v for v in optimizer.state.get(tensor, {}).values() if isinstance(v, Tensor) and v.ndim]
-    for value in values:
-        assert value.shape == tensor.shape, "an optimizer whose state has another shape is refused by the trainer"
-        value.copy_(axis.permuted(value, order_GK.to(value.device)))
+        return []
+    found = [tensor] if tensor.grad is None else [tensor, tensor.grad]
+    for key, value in (optimizer.state.get(tensor, {}) if optimizer is not None else {}).items():
+        parts = [part for part in tree_leaves(value) if isinstance(part, Tensor) and part.ndim]
+        if any(part.shape != tensor.shape for part in parts):
+            raise WidthError(f"{name}: the optimizer keeps {key!r} in another shape than the weight's; take another.")
+        found += parts
+    return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,11 @@ class Supernet:
                 with torch.no_grad():
                     torch._foreach_copy_(live, saved)
 
-    def untrained_by(self, width: Width) -> list[nn.Parameter]:
-        """Parameters that a pass at `width` does not use at all: those of the branches it skips."""
+    def touch_untrained(self, width: Width) -> Tensor | float:
+        """0, as a function of what a pass at `width` skips: DDP waits for the gradient of every parameter."""
         branches = [slot.branch for name, slot in self.slots if width[name] == 0 and slot.branch is not None]
-        return [p for branch in branches for p in branch.parameters() if p.requires_grad]
+        untouched = [p for branch in branches for p in branch.parameters() if p.requires_grad]
+        return 0.0 * torch.stack([p.sum() for p in untouched]).sum() if untouched else 0.0
 
 
 @dataclass
@@ -131,3 +133,27 @@ class StepRun:
             return logits, loss, None, None
         assert leaf is not None
         return logits, loss, shared, leaf.grad
+
+
+class Call(nn.Module):
+    """What DDP wraps: any function of the model, so that all passes of an update can be one forward of DDP's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`."""
+        return function(*args)
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Out of autocast, for a backward pass."""
+    if not torch.amp.is_autocast_available(device_type):  # meta
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def precise(logits: Tensor) -> Tensor:
+    """Losses are taken in float32 at least."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from timm.task import ClassificationTask, DistillationTeacher
+from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,9 +19,10 @@ from growshrink.errors import PlanError, WidthError, near
 from growshrink.schedules import Schedule
 from growshrink.supernet.chain import Chain
 from growshrink.supernet.keeper import Keeper
-from growshrink.supernet.passes import LAZY_EVERY, MODES, NUM_AUGMENTED, Passes
+from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
-from growshrink.supernet.step import StepRun, Supernet
+from growshrink.supernet.step import Call, StepRun, Supernet, no_autocast, precise
+from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
 from growshrink.widths import Slots, WidthSpace, width_space
 
@@ -51,18 +52,18 @@ class NetAugTask(ClassificationTask):
     The update decides which widths are drawn: `set_step` tells it, or `update_ema` (which timm's train.py calls after
     every update), or the optimizer, once attached.
 
-    Modes (`mode=`), cheapest last where measured (`python tools/benchmark.py`):
+    Modes (`mode=`), and what an average step of reducenet20, grown 4 times, costs in plain ones (`tools/step_cost.py`):
 
-    ``sandwich``
-        full net, a random one, base; the latter two learn from the full net (Yu and Huang, arXiv:1903.05134).
-    ``netaug``
-        base and one random net in every update (Cai et al., arXiv:2110.08890).
-    ``suffix``
-        like netaug, but only the blocks from a random one on are widened: what comes before is computed once for both.
-    ``lazy``
-        like netaug, in every 4th update only, with 4 times the weight: the same gradient on average.
-    ``single``
+    ``lazy`` (1.4)
+        netaug in every 8th update only: with 8 times the weight it is the same gradient on average (see alpha).
+    ``suffix`` (2.8)
+        netaug, but only the blocks from a random one on are widened: what comes before is computed once for both.
+    ``single`` (3.2)
         one random net in place of the base, which then needs `calibrate_bn`.
+    ``netaug`` (4.2)
+        base and one random net in every update (Cai et al., arXiv:2110.08890).
+    ``sandwich`` (9.5)
+        full net, a random one, base; the latter two learn from the full net (Yu and Huang, arXiv:1903.05134).
 
     Args:
         model: A grown net; it is set to base width.
@@ -73,12 +74,15 @@ class NetAugTask(ClassificationTask):
         verbose: timm's one line at the start.
         space: Widths to draw from; None is `width_space(model)`.
         mode: See above.
-        every: Augmented passes in every `every`-th update only, weighted up; None is 4 in `lazy` and 1 otherwise.
-        alpha: Weight of an augmented pass, or a schedule of it by update; where it is 0 the base net is trained alone,
-            and nothing else is run. To anneal it with lam, give the schedule of lam.
+        every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
+            `lazy` and 1 otherwise.
+        alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update; where it is 0 the
+            base net is trained alone, and nothing else is run. To anneal it with lam, give the schedule of lam. None is
+            1 / every: NetAug's own 1, and where passes are rarer no more weight for the one there is (weighted up, it
+            drowns the base's: measured, see the README).
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
-            of the labels; for every pass but that one. None is 1 in `sandwich` and 0 otherwise.
+            of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
         inplace_temperature: Of both softmaxes there.
         teacher: A finished net that every pass learns from as well: a module, which is fed what the model is fed; or
             timm's `DistillationTeacher`, or the name of a pretrained timm model, which get their own normalisation.
@@ -105,7 +109,7 @@ class NetAugTask(ClassificationTask):
         space: WidthSpace | None = None,
         mode: str = "lazy",
         every: int | None = None,
-        alpha: float | Schedule = 1.0,
+        alpha: float | Schedule | None = None,
         reduction: str = "sum",
         inplace_distil: float | None = None,
         inplace_temperature: float = 1.0,
@@ -121,11 +125,10 @@ class NetAugTask(ClassificationTask):
             raise PlanError(f"mode={mode!r}: no such mode{near(str(mode), MODES)}")
         if reduction not in REDUCTIONS:
             raise PlanError(f"reduction={reduction!r}: no such reduction{near(str(reduction), REDUCTIONS)}")
-        every = (LAZY_EVERY if mode == "lazy" else 1) if every is None else every
+        every = default_every(mode) if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
-        if inplace_distil is None:
-            inplace_distil = 1.0 if mode == "sandwich" else 0.0
+        inplace_distil = INPLACE_DISTIL.get(mode, 0.0) if inplace_distil is None else inplace_distil
         _check_share("inplace_distil", inplace_distil)
         _check_share("teacher_weight", teacher_weight)
         _check_temperature("inplace_temperature", inplace_temperature)
@@ -134,13 +137,13 @@ class NetAugTask(ClassificationTask):
         self.space.check(model)
         self.mode = mode
         self.every = every
-        self.alpha = alpha
+        self.alpha = default_alpha(mode, every) if alpha is None else alpha
         self.reduction = reduction
         self.inplace_distil = inplace_distil
         self.inplace_temperature = inplace_temperature
-        self.teacher = self._make_teacher(teacher)
-        for key in ("mean", "std"):
-            self.register_buffer(f"_{key}", self._normalization(key), persistent=False)
+        self.teacher: OuterTeacher | None = None
+        if teacher is not None:
+            self.teacher = OuterTeacher(teacher, model, device=self.device, dtype=self.dtype)
         self.teacher_weight = teacher_weight
         self.teacher_temperature = teacher_temperature
         self.lambda_schedule = lambda_schedule
@@ -206,7 +209,7 @@ class NetAugTask(ClassificationTask):
         def differentiate(loss: Tensor, shared: Tensor | None = None, gradient: Tensor | None = None) -> None:
             loss = loss / accumulation
             loss = loss if scaler is None else scaler.scale(loss)
-            with _no_autocast(loss.device.type):
+            with no_autocast(loss.device.type):
                 if shared is None or gradient is None:
                     loss.backward()
                 else:  # the beginning that passes share is gone through once, with the gradients of all of them
@@ -279,7 +282,9 @@ class NetAugTask(ClassificationTask):
 
         Widths need no communication: every rank draws the same. For SyncBatchNorm convert the model first.
         """
-        self._ddp = [DistributedDataParallel(_Call(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
+        if device_ids is not None and next(self.trainable_module.parameters()).device.type == "cpu":
+            device_ids = None  # timm's train.py names the CPU, which DDP does not take
+        self._ddp = [DistributedDataParallel(Call(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
         return self
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -325,13 +330,6 @@ class NetAugTask(ClassificationTask):
             self._lam = None  # the model's own may have been loaded too
             self.set_step(int(state["update"]))
 
-    def train(self, mode: bool = True) -> NetAugTask:
-        """The teacher stays in eval mode."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
     # ---- details
 
     def _begin(self) -> None:
@@ -350,17 +348,17 @@ class NetAugTask(ClassificationTask):
                 self._keeper.ran(width)
         alpha = self._alpha_at(self.update)
         share = 1.0 / (1.0 + alpha * NUM_AUGMENTED[self.mode]) if self.reduction == "mean" else 1.0
-        outside = self._ask_teacher(x)
+        outside = None if self.teacher is None else self.teacher(x)
 
         def loss_of(logits: Tensor, mentor: Tensor | None) -> Tensor:
-            logits = _precise(logits)
+            logits = precise(logits)
             loss = self.criterion(logits, target)
             for other, weight, temperature in (
                 (outside, self.teacher_weight, self.teacher_temperature),
                 (mentor, self.inplace_distil, self.inplace_temperature),
             ):
                 if other is not None and weight:
-                    learnt = distillation_loss(logits, _precise(other), temperature)
+                    learnt = distillation_loss(logits, precise(other), temperature)
                     loss = torch.lerp(loss, learnt, weight)
             return loss
 
@@ -386,59 +384,13 @@ class NetAugTask(ClassificationTask):
         return self._ddp[0](function, *args) if self._ddp else function(*args)
 
     def _touch(self, passes: Passes) -> Tensor | float:
-        """0, as a function of what the last pass does not use: DDP waits for the gradient of every parameter."""
-        untouched = self._net.untrained_by(passes.width) if self._ddp else []
-        return 0.0 * torch.stack([p.sum() for p in untouched]).sum() if untouched else 0.0
+        return self._net.touch_untrained(passes.width) if self._ddp else 0.0
 
     def _alpha_at(self, update: int) -> float:
         alpha = self.alpha(update) if callable(self.alpha) else self.alpha
         if not 0.0 <= alpha < math.inf:
             raise PlanError(f"alpha={alpha!r} at update {update}: must not be negative.")
         return float(alpha)
-
-    def _make_teacher(self, teacher: nn.Module | str | None) -> nn.Module | None:
-        if isinstance(teacher, str):
-            model: Any = self.trainable_module
-            teacher = DistillationTeacher(
-                teacher, num_classes=model.num_classes, in_chans=model.in_chans, device=self.device, dtype=self.dtype
-            )
-        return None if teacher is None else teacher.eval().requires_grad_(False)
-
-    def _normalization(self, key: str) -> Tensor | None:
-        """What the model's images were normalised by, for a teacher who is used to another; None if it is not said."""
-        value = (getattr(self.trainable_module, "pretrained_cfg", None) or {}).get(key)
-        if value is None or not isinstance(self.teacher, DistillationTeacher):
-            return None
-        like = self.teacher.get_buffer(f"{key}_kd")
-        return torch.tensor(value, dtype=like.dtype, device=like.device).view_as(like)
-
-    @torch.no_grad()
-    def _ask_teacher(self, x: Tensor) -> Tensor | None:
-        if isinstance(self.teacher, DistillationTeacher):
-            return self.teacher(self.teacher.normalize_input(x, self._mean, self._std))
-        return None if self.teacher is None else self.teacher(x)
-
-
-class _Call(nn.Module):
-    """What DDP wraps: any function of the model, so that all passes of an update can be one forward of DDP's."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[None]:
-    if not torch.amp.is_autocast_available(device_type):  # meta
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-def _precise(logits: Tensor) -> Tensor:
-    """Losses are taken in float32 at least."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _check_share(name: str, value: float) -> None:

@@ -13,7 +13,9 @@ from growshrink.training.evaluate import Score as Score
 from growshrink.training.evaluate import evaluate as evaluate
 from growshrink.training.feed import Feed as Feed
 from growshrink.training.feed import MemoryFeed as MemoryFeed
+from growshrink.training.fit import fit as fit
 from growshrink.training.folder import RunFolder as RunFolder
+from growshrink.training.listening import ListeningTrainer as ListeningTrainer
 from growshrink.training.stream import StreamedData as StreamedData
 from growshrink.training.stream import stream_data as stream_data
 from growshrink.training.trainer import Teacher as Teacher

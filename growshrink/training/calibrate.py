@@ -14,7 +14,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set the running statistics of every batch norm to their plain average over `batches`, in place.
 
     Needed where the weights did not come from training alone: averaged weights, or a subnet. Everything but the batch
-    norms runs in eval mode (no dropout); modes, momenta and parameters are as before afterwards.
+    norms runs in eval mode (no dropout); modes, momenta and parameters are as before afterwards. What does not run at
+    the active width (skipped branches, channels beyond it) keeps its statistics.
 
     Args:
         model: Batch norms without running statistics are left alone.
@@ -28,6 +29,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
+    counts = [_statistics(norm)[2].clone() for norm in norms]
     remaining = iter(batches)
     first = next(remaining, None)
     if first is None:
@@ -35,14 +37,26 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     model.eval()
     try:
         for norm in norms:
-            norm.reset_running_stats()
             norm.train()
-            norm.momentum = None  # torch: the cumulative average
+            norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
+            mean, var, count = _statistics(norm)
+            count.zero_()
+            for statistic in (mean, var):
+                statistic.nan_to_num_(0.0, 0.0, 0.0)  # replaced means multiplied by 0
         model(first)
         for images_NCHW in remaining:
             model(images_NCHW)
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, before in zip(norms, momenta, counts, strict=True):
             norm.momentum = momentum
+            _, _, count = _statistics(norm)
+            count.copy_(torch.where(count.bool(), count, before))
         for module, training in modes.items():
             module.training = training
+
+
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
+    """Running mean and variance `(C,)`, and the count of batches."""
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    assert mean is not None and var is not None and count is not None
+    return mean, var, count

@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from growshrink.activations import VanishingReLU, get_lambda, set_lambda
 from growshrink.grown import PureBottleneck
 from growshrink.models import reducenet
-from growshrink.models.reducenet import Block, ReduceNet
+from growshrink.models.block import Block
+from growshrink.models.reducenet import ReduceNet
+from growshrink.transforms import fold, fuse
 
 CIFAR = (20, 32, 44, 56, 110)
 PHOTO = (18, 34)
@@ -281,6 +283,7 @@ def test_default_keeps_an_activation_per_block():
     [
         ("reducenet20", {}),
         ("reducenet20_x4", {"width": 0.3, "expansion": 3, "num_classes": 5, "in_chans": 1, "linear": True}),
+        ("reducenet20", {"width": 0.25, "pad": ((3,), (1, 2), (2, 1))}),
         ("reducenet18_x1", {"width": 0.05, "global_pool": "max"}),
     ],
 )
@@ -491,7 +494,7 @@ def test_fold_skip_declines():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("kwargs", [{}, {"expansion": 2}, {"expansion": 1, "linear": True}])
+@pytest.mark.parametrize("kwargs", [{}, {"expansion": 2}, {"expansion": 1, "linear": True}, {"pad": "front"}])
 def test_scripts(kwargs):
     model = randomize_norms(small(**kwargs)).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -505,7 +508,7 @@ def test_scripts(kwargs):
         torch.testing.assert_close(torch.jit.script(model)(x), model(x))
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"expansion": 2}])
+@pytest.mark.parametrize("kwargs", [{}, {"expansion": 2}, {"pad": "front"}])
 def test_fx(kwargs):
     model = randomize_norms(small(**kwargs)).eval()
     x = torch.randn(2, 3, 8, 8)
@@ -517,3 +520,69 @@ def test_build_directly():
     assert model.eval()(torch.zeros(1, 3, 6, 6)).shape == (1, 3)
     with pytest.raises(ValueError):
         ReduceNet(depths=(1, 2), channels=(4, 6), strides=(1,))
+
+
+# --- pad ---
+
+
+def moved_padding(model):
+    """The same net by hand: one zero-padded image in front of each stage, every conv of it unpadded."""
+
+    def forward(x):
+        x = model.stem(x)
+        for stage in model.stages:
+            reach = 1 + stage[0].conv.stride[0] * (len(stage) - 1)
+            x = nn.functional.pad(x, [reach] * 4)
+            for block in stage:
+                y = block.bn(nn.functional.conv2d(x, block.conv.weight, stride=block.conv.stride))
+                if block.skip:
+                    y = y + x[:, :, 1:-1, 1:-1]
+                x = block.act(y)
+        return model.head(x)
+
+    return forward
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 7), (1, 2)])
+@pytest.mark.parametrize("linear", [False, True])
+def test_pad_front_is_one_padding_a_stage(size, linear):
+    model = randomize_norms(small(pad="front", linear=linear, dtype=torch.float64)).eval()
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    assert rel(model(x), moved_padding(model)(x)) < 1e-13
+    each = small(linear=linear, dtype=torch.float64).eval()
+    each.load_state_dict(model.state_dict())
+    assert rel(each(x), model(x)) > 1e-3
+    assert [t.shape for t in each.forward_intermediates(x)[1]] == [t.shape for t in model.forward_intermediates(x)[1]]
+
+
+def test_pad_by_runs():
+    def paddings(**kwargs):
+        return [[block.conv.padding[0] for block in stage] for stage in meta("reducenet20", **kwargs).stages]
+
+    assert paddings() == paddings(pad="each") == [[1, 1, 1]] * 3
+    assert paddings(pad="front") == [[3, 0, 0], [5, 0, 0], [5, 0, 0]]
+    assert paddings(pad=[[1, 2], (2, 1), [1, 1, 1]]) == [[1, 2, 0], [3, 0, 1], [1, 1, 1]]
+    assert meta("reducenet20_x2", pad="front").stages[1][0].conv.conv.padding == (5, 5)
+
+
+@pytest.mark.parametrize("pad", ["frnt", [[3], [3], [2]], [[3], [3]], [[3, 0], [3], [3]]])
+def test_bad_pad(pad):
+    with pytest.raises(ValueError, match="^pad=.*: (must be 'each'|the runs of a stage)"):
+        meta("reducenet20", pad=pad)
+
+
+def test_pad_front_grown_at_birth_fuses_into_its_plain_net():
+    grown = randomize_norms(small("reducenet20_x2", pad="front", dtype=torch.float64)).eval()
+    set_lambda(grown, 0)
+    plain = small(pad="front", dtype=torch.float64).eval()
+    plain.load_state_dict(fuse(grown).state_dict())
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    assert rel(plain(x), grown(x)) < 1e-12
+
+
+def test_pad_front_folds_with_its_skips():
+    model = randomize_norms(small(pad="front", dtype=torch.float64)).eval()
+    folded = fold(model)
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    assert rel(folded(x), model(x)) < 1e-12
+    assert not any(block.skip for block in folded.modules() if isinstance(block, Block))

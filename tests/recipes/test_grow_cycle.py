@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import growshrink.training.options
 from growshrink.activations import set_lambda
 from growshrink.cycle import CyclePlan
 from growshrink.errors import RunError
@@ -172,7 +173,7 @@ def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, m
 def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
     recipe = runpy.run_path(str(RECIPE))
     args = recipe["Args"](model=name, model_kwargs=kwargs, quiet=True)
-    model, about = recipe["make_model"](args, recipe["make_feed"](args, torch.device("cpu")))
+    model, about = args.make_model(args.make_feed(torch.device("cpu")))
     set_lambda(model, 0.0)
     again = timm.create_model(about["plain_name"], **about["plain_kwargs"])
     assert about["plain_name"] == plain
@@ -182,10 +183,15 @@ def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
 def test_help_explains_every_option(capsys):
     assert main("--help") == 0
     out = capsys.readouterr().out
-    tree = ast.parse(RECIPE.read_text())
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Args").body
-    options = [(n.target.id, after) for n, after in zip(body, body[1:], strict=False) if isinstance(n, ast.AnnAssign)]
-    assert len(options) >= 30
+    trees = [ast.parse(Path(path).read_text()) for path in (RECIPE, growshrink.training.options.__file__)]
+    bodies = [n.body for tree in trees for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Options"]
+    options = [
+        (n.target.id, after)
+        for body in bodies
+        for n, after in zip(body, body[1:], strict=False)
+        if isinstance(n, ast.AnnAssign)
+    ]
+    assert len(options) >= 40
     words = " ".join(out.replace("│", " ").split())
     for name, explanation in options:
         assert f"--{name.replace('_', '-')}" in out, name
@@ -228,6 +234,10 @@ BAD = {
     "crop": (["--crop=-1"], "crop=-1"),
     "stream": (["--stream"], "--stream needs --image-size"),
     "size": (["--image-size", "16"], "works for class folders only"),
+    "mode": (["--augment", "netog"], "augment='netog': no such mode; did you mean netaug"),
+    "exit": (["--augment", "lazy", "--exit", "fall"], "exit='fall': no such exit"),
+    "exit of what": (["--exit", "drop"], "only a round with sampled widths"),
+    "alpha": (["--augment", "lazy", "--alpha=-1"], "alpha=-1.0: must not be negative"),
     "no plan": (["--plan", "nowhere.json"], "nowhere.json: not readable as JSON"),
     "nan": (["--lr", "1e9", "--epochs", "20"], "the loss is nan in round 0, phase base, between updates 0 and "),
 }

@@ -79,8 +79,10 @@ def used_by(model, widths):
     return used
 
 
-@pytest.mark.parametrize("make", [x4, grown, nest])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, x4) for name in OPTIMIZERS), ("sgd", grown), ("adamw", grown), ("sgd", nest), ("adamw", nest)],
+)
 def test_what_was_not_drawn_stays_bit_for_bit(name, make):
     model = model_of(make)
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -149,8 +151,12 @@ def test_skipped_branches_are_passed_over():
     model = model_of(grown)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     task = task_of(model, optimizer, alpha=0.0)
-    step(task, optimizer, 0)
     branches = [p for n, p in model.named_parameters() if "branches" in n]
+    for p in branches:
+        p.grad = torch.zeros_like(p)  # as zero_grad(set_to_none=False) and DDP leave it
+    x, target = Batches().batch(0)
+    task.backward(x.double(), target)
+    optimizer.step()
     assert branches and all(p.grad is None and not optimizer.state.get(p) for p in branches)
 
 
@@ -171,6 +177,9 @@ def test_in_every_mode(mode):
             task(x.double(), target)["loss"].backward()
             optimizer.step()
         after = picture(model, optimizer)
+        for name, p in model.named_parameters():
+            trained = used[name] & (p.grad.abs() > 1e-6)
+            assert (after[name] != before[name])[trained].all(), name
         assert all(torch.equal(after[k][~used[k.split("/")[0]]], v[~used[k.split("/")[0]]]) for k, v in before.items())
     assert task.update == 6
 
@@ -297,16 +306,13 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mode", ["netaug", "lazy", "suffix", "single", "sandwich"])
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-@pytest.mark.parametrize("make", [x4, grown])
-def test_a_step_never_waits_for_the_device(monkeypatch, mode, name, make):
+@pytest.mark.parametrize(
+    ("mode", "make"), [("netaug", x4), ("suffix", x4), ("single", x4), ("sandwich", x4), ("netaug", grown)]
+)
+def test_a_step_never_waits_for_the_device(monkeypatch, mode, make):
     monkeypatch.setattr(gs.VanishingReLU, "_lam_is_free_to_read", lambda *_: False)
     model = model_of(make)
-    if name == "sgd":
-        optimizer = OPTIMIZERS[name](model.parameters())
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False, capturable=False)
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
     schedule = gs.schedules.linear(1.0, 0.0, steps=3)
     task = task_of(
         model,
@@ -317,15 +323,12 @@ def test_a_step_never_waits_for_the_device(monkeypatch, mode, name, make):
         inplace_distil=0.5,
         teacher=net().double(),
     )
-    before_step = {"reads": 0}
     with Reads() as reads:
-        optimizer.register_step_pre_hook(lambda *_: before_step.update(at=reads.count))
         for update in range(5):
             step(task, optimizer, update)
-            if name == "sgd":
-                assert reads.count == 0
+        assert reads.count == 0
         float(torch.ones(()))
-        assert reads.count
+        assert reads.count == 1  # it would have been noticed
 
 
 @pytest.mark.parametrize("mode", ["netaug", "suffix", "sandwich"])

@@ -8,10 +8,12 @@ from growshrink.training.calibrate import calibrate_bn
 from nets import net, randomized
 
 
-def test_statistics_are_the_plain_average_over_the_batches():
+@pytest.mark.parametrize("before", [100.0, 1e300, torch.inf, torch.nan])
+def test_statistics_are_the_plain_average_over_the_batches(before):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=0.3)).double()
     batches = [torch.randn(5, 3, 8, 8, dtype=torch.float64) * scale for scale in (1, 2, 4)]
-    model[1].running_mean.fill_(100)
+    model[1].running_mean.fill_(before)
+    model[1].running_var.fill_(before)
     calibrate_bn(model, batches)
     with torch.no_grad():
         outputs = [model[0](x).transpose(0, 1).flatten(1) for x in batches]

@@ -1,0 +1,145 @@
+"""Closed-loop lam: the activations vanish as fast as the training signal allows, and by a deadline in any case."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from growshrink.errors import PlanError
+
+
+class ClosedLoop:
+    r"""A schedule of lam that listens to the training loss. Called like any other schedule: `lam(update)`.
+
+    A smoothed signal s is compared with a reference r, its lowest value so far:
+
+    * while :math:`s \le (1 + tolerance) \, r`, lam falls by `1 / fall` at every update;
+    * otherwise it waits for training to catch up;
+    * it is never above the straight line that ends at exactly 0 at `deadline` and falls by `1 / (deadline * final)`.
+
+    So lam never rises, and is exactly 0.0 from `deadline` on, whatever the signal does (a signal that is not finite
+    makes it wait). Where a fixed schedule spends the same time on every value of lam, this one spends it where the net
+    suffers. Whether that is worth anything is measured by `recipes/closed_loop.py`.
+
+    Args:
+        deadline: Updates done when lam is 0 at the latest. Go on past it: statistics of batch norms have to settle.
+        hold: Updates with lam 1 before anything falls; the signal is listened to already.
+        fall: Updates it takes from 1 to 0 if the signal never objects; None takes half of what is between `hold` and
+            `deadline`.
+        tolerance: How far the signal may be above its lowest, relatively.
+        smoothing: Weight of the past in the smoothed signal, in [0, 1).
+        final: Share of the deadline that the steepest way down takes.
+        every: Updates between two looks at the signal: what is observed stays on its device until then.
+
+    Raises:
+        PlanError: An argument makes no sense.
+
+    >>> lam = ClosedLoop(deadline=8, hold=2, fall=4, every=1)
+    >>> values = []
+    >>> for update in range(10):
+    ...     values.append(lam(update))
+    ...     lam.observe(1.0)
+    >>> values
+    [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        deadline: int,
+        *,
+        hold: int = 0,
+        fall: int | None = None,
+        tolerance: float = 0.05,
+        smoothing: float = 0.9,
+        final: float = 0.1,
+        every: int = 10,
+    ) -> None:
+        if not 0 <= hold < deadline:
+            raise PlanError(f"{hold=}: must not be negative, and below {deadline=}.")
+        fall = max(1, (deadline - hold) // 2) if fall is None else fall
+        if fall < 1 or every < 1:
+            raise PlanError(f"{fall=}, {every=}: must be at least 1 update.")
+        if not 0.0 <= tolerance < math.inf:
+            raise PlanError(f"{tolerance=}: must be a number from 0 on.")
+        if not 0.0 <= smoothing < 1.0:
+            raise PlanError(f"{smoothing=}: must lie in [0, 1).")
+        if not 0.0 < final <= 1.0:
+            raise PlanError(f"{final=}: a share of the deadline, must lie in (0, 1].")
+        self.deadline = deadline
+        self.hold = hold
+        self.fall = fall
+        self.tolerance = tolerance
+        self.smoothing = smoothing
+        self.final = final
+        self.every = every
+        self._lam = 1.0
+        self._update = 0
+        self._smoothed = math.nan
+        self._lowest = math.inf
+        self._falling = True
+        self._pending: Tensor | float = 0.0
+        self._count = 0
+
+    def __call__(self, update: int) -> float:
+        """Lam for update number `update`; asked for an update that has been, the present lam."""
+        if update > self._update:
+            first = max(self._update, self.hold)
+            if self._falling and update > first:
+                self._lam = max(0.0, self._lam - (update - first) / self.fall)
+            self._lam = min(self._lam, max(0.0, (self.deadline - update) / (self.deadline * self.final)))
+            self._update = update
+        return self._lam
+
+    def observe(self, signal: Tensor | float) -> None:
+        """Take in the signal of one update, the training loss say: a number, or a 0-dim tensor on any device.
+
+        With `torch.distributed` initialised, every rank has to call this equally often: the mean over the ranks is
+        what counts, so that all of them have the same lam.
+        """
+        self._pending = self._pending + (signal.detach().double() if isinstance(signal, Tensor) else signal)
+        self._count += 1
+        if self._count == self.every:
+            self._look(_mean_over_ranks(self._pending) / self._count)
+            self._pending, self._count = 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes, as numbers."""
+        return {
+            "lam": self._lam,
+            "update": self._update,
+            "smoothed": self._smoothed,
+            "lowest": self._lowest,
+            "falling": self._falling,
+            "pending": float(self._pending),
+            "count": self._count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self._lam, self._update = float(state["lam"]), int(state["update"])
+        self._smoothed, self._lowest = float(state["smoothed"]), float(state["lowest"])
+        self._falling, self._count = bool(state["falling"]), int(state["count"])
+        self._pending = float(state["pending"])
+
+    def _look(self, signal: float) -> None:
+        if not math.isfinite(signal):
+            self._falling = False
+            return
+        old = self._smoothed
+        self._smoothed = signal if math.isnan(old) else self.smoothing * old + (1 - self.smoothing) * signal
+        self._lowest = min(self._lowest, self._smoothed)
+        self._falling = self._smoothed <= self._lowest + self.tolerance * abs(self._lowest)
+
+
+def _mean_over_ranks(value: Tensor | float) -> float:
+    if distributed.is_available() and distributed.is_initialized():
+        total = torch.as_tensor(value, dtype=torch.float64)
+        if distributed.get_backend() == "nccl":
+            total = total.cuda()
+        total = total.clone()
+        distributed.all_reduce(total)
+        return float(total) / distributed.get_world_size()
+    return float(value)

@@ -1,0 +1,118 @@
+"""Is a net an affine map of its input, and if not, which module makes it another?
+
+A net is affine exactly if f(a) + f(b) - f(a + b) - f(0) = 0 for all a and b. The test asks what the net *does*, so it
+also sees what no list of layer types shows: an activation called as a function, or one that works in place and thereby
+changes the other term of a sum (`lam * relu(x, inplace=True) + (1 - lam) * x` is a ReLU at every lam).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from growshrink.compare import EXACT_FLOAT64, random_images
+from growshrink.dataflow import InputSize, trace
+
+
+@torch.no_grad()
+def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, seed: int = 0) -> float:
+    r"""How far a net is from being affine: 0 up to rounding if it is, of order 1 for a net with activations.
+
+    .. math:: \max |f(a) + f(b) - f(a + b) - f(0)| \; / \; \max |f(a) - f(0)|
+
+    Computed on a copy, in eval mode and float64, with every lam as it is, for random images a and b.
+
+    Args:
+        model: Any module that takes one image batch.
+        input_size: `(C, H, W)`; None takes the model's own.
+        seed: Of the images.
+    """
+    size = input_size or trace(model).input_size
+    replica = copy.deepcopy(model).cpu().double().eval()
+    return _defect(replica, (random_images(size, 4, torch.float64, seed),), {}, seed)
+
+
+@torch.no_grad()
+def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, seed: int = 0) -> dict[str, float]:
+    """The modules that keep a net from being affine, with their own defects, in the order in which they run.
+
+    Only the innermost are named: a module is listed if it is not affine itself and no module inside it is to blame.
+    Empty if the net is affine, whatever its parts are.
+
+    Args:
+        model: Any module that takes one image batch.
+        input_size: `(C, H, W)`; None takes the model's own.
+        seed: Of the probes.
+    """
+    size = input_size or trace(model).input_size
+    replica = copy.deepcopy(model).cpu().double().eval()
+    images = random_images(size, 2, torch.float64, seed)
+    if _defect(replica, (images,), {}, seed) <= EXACT_FLOAT64:
+        return {}
+    calls: dict[str, tuple[Any, Any]] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        calls.setdefault(name, (args, kwargs))
+
+    hooks = [
+        module.register_forward_pre_hook(partial(record, name=name), with_kwargs=True)
+        for name, module in replica.named_modules()
+    ]
+    replica(images.clone())  # a net may normalise its input in place
+    for hook in hooks:
+        hook.remove()
+
+    found: dict[str, float] = {}
+
+    def visit(name: str) -> bool:
+        """Whether the module, called as it was, is not affine; notes who is to blame."""
+        module = replica.get_submodule(name)
+        defect = _defect(module, *calls[name], seed)
+        if defect <= EXACT_FLOAT64:
+            return False
+        inside = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
+        ran = sorted((child for child in inside if child in calls), key=list(calls).index)
+        if not any([visit(child) for child in ran]):  # a list: all of them are to be noted
+            found[name] = defect
+        return True
+
+    visit("")
+    return found
+
+
+def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> float:
+    """The affinity defect of a call, probed at the scale of the arguments it was given."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(value: Any) -> Any:
+        if not _is_floating(value):
+            return value
+        return float(value.abs().max().clamp_min(1.0)) * torch.randn(
+            value.shape, generator=generator, dtype=value.dtype
+        )
+
+    def outputs(values: Any) -> list[Tensor]:
+        args, kwargs = values
+        return [out for out in tree_leaves(call(*args, **kwargs)) if _is_floating(out)]
+
+    first, second = tree_map(noise, (args, kwargs)), tree_map(noise, (args, kwargs))
+    both = tree_map(lambda a, b: a + b if _is_floating(a) else a, first, second)
+    zero = tree_map(lambda a: torch.zeros_like(a) if _is_floating(a) else a, first)
+    worst = 0.0
+    for a, b, ab, nothing in zip(*map(outputs, (first, second, both, zero)), strict=True):
+        gap = float((a + b - ab - nothing).abs().max())
+        scale = float((a - nothing).abs().max())
+        if gap != gap or scale != scale:
+            return float("nan")
+        worst = max(worst, gap / scale if scale > 0 else float("inf") if gap > 0 else 0.0)
+    return worst
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -1,0 +1,132 @@
+"""The depth knob: which activations of a net go, so that the merged net meets a latency on this machine.
+
+Giving up an activation lets two blocks become one convolution, which may or may not be faster here, and costs some
+accuracy. Both are measured per segment of neighbouring blocks, and taken to add up; then the best cut of the net for
+a latency is a shortest path problem, solved by dynamic programming over the blocks.
+
+The idea is that of Kim et al., Efficient Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming
+(arXiv:2301.12187), who train per segment to find out what it is worth; here the activations are silenced in the
+trained net, the batch norms recalibrated, and the loss read off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from growshrink.activations import set_lambda
+from growshrink.depth.latency import Latencies
+from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
+from growshrink.errors import PlanError
+from growshrink.training.calibrate import calibrate_bn
+
+#: Latencies closer than this share of the net's are taken for equal while searching.
+RESOLUTION = 1 / 2000
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """One way to cut a net.
+
+    Attributes:
+        cut: The segments.
+        ms: Predicted latency of the merged net.
+        harm: Predicted rise of the loss before any training makes it good.
+    """
+
+    cut: Cut
+    ms: float
+    harm: float
+
+    def __str__(self) -> str:
+        """What becomes one convolution."""
+        return " ".join(str(segment) for segment in self.cut if segment.length > 1) or "nothing merged"
+
+
+def segment_harms(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    loss: Callable[[nn.Module], float],
+    *,
+    longest: int = 4,
+    progress: bool = False,
+) -> dict[Segment, float]:
+    """What giving up the activations of each segment does to the loss of a trained net.
+
+    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norm statistics taken anew on
+    `batches`, and the loss compared with the net's own.
+
+    Args:
+        model: A trained plain ReduceNet.
+        batches: Training images `(N, C, H, W)`.
+        loss: Of a net, on images it was not trained on.
+        longest: Blocks a segment has at most.
+        progress: Show a progress bar.
+
+    Returns:
+        By segment, never negative; 0 for single blocks.
+    """
+    own = loss(model)
+    harms = {}
+    for segment in tqdm(all_segments(model, longest), "harms", leave=False, disable=not progress, ncols=110):
+        harms[segment] = 0.0
+        if segment.length > 1:
+            silenced = vanish_cut(model, cut_at(model, segment))
+            set_lambda(silenced, 0.0)
+            calibrate_bn(silenced, batches)
+            harms[segment] = max(0.0, loss(silenced) - own)
+    return harms
+
+
+def depth_frontier(latencies: Latencies, harms: Mapping[Segment, float]) -> list[DepthPlan]:
+    """The plans no other plan beats in both latency and harm, from the fastest to the one with the least harm.
+
+    No plan is slower than the net as it is, by prediction.
+    """
+    step = latencies.net_ms * RESOLUTION
+    ways = [DepthPlan((), latencies.net_ms, 0.0)]
+    for stage in sorted({segment.stage for segment in harms}):
+        own = [segment for segment in harms if segment.stage == stage]
+        at = {0: ways}
+        for stop in range(1, 1 + max(segment.stop for segment in own)):
+            at[stop] = _frontier(
+                (
+                    DepthPlan((*way.cut, segment), way.ms + latencies.change_ms[segment], way.harm + harms[segment])
+                    for segment in own
+                    if segment.stop == stop
+                    for way in at[segment.start]
+                ),
+                step,
+            )
+        ways = at[stop]
+    return [way for way in ways if way.ms <= latencies.net_ms]
+
+
+def plan_depth(latencies: Latencies, harms: Mapping[Segment, float], *, target_ms: float) -> DepthPlan:
+    """The plan of the least harm whose predicted latency meets the target.
+
+    Raises:
+        PlanError: None does; says which latency can be had.
+    """
+    frontier = depth_frontier(latencies, harms)
+    fitting = [plan for plan in frontier if plan.ms <= target_ms]
+    if not fitting:
+        raise PlanError(
+            f"{target_ms=:.3f}: no cut of the net is that fast here. The fastest takes {frontier[0].ms:.3f} ms, the "
+            f"net as it is {latencies.net_ms:.3f} ms."
+        )
+    return fitting[-1]
+
+
+def _frontier(ways: Iterable[DepthPlan], step: float) -> list[DepthPlan]:
+    """By rising latency, each with less harm than all before it; one per step."""
+    kept: dict[int, DepthPlan] = {}
+    least = float("inf")
+    for way in sorted(ways, key=lambda way: (way.ms, way.harm)):
+        if way.harm < least:
+            kept[round(way.ms / step)] = way
+            least = way.harm
+    return list(kept.values())

@@ -1,0 +1,159 @@
+"""How long a net and its merged segments take on this machine: measured in turns, kept on disk."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.activations import set_lambda
+from growshrink.compare import random_images
+from growshrink.dataflow import InputSize
+from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, merge_cut, stages_of, vanish_cut
+from growshrink.timing import in_turns, machine
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.data import CACHE
+from growshrink.training.folder import read_json
+from growshrink.transforms import fold
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What was measured, in milliseconds per batch.
+
+    Attributes:
+        hardware: The machine it was measured on.
+        net_ms: The whole net, folded, nothing merged.
+        change_ms: By segment, what merging it and nothing else adds; negative where that makes the net faster.
+        cached: Whether this comes from the disk.
+    """
+
+    hardware: str
+    net_ms: float
+    change_ms: Mapping[Segment, float]
+    cached: bool = False
+
+    def predict(self, cut: Sequence[Segment]) -> float:
+        """Milliseconds of the net cut into these segments, if the changes add up."""
+        return self.net_ms + sum(self.change_ms[segment] for segment in cut)
+
+
+def measure_latencies(
+    model: nn.Module,
+    input_size: InputSize,
+    *,
+    batch_size: int = 1,
+    longest: int = 4,
+    rounds: int = 200,
+    cache: Path | None = CACHE / "latency",
+    progress: bool = False,
+) -> Latencies:
+    """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
+
+    Each segment is timed where it will work, as the net in which it alone is merged: by itself, with its input always
+    in the cache, a large kernel looks up to 15 % faster than it is. All nets take turns in one session (see
+    `timing.in_turns`). What has been measured on this hardware, with this version of torch, for a net of this shape
+    comes from the disk; delete the file to measure anew.
+
+    Args:
+        model: A plain ReduceNet; its weights do not matter.
+        input_size: `(C, H, W)`.
+        batch_size: Images at a time.
+        longest: Blocks a segment has at most.
+        rounds: Of turns.
+        cache: Folder for the table, one JSON file per hardware; None neither reads nor writes one.
+        progress: Show a progress bar.
+    """
+    segments = all_segments(model, longest)
+    hardware = hardware_name(next(model.parameters()).device)
+    table: dict[str, Any] = {"hardware": hardware, "nets": {}}
+    path = None if cache is None else cache.expanduser() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', hardware)}.json"
+    if path is not None and path.exists():
+        table = read_json(path)
+    shape = _shape(model, input_size, batch_size)
+    kinds = {segment: _kind(model, segment) for segment in segments if segment.length > 1}
+    known = table["nets"].get(shape)
+    cached = known is not None and set(kinds.values()) <= set(known["with_one_merged_ms"])
+    if not cached:
+        examples = {kind: segment for segment, kind in kinds.items()}
+        cuts = [cut_at(model, segment) for segment in examples.values()]
+        net_ms, ms = measure_cuts(model, cuts, input_size, batch_size=batch_size, rounds=rounds, progress=progress)
+        known = {"net_ms": net_ms, "with_one_merged_ms": dict(zip(examples, ms, strict=True))}
+        table["nets"][shape] = known
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, (json.dumps(table, indent=1) + "\n").encode())
+    changes = {
+        segment: known["with_one_merged_ms"][kinds[segment]] - known["net_ms"] if segment in kinds else 0.0
+        for segment in segments
+    }
+    return Latencies(hardware, known["net_ms"], changes, cached)
+
+
+def measure_cuts(
+    model: nn.Module,
+    cuts: Sequence[Cut],
+    input_size: InputSize,
+    *,
+    batch_size: int = 1,
+    rounds: int = 200,
+    progress: bool = False,
+) -> tuple[float, list[float]]:
+    """Time a plain ReduceNet and what it becomes by each of the cuts, in turns: no training is needed to know that.
+
+    Returns:
+        Milliseconds per batch of the folded net, and of the merged net of each cut.
+    """
+    images = random_images(input_size, batch_size, torch.float32, seed=0).to(next(model.parameters()).device)
+    calls = {"net": _call(fold(model, input_size=input_size), images)}
+    for number, cut in enumerate(cuts):
+        vanished = vanish_cut(model, cut)
+        set_lambda(vanished, 0.0)
+        calls[str(number)] = _call(merge_cut(vanished, cut, input_size=input_size), images)
+    times = in_turns(calls, rounds=rounds, progress=progress)
+    return times["net"], [times[str(number)] for number in range(len(cuts))]
+
+
+def hardware_name(device: torch.device) -> str:
+    """What a latency depends on besides the net: processor, threads, version of torch."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    about = machine()
+    return f"{about['processor']}, {about['threads']} of {about['cores']} threads, torch {torch.__version__}"
+
+
+def _call(model: nn.Module, x: Tensor) -> partial[None]:
+    return partial(_forward, model.eval(), x)
+
+
+@torch.no_grad()
+def _forward(model: nn.Module, x: Tensor) -> None:
+    model(x)
+    if x.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _shape(model: nn.Module, input_size: InputSize, batch_size: int) -> str:
+    """All of a net that its latency depends on."""
+    stem = next(conv for conv in model.modules() if isinstance(conv, nn.Conv2d))
+    parts = [f"{batch_size}x{'x'.join(map(str, input_size))}", _conv(stem)]
+    parts += [" ".join(_conv(block.conv) for block in blocks) for blocks in stages_of(model)]
+    return " | ".join([*parts, str(model.num_classes)])
+
+
+def _kind(model: nn.Module, segment: Segment) -> str:
+    """What the latency of a segment depends on: neighbours of one shape need not be measured twice."""
+    first = stages_of(model)[segment.stage][segment.start].conv
+    return f"stages.{segment.stage}: {segment.length} from {_conv(first)}" + ", slim" * segment.slim
+
+
+def _conv(conv: nn.Module) -> str:
+    assert isinstance(conv, nn.Conv2d)
+    return f"{conv.in_channels}-{conv.out_channels}/{conv.stride[0]}"

@@ -1,0 +1,368 @@
+"""merge_runs: several convolutions in a row as one, exactly, inside a net that otherwise stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from growshrink.activations import VanishingReLU
+from growshrink.algebra import ConvMap
+from growshrink.compare import profile
+from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.errors import AlgebraError, FuseError, MergeError, near
+from growshrink.transforms import fold
+from growshrink.transforms._fuse import check_unchanged, replace_module
+
+Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | Iterable[Sequence[str]] | None
+
+DEARER = ("refuse", "warn", "allow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Convolutions that become one.
+
+    Attributes:
+        names: Dotted names, in order; the merged convolution goes by the last of them.
+        kernel_size: Of the merged convolution, `(vertical, horizontal)`.
+        macs_before: Of the convolutions, for one image.
+        macs_after: Of the merged one.
+    """
+
+    names: tuple[str, ...]
+    kernel_size: tuple[int, int]
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merging does to a net, or would do.
+
+    Attributes:
+        runs: What is merged.
+        ends: Why a convolution is not merged with the one that feeds it, by its name.
+        macs_before: Of the whole net, one image.
+        macs_after: Of the merged net.
+    """
+
+    runs: tuple[Run, ...]
+    ends: dict[str, str]
+    macs_before: int
+    macs_after: int
+
+    def __str__(self) -> str:
+        """A line per run and per reason, and the total."""
+        lines = [
+            f"{' + '.join(run.names)} -> {run.kernel_size[0]}x{run.kernel_size[1]}: "
+            f"{run.macs_before:,} -> {run.macs_after:,} MACs ({run.macs_after / run.macs_before:.2f}x)"
+            for run in self.runs
+        ]
+        lines += [f"{name}: not merged with what is before it: {reason}" for name, reason in self.ends.items()]
+        return "\n".join([*lines, f"the whole net: {self.macs_before:,} -> {self.macs_after:,} MACs"])
+
+
+def merge_runs(
+    model: nn.Module,
+    where: Where = None,
+    *,
+    dearer: str = "refuse",
+    inplace: bool = False,
+    input_size: InputSize | None = None,
+) -> nn.Module:
+    """Merge runs of convolutions with nothing but affine maps between them: 3x3 after 3x3 becomes 5x5.
+
+    The net is folded first (batch norms, in ReduceNets skips), activations that have vanished are taken out, and
+    then each run of convolutions, in which each alone reads the output of the one before, becomes a single one at the
+    place of the last. Strides, dilations and groups compose; pointwise convolutions merge into anything. Exact at the
+    borders, or not done: behind a convolution, another one that pads can only be merged if what it pads with is what
+    the first would give there. Build the net with all padding in front (`pad="front"` of a ReduceNet), or end the run.
+
+    Merging can make a net dearer: two 3x3 of equal width cost 18 multiplications where the 5x5 costs 25. Whether it is
+    faster nevertheless is a question for the clock (`growshrink.depth.knob`).
+
+    Args:
+        model: A plain net (fuse a grown one first).
+        where: Which convolutions may take part: None (all), a regular expression on dotted names, a callable (name,
+            module) -> bool, a list of names, each of which then has to become part of a run, or a list of runs, each a
+            list of names in order.
+        dearer: About runs that cost more MACs merged. "refuse": what is asked for by name is an error, elsewhere
+            the cheapest way to cut is taken; "warn": merged, with a warning; "allow": merged.
+        inplace: Work on `model` itself; otherwise on a deep copy.
+        input_size: `(C, H, W)` for the data flow, the MACs and the final check; None takes the model's own.
+
+    Returns:
+        The merged net, in its inference form, checked against the given one on random inputs. See `merge_report` for
+        its MACs.
+
+    Raises:
+        MergeError: Nothing, or not what was named, can be merged exactly, or it would be dearer. The model is as it
+            was.
+        FuseError: The net is grown, or cannot be folded.
+    """
+    plan, _, size = _plan(model, where, dearer, input_size)
+    if not plan.runs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.ends.items())[:3])
+        raise MergeError(f"there are no two convolutions to merge: {reasons or 'none follows another'}.")
+    costly = [run for run in plan.runs if run.macs_after > run.macs_before]
+    if costly and dearer == "warn":
+        warnings.warn(f"merging makes {_priced(costly)} dearer", stacklevel=2)
+    commit = partial(_commit, runs=plan.runs, input_size=size)
+    model = model if inplace else copy.deepcopy(model)
+    try:
+        check_unchanged(model, commit, size)
+    except FuseError as error:
+        raise MergeError(str(error)) from error
+    commit(model)
+    return model
+
+
+def merge_report(
+    model: nn.Module, where: Where = None, *, dearer: str = "refuse", input_size: InputSize | None = None
+) -> MergeReport:
+    """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after."""
+    plan, folded, size = _plan(model, where, dearer, input_size)
+    _merge(folded, plan.runs)
+    return MergeReport(plan.runs, plan.ends, profile(model, size).macs, profile(folded, size).macs)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    runs: tuple[Run, ...]
+    ends: dict[str, str]
+
+
+def _plan(
+    model: nn.Module, where: Where, dearer: str, input_size: InputSize | None
+) -> tuple[_Plan, nn.Module, InputSize]:
+    """What to merge, the folded copy it was found out on, and the size of its input."""
+    if dearer not in DEARER:
+        raise MergeError(f"dearer={dearer!r}: no such choice{near(dearer, DEARER)}")
+    folded = copy.deepcopy(model)
+    _prepare(folded, input_size)
+    flow = trace(folded, input_size)
+    chains, ends = _chains(folded, flow)
+    named, exact = _named(folded, where)
+    if exact is not None:
+        runs = [_whole(folded, flow, run, chains, ends) for run in exact]
+        ends = {}
+    else:
+        runs = []
+        for chain in _selected(folded, chains, where, named):
+            found, reasons = _cut(folded, flow, chain, cheapest=dearer == "refuse" and named is None)
+            runs += found
+            ends.update(reasons)
+        if named is not None and (left := named - {name for run in runs for name in run.names}):
+            name = min(left)
+            raise MergeError(
+                f"{name} cannot be merged with what is before or behind it: {ends.get(name, 'see where')}."
+            )
+    costly = [run for run in runs if run.macs_after > run.macs_before]
+    if costly and dearer == "refuse":
+        raise MergeError(
+            f"merging would make {_priced(costly)} dearer. Pass dearer='warn' or 'allow' if the clock says otherwise."
+        )
+    return _Plan(tuple(runs), ends), folded, flow.input_size
+
+
+# ---- which convolutions follow which
+
+
+def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, str]]:
+    """Maximal sequences of convolutions of which each alone reads the one before, and why they end."""
+    shared = shared_parameters(model)
+    convs = [
+        name
+        for name, conv in model.named_modules()
+        if type(conv) is nn.Conv2d and name not in shared and conv._parameters.get("weight") is not None
+    ]
+    successor: dict[str, str] = {}
+    ends: dict[str, str] = {}
+    for name in convs:
+        readers = flow.readers.get(name, ())
+        behind = [reader.module for reader in readers if reader.module in convs and reader.module is not None]
+        others = [reader.module or reader.op for reader in readers if reader.module not in behind]
+        if not behind:
+            continue
+        if others or len(behind) > 1:  # what changes the output in place is one of its readers
+            ends |= {
+                b: f"{', '.join([*others, *behind[1:]])} reads or changes the output of {name} too" for b in behind
+            }
+        elif flow.calls[name] != 1 or flow.calls[behind[0]] != 1:
+            ends[behind[0]] = "a module that runs more than once is not merged"
+        else:
+            successor[name] = behind[0]
+    chains = []
+    for name in convs:
+        if name not in successor.values():
+            chain = [name]
+            while chain[-1] in successor:
+                chain.append(successor[chain[-1]])
+            chains.append(chain)
+    return chains, ends
+
+
+def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[str, ...]] | None]:
+    """The names in `where` if it is a list of names, and the runs in it if it is a list of runs."""
+    if where is None or isinstance(where, str) or callable(where):
+        return None, None
+    entries = list(where)
+    exact = [tuple(entry) for entry in entries if not isinstance(entry, str)]
+    if exact and len(exact) < len(entries):
+        raise MergeError("where holds names and runs: give either a list of names, or a list of lists of names.")
+    names = [name for run in exact for name in run] if exact else [entry for entry in entries if isinstance(entry, str)]
+    convs = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    for name in names:
+        if name not in convs:
+            raise MergeError(f"{name!r} is no convolution of this net{near(name, convs)}")
+    if len(set(names)) < len(names):
+        raise MergeError(f"where names {max(names, key=names.count)} more than once.")
+    if short := [run for run in exact if len(run) < 2]:
+        raise MergeError(f"a run has at least two convolutions, got {list(short[0])}.")
+    return (None, exact) if exact else (set(names), None)
+
+
+def _selected(model: nn.Module, chains: list[list[str]], where: Where, named: set[str] | None) -> list[list[str]]:
+    """The parts of the chains that `where` selects."""
+
+    def takes(name: str) -> bool:
+        if named is not None:
+            return name in named
+        if isinstance(where, str):
+            return re.search(where, name) is not None
+        return where is None or bool(where(name, model.get_submodule(name)))  # type: ignore[operator]
+
+    parts: list[list[str]] = []
+    for chain in chains:
+        part: list[str] = []
+        for name in chain:
+            if takes(name):
+                part.append(name)
+            else:
+                parts.append(part)
+                part = []
+        parts.append(part)
+    return [part for part in parts if len(part) > 1]
+
+
+# ---- what they become
+
+
+def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
+    """The map of convolutions in a row; AlgebraError, with the name, where they are not one convolution."""
+    total: ConvMap | None = None
+    for name in names:
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        try:
+            total = ConvMap.from_conv2d(conv) if total is None else total.then(ConvMap.from_conv2d(conv))
+        except AlgebraError as error:
+            raise AlgebraError(str(error), module=name) from error
+    assert total is not None
+    return total
+
+
+def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
+    total = _compose(model, names)
+    try:
+        total.to_conv2d()  # refuses lopsided padding
+    except AlgebraError as error:
+        raise AlgebraError(str(error), module=names[-1]) from error
+    height, width = flow.output_sizes[names[-1]]
+    before = 0
+    for name in names:
+        conv = model.get_submodule(name)
+        assert isinstance(conv, nn.Conv2d)
+        before += conv.weight.numel() * flow.output_sizes[name][0] * flow.output_sizes[name][1]
+    kh, kw = total.kernel.shape[2:]
+    return Run(tuple(names), (kh, kw), before, total.kernel.numel() * height * width)
+
+
+def _whole(model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[list[str]], ends: dict[str, str]) -> Run:
+    """A run that was asked for, name by name."""
+    for first, second in zip(names, names[1:], strict=False):
+        if not any(pair == (first, second) for chain in chains for pair in zip(chain, chain[1:], strict=False)):
+            reason = ends.get(second, "something that is not affine, or another reader, is between them")
+            raise MergeError(f"{second} does not follow {first} directly: {reason}.")
+    try:
+        return _run(model, flow, names)
+    except AlgebraError as error:
+        raise MergeError(f"{error.module}: {error}") from error
+
+
+def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> tuple[list[Run], dict[str, str]]:
+    """Cut a chain into runs: the longest there are from the front, or those that cost the fewest MACs in all."""
+    reasons: dict[str, str] = {}
+    runs: dict[tuple[int, int], Run] = {}
+    for start in range(len(chain)):
+        for stop in range(start + 1, len(chain) + 1):
+            try:
+                runs[start, stop] = _run(model, flow, chain[start:stop])
+            except AlgebraError as error:
+                reasons.setdefault(error.module, str(error))
+                break
+    # best[i]: MACs of the first i convolutions, and the cuts that lead there
+    best: dict[int, tuple[int, list[Run]]] = {0: (0, [])}
+    for stop in range(1, len(chain) + 1):
+        ways = [
+            (best[start][0] + run.macs_after, best[start][1] + [run]) for (start, s), run in runs.items() if s == stop
+        ]
+        best[stop] = min(ways, key=lambda way: (way[0], len(way[1])))
+    found = best[len(chain)][1]
+    if not cheapest:
+        found, start = [], 0
+        while start < len(chain):
+            stop = max(s for b, s in runs if b == start)
+            found.append(runs[start, stop])
+            start = stop
+    for run in found:
+        if (first := run.names[0]) != chain[0]:
+            reasons.setdefault(first, "it would cost more MACs")
+    first_names = {run.names[0] for run in found}
+    return [run for run in found if len(run.names) > 1], {n: r for n, r in reasons.items() if n in first_names}
+
+
+# ---- doing it
+
+
+def _prepare(model: nn.Module, input_size: InputSize | None) -> None:
+    """Fold, and take out activations that have vanished, in place."""
+    fold(model, inplace=True, input_size=input_size)
+    for name, module in list(model.named_modules()):
+        if type(module) is VanishingReLU and float(module.lam) == 0:
+            replace_module(model, name, nn.Identity())
+
+
+@torch.no_grad()
+def _merge(model: nn.Module, runs: tuple[Run, ...]) -> None:
+    for run in runs:
+        total = _compose(model, run.names)
+        like = model.get_submodule(run.names[-1])
+        assert isinstance(like, nn.Conv2d)
+        conv = total.to_conv2d(dtype=like.weight.dtype)
+        if like.weight.is_contiguous(memory_format=torch.channels_last) and not like.weight.is_contiguous():
+            conv = conv.to(memory_format=torch.channels_last)
+        for name in run.names[:-1]:
+            replace_module(model, name, nn.Identity())
+        replace_module(model, run.names[-1], conv.train(like.training).requires_grad_(like.weight.requires_grad))
+    for name, module in list(model.named_modules()):
+        if callable(is_identity := getattr(module, "is_identity", None)) and is_identity():
+            replace_module(model, name, nn.Identity())
+
+
+def _commit(model: nn.Module, runs: tuple[Run, ...], input_size: InputSize) -> None:
+    _prepare(model, input_size)
+    _merge(model, runs)
+
+
+def _priced(runs: Iterable[Run]) -> str:
+    return ", ".join(
+        f"{run.names[0]} .. {run.names[-1]} ({run.macs_before:,} -> {run.macs_after:,} MACs)" for run in runs
+    )

@@ -1,0 +1,189 @@
+"""Segments: runs of a ReduceNet's blocks that are to become one convolution, and nets made for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from torch import nn
+
+from growshrink.activations import VanishingReLU
+from growshrink.dataflow import InputSize
+from growshrink.depth.merge import merge_runs
+from growshrink.errors import PlanError
+from growshrink.grown import grown_modules
+from growshrink.models.block import Block, front_padding
+from growshrink.models.reducenet import ReduceNet
+from growshrink.transforms import fold
+
+
+class Segment(NamedTuple):
+    """Blocks `start` to `stop - 1` of a stage, as one convolution.
+
+    Wide, every kernel is kept, and the merged one is as large as all of them together: 5x5, 7x7, ... Slim, only the
+    first kernel is; of the others the centre is, they are pointwise from then on, and the merged one is 3x3.
+    """
+
+    stage: int
+    start: int
+    stop: int
+    slim: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of blocks."""
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        """`stages.0[1:3]`, or `stages.0[1:3]-slim`."""
+        return f"stages.{self.stage}[{self.start}:{self.stop}]" + "-slim" * self.slim
+
+
+#: A whole net in segments, in order.
+Cut = tuple[Segment, ...]
+
+
+def uncut(model: nn.Module) -> Cut:
+    """The net as it is: every block by itself."""
+    return tuple(all_segments(model, longest=1))
+
+
+def all_segments(model: nn.Module, longest: int) -> list[Segment]:
+    """Every run of at most `longest` neighbouring blocks of one stage, wide and slim."""
+    check_reducenet(model)
+    return [
+        Segment(stage, start, stop, slim)
+        for stage, blocks in enumerate(stages_of(model))
+        for start in range(len(blocks))
+        for stop in range(start + 1, min(start + longest, len(blocks)) + 1)
+        for slim in ((False, True) if stop - start > 1 else (False,))
+    ]
+
+
+def check_reducenet(model: nn.Module) -> None:
+    """PlanError unless the net is a plain ReduceNet, each block padded by itself and with its ReLU."""
+    if not isinstance(model, ReduceNet):
+        raise PlanError(f"the depth knob turns ReduceNets, not {type(model).__name__}.")
+    if grown := grown_modules(model):
+        raise PlanError(f"{next(iter(grown))} carries branches: growshrink.fuse comes before the depth knob.")
+    for stage, blocks in enumerate(stages_of(model)):
+        for index, block in enumerate(blocks):
+            if type(block) is not Block or type(block.act) is not nn.ReLU or block.margin != 0:
+                raise PlanError(
+                    f"stages.{stage}.{index}: the depth knob starts from a net as timm.create_model makes it, with "
+                    'pad="each" and a ReLU at the end of each block.'
+                )
+
+
+def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
+    """A copy of a plain ReduceNet in which the activations inside the segments can vanish, and which then merges.
+
+    In a segment of several blocks every ReLU but the last becomes a `VanishingReLU`, still alive (lam 1). Of a wide
+    segment all padding moves to the first convolution; of a slim one all kernels but the first shrink to their
+    centres. Otherwise the weights are kept; training has to make good what has changed. Train with lam falling to 0,
+    then `merge_cut`.
+    """
+    check_reducenet(model)
+    _check_cut(model, cut)
+    model = cast(ReduceNet, copy.deepcopy(model))
+    for segment in cut:
+        blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
+        for position, block in enumerate(blocks):
+            conv = block.conv
+            assert isinstance(conv, nn.Conv2d)
+            if segment.slim and position:
+                block.conv = _centre(conv)
+            elif not segment.slim:
+                padding = 0 if position else front_padding(conv.stride[0], segment.length)
+                conv.padding = (padding, padding)
+                block.margin = padding - 1
+            if position < segment.length - 1:
+                act = VanishingReLU(1.0, device=conv.weight.device)
+                block.act = act.train(block.training)  # type: ignore[assignment]
+    return model
+
+
+def merge_cut(model: nn.Module, cut: Sequence[Segment], *, input_size: InputSize | None = None) -> nn.Module:
+    """The inference form of a net from `vanish_cut` whose lam is 0: one convolution per segment, on a copy, exactly."""
+    names = [
+        [f"stages.{segment.stage}.{index}.conv" for index in range(segment.start, segment.stop)]
+        for segment in cut
+        if segment.length > 1
+    ]
+    if not names:
+        return fold(model, input_size=input_size)
+    return merge_runs(model, names, dearer="allow", input_size=input_size)
+
+
+def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
+    """A fresh net with the shape the merged one has, to be trained plainly: what the knob is to be compared with.
+
+    One block per segment: a convolution of the merged kernel's size, batch norm, the skip where the shape allows it,
+    ReLU.
+    """
+    check_reducenet(model)
+    _check_cut(model, cut)
+    model = cast(ReduceNet, copy.deepcopy(model))
+    stages: dict[int, list[Block]] = {}
+    for segment in cut:
+        stages.setdefault(segment.stage, []).append(_block_like(model, segment))
+    model.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages.values()))
+    model.init_weights()
+    return model
+
+
+def _block_like(model: nn.Module, segment: Segment) -> Block:
+    """A fresh block with a convolution of the merged kernel's size."""
+    blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
+    first, last = blocks[0].conv, blocks[-1].conv
+    assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+    stride, device, dtype = first.stride[0], first.weight.device, first.weight.dtype
+    block = Block(first.in_channels, last.out_channels, stride, device=device, dtype=dtype)
+    padding = 1 if segment.slim else front_padding(stride, segment.length)
+    block.conv = nn.Conv2d(
+        first.in_channels,
+        last.out_channels,
+        2 * padding + 1,
+        stride=stride,
+        padding=padding,
+        bias=False,
+        device=device,
+        dtype=dtype,
+    )
+    return block
+
+
+def cut_at(model: nn.Module, segment: Segment) -> Cut:
+    """Every block by itself but those of one segment."""
+    inside = {(segment.stage, index) for index in range(segment.start, segment.stop)}
+    return tuple(sorted([segment, *(alone for alone in uncut(model) if (alone.stage, alone.start) not in inside)]))
+
+
+def stages_of(model: nn.Module) -> list[list[Block]]:
+    """The blocks of a ReduceNet, stage by stage."""
+    return [[cast(Block, block) for block in stage.children()] for stage in cast(nn.Sequential, model.stages)]
+
+
+def _centre(conv: nn.Conv2d) -> nn.Conv2d:
+    """The centre of a kernel as a pointwise convolution."""
+    pointwise = nn.utils.skip_init(
+        nn.Conv2d,
+        conv.in_channels,
+        conv.out_channels,
+        1,
+        bias=False,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    with torch.no_grad():
+        pointwise.weight.copy_(conv.weight[:, :, 1:2, 1:2])
+    return cast(nn.Conv2d, pointwise.train(conv.training).requires_grad_(conv.weight.requires_grad))
+
+
+def _check_cut(model: nn.Module, cut: Sequence[Segment]) -> None:
+    blocks = [(stage, index) for stage, found in enumerate(stages_of(model)) for index in range(len(found))]
+    covered = [(segment.stage, index) for segment in cut for index in range(segment.start, segment.stop)]
+    if blocks != covered:
+        raise PlanError(f"the segments {', '.join(map(str, cut))} do not cover the {len(blocks)} blocks, each once.")

@@ -1,0 +1,100 @@
+"""The block of a ReduceNet."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.grown import PureBottleneck
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+
+def front_padding(stride: int, length: int) -> int:
+    """Padding of the first of `length` 3x3 convs in a row, of which it alone strides and it alone pads.
+
+    One conv of `2 * front_padding(...) + 1` pixels can then take the place of all of them.
+
+    >>> front_padding(stride=1, length=3), front_padding(stride=2, length=3)
+    (3, 5)
+    """
+    return 1 + stride * (length - 1)
+
+
+class Block(nn.Module):
+    """`conv` -> `bn` (+ identity where the shape allows) -> ReLU.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the 3x3 conv.
+        expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
+        linear: No ReLU at the end.
+        padding: Of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the
+            stride), and the identity is padded or cropped to fit.
+        device: Where the tensors are made.
+        dtype: What the parameters are.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        expansion: int = 0,
+        linear: bool = False,
+        padding: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Module
+        if expansion:
+            mid_channels = expansion * out_channels
+            self.conv = PureBottleneck(
+                in_channels, mid_channels, out_channels, 3, stride=stride, padding=padding, device=device, dtype=dtype
+            )
+        else:
+            self.conv = nn.Conv2d(
+                in_channels, out_channels, 3, stride=stride, padding=padding, bias=False, device=device, dtype=dtype
+            )
+        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.skip = stride == 1 and in_channels == out_channels
+        self.margin = padding - 1
+        self.act = nn.Identity() if linear else nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, ceil(h / stride), ...) with h = H + 2 * (padding - 1)."""
+        y = self.bn(self.conv(x))
+        if self.skip:
+            m = self.margin
+            y = y + (x if m == 0 else F.pad(x, [m, m, m, m]))  # a negative margin crops
+        return self.act(y)
+
+    def fold_skip(self) -> bool:
+        r"""Add the identity skip to the kernel, in place: :math:`K * x + b + x = (K + \delta) * x + b`.
+
+        Exact in real arithmetic, whatever the padding. Only done where the conv is all that the skip spans: an
+        `nn.Conv2d` with a bias, followed by the `nn.Identity` that folding leaves of a BN.
+
+        Returns:
+            Whether there was a skip that could be folded; if not, nothing has changed.
+        """
+        conv = self.conv
+        # A subclass of Conv2d may compute more than its weight says (a grown conv has branches).
+        if not self.skip or type(conv) is not nn.Conv2d or conv.bias is None or not isinstance(self.bn, nn.Identity):
+            return False
+        weight = conv.weight.detach()
+        dirac = nn.init.dirac_(torch.empty_like(weight, dtype=torch.float64), groups=conv.groups)
+        with torch.no_grad():
+            conv.weight.copy_(weight.double() + dirac)
+        self.skip = False
+        return True
+
+    @torch.jit.ignore
+    def is_identity(self) -> bool:
+        """Whether merging has left nothing here but the identity."""
+        return not self.skip and all(type(part) is nn.Identity for part in (self.conv, self.bn, self.act))
+
+    def extra_repr(self) -> str:
+        """`skip=...` in the printed model: the skip is no module of its own."""
+        return f"skip={self.skip}"

@@ -1,0 +1,280 @@
+"""What the families of nets here share: stem, stages, head, and everything timm asks of a first-class model."""
+
+import math
+import numbers
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from growshrink.activations import VanishingReLU
+from growshrink.grown import PureBottleneck
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+
+class StagedNet(nn.Module):
+    """Stem, stages of blocks, pooled linear classifier; a family builds the first two.
+
+    Args:
+        stem: Images -> the input of the first stage.
+        stages: One `nn.Sequential` of blocks each.
+        feature_info: `num_chs`, `reduction` and `module` of every stage.
+        num_classes: Outputs of the classifier; 0 for none (pooled features).
+        in_chans: Channels of the images.
+        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
+        drop_rate: Dropout before the classifier.
+        device: Where the head is made.
+        dtype: What the head's parameters are.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Sequential,
+        stages: Sequence[nn.Sequential],
+        feature_info: list[dict[str, Any]],
+        *,
+        num_classes: int,
+        in_chans: int,
+        global_pool: str,
+        drop_rate: float,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.stem = stem
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
+        self.num_features = feature_info[-1]["num_chs"]
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Every parameter and buffer back to the start of training; makes a net whole again after `to_empty()`.
+
+        He's normal initialisation over the fan out for the convs (arXiv:1502.01852), ones and zeros for every BN: the
+        last gamma of a residual block is *not* zero, a block starts as a block. (So branches that `gs.grow` attached
+        are initialised too, but not silenced again.)
+        """
+
+        def init(module: nn.Module) -> None:
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (PureBottleneck, nn.BatchNorm2d, nn.Linear, VanishingReLU)):
+                module.reset_parameters()
+                return  # a bottleneck has reset its children
+            for child in module.children():
+                init(child)
+
+        init(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """No parameter needs an exemption beyond the usual one for biases and BN."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layer groups for layer-wise learning rates: stem, then stages (`coarse`) or blocks, then the head."""
+        return {
+            "stem": r"^stem",
+            "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)],
+        }
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of storing its activations."""
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier.
+
+        Args:
+            num_classes: Its outputs; 0 for none.
+            global_pool: New pooling; None keeps the one there is.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of stages on the way.
+
+        Args:
+            x: Images (N, C, H, W).
+            indices: The last n stages if an int, all if None, else these.
+            norm: For timm's interface; there is no final norm.
+            stop_early: Do not compute what follows the last index.
+            output_fmt: "NCHW" is the only one.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            The final features and the outputs of the stages asked for, or those outputs alone.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt}: must be NCHW.")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates: list[Tensor] = []
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice modules
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        for index, stage in enumerate(stages):
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint_seq(stage, x)
+            else:
+                x = stage(x)
+            if index in take_indices:
+                intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Cut off the stages after the last one that is asked for, in place.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: For timm's interface; there is no final norm.
+            prune_head: Remove the classifier and its pooling too; they always go with the last stage.
+
+        Returns:
+            The absolute indices.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, num_features, H / reduction, W / reduction), rounded up."""
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.stages, x, flatten=True)
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> (N, num_classes), or (N, head_hidden_size) with `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def check_options(width: float, expansion: int) -> None:
+    """ValueError unless the multiplier of all channels and that of the bottlenecks make sense."""
+    if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width < math.inf:
+        raise ValueError(f"{width=}: must be a number > 0, the multiplier of all channels.")
+    if isinstance(expansion, bool) or not isinstance(expansion, numbers.Integral) or expansion < 0:
+        raise ValueError(f"{expansion=}: must be an integer >= 0 (0 = the plain net).")
+
+
+def conv_norm_act(
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    linear: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Sequential:
+    """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
+    stem = nn.Sequential()
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device, dtype=dtype)
+    stem.add_module("conv", conv)
+    stem.add_module("bn", nn.BatchNorm2d(out_channels, device=device, dtype=dtype))
+    stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
+    return stem
+
+
+def photo_cfg(**kwargs: Any) -> dict[str, Any]:
+    """The pretrained cfg of a net for 224x224 photographs; `kwargs` go over it."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        **kwargs,
+    }
+
+
+def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
+    """The pretrained cfg of a net for 32x32 images (mean and deviation of CIFAR-10); `kwargs` go over it."""
+    cifar = {
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "pool_size": (8, 8),
+        "crop_pct": 1.0,
+        "mean": (0.4914, 0.4822, 0.4465),
+        "std": (0.2470, 0.2435, 0.2616),
+    }
+    return photo_cfg(**{**cifar, **kwargs})
+
+
+def register_variants(
+    module: str, net: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], describe: Callable[[str], str]
+) -> None:
+    """Make `module` hold an entrypoint for every variant, registered with timm.
+
+    Args:
+        module: `__name__` of the module that holds the family; its `default_cfgs` are there already.
+        net: The class.
+        variants: Arguments of `net` by model name.
+        describe: Docstring of the entrypoint by model name.
+    """
+
+    def entrypoint(name: str, arch: Mapping[str, Any]) -> Callable[..., StagedNet]:
+        def create(pretrained: bool = False, **kwargs: Any) -> StagedNet:
+            args = {**arch, **kwargs}
+            feature_cfg = {"out_indices": tuple(range(len(args["depths"]))), "flatten_sequential": True}
+            return build_model_with_cfg(net, name, pretrained, feature_cfg=feature_cfg, **args)
+
+        create.__name__ = create.__qualname__ = name
+        create.__module__ = module
+        create.__doc__ = describe(name)
+        return register_model(create)
+
+    # One function per name, as timm wants it; the names are a product of depth and expansion, so a loop writes them.
+    for name, arch in variants.items():
+        setattr(sys.modules[module], name, entrypoint(name, arch))

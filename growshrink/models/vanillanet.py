@@ -1,0 +1,196 @@
+"""VanillaNet for small images: pointwise convolutions, max pools and series activations, no skip anywhere.
+
+A block is 1x1 conv -> BN -> max pool where it strides -> series activation. As with the ReduceNets, every name exists
+in two forms with one deployed architecture: `vanillanet_5` is the plain net, and in `vanillanet_5_x1` the 1x1 of every
+block is grown at birth into a `PureBottleneck`, 1x1 -> BN -> vanishing ReLU -> 1x1: the paper's *deep training*, with
+the paper's middle width. It is trained with the same schedules of lam, and `gs.fuse` makes it `vanillanet_5`.
+
+The number counts layers as the paper does: stem, one per block, classifier.
+
+Source: Chen et al., VanillaNet: the Power of Minimalism in Deep Learning (arXiv:2305.12972), section 3: deep training
+(eq. 1 to 4) and the series activation (eq. 5, 6). Other than there: a 3x3 stem of stride 1 instead of a 4x4 of
+stride 4, 32 to 256 channels instead of 512 to 4096, and the stem and the classifier are single layers in both forms.
+"""
+
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from growshrink.grown import PureBottleneck
+from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
+
+__all__ = ["SeriesActivation", "VanillaBlock", "VanillaNet"]
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+
+class SeriesActivation(nn.Module):
+    r"""ReLU, then a depthwise convolution over (2n + 1) x (2n + 1) neighbours, then BN; this activation stays.
+
+    .. math:: A_s(x)_{h, w, c} = \sum_{i, j \in \{-n .. n\}} a_{i, j, c} \, A(x_{h + i, w + j, c})
+
+    Args:
+        channels: C.
+        num_rings: n.
+        device: Where the tensors are made.
+        dtype: What the parameters are.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_rings: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        size = 2 * num_rings + 1
+        self.conv = nn.Conv2d(
+            channels, channels, size, padding=num_rings, groups=channels, bias=False, device=device, dtype=dtype
+        )
+        self.bn = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        return self.bn(self.conv(self.act(x)))
+
+
+class VanillaBlock(nn.Module):
+    """`conv` (1x1) -> `bn` -> `pool` -> `act` (series activation).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Size and stride of the max pool; 1 for none.
+        expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `in_channels` middle channels.
+        num_rings: n of the series activation.
+        device: Where the tensors are made.
+        dtype: What the parameters are.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        expansion: int = 0,
+        num_rings: int = 3,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv: nn.Module
+        if expansion:
+            mid_channels = expansion * in_channels
+            self.conv = PureBottleneck(
+                in_channels, mid_channels, out_channels, 1, padding=0, device=device, dtype=dtype
+            )
+        else:
+            self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
+        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.pool = nn.MaxPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
+        self.act = SeriesActivation(out_channels, num_rings, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        return self.act(self.pool(self.bn(self.conv(x))))
+
+
+class VanillaNet(StagedNet):
+    """Stem, stages of `VanillaBlock`, pooled linear classifier. See the module's docstring for what the family is.
+
+    Args:
+        depths: Blocks per stage.
+        channels: Channels of the stem and of each stage, at `width` 1.
+        strides: Stride of the first block of each stage.
+        width: Multiplier of all channels, fractions too; a layer keeps at least one channel.
+        expansion: Middle channels of every block's bottleneck, in multiples of its input's (the paper has 1); 0 builds
+            the plain net. Overrides what the name says.
+        num_rings: n of the series activations: (2n + 1) x (2n + 1) neighbours.
+        num_classes: Outputs of the classifier; 0 for none (pooled features).
+        in_chans: Channels of the images.
+        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
+        drop_rate: Dropout before the classifier.
+        device: Where the tensors are made.
+        dtype: What the parameters are; `lam` is float32 always.
+
+    >>> import timm
+    >>> timm.create_model("vanillanet_5", width=0.25)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (1, 1, 1),
+        channels: tuple[int, ...] = (32, 64, 128, 256),
+        strides: tuple[int, ...] = (2, 2, 2),
+        *,
+        width: float = 1.0,
+        expansion: int = 0,
+        num_rings: int = 3,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_options(width, expansion)
+        if num_rings < 0:
+            raise ValueError(f"{num_rings=}: must not be negative (0 = one weight per channel).")
+        first, *outs = (max(1, round(c * width)) for c in channels)
+        stem = conv_norm_act(in_chans, first, stride=1, linear=True, device=device, dtype=dtype)
+        stem.act = SeriesActivation(first, num_rings, device, dtype)
+        stages = []
+        feature_info: list[dict[str, Any]] = []
+        in_channels, reduction = first, 1
+        for index, (depth, out_channels, stride) in enumerate(zip(depths, outs, strides, strict=True)):
+            blocks = []
+            for block_stride in (stride, *[1] * (depth - 1)):
+                blocks.append(
+                    VanillaBlock(in_channels, out_channels, block_stride, expansion, num_rings, device, dtype)
+                )
+                in_channels = out_channels
+            stages.append(nn.Sequential(*blocks))
+            reduction *= stride
+            feature_info.append({"num_chs": out_channels, "reduction": reduction, "module": f"stages.{index}"})
+        super().__init__(
+            stem,
+            stages,
+            feature_info,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            device=device,
+            dtype=dtype,
+        )
+
+
+_DEPTHS = {5: (1, 1, 1), 6: (1, 1, 2)}
+
+_VARIANTS = {
+    f"vanillanet_{layers}" + (f"_x{expansion}" if expansion else ""): {"depths": depths, "expansion": expansion}
+    for layers, depths in _DEPTHS.items()
+    for expansion in (0, 1, 2)
+}
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": cifar_cfg(pool_size=(4, 4), origin_url="https://arxiv.org/abs/2305.12972")
+        for name in _VARIANTS
+    }
+)
+
+
+def _describe(name: str) -> str:
+    expansion = _VARIANTS[name]["expansion"]
+    plain = name.partition("_x")[0]
+    form = f"grown at birth, expansion {expansion}; fuses into `{plain}`" if expansion else "the plain net"
+    return f"VanillaNet of {plain.rpartition('_')[2]} layers for small images: {form}."
+
+
+register_variants(__name__, VanillaNet, _VARIANTS, _describe)

@@ -1,0 +1,285 @@
+"""The one-layer net, told truthfully: what a net without activations is worth, and what an in-place ReLU hid.
+
+    python recipes/one_layer.py                          digits, about 2 minutes on 2 cores
+    python recipes/one_layer.py --seeds 5
+    python recipes/one_layer.py --data cifar10 --data-dir D --epochs 20
+
+Trains three nets side by side on the same batches, with the same vanishing of lam: the activation-free ReduceNet
+(linear=True); the same with the activation that the article's code had, lam * relu(x, inplace=True) + (1 - lam) * x,
+which is a ReLU at every lam; and the default, which keeps one ReLU a block. The first is collapsed into one matrix, and
+compared with linear classifiers fitted to the same pixels directly.
+
+Leaves runs/NAME/ with report.md (read this), report.json, templates.png (one picture per class: the rows of the
+matrix), one_layer.safetensors (the matrix) and run.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+import tyro
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import growshrink as gs
+from growshrink.activations import VanishingReLU, vanishing
+from growshrink.cycle.result import versions
+from growshrink.errors import PlanError, RunError, near
+from growshrink.training import NO_AUGMENT, MemoryFeed, RunFolder, TrainConfig, evaluate, fit, load_data
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.feed import SplitBatches
+from growshrink.training.folder import write_json
+
+LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"
+MATRIX = "no activation, collapsed"
+#: Numbers of pixels in all training images beyond which scikit-learn's logistic regression takes too long.
+MOST_PIXELS = 20_000_000
+
+
+class InplaceBug(VanishingReLU):
+    """The activation at commit f16c096 of the article's code: the first term turns x into relu(x) for the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A ReLU, whatever lam is."""
+        return self.lam * F.relu(x, inplace=True) + (1 - self.lam) * x
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of one_layer."""
+
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
+    data_dir: Path | None = None
+    """Where the data set lies (digits need none)."""
+    model: str = "reducenet20_x2"
+    """A ReduceNet that is grown at birth: reducenet20_x1, _x2, ..."""
+    width: float = 1.0
+    """Multiplier of its channels."""
+    epochs: float = 40.0
+    """Of each net."""
+    vanish: float = 0.6
+    """Share of the training after which lam is 0."""
+    batch_size: int = 64
+    """Images per update."""
+    lr: float = 0.1
+    """Peak learning rate."""
+    seeds: int = 1
+    """How many times to train everything."""
+    threads: int = 1
+    """Of torch."""
+    out: Path | None = None
+    """Folder of the run; by default runs/DATA-one-layer, numbered if taken."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+@dataclass
+class Row:
+    """What a net or a classifier is worth, one value per seed: test top-1 in percent, affinity defect."""
+
+    layers: int
+    macs: int
+    top1: list[float] = field(default_factory=list)
+    defect: list[float] = field(default_factory=list)
+
+
+def main(args: Args) -> None:
+    """Run it; errors of the user's are raised as GrowShrinkError."""
+    if args.seeds < 1 or args.epochs <= 0 or not 0 < args.vanish < 1:
+        raise PlanError("--seeds and --epochs must be above 0, and --vanish between 0 and 1.")
+    born_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
+    if args.model not in born_grown:
+        raise RunError(f"--model {args.model}: no ReduceNet that is grown at birth{near(args.model, born_grown)}")
+    torch.set_num_threads(args.threads)
+    name = f"{Path(args.data).resolve().name}-one-layer"
+    with RunFolder.claim(args.out) if args.out else RunFolder.claim_next(Path("runs"), name) as folder:
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
+        record = {"command": shlex.join(["python", *sys.argv]), "options": options, "versions": versions()}
+        folder.write_marker("running", record)
+        print(run(args, folder.path))
+        folder.write_marker("finished", record)
+        print(f"Read {folder.path / 'report.md'}")
+
+
+def run(args: Args, path: Path) -> str:
+    """Train, collapse, fit, report; returns the table."""
+    rows: dict[str, Row] = {}
+    pictures: dict[str, nn.Sequential] = {}
+    collapse_error = 0.0
+    for seed in range(args.seeds):
+        data = load_data(args.data, args.data_dir, seed=seed, progress=not args.quiet)
+        # No augmentation: nets and classifiers are to see the same pixels.
+        feed = MemoryFeed.of(data, batch_size=args.batch_size, augment=NO_AUGMENT, seed=seed)
+        found = {name: train(args, name, feed, seed) for name in (LINEAR, BUGGY, DEFAULT)}
+        exact = copy.deepcopy(found[LINEAR]).double()
+        error = gs.compare(exact, gs.collapse(exact, feed.input_size), input_size=feed.input_size).max_rel
+        collapse_error = max(collapse_error, error)
+        found[MATRIX] = gs.collapse(found[LINEAR], feed.input_size)
+        found |= fit_directly(feed)
+        for name, net in found.items():
+            layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
+            row = rows.setdefault(name, Row(layers, gs.profile(net, feed.input_size).macs))
+            row.top1.append(evaluate(net, feed.test).top1)
+            row.defect.append(gs.affinity_defect(net, feed.input_size))
+        if not pictures:
+            pictures = {name: net for name, net in found.items() if isinstance(net, nn.Sequential)}
+            save_file(dict(pictures[MATRIX].state_dict()), path / "one_layer.safetensors")
+            draw(path / "templates.png", pictures, feed)
+    text = table(rows)
+    write_json(
+        path / "report.json",
+        {"collapse_max_rel": collapse_error, "rows": {name: asdict(row) for name, row in rows.items()}},
+    )
+    write_atomic(path / "report.md", report(args, rows, collapse_error).encode())
+    return text
+
+
+def train(args: Args, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
+    """One of the three nets, trained, and fused where that is possible."""
+    torch.manual_seed(seed)
+    size, classes = feed.input_size, len(feed.classes)
+    net = timm.create_model(args.model, num_classes=classes, in_chans=size[0], width=args.width, linear=name != DEFAULT)
+    if name == BUGGY:
+        for place, _ in list(vanishing(net)):
+            net.set_submodule(place, InplaceBug())
+        net.set_submodule("stem.act", InplaceBug())  # the article's stem had one too
+    updates = max(1, round(args.epochs * feed.train.updates_per_epoch))
+    lam = gs.schedules.hold_then_vanish(hold=updates // 5, vanish=round(args.vanish * updates) - updates // 5)
+    config = TrainConfig(lr=args.lr, ema_decay=0.0)
+    progress = not args.quiet
+    net = fit(net, feed.train, config, updates=updates, lam=lam, label=f"seed {seed}: {name}", progress=progress)
+    return net if name == BUGGY else gs.fuse(net, input_size=size)
+
+
+def fit_directly(feed: MemoryFeed) -> dict[str, nn.Module]:
+    """Linear classifiers of the same pixels; how strongly they are regularised is chosen on the val split."""
+    x_ND, y_N = pixels(feed, "train")
+    found: dict[str, nn.Module] = {}
+    candidates = least_squares(x_ND, y_N, len(feed.classes), penalties=(1e-4, 1e-3, 1e-2, 1e-1, 1.0))
+    found["least squares, fitted directly"] = best_of(candidates, feed)
+    if x_ND.numel() <= MOST_PIXELS:
+        candidates = [logistic(x_ND, y_N, strength) for strength in (1e-3, 1e-2, 1e-1, 1.0)]
+        found["logistic regression (scikit-learn)"] = best_of(candidates, feed)
+    return found
+
+
+def pixels(feed: MemoryFeed, split: str) -> tuple[Tensor, Tensor]:
+    """Normalised images of a split as float64 vectors, and their labels."""
+    batches = SplitBatches(feed.data, getattr(feed.data, split), 4096, torch.device("cpu"))
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images).flatten(1).double(), torch.cat(labels)
+
+
+def least_squares(x_ND: Tensor, y_N: Tensor, num_classes: int, penalties: Sequence[float]) -> list[nn.Sequential]:
+    """Ridge regressions of one-hot labels; penalties are relative to the mean variance of a pixel."""
+    mean_D, target_NK = x_ND.mean(0), F.one_hot(y_N, num_classes).double()
+    centred_ND = x_ND - mean_D
+    gram_DD, moment_DK = centred_ND.T @ centred_ND, centred_ND.T @ target_NK
+    ridge_DD = torch.eye(len(gram_DD), dtype=torch.float64) * gram_DD.diagonal().mean()
+    weights_KD = [torch.linalg.solve(gram_DD + penalty * ridge_DD, moment_DK).T for penalty in penalties]
+    return [one_layer(weight_KD, target_NK.mean(0) - weight_KD @ mean_D) for weight_KD in weights_KD]
+
+
+def logistic(x_ND: Tensor, y_N: Tensor, strength: float) -> nn.Sequential:
+    """scikit-learn's multinomial logistic regression."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # near enough
+        fitted = LogisticRegression(C=strength, max_iter=1000).fit(x_ND.numpy(), y_N.numpy())
+    return one_layer(torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_))
+
+
+def one_layer(weight_KD: Tensor, bias_K: Tensor) -> nn.Sequential:
+    """Flatten and a linear layer with these numbers, in float32."""
+    linear = nn.Linear(weight_KD.shape[1], weight_KD.shape[0])
+    linear.load_state_dict({"weight": weight_KD, "bias": bias_K})
+    return nn.Sequential(nn.Flatten(), linear).eval()
+
+
+def best_of(candidates: list[nn.Sequential], feed: MemoryFeed) -> nn.Sequential:
+    """The best on the val split."""
+    return max(candidates, key=lambda net: evaluate(net, feed.val).top1)
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The rows in Markdown."""
+    lines = ["| | layers | MACs | affinity defect | test top-1 |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row.layers} | {row.macs:,} | {max(row.defect):.1e} | {spread(row.top1)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, of several seeds, range."""
+    text = f"{statistics.mean(values):.2f} %"
+    return text if len(values) == 1 else f"{text} ({min(values):.2f} .. {max(values):.2f})"
+
+
+def report(args: Args, rows: dict[str, Row], collapse_error: float) -> str:
+    """report.md."""
+    mean = {name: statistics.mean(row.top1) for name, row in rows.items()}
+    fitted = max((name for name in rows if name not in (LINEAR, BUGGY, DEFAULT, MATRIX)), key=mean.__getitem__)
+    verdict = "does not beat" if mean[LINEAR] <= mean[fitted] else "is above"
+    return f"""# One layer: {args.model} on {args.data}
+
+{table(rows)}
+
+![the rows of the matrix](templates.png)
+
+* The net without activations is a linear classifier, whatever its depth: collapsed, one matrix gives its outputs to
+  {collapse_error:.1e} (float64). With {mean[LINEAR]:.2f} % it **{verdict}** the best linear classifier fitted to the
+  same pixels directly ({fitted}, {mean[fitted]:.2f} %).
+* The in-place bug keeps every activation alive: its lam is 0, and its affinity defect {max(rows[BUGGY].defect):.2f}.
+  What it reaches, {mean[BUGGY]:.2f} %, is what a net with ReLUs reaches; such a number says nothing about a net that
+  fuses into one layer. growshrink.fuse refuses it.
+* One ReLU a block, the default: {mean[DEFAULT]:.2f} %. That is what an activation is worth here.
+* {args.seeds} seed(s); the affinity defect is the largest of them. No augmentation, so that all see the same pixels.
+"""
+
+
+def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
+    """The rows of the matrices as pictures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    classes = len(feed.classes)
+    shape = (len(nets), classes)
+    figure, axes = plt.subplots(*shape, figsize=(1.1 * classes, 1.4 * len(nets)), squeeze=False, layout="constrained")
+    for line, (name, net) in zip(axes, nets.items(), strict=True):
+        for axis, row, label in zip(line, net.get_parameter("1.weight").detach(), feed.classes, strict=True):
+            template_HWC = row.reshape(feed.input_size).permute(1, 2, 0).numpy()
+            scale = float(abs(template_HWC).max())
+            if template_HWC.shape[2] == 3:
+                axis.imshow(0.5 + template_HWC / (2 * scale))
+            else:
+                axis.imshow(template_HWC.mean(2), cmap="RdBu_r", vmin=-scale, vmax=scale)
+            axis.set(xticks=[], yticks=[], xlabel=label)
+        line[0].set_title(name, loc="left", fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except gs.GrowShrinkError as error:
+        print(f"one_layer: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("one_layer: interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,101 @@
+"""timm's own train.py, unchanged, with a grown net and NetAugTask in the place of its task.
+
+    python recipes/timm_train.py TRAIN_PY --model resnet18 --data-dir D --epochs 90 ...      timm's arguments
+    python recipes/timm_train.py --ratio 2 --mode netaug TRAIN_PY --model ...                ours come first
+
+TRAIN_PY is train.py of https://github.com/huggingface/pytorch-image-models, in a folder without a folder `timm` beside
+it (Python would take that one). The model that --model names is grown before its optimizer is made, and trained at base
+width, which is the model itself, with wider nets beside it. Checkpoints hold the branches too; the net to deploy is
+
+    plain.load_state_dict({key: value for key, value in checkpoint["state_dict"].items() if ".branches." not in key})
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm.optim
+import timm.task
+import torch
+import tyro
+from torch import nn
+
+import growshrink as gs
+from growshrink.errors import RunError
+from growshrink.grown import grown_modules
+from growshrink.supernet.passes import MODES
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of timm_train; they come before TRAIN_PY."""
+
+    branch: tuple[str, ...] = ("bottleneck",)
+    """What to attach to every convolution: bottleneck, insert, nest."""
+    ratio: float = 4.0
+    """Middle width of the widest net over the output channels."""
+    where: str | None = None
+    """Regular expression on module names; by default every convolution that can be grown exactly."""
+    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
+    """How widths are sampled; see NetAugTask."""
+    alpha: float | None = None
+    """Weight of the augmented net's loss, averaged over updates."""
+    inplace_distil: float | None = None
+    """Share of the base's loss that comes from the augmented net's logits."""
+    seed: int = 0
+    """Of the branches and the widths."""
+
+
+def main(args: Args, script: Path, arguments: list[str]) -> None:
+    """Run timm's script."""
+    if not script.is_file():
+        raise RunError(f"{script}: no such script. Take train.py of timm's repository.")
+    if (script.parent / "timm").is_dir():
+        raise RunError(f"{script}: there is a folder timm beside it, which Python would import. Copy the script away.")
+
+    class Task(gs.NetAugTask):
+        """What train.py makes in the place of its own task."""
+
+        def __init__(self, model: nn.Module, **keywords: Any) -> None:
+            if not grown_modules(model):
+                gs.grow(model, args.branch, ratio=args.ratio, where=args.where, seed=args.seed, inplace=True)
+            keywords |= {"mode": args.mode, "alpha": args.alpha, "inplace_distil": args.inplace_distil}
+            super().__init__(model, **keywords, seed=args.seed)
+            made.append(self)
+
+    def create_optimizer(*positional: Any, **keywords: Any) -> torch.optim.Optimizer:
+        optimizer = original(*positional, **keywords)
+        made[-1].attach(optimizer)
+        return optimizer
+
+    original = timm.optim.create_optimizer_v2
+    made: list[gs.NetAugTask] = []
+    sys.modules["timm.task"].__dict__["ClassificationTask"] = Task  # train.py binds both names when it is run
+    sys.modules["timm.optim"].__dict__["create_optimizer_v2"] = create_optimizer
+    sys.argv = [str(script), *arguments]
+    sys.path[0] = str(script.parent)
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def split(argv: list[str]) -> tuple[list[str], Path, list[str]]:
+    """Our options, the script, and timm's arguments."""
+    index = next((i for i, word in enumerate(argv) if word.endswith(".py")), None)
+    if index is None:
+        return argv, Path(), []
+    return argv[:index], Path(argv[index]), argv[index + 1 :]
+
+
+if __name__ == "__main__":
+    ours, script, theirs = split(sys.argv[1:])
+    try:
+        args = tyro.cli(Args, args=ours, description=__doc__)
+        if not script.name:
+            raise RunError("name timm's train.py, behind our options and before its own.")
+        main(args, script, theirs)
+    except gs.GrowShrinkError as error:
+        print(f"timm_train: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,177 @@
+"""Rounds whose middle widths are sampled."""
+
+import json
+
+import pytest
+import torch
+from small import BATCH, CONFIG, SIZE, Feed, Interrupt, shorten_settle, small, two_rounds
+
+import growshrink as gs
+from growshrink.cycle.plan import Timeline
+from growshrink.errors import PlanError
+from growshrink.supernet import load_supernet
+from growshrink.training import Augment
+from growshrink.training.calibrate import calibrate_bn
+
+ALIVE = {"hold": 0.9, "vanish": 0.0, "settle": 0.0}
+CASES = {
+    "drop": ({"augment": "netaug", "exit": "drop", **ALIVE}, {}),
+    "drop, annealed": ({"augment": "lazy", "exit": "drop", "inplace_distil": 0.5}, {}),
+    "fuse": ({"augment": "netaug", "exit": "fuse"}, {}),
+    "choose": ({"augment": "single", "exit": "choose"}, {}),
+    "choose, born grown": ({"augment": "sandwich", "exit": "choose"}, {"born_grown": True}),
+    "peak": ({"augment": "netaug", "exit": "choose", "distil": "peak"}, {"dropout": 0.3}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    shorten_settle(monkeypatch)
+    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+
+
+def plan_of(case, branches=(("bottleneck",), ("insert", "bottleneck"))):
+    return two_rounds(branches, **CASES[case][0])
+
+
+def run(path, case, *, fail_at=None, resume=False, plan=None):
+    feed = Feed.make(augment=Augment(crop=1))
+    feed.train.fail_at = fail_at
+    torch.manual_seed(5)
+    return gs.run_cycle(
+        small(**CASES[case][1], outputs=4),
+        feed,
+        plan_of(case) if plan is None else plan,
+        out_dir=path,
+        config=CONFIG,
+        resume=resume,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_ends_plain_and_a_resumed_one_ends_alike(tmp_path, case):
+    whole = run(tmp_path / "whole", case)
+    assert list(whole.model.state_dict()) == list(small(outputs=4).state_dict())
+    for record in whole.rounds:
+        left = record["left_by"]
+        assert left["exit"] == CASES[case][0]["exit"] and left["step_macs"] > 0
+        assert record["max_rel"] <= 1e-10
+        if left["exit"] == "drop":
+            assert left["width"] == "base" and record["top1"]["fused"] == record["top1"]["base"]
+            assert record["effect"] == 0.0
+        if left["exit"] == "fuse":
+            assert left["width"] == "full" and record["effect"] > 1e-3
+        if left["exit"] == "choose":
+            scores = [candidate["top1"] for candidate in left["candidates"]]
+            assert scores == sorted(scores, reverse=True) and len(scores) >= 2
+            assert record["top1"]["fused"] == scores[0] and left["width"] == left["candidates"][0]["width"]
+            base = next(c for c in left["candidates"] if c["width"] == "base")
+            assert base["top1"] == record["top1"]["base"]
+    text = (tmp_path / "whole" / "report.md").read_text()
+    assert "## Sampled widths" in text and f"mode {CASES[case][0]['augment']}" in text
+
+    segments = Timeline(plan_of(case), 4, born_grown="born" in case).segments
+    points = [segments[1].start + 3, segments[-2].start + 1]  # in the first hold, in the second round
+    for fail_at in points if case in ("peak", "choose, born grown") else points[:1]:
+        path = tmp_path / str(fail_at)
+        with pytest.raises(Interrupt):
+            run(path, case, fail_at=fail_at)
+        resumed = run(path, case, resume=True)
+        assert resumed.final == whole.final and resumed.training_macs == whole.training_macs
+        for key, value in whole.model.state_dict().items():
+            assert torch.equal(resumed.model.state_dict()[key], value), key
+
+
+def test_the_dropped_net_is_the_base_net_of_the_run_bit_for_bit(tmp_path):
+    """Against the same updates made by hand: plain loss plus that of the augmented net, then the branches off."""
+    plan = gs.CyclePlan(
+        rounds=(gs.RoundPlan(epochs=2, ratio=2.0, augment="netaug", exit="drop", hold=1.0, vanish=0.0, settle=0.0),),
+        seed=3,
+    )
+    result = run(tmp_path / "run", "drop", plan=plan)
+
+    feed = Feed.make(augment=Augment(crop=1))
+    model = gs.grow(small(outputs=4), ratio=2.0, seed=3 + 1000, input_size=SIZE).to(memory_format=torch.channels_last)
+    from growshrink.training import Trainer
+
+    trainer = Trainer(model, CONFIG, feed.train)
+    task = gs.NetAugTask(model, mode="netaug", seed=3 + 1, verbose=False).attach(trainer.optimizer)
+    gs.set_width(trainer.ema, task.space.base)
+    timeline = Timeline(plan, 4)
+    trainer.train(8, learning_rate=timeline.learning_rate, lam=gs.schedules.constant(1.0), task=task)
+    trainer.calibrate_average()
+    dropped = gs.drop(trainer.ema)
+    for key, value in dropped.state_dict().items():
+        assert torch.equal(result.model.state_dict()[key], value), key
+    # forward and backward of both passes
+    assert result.training_macs == BATCH * sum(
+        gs.supernet.cost.StepCost(task, SIZE).of_update(update) for update in range(8)
+    )
+
+
+def test_supernets_are_kept_for_the_tools(tmp_path):
+    plan = two_rounds((("bottleneck",),), **CASES["drop"][0])
+    feed = Feed.make()
+    import timm
+
+    gs.run_cycle(
+        timm.create_model("reducenet20", width=0.25, num_classes=4),
+        feed,
+        plan,
+        out_dir=tmp_path / "run",
+        config=CONFIG,
+        about={
+            "model": {
+                "name": "reducenet20",
+                "kwargs": {"width": 0.25, "num_classes": 4},
+                "plain_name": "reducenet20",
+                "plain_kwargs": {"width": 0.25, "num_classes": 4},
+            }
+        },
+    )
+    before, space, about = load_supernet(tmp_path / "run" / "init.safetensors")
+    after, again, _ = load_supernet(tmp_path / "run" / "supernet.safetensors")
+    assert space == again and about["input_size"] == [3, 8, 8]
+    moved = [name for (name, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if (a != b).any()]
+    assert any(".branches." in name for name in moved) and "stem.conv.weight" in moved
+    # the base net of the supernet is the net that was deployed before the tail: the same keys, and it runs
+    gs.drop(after)(torch.zeros(1, 3, 8, 8))
+
+
+BAD = {
+    "mode": ({"augment": "netog"}, "augment='netog': no such mode; did you mean netaug"),
+    "exit": ({"exit": "fall"}, "exit='fall': no such exit"),
+    "exit without widths": ({"exit": "drop"}, "only a round with sampled widths"),
+    "alpha": ({"augment": "lazy", "alpha": -1.0}, "alpha=-1.0: must not be negative"),
+    "distil": ({"augment": "lazy", "inplace_distil": 2.0}, "inplace_distil=2.0: must lie in"),
+    "vanish": ({"augment": "lazy", "exit": "choose", "vanish": 0.0}, "vanish=0.0: must be above 0"),
+    "hold": ({"augment": "lazy", "exit": "drop", "hold": 0.0}, "hold=0.0: must be above 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_plans_that_cannot_be(case):
+    options, words = BAD[case]
+    with pytest.raises(PlanError, match="(?s).*".join(map(__import__("re").escape, [words]))):
+        gs.RoundPlan(epochs=1, **options)
+
+
+def test_a_net_grown_at_birth_cannot_be_dropped(tmp_path):
+    with pytest.raises(PlanError, match="no kernels that would remain"):
+        run(tmp_path / "run", "choose, born grown", plan=plan_of("drop"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_plan_survives_json():
+    plan = plan_of("drop, annealed")
+    assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_the_widest_net_is_judged_with_statistics_of_its_own(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "growshrink.cycle.augmented.calibrate_bn",
+        lambda model, batches: calls.append(gs.get_width(model)) or calibrate_bn(model, batches),
+    )
+    run(tmp_path / "run", "fuse", plan=two_rounds((("bottleneck",),), **CASES["fuse"][0]))
+    assert len(calls) == 3 and all(set(width.values()) == {4} for width in calls)  # peak; then net and average

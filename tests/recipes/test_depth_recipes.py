@@ -1,0 +1,129 @@
+"""recipes/one_layer.py, closed_loop.py and shrink_depth.py as their users run them, on the digits, briefly."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import growshrink as gs
+from growshrink.depth import latency
+from growshrink.depth.segments import Segment, merge_cut, vanish_cut
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+BRIEF = ["--width", "0.25", "--epochs", "2", "--quiet"]
+
+
+def main(recipe, *args):
+    """Run a recipe in this process; its exit code."""
+    path = RECIPES / f"{recipe}.py"
+    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def test_one_layer(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main("one_layer", *BRIEF, "--model", "reducenet20_x1", "--out", out) == 0
+    assert {p.name for p in out.iterdir()} >= {
+        *("report.md", "report.json", "templates.png", "one_layer.safetensors", "run.json")
+    }
+    found = json.loads((out / "report.json").read_text())
+    assert found["collapse_max_rel"] < 1e-10
+    linear, buggy, default, matrix, squares, logistic = found["rows"].values()
+    assert linear["defect"][0] < 1e-10 and matrix["defect"][0] < 1e-10
+    assert buggy["defect"][0] > 1e-2 and default["defect"][0] > 1e-2
+    assert matrix["top1"] == linear["top1"] and (matrix["layers"], matrix["macs"]) == (1, 640)
+    assert linear["top1"][0] < logistic["top1"][0] and 90 < logistic["top1"][0] < 99 and squares["top1"][0] > 85
+    report = (out / "report.md").read_text()
+    assert "**does not beat** the best linear classifier" in report and "in-place bug" in capsys.readouterr().out
+    weights = load_file(out / "one_layer.safetensors")
+    one = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    one.load_state_dict(weights)
+
+    assert main("one_layer", *BRIEF, "--out", out) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("one_layer: ") and error.count("\n") == 1 and "finished run" in error
+
+
+def test_closed_loop(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main("closed_loop", *BRIEF, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
+    found = json.loads((out / "report.json").read_text())
+    mean, low, high = found["difference"]
+    first, second = (a - b for a, b in zip(found["top1"]["closed loop"], found["top1"]["cosine"], strict=True))
+    assert mean == pytest.approx((first + second) / 2) and low <= mean <= high
+    assert high - mean == pytest.approx(12.706 * abs(first - second) / 2, rel=1e-3)  # Student's t
+    assert "95 % interval" in capsys.readouterr().out and (out / "lam.png").stat().st_size > 1000
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_shrink_depth(tmp_path, capsys, monkeypatch):
+    def by_layers(calls, **kwargs):
+        return {name: float(len(layers(call.args[0]))) for name, call in calls.items()}
+
+    monkeypatch.setattr(latency, "in_turns", by_layers)  # the clock of a machine with other users proves nothing
+    out = tmp_path / "run"
+    options = ["--shrink-epochs", "1", "--targets", "0.7", "0.0001", "--fresh", "--longest", "3"]
+    assert main("shrink_depth", *BRIEF, *options, "--out", out) == 0
+    assert {p.name for p in out.iterdir()} >= {"report.md", "report.json", "pareto.png", "merged-0.safetensors"}
+    found = json.loads((out / "report.json").read_text())
+    rows = found["rows"]
+    assert rows[0]["name"] == "nothing merged" and len(rows) == 3 and found["hardware"]
+    first, second, third = [row["predicted_ms"] for row in rows]
+    assert first == 10.0 and second <= 7.0 and third == 4.0  # the last target cannot be met
+    assert [row["ms"] for row in rows] == [first, second, third]
+    for number, row in enumerate(rows):
+        assert len(row["knob"]) == len(row["plain"]) == 1
+        cut = tuple(Segment(*segment) for segment in row["cut"])
+        again = vanish_cut(timm.create_model("reducenet20", width=0.25, in_chans=1), cut)
+        gs.set_lambda(again, 0)
+        merged = merge_cut(again, cut, input_size=(1, 8, 8))
+        merged.load_state_dict(load_file(out / f"merged-{number}.safetensors"))  # as the report says
+        assert gs.profile(merged, (1, 8, 8)).macs == row["macs"]
+    assert found["worst_prediction_error"] == 0
+    assert "Predictions are at most 0 % off" in (out / "report.md").read_text()
+    assert "| nothing merged |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "message"),
+    [
+        ("one_layer", ["--model", "reducenet20"], "no ReduceNet that is grown at birth; did you mean reducenet20_x"),
+        ("one_layer", ["--epochs", "0"], "above 0"),
+        ("closed_loop", ["--seeds", "1"], "at least 2"),
+        ("closed_loop", ["--model", "resnet18"], "no net that is grown at birth"),
+        ("shrink_depth", ["--model", "resnet18"], "not a plain ReduceNet"),
+        ("shrink_depth", ["--model", "reducent20"], "did you mean reducenet20"),
+        ("shrink_depth", ["--data", "digts"], "did you mean 'digits'"),
+        ("shrink_depth", ["--vanish", "1.5"], "between 0 and 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(recipe, args, message, tmp_path, capsys):
+    assert main(recipe, "--quiet", *args, "--out", tmp_path / "run") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{recipe}: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("recipe", ["one_layer", "closed_loop", "shrink_depth"])
+def test_help_teaches(recipe, capsys):
+    assert main(recipe, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"python recipes/{recipe}.py" in text and "--seeds" in text
+
+
+def test_threads_are_put_back():
+    assert torch.get_num_threads() == 1

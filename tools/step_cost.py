@@ -1,0 +1,153 @@
+"""What a training step with sampled widths costs: MACs counted, time measured in pairs, both over a plain step.
+
+    python tools/step_cost.py                               every mode on reducenet20 grown with ratio 4, and _x4
+    python tools/step_cost.py --models resnet18 --ratio 2 --image-size 64 --batch-size 16
+    python tools/step_cost.py --strict                      exit 1 if the default mode costs more than 1.5 plain steps
+
+A plain step trains the plain net. The two take turns and each pair of turns gives a ratio (see benchmark.py); a mode
+that augments in every k-th update only is timed over k updates at once.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import tyro
+from torch import nn
+
+import growshrink as gs
+from growshrink.compare import training_macs
+from growshrink.errors import RunError, near
+from growshrink.supernet.cost import StepCost
+from growshrink.timing import machine
+from growshrink.training import Batch, TrainConfig, Trainer
+from paired import Bench, load
+
+#: NetAugTask's own defaults, and every mode.
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "netaug": {"mode": "netaug"},
+    "netaug, distilled": {"mode": "netaug", "inplace_distil": 0.5},
+    "lazy, every 4th": {"mode": "lazy", "every": 4},
+    "lazy, every 8th": {"mode": "lazy", "every": 8},
+    "suffix": {"mode": "suffix"},
+    "suffix, every 4th": {"mode": "suffix", "every": 4},
+    "single": {"mode": "single"},
+    "sandwich": {"mode": "sandwich"},
+    "sandwich, every 8th": {"mode": "sandwich", "every": 8},
+}
+DEFAULT_AT_MOST = 1.5
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of step_cost."""
+
+    models: tuple[str, ...] = ("reducenet20", "reducenet20_x4")
+    """timm models; plain ones are grown."""
+    ratio: float = 4.0
+    """Middle width of the widest net over the output channels."""
+    image_size: int = 32
+    """Side of the images in pixels."""
+    batch_size: int = 64
+    """Images per update."""
+    seconds: float = 6.0
+    """To spend on each mode."""
+    threads: int | None = None
+    """Of torch."""
+    quick: bool = False
+    """A smoke run: very few repeats, times that mean nothing (the MACs are right)."""
+    strict: bool = False
+    """Exit 1 if the default mode's MACs are above the target."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def main(args: Args) -> int:
+    """Measure and print; the exit status."""
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise RunError(f"--seconds {args.seconds}: must be above 0.")
+    if args.batch_size < 2:
+        raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
+    for name in args.models:
+        if not timm.is_model(name):
+            raise RunError(f"--models {name}: timm knows no such model{near(name, timm.list_models())}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds)
+    bench.progress = not args.quiet
+    before, missed = load(), False
+    print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")
+    for name in args.models:
+        for mode, options in MODES.items():
+            macs, row = measure(bench, args, name, mode, options)
+            missed |= mode == "default" and macs > DEFAULT_AT_MOST
+            print(f"{name:16s} {mode:22s} {macs:6.2f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}", flush=True)
+    about = machine()
+    print(
+        f"\nOver a step of the plain net; batch {args.batch_size}, {args.image_size} pixels; {about['threads']} "
+        f"threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average "
+        f"{before} before, {load()} after."
+    )
+    if missed:
+        print(f"MISSED: the default mode is to cost at most {DEFAULT_AT_MOST} plain steps in MACs.")
+    return int(args.strict and missed)
+
+
+def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> tuple[float, Any]:
+    """MACs of an average update over the plain net's, and the paired times."""
+    size = (3, args.image_size, args.image_size)
+    plain = timm.create_model(name.split("_x")[0], num_classes=10)
+    grown = timm.create_model(name, num_classes=10)
+    if "_x" not in name:
+        gs.grow(grown, ratio=args.ratio, inplace=True, input_size=size)
+    task = gs.NetAugTask(grown, verbose=False, input_size=size, **options)
+    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), OneBatch(args, size)) for net in (grown, plain)]
+    task.attach(trainers[0].optimizer)
+    one = gs.schedules.constant(1.0)
+
+    def advance(trainer: Trainer, task: gs.NetAugTask | None) -> None:
+        trainer.train(trainer.update + period, learning_rate=one, lam=one, task=task)
+
+    period = task.every
+    row = bench.compare(
+        f"{name}: {mode}", lambda: advance(trainers[0], task), lambda: advance(trainers[1], None), at_least=0.0
+    )
+    return StepCost(task, size).mean(0, 64 * period) / training_macs(plain, size), row
+
+
+class OneBatch:
+    """The same batch at every update, so that no time goes into making it."""
+
+    updates_per_epoch = 1000
+
+    def __init__(self, args: Args, size: tuple[int, int, int]) -> None:
+        images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
+        self.value = images, torch.randint(10, (args.batch_size,))
+        self.batch_size = args.batch_size
+
+    def batch(self, update: int) -> Batch:
+        """Whatever the update."""
+        return self.value
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """In place."""
+    return model.to(memory_format=torch.channels_last)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except gs.GrowShrinkError as error:
+        print(f"step_cost: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("step_cost: interrupted.", file=sys.stderr)
+        sys.exit(130)
