@@ -176,20 +176,7 @@ def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -
 
 def shared(args: Args, seed: int) -> Options:
     """The options that other programs have too. Every seed has a val split of its own, all have one test split."""
-    return Options(
-        data=args.data,
-        data_dir=args.data_dir,
-        model=args.model,
-        model_kwargs=args.model_kwargs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema_decay=0.0,
-        amp=args.amp,
-        seed=seed,
-        device=args.device,
-        quiet=args.quiet,
-    )
+    return Options.of(args, seed=seed, ema_decay=0.0)
 
 
 def dense_net(args: Args, options: Options, results: Results, feed: MemoryFeed, seed: int) -> tuple[nn.Module, Dense]:

@@ -185,20 +185,7 @@ def run_loop(args: Args, results: Results, plan: ShrinkPlan, seed: int, driver: 
 
 def shared(args: Args, seed: int) -> Options:
     """The options that other programs have too."""
-    return Options(
-        data=args.data,
-        data_dir=args.data_dir,
-        model=args.model,
-        model_kwargs=args.model_kwargs,
-        val_fraction=args.val_fraction,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema_decay=0.0,
-        seed=seed,
-        device=args.device,
-        quiet=args.quiet,
-    )
+    return Options.of(args, seed=seed, ema_decay=0.0)
 
 
 def first_stage(

@@ -37,7 +37,7 @@ from tqdm import tqdm
 import growshrink as gs
 from growshrink.analysis.angle import AngleTable, Floats, Index, supernet_table
 from growshrink.analysis.plots import draw_angles
-from growshrink.analysis.rank import Ranking
+from growshrink.analysis.rank import Ranking, jsonable
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
@@ -129,7 +129,7 @@ def main(args: Args) -> None:
         feed = make_feed(args) if args.init is None or args.also else None
         init, trained, space, about = train(args, feed, folder) if args.init is None else load(args)
         table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
-        if not any(angles.max() > 0 for angles in table.layer_angles.values()):
+        if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
         index = choose(args, table)
         truth = read_truth(args.truth, table) if args.truth is not None else None
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
         if truth is None and bench is not None:
             columns |= {name: SCORES[name](bench, index) for name in slow}
         if args.sort not in columns:
-            raise AnalysisError(f"--sort {args.sort}: with --truth this is known of the subnets in it only.")
+            raise AnalysisError(f"--sort {args.sort}: needs --also {args.sort}, and no --truth (which it is then of).")
         order = np.argsort(-columns[args.sort], kind="stable")  # NaN last
         print(f"{len(index):,} of {table.size:,} subnets of {about['name']} scored in {seconds:.2f} s, by {args.sort}:")
         print(show(table, index, columns, order))
@@ -179,7 +179,7 @@ def main(args: Args) -> None:
             colour = np.mean(list(truth.columns.values()), axis=0)
             title = f"{about['name']}: the {len(colour):,} subnets of {args.truth}"
         draw_angles(folder.path / "angle_rank.png", columns, colour, title)
-        write_json(folder.path / "ranking.json", result)
+        write_json(folder.path / "ranking.json", jsonable(result))
         folder.write_marker("finished", {"command": about["command"], "seconds": time.monotonic() - began})
         print(f"{folder.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
 
@@ -193,19 +193,7 @@ def claim(args: Args) -> RunFolder:
 
 def shared(args: Args) -> Options:
     """The options that other programs have too."""
-    return Options(
-        data=args.data,
-        data_dir=args.data_dir,
-        model=args.model or MODEL,
-        model_kwargs=args.model_kwargs,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema_decay=0.0,
-        seed=args.seed,
-        device=args.device,
-        quiet=args.quiet,
-    )
+    return Options.of(args, model=args.model or MODEL, ema_decay=0.0)
 
 
 def make_feed(args: Args) -> MemoryFeed:

@@ -168,20 +168,8 @@ def check(args: Args) -> None:
 
 def shared(args: Args) -> Options:
     """The options that other programs have too."""
-    return Options(
-        data=args.data,
-        data_dir=args.data_dir,
-        model=args.model or ("reducenet20" if args.space == "channels" else "reducenet20_x4"),
-        model_kwargs=args.model_kwargs,
-        val_fraction=args.val_fraction,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        ema_decay=0.0,
-        seed=args.seed,
-        device=args.device,
-        quiet=args.quiet,
-    )
+    default = "reducenet20" if args.space == "channels" else "reducenet20_x4"
+    return Options.of(args, model=args.model or default, ema_decay=0.0)
 
 
 def identity(args: Args) -> dict[str, Any]:
