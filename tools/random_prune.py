@@ -12,7 +12,8 @@ the criterion's own widths with random channels.
 
 Results are appended to DIR/results.jsonl one by one. A run that was killed goes on when it is started again with the
 same options, and several processes (or `torchrun`) started with the same --out share the work. At the end:
-random_prune.json, random_prune.png, and, for --space widths, truth.csv, which tools/angle_rank.py --truth reads.
+random_prune.json, random_prune.png, and, for --space widths, truth.csv, which tools/angle_rank.py --truth reads (with
+--alone EPOCHS it holds subnets trained by themselves, else subnets with the supernet's weights).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import io
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,9 @@ class Args:
     where each picks the best of as many draws as there are random subnets."""
     null_draws: int = 10
     """Subnets with a criterion's widths and random channels."""
+    alone: float = 0.0
+    """For --space widths: train every subnet by itself for this many epochs, from the weights that the supernet started
+    with; 0 judges it with the supernet's weights."""
     calibration: int = 8
     """Training batches that batch norm statistics are taken from."""
 
@@ -141,7 +145,7 @@ def main(args: Args) -> None:
         with progress(args, results, keys) as advance:
             for key in results.unfinished(keys):
                 candidate = by_key[key]
-                results.append(measure(candidate, spaces[candidate.net], calibration, feed.val))
+                results.append(measure(candidate, spaces[candidate.net], calibration, feed.val, trainer(args, feed)))
                 advance()
         if int(os.environ.get("RANK", "0")) == 0:
             report(args, results, keys, spaces, draws, feed)
@@ -155,6 +159,10 @@ def check(args: Args) -> None:
         known = (*CRITERIA, RANDOM) if args.space == "channels" else PICKERS
         if criterion not in known:
             raise AnalysisError(f"--criteria {criterion}: not one of --space {args.space}{near(criterion, known)}")
+    if args.alone < 0 or args.alone and (args.space != "widths" or args.weights is not None and args.init is None):
+        raise AnalysisError(
+            "--alone goes with --space widths, and with --weights needs --init; it must not be negative."
+        )
     if args.init is not None and (args.space != "widths" or args.weights is None):
         raise AnalysisError("--init goes with --space widths and --weights.")
     if args.space == "widths" and args.weights is not None and args.init is None and criteria_of(args) != ("params",):
@@ -196,6 +204,13 @@ def criteria_of(args: Args) -> tuple[str, ...]:
     return PICKERS if args.weights is None or args.init is not None else ("params",)
 
 
+def trainer(args: Args, feed: Feed) -> Callable[[nn.Module], object] | None:
+    """What trains a subnet by itself, if that is asked for."""
+    if not args.alone:
+        return None
+    return lambda net: train_net(net, feed, epochs=args.alone, config=shared(args).train_config())
+
+
 def make_plan(
     args: Args, options: Options, results: Results, feed: MemoryFeed
 ) -> tuple[list[Any], list[Candidate], Draws]:
@@ -224,7 +239,7 @@ def make_plan(
         else:
             init, trained, widths = supernet(args, options, results, feed, number)
             table = supernet_table(init, trained, widths, input_size=feed.input_size)
-            space = SupernetSpace(trained, table)
+            space = SupernetSpace(init if args.alone else trained, table)
             if draws is None:
                 draws = draw_widths(space, budget, args.num, seed=args.seed, distinct=True)
             bench = Bench(init, trained, table, feed, num_calibration=args.calibration)
@@ -314,12 +329,14 @@ def full_net(space: Any, feed: Feed, args: Args) -> nn.Module:
         net = space.subnet(full)
     else:
         net = space.cut({name: np.arange(width) for name, width in full.items()})
+    if (train := trainer(args, feed)) is not None:
+        train(net)
     gs.calibrate_bn(net, (feed.train.batch(update)[0] for update in range(args.calibration)))
     return net
 
 
 def write_truth(path: Path, records: list[dict[str, Any]]) -> None:
-    """Accuracy of every random subnet, a column for each supernet: with shared weights, not trained by themselves."""
+    """Accuracy of every random subnet, a column for each supernet."""
     values: dict[str, dict[int, float]] = {}
     for record in records:
         if record["kind"] == RANDOM:

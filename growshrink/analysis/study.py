@@ -137,11 +137,27 @@ def plan_widths(
     return plan + [Candidate(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
 
 
-def measure(candidate: Candidate, space: Space, calibration: Iterable[Tensor], val: ScoringBatches) -> dict[str, Any]:
-    """Make a candidate, take its batch norm statistics anew, and evaluate it: its line in the results."""
+def measure(
+    candidate: Candidate,
+    space: Space,
+    calibration: Iterable[Tensor],
+    val: ScoringBatches,
+    train: Callable[[nn.Module], object] | None = None,
+) -> dict[str, Any]:
+    """Make a candidate, take its batch norm statistics anew, and evaluate it: its line in the results.
+
+    Args:
+        candidate: What to evaluate.
+        space: It is of.
+        calibration: Images for the statistics, the same for all.
+        val: What it is judged on.
+        train: Trains it before, in place; None judges it as it was cut.
+    """
     began = time.perf_counter()
     net, widths = candidate.make()
     found = time.perf_counter()
+    if train is not None:
+        train(net)
     calibrate_bn(net, calibration)
     score = evaluate(net, val)
     index = np.array([[space.choices[name].index(width) for name, width in widths.items()]])

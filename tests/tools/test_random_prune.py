@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
@@ -104,6 +105,16 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
     assert code == 0 and "6 random subnets" in out
 
 
+def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_path, capsys):
+    args = [*SMALL[:-3], "--num", "3", "--space", "widths", "--criteria", "params"]
+    code, _, err = main(capsys, *args, "--alone", "2", "--out", tmp_path / "alone")
+    assert code == 0, err
+    code, _, err = main(capsys, *args, "--alone", "0.01", "--out", tmp_path / "untrained")
+    assert code == 0, err
+    top1 = [np.array([row["top1"] for row in lines(tmp_path / name)]) for name in ("alone", "untrained")]
+    assert (top1[0] > top1[1]).all() and top1[0].min() > 30
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -111,6 +122,7 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
         (["--criteria", "l9"], "--criteria l9: not one of --space channels"),
         (["--space", "widths", "--criteria", "l1"], "--criteria l1: not one of --space widths"),
         (["--num", "1"], "--num 1: too few"),
+        (["--alone", "1"], "--alone goes with --space widths"),
         (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors: not readable"),
         (["--macs", "0.0001", *TINY[:-3]], "0 subnets within"),
         (["--macs", "2"], "must lie in (0, 1)"),
