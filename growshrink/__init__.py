@@ -9,6 +9,7 @@ from growshrink.activations import VanishingReLU as VanishingReLU
 from growshrink.activations import get_lambda as get_lambda
 from growshrink.activations import set_lambda as set_lambda
 from growshrink.algebra import ConvMap as ConvMap
+from growshrink.analysis import AngleTable as AngleTable
 from growshrink.analysis import angle as angle
 from growshrink.analysis import random_prune as random_prune
 from growshrink.analysis import rank as rank

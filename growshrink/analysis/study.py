@@ -298,9 +298,7 @@ def _distribution(
 def _place(random: Floats, value: float, num_resamples: int) -> dict[str, Any]:
     boot = stats.Bootstrap(len(random), num=num_resamples)
     samples = boot.of(lambda index: stats.equivalent_draws(random[index], value))
-    tail = (1 - boot.confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail], method="nearest")  # samples may be infinite
-    n_eq = (stats.equivalent_draws(random, value), float(low), float(high))
+    n_eq = boot.corrected(stats.equivalent_draws(random, value), samples)
     return {"percentile": stats.percentile(random, value), "n_eq": n_eq}
 
 

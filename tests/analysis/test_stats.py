@@ -182,3 +182,23 @@ def test_wilson_and_student_intervals_cover():
         _, low, high = stats.paired(a + 1.0, b).difference
         hits.append(low <= 1.0 <= high)
     assert within(hits), np.mean(hits)
+
+
+def test_intervals_of_equivalent_draws_cover():
+    """The largest of n uniform draws is n / (n + 1) on average."""
+    hits = []
+    for trial in range(120):
+        values = RNG((4, trial)).random(100)
+        boot = stats.Bootstrap(100, num=150, seed=trial)
+        samples = boot.of(lambda index, values=values: stats.equivalent_draws(values[index], 8 / 9))
+        _, low, high = boot.corrected(stats.equivalent_draws(values, 8 / 9), samples)
+        hits.append(low <= 8 <= high)
+    assert within(hits), np.mean(hits)
+
+
+def test_corrected_interval_is_the_percentiles_where_there_is_no_bias():
+    samples = RNG(0).normal(size=1000)
+    boot = stats.Bootstrap(5, num=10)
+    found = boot.corrected(float(np.median(samples)), samples)
+    assert found[1:] == pytest.approx(np.quantile(samples, [0.025, 0.975]), abs=0.1)
+    assert boot.corrected(np.inf, np.full(9, np.inf))[1:] == (np.inf, np.inf)
