@@ -30,7 +30,7 @@ def standard(x):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_where_truth_is_size_and_noise_angle_adds_nothing(scores, sign):
     wrong = 0
-    for trial in range(6):
+    for trial in range(3):
         noise = np.random.default_rng(trial).normal(size=N)
         truth = sign * standard(np.log(scores["macs"])) + 0.5 * noise
         result = rank(scores, truth, num_resamples=100)

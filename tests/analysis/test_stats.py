@@ -187,9 +187,9 @@ def test_wilson_and_student_intervals_cover():
 def test_intervals_of_equivalent_draws_cover():
     """The largest of n uniform draws is n / (n + 1) on average."""
     hits = []
-    for trial in range(120):
+    for trial in range(60):
         values = RNG((4, trial)).random(100)
-        boot = stats.Bootstrap(100, num=150, seed=trial)
+        boot = stats.Bootstrap(100, num=100, seed=trial)
         samples = boot.of(lambda index, values=values: stats.equivalent_draws(values[index], 8 / 9))
         _, low, high = boot.corrected(stats.equivalent_draws(values, 8 / 9), samples)
         hits.append(low <= 8 <= high)
