@@ -195,8 +195,8 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
     over_time.plot(
         [row["update"] for row in history], [row["val_top1"] for row in history], color="C0", label="base net"
     )
-    for name, colour in (("augmented", "C3"), ("deployed", "C2")):
-        over_time.axhline(summary["val_top1"][name], color=colour, linestyle="--", label=f"{name} net")
+    for name, label, colour in (("augmented", "widest net, end of the hold", "C3"), ("deployed", "deployed net", "C2")):
+        over_time.axhline(summary["val_top1"][name], color=colour, linestyle="--", label=label)
     low = min(row["val_top1"] for row in history[len(history) // 4 :])
     low = min(low, *summary["val_top1"].values())
     top = max(*(row["val_top1"] for row in history), *summary["val_top1"].values())

@@ -14,7 +14,7 @@ from growshrink.dataflow import InputSize
 from growshrink.schedules import Schedule
 from growshrink.supernet import NetAugTask, choose_width, default_candidates, save_supernet
 from growshrink.supernet.cost import StepCost
-from growshrink.supernet.passes import default_alpha
+from growshrink.supernet.passes import NUM_AUGMENTED, default_alpha
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Teacher, Trainer
 from growshrink.widths import Width, WidthSpace, set_width, width_space
@@ -138,6 +138,14 @@ class Augmentations:
             )
             self._now = (key, made)
         return self._now[1]
+
+    def judged(self, trainer: Trainer) -> nn.Module:
+        """The net to score while training: the one to judge, with statistics of its own where no update has any."""
+        if self._now is None or NUM_AUGMENTED[self._now[1].task.mode]:
+            return trainer.best
+        net = copy.deepcopy(trainer.best)  # `single` trains no base net
+        calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
+        return net
 
     def close(self) -> None:
         """Let go of the optimizer."""

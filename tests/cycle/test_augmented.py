@@ -167,6 +167,14 @@ def test_the_plan_survives_json():
     assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+def test_a_base_that_no_update_runs_is_scored_with_statistics_of_its_own(tmp_path):
+    """In mode `single` the base's own would be those of whatever was drawn."""
+    plan = two_rounds((("bottleneck",),), augment="single", exit="choose")
+    result = run(tmp_path / "run", "choose", plan=plan)
+    left = next(r for r in result.history if r["phase"] == "settle" and r["update"] == 17)  # the fuse comes after it
+    assert left["val_top1"] == result.rounds[0]["top1"]["base"]
+
+
 def test_the_widest_net_is_judged_with_statistics_of_its_own(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
