@@ -72,7 +72,7 @@ class Shrunk:
     Attributes:
         space: What is left.
         steps: For each iteration the choices that were dropped, the size that was left, and every choice's score.
-        updates: Spent after the first stage.
+        updates: Spent after the first stage: the same for all drivers.
         rebased_at: The iteration at which the initial weights were replaced, or None.
     """
 
@@ -162,6 +162,19 @@ def shrink(
     steps: list[dict[str, Any]] = []
     rebased_at: int | None = None
     gone = 0
+
+    def stage(start: int) -> int:
+        return train_supernet(
+            model,
+            feed,
+            epochs=plan.later_epochs,
+            config=config,
+            space=WidthSpace(choices, space.factor, space.diversity, space.divisor),
+            seed=seed,
+            start=start,
+            after_update=after_update,
+        )
+
     while _size(choices) > plan.stop_size and len(steps) < plan.max_iterations:
         iteration = len(steps)
         table = supernet_table(base, model, space, input_size=feed.input_size)
@@ -184,16 +197,12 @@ def shrink(
         )
         if plan.rebase_after is not None and rebased_at is None and gone + plan.drop > plan.rebase_after:
             base, rebased_at = copy.deepcopy(model), iteration
-        update = train_supernet(
-            model,
-            feed,
-            epochs=plan.later_epochs,
-            config=config,
-            space=WidthSpace(choices, space.factor, space.diversity, space.divisor),
-            seed=seed,
-            start=update,
-            after_update=after_update,
-        )
+        update = stage(update)
+    # Drivers reach the stop at different iterations: what is left of the longest possible run is trained too, so that
+    # all of them spend the same.
+    longest = -(-(sum(map(len, space.choices.values())) - len(space.choices)) // plan.drop)
+    for _ in range(len(steps), min(longest, plan.max_iterations)):
+        update = stage(update)
     left = WidthSpace(choices, space.factor, space.diversity, space.divisor)
     return Shrunk(left, steps, update - first, rebased_at)
 

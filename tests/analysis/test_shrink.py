@@ -52,7 +52,7 @@ def test_loop_drops_until_the_space_is_small(stage, driver):
     trained = copy.deepcopy(model)
     found = shrink(init, trained, space, feed, driver=driver, plan=PLAN, config=TrainConfig(lr=0.1))
     assert found.space.size == 2**5 and [step["size"] for step in found.steps] == [2**7, 2**5]
-    assert found.updates == 2 * round(0.1 * feed.train.updates_per_epoch) and found.rebased_at is None
+    assert found.updates == 5 * round(0.1 * feed.train.updates_per_epoch) and found.rebased_at is None
     assert all(len(step["dropped"]) == 2 for step in found.steps)
     found.space.check(trained)
     again = shrink(init, copy.deepcopy(model), space, feed, driver=driver, plan=PLAN, config=TrainConfig(lr=0.1))
