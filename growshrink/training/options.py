@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,12 @@ OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
 @dataclass(kw_only=True)
 class Options(RunOptions, TrainOptions, DataOptions):
     """All of them."""
+
+    @staticmethod
+    def of(args: Any, **values: Any) -> Options:
+        """The options that `args`, a program's own dataclass, has by the same names; `values` go before."""
+        known = {field.name for field in fields(Options)}
+        return Options(**{**{name: value for name, value in vars(args).items() if name in known}, **values})
 
     def claim(self, prefix: str = "") -> RunFolder:
         """The folder of the run, `prefix` before its name by default; claimed before anything else is done."""
