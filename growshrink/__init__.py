@@ -9,6 +9,10 @@ from growshrink.activations import VanishingReLU as VanishingReLU
 from growshrink.activations import get_lambda as get_lambda
 from growshrink.activations import set_lambda as set_lambda
 from growshrink.algebra import ConvMap as ConvMap
+from growshrink.analysis import AngleTable as AngleTable
+from growshrink.analysis import angle as angle
+from growshrink.analysis import random_prune as random_prune
+from growshrink.analysis import rank as rank
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
 from growshrink.closed_loop import ClosedLoop as ClosedLoop
@@ -27,6 +31,7 @@ from growshrink.depth import merge_report as merge_report
 from growshrink.depth import merge_runs as merge_runs
 from growshrink.depth import nonaffine_modules as nonaffine_modules
 from growshrink.errors import AlgebraError as AlgebraError
+from growshrink.errors import AnalysisError as AnalysisError
 from growshrink.errors import DropError as DropError
 from growshrink.errors import EquivalenceError as EquivalenceError
 from growshrink.errors import FuseError as FuseError

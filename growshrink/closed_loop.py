@@ -18,7 +18,8 @@ class ClosedLoop:
 
     * while :math:`s \le (1 + tolerance) \, r`, lam falls by `1 / fall` at every update;
     * otherwise it waits for training to catch up;
-    * it is never above the straight line that ends at exactly 0 at `deadline` and falls by `1 / (deadline * final)`.
+    * it is never above the straight line that ends at exactly 0 at `deadline` and falls by
+      `1 / ((deadline - hold) * final)`.
 
     So lam never rises, and is exactly 0.0 from `deadline` on, whatever the signal does (a signal that is not finite
     makes it wait). Where a fixed schedule spends the same time on every value of lam, this one spends it where the net
@@ -31,7 +32,7 @@ class ClosedLoop:
             `deadline`.
         tolerance: How far the signal may be above its lowest, relatively.
         smoothing: Weight of the past in the smoothed signal, in [0, 1).
-        final: Share of the deadline that the steepest way down takes.
+        final: Share of what is between `hold` and `deadline` that the steepest way down takes.
         every: Updates between two looks at the signal: what is observed stays on its device until then.
 
     Raises:
@@ -67,7 +68,7 @@ class ClosedLoop:
         if not 0.0 <= smoothing < 1.0:
             raise PlanError(f"{smoothing=}: must lie in [0, 1).")
         if not 0.0 < final <= 1.0:
-            raise PlanError(f"{final=}: a share of the deadline, must lie in (0, 1].")
+            raise PlanError(f"{final=}: a share, must lie in (0, 1].")
         self.deadline = deadline
         self.hold = hold
         self.fall = fall
@@ -89,7 +90,8 @@ class ClosedLoop:
             first = max(self._update, self.hold)
             if self._falling and update > first:
                 self._lam = max(0.0, self._lam - (update - first) / self.fall)
-            self._lam = min(self._lam, max(0.0, (self.deadline - update) / (self.deadline * self.final)))
+            steepest = (self.deadline - update) / ((self.deadline - self.hold) * self.final)
+            self._lam = min(self._lam, max(0.0, steepest))
             self._update = update
         return self._lam
 

@@ -70,3 +70,7 @@ class PlanError(GrowShrinkError):
 
 class RunError(GrowShrinkError):
     """A training run cannot start, go on, or be resumed."""
+
+
+class AnalysisError(GrowShrinkError):
+    """A ranking, a pruning or a statistic is asked of data that cannot answer it."""

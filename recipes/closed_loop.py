@@ -12,10 +12,9 @@ Leaves runs/NAME/ with report.md, report.json, lam.png and run.json.
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
@@ -25,42 +24,27 @@ from scipy.stats import t as student
 
 import growshrink as gs
 from growshrink.cycle.result import versions
-from growshrink.errors import PlanError, RunError, near
-from growshrink.training import Augment, MemoryFeed, RunFolder, TrainConfig, evaluate, fit, load_data
+from growshrink.errors import RunError, near
+from growshrink.training import evaluate, fit
 from growshrink.training.checkpoints import write_atomic
+from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.folder import write_json
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(ComparisonOptions):
     """Options of closed_loop."""
 
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
-    """Where the data set lies (digits need none)."""
     model: str = "reducenet20_x2"
     """A net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
-    width: float = 0.5
-    """Multiplier of its channels."""
-    epochs: float = 30.0
-    """Of each training."""
+    model_kwargs: tuple[str, ...] = ("width=0.5",)
+    """KEY=VALUE arguments for timm.create_model."""
     deadline: float = 0.7
     """Share of the training after which lam is 0, for both."""
     tolerance: float = 0.05
     """Of the closed loop: how far the smoothed loss may be above its lowest, relatively."""
-    batch_size: int = 64
-    """Images per update."""
-    lr: float = 0.1
-    """Peak learning rate."""
     seeds: int = 5
     """How many pairs; at least 2."""
-    threads: int = 1
-    """Of torch."""
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-MODEL-closed-loop, numbered if taken."""
-    quiet: bool = False
-    """No progress bars."""
 
 
 class RecordedLoop(gs.ClosedLoop):
@@ -79,16 +63,13 @@ class RecordedLoop(gs.ClosedLoop):
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    if args.seeds < 2 or args.epochs <= 0 or not 0 < args.deadline < 1:
-        raise PlanError("--seeds must be at least 2, --epochs above 0, and --deadline between 0 and 1.")
+    args.check(least_seeds=2, deadline=args.deadline)
     known = timm.list_models(["reducenet*_x*", "vanillanet*_x*"])
     if args.model not in known:
         raise RunError(f"--model {args.model}: no net that is grown at birth{near(args.model, known)}")
     torch.set_num_threads(args.threads)
-    name = f"{Path(args.data).resolve().name}-{args.model}-closed-loop"
-    with RunFolder.claim(args.out) if args.out else RunFolder.claim_next(Path("runs"), name) as folder:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
-        record = {"command": shlex.join(["python", *sys.argv]), "options": options, "versions": versions()}
+    with args.claim("closed-loop") as folder:
+        record = {**args.record(), "versions": versions()}
         folder.write_marker("running", record)
         print(run(args, folder.path))
         folder.write_marker("finished", record)
@@ -99,20 +80,16 @@ def run(args: Args, path: Path) -> str:
     top1: dict[str, list[float]] = {"cosine": [], "closed loop": []}
     curves: list[dict[int, float]] = []
     for seed in range(args.seeds):
-        data = load_data(args.data, args.data_dir, seed=seed, progress=not args.quiet)
-        augment = Augment(crop=data.input_size[1] // 8, flip=args.data != "digits")
-        feed = MemoryFeed.of(data, batch_size=args.batch_size, augment=augment, seed=seed)
-        updates = max(1, round(args.epochs * feed.train.updates_per_epoch))
+        feed = args.seed_feed(seed)
+        updates = args.updates_of(args.epochs, feed)
         zero_at = max(1, round(args.deadline * updates))
         loop = RecordedLoop(zero_at, tolerance=args.tolerance)
         for name, lam in (("cosine", gs.schedules.cosine(1.0, 0.0, steps=zero_at)), ("closed loop", loop)):
             torch.manual_seed(seed)
             net = fit(
-                timm.create_model(
-                    args.model, num_classes=len(feed.classes), in_chans=feed.input_size[0], width=args.width
-                ),
+                args.make_model(feed)[0],
                 feed.train,
-                TrainConfig(lr=args.lr, ema_decay=0.0),
+                args.train_config(),
                 updates=updates,
                 lam=lam,
                 label=f"seed {seed}: {name}",

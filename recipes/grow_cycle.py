@@ -21,7 +21,7 @@ import torch
 import tyro
 
 import growshrink as gs
-from growshrink.cycle.plan import DISTIL, EXITS
+from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
 from growshrink.supernet.passes import MODES
 from growshrink.training.folder import read_json
@@ -51,6 +51,8 @@ class Args(Options):
     """Share of a round in which lam falls to 0."""
     settle: float = 0.08
     """Share of a round at lam = 0 before the fuse (at least 50 updates). The rest is trained at plain cost."""
+    control: Annotated[str, tyro.conf.arg(metavar="|".join(CONTROLS))] = "schedule"
+    """How lam falls: by a schedule, or in a closed_loop as fast as the training loss allows, in the same time."""
     augment: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *MODES)))] = "none"
     """Sample the middle widths while the net is grown (NetAug), in one of these ways; none trains at full width."""
     alpha: float | None = None
@@ -119,6 +121,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
             hold=args.hold,
             vanish=args.vanish,
             settle=args.settle,
+            control=args.control,
             augment=args.augment,
             alpha=args.alpha,
             inplace_distil=args.inplace_distil,

@@ -16,12 +16,11 @@ matrix), one_layer.safetensors (the matrix) and run.json.
 from __future__ import annotations
 
 import copy
-import shlex
 import statistics
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import timm
@@ -35,8 +34,9 @@ import growshrink as gs
 from growshrink.activations import VanishingReLU, vanishing
 from growshrink.cycle.result import versions
 from growshrink.errors import PlanError, RunError, near
-from growshrink.training import NO_AUGMENT, MemoryFeed, RunFolder, TrainConfig, evaluate, fit, load_data
+from growshrink.training import MemoryFeed, evaluate, fit
 from growshrink.training.checkpoints import write_atomic
+from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.feed import SplitBatches
 from growshrink.training.folder import write_json
 
@@ -55,33 +55,19 @@ class InplaceBug(VanishingReLU):
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(ComparisonOptions):
     """Options of one_layer."""
 
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
-    """Where the data set lies (digits need none)."""
     model: str = "reducenet20_x2"
     """A ReduceNet that is grown at birth: reducenet20_x1, _x2, ..."""
-    width: float = 1.0
-    """Multiplier of its channels."""
     epochs: float = 40.0
     """Of each net."""
     vanish: float = 0.6
     """Share of the training after which lam is 0."""
-    batch_size: int = 64
-    """Images per update."""
-    lr: float = 0.1
-    """Peak learning rate."""
-    seeds: int = 1
-    """How many times to train everything."""
-    threads: int = 1
-    """Of torch."""
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-one-layer, numbered if taken."""
-    quiet: bool = False
-    """No progress bars."""
+    crop: int | None = 0
+    """None here: nets and classifiers are to see the same pixels."""
+    flip: bool | None = False
+    """None here either."""
 
 
 @dataclass
@@ -96,16 +82,15 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    if args.seeds < 1 or args.epochs <= 0 or not 0 < args.vanish < 1:
-        raise PlanError("--seeds and --epochs must be above 0, and --vanish between 0 and 1.")
+    args.check(vanish=args.vanish)
+    if args.crop or args.flip or args.cutout or args.stream:
+        raise PlanError("--crop, --flip, --cutout and --stream: not here, nets and classifiers see the same pixels.")
     born_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
     if args.model not in born_grown:
         raise RunError(f"--model {args.model}: no ReduceNet that is grown at birth{near(args.model, born_grown)}")
     torch.set_num_threads(args.threads)
-    name = f"{Path(args.data).resolve().name}-one-layer"
-    with RunFolder.claim(args.out) if args.out else RunFolder.claim_next(Path("runs"), name) as folder:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
-        record = {"command": shlex.join(["python", *sys.argv]), "options": options, "versions": versions()}
+    with args.claim("one-layer") as folder:
+        record = {**args.record(), "versions": versions()}
         folder.write_marker("running", record)
         print(run(args, folder.path))
         folder.write_marker("finished", record)
@@ -118,9 +103,8 @@ def run(args: Args, path: Path) -> str:
     pictures: dict[str, nn.Sequential] = {}
     collapse_error = 0.0
     for seed in range(args.seeds):
-        data = load_data(args.data, args.data_dir, seed=seed, progress=not args.quiet)
-        # No augmentation: nets and classifiers are to see the same pixels.
-        feed = MemoryFeed.of(data, batch_size=args.batch_size, augment=NO_AUGMENT, seed=seed)
+        feed = args.seed_feed(seed)
+        assert isinstance(feed, MemoryFeed)
         found = {name: train(args, name, feed, seed) for name in (LINEAR, BUGGY, DEFAULT)}
         exact = copy.deepcopy(found[LINEAR]).double()
         error = gs.compare(exact, gs.collapse(exact, feed.input_size), input_size=feed.input_size).max_rel
@@ -148,18 +132,16 @@ def run(args: Args, path: Path) -> str:
 def train(args: Args, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
     """One of the three nets, trained, and fused where that is possible."""
     torch.manual_seed(seed)
-    size, classes = feed.input_size, len(feed.classes)
-    net = timm.create_model(args.model, num_classes=classes, in_chans=size[0], width=args.width, linear=name != DEFAULT)
+    net, _ = replace(args, model_kwargs=(*args.model_kwargs, f"linear={name != DEFAULT}")).make_model(feed)
     if name == BUGGY:
         for place, _ in list(vanishing(net)):
             net.set_submodule(place, InplaceBug())
         net.set_submodule("stem.act", InplaceBug())  # the article's stem had one too
-    updates = max(1, round(args.epochs * feed.train.updates_per_epoch))
+    updates = args.updates_of(args.epochs, feed)
     lam = gs.schedules.hold_then_vanish(hold=updates // 5, vanish=round(args.vanish * updates) - updates // 5)
-    config = TrainConfig(lr=args.lr, ema_decay=0.0)
-    progress = not args.quiet
-    net = fit(net, feed.train, config, updates=updates, lam=lam, label=f"seed {seed}: {name}", progress=progress)
-    return net if name == BUGGY else gs.fuse(net, input_size=size)
+    label, progress = f"seed {seed}: {name}", not args.quiet
+    net = fit(net, feed.train, args.train_config(), updates=updates, lam=lam, label=label, progress=progress)
+    return net if name == BUGGY else gs.fuse(net, input_size=feed.input_size)
 
 
 def fit_directly(feed: MemoryFeed) -> dict[str, nn.Module]:

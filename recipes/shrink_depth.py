@@ -16,11 +16,10 @@ Leaves runs/NAME/ with report.md (read this), report.json, pareto.png, merged-N.
 from __future__ import annotations
 
 import copy
-import shlex
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,29 +33,24 @@ from torch import nn
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.cycle.result import versions
-from growshrink.depth.knob import depth_frontier, plan_depth, segment_harms
-from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
+from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan_depth, segment_harms
+from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
-from growshrink.training import Augment, MemoryFeed, RunFolder, TrainConfig, evaluate, fit, load_data
+from growshrink.training import Feed, evaluate, fit
 from growshrink.training.checkpoints import write_atomic
+from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.data import CACHE
 from growshrink.training.folder import write_json
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(ComparisonOptions):
     """Options of shrink_depth."""
 
-    data: str = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
-    """Where the data set lies (digits need none)."""
     model: str = "reducenet20"
     """A plain ReduceNet: reducenet20, 32, 44, 56, 110, 18 or 34."""
-    width: float = 1.0
-    """Multiplier of its channels."""
     targets: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5)
     """Latencies to reach, as shares of the net's own."""
     latency_batch: int = 1
@@ -66,29 +60,15 @@ class Args:
     epochs: float = 30.0
     """Of the net that all cuts start from."""
     shrink_epochs: float = 20.0
-    """Of the training in which activations vanish; lam is 0 for the last --settle of it."""
+    """Of the training in which activations vanish; lam is 0 from the share --vanish of it on. From half of --lr."""
     vanish: float = 0.5
     """Share of the shrinking after which lam is 0."""
     schedule: Annotated[Literal["cosine", "closed-loop"], tyro.conf.arg(metavar="cosine|closed-loop")] = "cosine"
     """How lam falls."""
-    batch_size: int = 64
-    """Images per update."""
-    lr: float = 0.1
-    """Peak learning rate; shrinking starts again at half of it."""
-    weight_decay: float = 5e-4
-    """Not applied to norms and biases."""
-    seeds: int = 1
-    """Runs to repeat everything but the choice of cuts with."""
-    threads: int = 1
-    """Of torch, for training and latency alike."""
     rounds: int = 200
     """Turns every net takes when latencies are measured."""
     fresh: bool = False
     """Measure latencies even where this machine has been measured before, and do not keep them."""
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-MODEL-depth, numbered if taken."""
-    quiet: bool = False
-    """No progress bars."""
 
 
 @dataclass
@@ -98,8 +78,9 @@ class Row:
     name: str
     cut: Cut
     predicted_ms: float
-    ms: float = 0.0
-    share: float = 1.0  # of the time of the net as it is, measured in the same turns
+    ms: float
+    share: float  # of the time of the net as it is, measured in the same turns
+    error: float  # of the predicted share, relatively
     macs: int = 0
     knob: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)
@@ -107,16 +88,15 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    if args.seeds < 1 or args.epochs <= 0 or args.shrink_epochs <= 0 or not 0 < args.vanish < 1:
-        raise PlanError("--seeds, --epochs and --shrink-epochs must be above 0, and --vanish between 0 and 1.")
+    args.check(vanish=args.vanish)
+    if not args.shrink_epochs > 0:
+        raise PlanError(f"--shrink-epochs {args.shrink_epochs:g}: must be above 0.")
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if args.model not in plain:
         raise RunError(f"--model {args.model}: not a plain ReduceNet{near(args.model, plain)}")
     torch.set_num_threads(args.threads)
-    name = f"{Path(args.data).resolve().name}-{args.model}-depth"
-    with RunFolder.claim(args.out) if args.out else RunFolder.claim_next(Path("runs"), name) as folder:
-        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(args).items()}
-        record = {"command": shlex.join(["python", *sys.argv]), "options": options, "versions": versions()}
+    with args.claim("depth") as folder:
+        record = {**args.record(), "versions": versions()}
         folder.write_marker("running", record)
         rows, latencies = run(args, folder.path)
         write_report(args, folder.path, rows, latencies)
@@ -130,23 +110,23 @@ def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
     latencies: Latencies | None = None
     for seed in range(args.seeds):
         torch.manual_seed(seed)
-        feed = make_feed(args, seed)
+        feed = args.seed_feed(seed)
         size, say = feed.input_size, partial(tell, not args.quiet)
-        model = make_model(args, feed)
-        first, more = updates_of(args.epochs, feed), updates_of(args.shrink_epochs, feed)
-        config = TrainConfig(lr=args.lr, weight_decay=args.weight_decay, ema_decay=0.0)
-        again = TrainConfig(lr=args.lr / 2, weight_decay=args.weight_decay, ema_decay=0.0)
+        model, _ = args.make_model(feed)
+        first, more = args.updates_of(args.epochs, feed), args.updates_of(args.shrink_epochs, feed)
+        config = args.train_config()
+        again = replace(config, lr=config.lr / 2)
         train = partial(fit, batches=feed.train, progress=not args.quiet)
-        train(model, config=config, updates=first, label=f"seed {seed}: the net")
+        model = train(model, config=config, updates=first, label=f"seed {seed}: the net")
         say(f"seed {seed}: the trained net, test top-1 {evaluate(model, feed.test).top1:.2f} %")
         spent = first * training_macs(model, size)
         if latencies is None:
             latencies, rows = choose(args, model, feed)
         for number, row in enumerate(rows):
-            shrunk = vanish_cut(model, row.cut)
+            shrunk: nn.Module = vanish_cut(model, row.cut)
             cost = spent + more * training_macs(shrunk, size)
             lam = schedule_of(args, more) if row.cut != uncut(model) else gs.schedules.constant(0.0)
-            train(shrunk, config=again, updates=more, lam=lam, label=f"seed {seed}: {row.name}")
+            shrunk = train(shrunk, config=again, updates=more, lam=lam, label=f"seed {seed}: {row.name}")
             exact = copy.deepcopy(shrunk).double().eval()
             gs.assert_equivalent(exact, merge_cut(exact, row.cut, input_size=size), input_size=size)
             merged = merge_cut(shrunk, row.cut, input_size=size)
@@ -157,16 +137,16 @@ def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
                     {k: v.contiguous() for k, v in merged.state_dict().items()}, path / f"merged-{number}.safetensors"
                 )
             torch.manual_seed(seed)
-            plain = plain_at_depth(model, row.cut)
+            plain: nn.Module = plain_at_depth(model, row.cut)
             same_cost = round(cost / training_macs(plain, size))
-            train(plain, config=config, updates=same_cost, label=f"seed {seed}: {row.name}, plainly")
+            plain = train(plain, config=config, updates=same_cost, label=f"seed {seed}: {row.name}, plainly")
             row.plain.append(evaluate(plain, feed.test).top1)
             say(f"seed {seed}: {row.name}: test top-1 {row.knob[-1]:.2f} %, trained plainly {row.plain[-1]:.2f} %")
     assert latencies is not None
     return rows, latencies
 
 
-def choose(args: Args, model: nn.Module, feed: MemoryFeed) -> tuple[Latencies, list[Row]]:
+def choose(args: Args, model: nn.Module, feed: Feed) -> tuple[Latencies, list[Row]]:
     """The latency table, and a cut for every target that can be met (the net as it is comes first)."""
     latencies = measure_latencies(
         model,
@@ -181,39 +161,24 @@ def choose(args: Args, model: nn.Module, feed: MemoryFeed) -> tuple[Latencies, l
     batches = [feed.train.batch(update)[0] for update in range(20)]
     loss: Callable[[nn.Module], float] = lambda net: evaluate(net, feed.val).loss  # noqa: E731
     harms = segment_harms(model, batches, loss, longest=args.longest, progress=not args.quiet)
-    rows = [Row("nothing merged", uncut(model), latencies.net_ms)]
-    fastest = depth_frontier(latencies, harms)[0]
+    frontier = depth_frontier(latencies, harms)
+    plans = [DepthPlan(uncut(model), latencies.net_ms, 0.0)]
     for share in sorted(args.targets, reverse=True):
         try:
             plan = plan_depth(latencies, harms, target_ms=share * latencies.net_ms)
         except PlanError:
+            plan = frontier[0]
             tell(
                 not args.quiet,
-                f"no cut takes {share:.2f} of the time; the fastest: {fastest.ms / latencies.net_ms:.2f}",
+                f"no cut takes {share:.2f} of the time; the fastest: {plan.ms / latencies.net_ms:.2f}",
             )
-            plan = fastest
-        if plan.cut not in [row.cut for row in rows]:
-            rows.append(Row(str(plan), plan.cut, plan.ms))
-    cuts = [row.cut for row in rows]
-    # Latency does not depend on the weights: what turns out slower than the net is not worth any training.
-    net_ms, times = measure_cuts(model, cuts, feed.input_size, batch_size=args.latency_batch, rounds=args.rounds)
-    for row, ms in zip(rows, times, strict=True):
-        row.ms, row.share = ms, ms / net_ms
-        if row.share > 1 and row is not rows[0]:
-            tell(not args.quiet, f"{row.name}: predicted {row.predicted_ms:.3f} ms, measured {ms:.3f} ms: left out")
-    return latencies, [row for row in rows if row.share <= 1 or row is rows[0]]
-
-
-def make_feed(args: Args, seed: int) -> MemoryFeed:
-    """Batches of the data set."""
-    data = load_data(args.data, args.data_dir, seed=seed, progress=not args.quiet)
-    augment = Augment(crop=data.input_size[1] // 8, flip=args.data != "digits")
-    return MemoryFeed.of(data, batch_size=args.batch_size, augment=augment, seed=seed)
-
-
-def make_model(args: Args, feed: MemoryFeed) -> nn.Module:
-    """A fresh net."""
-    return timm.create_model(args.model, num_classes=len(feed.classes), in_chans=feed.input_size[0], width=args.width)
+        if plan.cut not in [known.cut for known in plans]:
+            plans.append(plan)
+    options: dict[str, Any] = {"batch_size": args.latency_batch, "rounds": args.rounds}
+    measured = measure_plans(model, plans, latencies, feed.input_size, **options)
+    if slower := [str(plan) for plan in plans if plan not in [m.plan for m in measured]]:
+        tell(not args.quiet, f"measured slower than the net, and left out: {', '.join(slower)}")
+    return latencies, [Row(str(m.plan), m.plan.cut, m.plan.ms, m.ms, m.share, m.error) for m in measured]
 
 
 def schedule_of(args: Args, updates: int) -> Schedule:
@@ -222,11 +187,6 @@ def schedule_of(args: Args, updates: int) -> Schedule:
     if args.schedule == "cosine":
         return gs.schedules.hold_then_vanish(hold=0, vanish=zero_at)
     return gs.ClosedLoop(zero_at)
-
-
-def updates_of(epochs: float, feed: MemoryFeed) -> int:
-    """Updates in so many epochs."""
-    return max(1, round(epochs * feed.train.updates_per_epoch))
 
 
 def tell(aloud: bool, text: str) -> None:
@@ -257,7 +217,7 @@ def spread(values: list[float]) -> str:
 
 def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) -> None:
     """report.md, report.json, pareto.png."""
-    errors = [abs(row.predicted_ms / latencies.net_ms / row.share - 1) for row in rows]
+    errors = [abs(row.error) for row in rows]
     report: dict[str, Any] = {
         "hardware": latencies.hardware,
         "worst_prediction_error": max(errors),

@@ -29,6 +29,15 @@ def test_every_call_is_warm_before_it_is_timed():
     assert all(b - a >= 2 for a, b in zip(changes, changes[1:], strict=False))  # one untimed, and those timed
 
 
+def test_waiting_for_a_core_can_be_left_out():
+    def work():
+        time.sleep(0.002)
+        sum(range(1000))
+
+    assert in_turns({"work": work}, rounds=5)["work"] >= 2.0
+    assert in_turns({"work": work}, rounds=5, own_thread=True)["work"] < 1.0
+
+
 def test_machine():
     about = machine()
     assert about["processor"] and about["cores"] >= 1 and about["threads"] >= 1

@@ -20,6 +20,7 @@ from growshrink.supernet.passes import MODES
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
+CONTROLS = ("schedule", "closed_loop")
 EXITS = ("fuse", "drop", "choose")
 DISTIL = ("none", "peak", "previous")
 #: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
@@ -42,6 +43,8 @@ class RoundPlan:
         vanish: Share of the round in which lam falls to 0.
         settle: Share of the round at lam = 0 before fusing; at least 50 updates whatever the share.
             What is left of the round is the tail, trained on the plain net at plain cost.
+        control: How lam falls: by a "schedule", or in a "closed_loop" as fast as the training loss allows (see
+            `ClosedLoop`), 0 after hold + vanish in either case.
         augment: How middle widths are sampled while the net is grown (NetAug): a mode of `NetAugTask` ("netaug",
             "lazy", "suffix", "single", "sandwich"), or "none" for training at full width.
         alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
@@ -63,6 +66,7 @@ class RoundPlan:
     hold: float = 0.20
     vanish: float = 0.15
     settle: float = 0.08
+    control: str = "schedule"
     augment: str = "none"
     alpha: float | None = None
     inplace_distil: float | None = None
@@ -89,6 +93,10 @@ class RoundPlan:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
         self._check_augment()
+        if self.control not in CONTROLS:
+            raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
+        if self.control == "closed_loop" and self.augment != "none":
+            raise PlanError("control='closed_loop': listens to plain training, not to sampled widths (augment).")
         for name in ("hold",) if self.exit == "drop" else ("hold", "vanish"):
             if getattr(self, name) == 0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be above 0.")

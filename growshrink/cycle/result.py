@@ -328,7 +328,10 @@ def _draw_curves(result: CycleResult) -> bool:
     schedule.plot(every, [timeline.learning_rate(update) for update in every], color="C2", label="learning rate / peak")
     for number in sorted({s.round for s in timeline.segments if s.grown}):
         own = [update for s in timeline.segments if s.round == number and s.grown for update in range(s.start, s.stop)]
-        schedule.plot(own, list(map(timeline.lam, own)), color="C3", label="lam" if number == 1 else None)
+        lams = dict(zip(own, map(timeline.lam, own), strict=True))
+        if timeline.plan.rounds[number - 1].control == "closed_loop":  # what lam was is in the rows alone
+            lams = {row["update"] - 1: row["lam"] for row in rows if row["round"] == number and row["lam"] is not None}
+        schedule.plot(list(lams), list(lams.values()), color="C3", label="lam" if number == 1 else None)
     schedule.set_ylabel("lam, learning rate")
 
     cost.plot([0, *updates], [0, *(row["training_macs"] for row in rows)], color="C4", label="this run")

@@ -16,6 +16,7 @@ from torch import nn
 
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
+from growshrink.cycle.control import LamControl
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
@@ -30,6 +31,7 @@ from growshrink.training.data import DataSet
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.training.folder import RunFolder
+from growshrink.training.listening import ListeningTrainer
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
 from growshrink.transforms import growth_report
 
@@ -122,6 +124,7 @@ class _Run:
         self.size = feed.input_size
         self._augmentations = Augmentations(timeline, feed.input_size)
         self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
+        self.lam = LamControl(timeline)
         self.trainer = self._make_trainer(self.initial)
         self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
 
@@ -182,7 +185,7 @@ class _Run:
                 self.trainer.train(
                     stop,
                     learning_rate=self.timeline.learning_rate,
-                    lam=self.timeline.lam,
+                    lam=self.lam,
                     teacher=self._teacher_of(segment),
                     task=augmentation.task if augmentation else None,
                     after_update=self.journal.updated,
@@ -326,7 +329,7 @@ class _Run:
             "val_top1": score.top1,
             "val_loss": score.loss,
             "lr": self.config.lr * self.timeline.learning_rate(last),
-            "lam": self.timeline.lam(last) if grown_modules(self.trainer.model) else None,
+            "lam": self.lam(last) if grown_modules(self.trainer.model) else None,
             "training_macs": self.state.macs_spent,
             "images_per_second": (self.trainer.update - start) * self.feed.train.batch_size / seconds,
             "seconds": self.state.seconds,
@@ -337,6 +340,7 @@ class _Run:
     # ---- checkpoints
 
     def _checkpoint(self, next_segment: int) -> None:
+        self.state.lam = self.lam.state_dict()
         save_run(self.folder.path, next_segment, self.state, self.trainer, self.teacher)
 
     def _restore(self) -> int:
@@ -355,6 +359,7 @@ class _Run:
 
     def _take_over(self, saved: Mapping[str, Any]) -> None:
         self.state = RunState(**saved["run"])
+        self.lam.load_state_dict(self.state.lam)
         self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
         self.trainer.update = saved["update"]
         self.trainer.model.load_state_dict(saved["model"])
@@ -368,7 +373,9 @@ class _Run:
         set_random_state(saved["random"])
 
     def _make_trainer(self, model: nn.Module) -> Trainer:
-        return Trainer(self._placed(copy.deepcopy(model)), self.config, self.feed.train)
+        trainer = ListeningTrainer(self._placed(copy.deepcopy(model)), self.config, self.feed.train)
+        trainer.listener = self.lam.observe
+        return trainer
 
     def _placed(self, model: nn.Module) -> nn.Module:
         return model.to(self.device).to(memory_format=torch.channels_last)

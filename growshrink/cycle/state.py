@@ -23,6 +23,7 @@ class RunState:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     macs_spent: int = 0
     seconds: float = 0.0
+    lam: dict[str, Any] = field(default_factory=dict)  # of a LamControl
     teacher_log: int | None = None  # entries of the log that make the teacher's structure; None: no teacher
 
 

@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from growshrink.compare import EXACT_FLOAT64, random_images
 from growshrink.dataflow import InputSize, trace
 
+#: A net is probed with values of the size it was given, and if that shows nothing with values so much larger: a bias
+#: that keeps an activation on one side, or its own bounds, are then left behind.
+SCALES = (1.0, 1e6)
+
 
 @torch.no_grad()
 def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, seed: int = 0) -> float:
@@ -26,7 +30,8 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
 
     .. math:: \max |f(a) + f(b) - f(a + b) - f(0)| \; / \; \max |f(a) - f(0)|
 
-    Computed on a copy, in eval mode and float64, with every lam as it is, for random images a and b.
+    Computed on a copy, in eval mode and float64, with every lam as it is, for random images a and b, and if these show
+    nothing for images a million times as large: an activation that a bias keeps on one side is found too.
 
     Args:
         model: Any module that takes one image batch.
@@ -87,15 +92,24 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
 
 
 def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> float:
-    """The affinity defect of a call, probed at the scale of the arguments it was given."""
+    """The affinity defect of a call, at the first of the scales that shows one."""
+    defect = 0.0
+    for scale in SCALES:
+        defect = _defect_at(scale, call, args, kwargs, seed)
+        if not defect <= EXACT_FLOAT64:
+            break
+    return defect
+
+
+def _defect_at(scale: float, call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> float:
+    """The affinity defect of a call, probed with noise `scale` times as large as the arguments it was given."""
     generator = torch.Generator().manual_seed(seed)
 
     def noise(value: Any) -> Any:
         if not _is_floating(value):
             return value
-        return float(value.abs().max().clamp_min(1.0)) * torch.randn(
-            value.shape, generator=generator, dtype=value.dtype
-        )
+        size = scale * float(value.abs().max().clamp_min(1.0))
+        return size * torch.randn(value.shape, generator=generator, dtype=value.dtype)
 
     def outputs(values: Any) -> list[Tensor]:
         args, kwargs = values
@@ -107,10 +121,10 @@ def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> floa
     worst = 0.0
     for a, b, ab, nothing in zip(*map(outputs, (first, second, both, zero)), strict=True):
         gap = float((a + b - ab - nothing).abs().max())
-        scale = float((a - nothing).abs().max())
-        if gap != gap or scale != scale:
+        reach = float((a - nothing).abs().max())
+        if gap != gap or reach != reach:
             return float("nan")
-        worst = max(worst, gap / scale if scale > 0 else float("inf") if gap > 0 else 0.0)
+        worst = max(worst, gap / reach if reach > 0 else float("inf") if gap > 0 else 0.0)
     return worst
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from growshrink.activations import set_lambda
-from growshrink.depth.latency import Latencies
+from growshrink.dataflow import InputSize
+from growshrink.depth.latency import Latencies, measure_cuts
 from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
 from growshrink.errors import PlanError
 from growshrink.training.calibrate import calibrate_bn
@@ -44,6 +45,23 @@ class DepthPlan:
     def __str__(self) -> str:
         """What becomes one convolution."""
         return " ".join(str(segment) for segment in self.cut if segment.length > 1) or "nothing merged"
+
+
+@dataclass(frozen=True)
+class MeasuredPlan:
+    """A plan, and what the clock says of it.
+
+    Attributes:
+        plan: The plan.
+        ms: Measured latency of the merged net.
+        share: The same over that of the net as it is, measured in the same turns.
+        error: Of the predicted share, relatively.
+    """
+
+    plan: DepthPlan
+    ms: float
+    share: float
+    error: float
 
 
 def segment_harms(
@@ -119,6 +137,37 @@ def plan_depth(latencies: Latencies, harms: Mapping[Segment, float], *, target_m
             f"net as it is {latencies.net_ms:.3f} ms."
         )
     return fitting[-1]
+
+
+def measure_plans(
+    model: nn.Module,
+    plans: Sequence[DepthPlan],
+    latencies: Latencies,
+    input_size: InputSize,
+    *,
+    batch_size: int = 1,
+    rounds: int = 200,
+) -> list[MeasuredPlan]:
+    """Time the nets that plans lead to; those that turn out slower than the net as it is are left out.
+
+    (The plan that merges nothing is that net, and stays.)
+
+    Latency does not depend on the weights, so this comes before any training.
+
+    Args:
+        model: The plain ReduceNet.
+        plans: Of this net, from `plan_depth` or `depth_frontier`.
+        latencies: What the plans were made with.
+        input_size: `(C, H, W)`.
+        batch_size: Images at a time, as in the table.
+        rounds: Of turns.
+    """
+    net_ms, times = measure_cuts(model, [plan.cut for plan in plans], input_size, batch_size=batch_size, rounds=rounds)
+    measured = [
+        MeasuredPlan(plan, ms, ms / net_ms, (plan.ms / latencies.net_ms) / (ms / net_ms) - 1)
+        for plan, ms in zip(plans, times, strict=True)
+    ]
+    return [m for m in measured if m.share <= 1 or all(segment.length == 1 for segment in m.plan.cut)]
 
 
 def _frontier(ways: Iterable[DepthPlan], step: float) -> list[DepthPlan]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +18,24 @@ from torch import Tensor, nn
 from growshrink.activations import set_lambda
 from growshrink.compare import random_images
 from growshrink.dataflow import InputSize
-from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, merge_cut, stages_of, vanish_cut
+from growshrink.depth.segments import (
+    Cut,
+    Segment,
+    all_segments,
+    cut_at,
+    merge_cut,
+    random_cut,
+    stages_of,
+    vanish_cut,
+)
 from growshrink.timing import in_turns, machine
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.data import CACHE
 from growshrink.training.folder import read_json
 from growshrink.transforms import fold
+
+#: Whole cuts that are timed beside the nets with one segment merged.
+ANCHORS = 12
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class Latencies:
     Attributes:
         hardware: The machine it was measured on.
         net_ms: The whole net, folded, nothing merged.
-        change_ms: By segment, what merging it and nothing else adds; negative where that makes the net faster.
+        change_ms: By segment, what merging it adds; negative where that makes the net faster.
         cached: Whether this comes from the disk.
     """
 
@@ -58,9 +72,11 @@ def measure_latencies(
     """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
 
     Each segment is timed where it will work, as the net in which it alone is merged: by itself, with its input always
-    in the cache, a large kernel looks up to 15 % faster than it is. All nets take turns in one session (see
-    `timing.in_turns`). What has been measured on this hardware, with this version of torch, for a net of this shape
-    comes from the disk; delete the file to measure anew.
+    in the cache, a large kernel looks up to 15 % faster than it is. An error in the net's own time would be in every
+    change, and so count once per segment in a sum, and changes do not quite add up; so some cuts of the whole net are
+    timed too, and the changes are those that fit all these times best (least squares). All nets take turns in one
+    session (see `timing.in_turns`). What has been measured on this hardware, with this version of torch, for a net of
+    this shape comes from the disk; delete the file to measure anew.
 
     Args:
         model: A plain ReduceNet; its weights do not matter.
@@ -80,21 +96,32 @@ def measure_latencies(
     shape = _shape(model, input_size, batch_size)
     kinds = {segment: _kind(model, segment) for segment in segments if segment.length > 1}
     known = table["nets"].get(shape)
-    cached = known is not None and set(kinds.values()) <= set(known["with_one_merged_ms"])
+    cached = known is not None and set(kinds.values()) <= set(known.get("change_ms", ()))
     if not cached:
         examples = {kind: segment for segment, kind in kinds.items()}
         cuts = [cut_at(model, segment) for segment in examples.values()]
+        draw = random.Random("anchors")
+        cuts += dict.fromkeys(random_cut(segments, draw) for _ in range(ANCHORS))
         net_ms, ms = measure_cuts(model, cuts, input_size, batch_size=batch_size, rounds=rounds, progress=progress)
-        known = {"net_ms": net_ms, "with_one_merged_ms": dict(zip(examples, ms, strict=True))}
+        merged = [Counter(kinds[segment] for segment in cut if segment in kinds) for cut in cuts]
+        known = _fit([Counter(), *merged], [net_ms, *ms])
         table["nets"][shape] = known
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, (json.dumps(table, indent=1) + "\n").encode())
-    changes = {
-        segment: known["with_one_merged_ms"][kinds[segment]] - known["net_ms"] if segment in kinds else 0.0
-        for segment in segments
-    }
+    changes = {segment: known["change_ms"][kinds[segment]] if segment in kinds else 0.0 for segment in segments}
     return Latencies(hardware, known["net_ms"], changes, cached)
+
+
+def _fit(merged: Sequence[Counter[str]], ms: Sequence[float]) -> dict[str, Any]:
+    """The time of the net and the change by kind of segment that explain best what nets with these merged take."""
+    kinds = list(dict.fromkeys(kind for counts in merged for kind in counts))
+    design = torch.tensor([[1.0, *(counts[kind] for kind in kinds)] for counts in merged], dtype=torch.float64)
+    # relatively: a clock is a certain share off
+    times = torch.tensor(ms, dtype=torch.float64)
+    solution = torch.linalg.lstsq(design / times[:, None], torch.ones(len(ms), 1, dtype=torch.float64)).solution
+    net_ms, *changes = solution[:, 0].tolist()
+    return {"net_ms": net_ms, "change_ms": dict(zip(kinds, changes, strict=True))}
 
 
 def measure_cuts(
@@ -111,13 +138,15 @@ def measure_cuts(
     Returns:
         Milliseconds per batch of the folded net, and of the merged net of each cut.
     """
-    images = random_images(input_size, batch_size, torch.float32, seed=0).to(next(model.parameters()).device)
+    like = next(model.parameters())
+    images = random_images(input_size, batch_size, like.dtype, seed=0).to(like.device)
     calls = {"net": _call(fold(model, input_size=input_size), images)}
     for number, cut in enumerate(cuts):
         vanished = vanish_cut(model, cut)
         set_lambda(vanished, 0.0)
         calls[str(number)] = _call(merge_cut(vanished, cut, input_size=input_size), images)
-    times = in_turns(calls, rounds=rounds, progress=progress)
+    own_thread = like.device.type == "cpu" and torch.get_num_threads() == 1
+    times = in_turns(calls, rounds=rounds, own_thread=own_thread, progress=progress)
     return times["net"], [times[str(number)] for number in range(len(cuts))]
 
 
@@ -145,7 +174,8 @@ def _shape(model: nn.Module, input_size: InputSize, batch_size: int) -> str:
     stem = next(conv for conv in model.modules() if isinstance(conv, nn.Conv2d))
     parts = [f"{batch_size}x{'x'.join(map(str, input_size))}", _conv(stem)]
     parts += [" ".join(_conv(block.conv) for block in blocks) for blocks in stages_of(model)]
-    return " | ".join([*parts, str(model.num_classes)])
+    dtype = [] if stem.weight.dtype == torch.float32 else [str(stem.weight.dtype)]
+    return " | ".join([*parts, str(model.num_classes), *dtype])
 
 
 def _kind(model: nn.Module, segment: Segment) -> str:

@@ -118,7 +118,7 @@ def merge_runs(
     model = model if inplace else copy.deepcopy(model)
     try:
         check_unchanged(model, commit, size)
-    except FuseError as error:
+    except (FuseError, AlgebraError) as error:  # the second: what is 0 in the model's dtype need not be in float64
         raise MergeError(str(error)) from error
     commit(model)
     return model
@@ -197,6 +197,8 @@ def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, st
             }
         elif flow.calls[name] != 1 or flow.calls[behind[0]] != 1:
             ends[behind[0]] = "a module that runs more than once is not merged"
+        elif hooked := [n for n in (name, behind[0]) if _has_hooks(model.get_submodule(n))]:
+            ends[behind[0]] = f"{hooked[0]} has a hook, which merging would lose"
         else:
             successor[name] = behind[0]
     chains = []
@@ -207,6 +209,11 @@ def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, st
                 chain.append(successor[chain[-1]])
             chains.append(chain)
     return chains, ends
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[str, ...]] | None]:
@@ -271,10 +278,11 @@ def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
 
 def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
     total = _compose(model, names)
-    try:
-        total.to_conv2d()  # refuses lopsided padding
-    except AlgebraError as error:
-        raise AlgebraError(str(error), module=names[-1]) from error
+    if len(names) > 1:  # alone, a convolution may be padded as it likes
+        try:
+            total.to_conv2d()  # refuses lopsided padding
+        except AlgebraError as error:
+            raise AlgebraError(str(error), module=names[-1]) from error
     height, width = flow.output_sizes[names[-1]]
     before = 0
     for name in names:
@@ -337,7 +345,7 @@ def _prepare(model: nn.Module, input_size: InputSize | None) -> None:
     fold(model, inplace=True, input_size=input_size)
     for name, module in list(model.named_modules()):
         if type(module) is VanishingReLU and float(module.lam) == 0:
-            replace_module(model, name, nn.Identity())
+            replace_module(model, name, nn.Identity().train(module.training))
 
 
 @torch.no_grad()
@@ -350,11 +358,11 @@ def _merge(model: nn.Module, runs: tuple[Run, ...]) -> None:
         if like.weight.is_contiguous(memory_format=torch.channels_last) and not like.weight.is_contiguous():
             conv = conv.to(memory_format=torch.channels_last)
         for name in run.names[:-1]:
-            replace_module(model, name, nn.Identity())
+            replace_module(model, name, nn.Identity().train(like.training))
         replace_module(model, run.names[-1], conv.train(like.training).requires_grad_(like.weight.requires_grad))
     for name, module in list(model.named_modules()):
-        if callable(is_identity := getattr(module, "is_identity", None)) and is_identity():
-            replace_module(model, name, nn.Identity())
+        if callable(is_identity := getattr(module, "is_identity", None)) and is_identity() and not _has_hooks(module):
+            replace_module(model, name, nn.Identity().train(module.training))
 
 
 def _commit(model: nn.Module, runs: tuple[Run, ...], input_size: InputSize) -> None:

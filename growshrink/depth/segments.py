@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -60,6 +61,17 @@ def all_segments(model: nn.Module, longest: int) -> list[Segment]:
         for stop in range(start + 1, min(start + longest, len(blocks)) + 1)
         for slim in ((False, True) if stop - start > 1 else (False,))
     ]
+
+
+def random_cut(segments: Iterable[Segment], draw: random.Random) -> Cut:
+    """A cut of the whole net into some of the segments, drawn from front to back."""
+    segments, cut = list(segments), list[Segment]()
+    for stage in sorted({segment.stage for segment in segments}):
+        start = 0
+        while following := [s for s in segments if s.stage == stage and s.start == start]:
+            cut.append(draw.choice(following))
+            start = cut[-1].stop
+    return tuple(cut)
 
 
 def check_reducenet(model: nn.Module) -> None:

@@ -49,4 +49,6 @@ def fit(
     if not loss < float("inf"):
         raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")
     trainer.calibrate_average()
+    for ours, theirs in zip(trainer.best.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)  # an average needs no gradients, but may be trained further
     return trainer.best.eval()

@@ -92,13 +92,7 @@ class RunFolder:
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
-        written = read_json(self.path / MARKER)
-        for key, value in json.loads(json.dumps(identity)).items():
-            if written.get(key) != value:
-                raise RunError(
-                    f"{self.path}: the run in it has another {key} ({_difference(written.get(key), value)}). "
-                    "Resume with the options it was started with, or choose another folder with --out."
-                )
+        check_same(self.path, identity)
 
     def release(self) -> None:
         """End the claim; a folder in which nothing was written disappears."""
@@ -119,6 +113,17 @@ class RunFolder:
     ) -> None:
         """Release."""
         self.release()
+
+
+def check_same(path: Path, identity: Mapping[str, Any]) -> None:
+    """RunError unless the run in the folder `path` was started with `identity`, naming the first difference."""
+    written = read_json(path / MARKER)
+    for key, value in json.loads(json.dumps(identity)).items():
+        if written.get(key) != value:
+            raise RunError(
+                f"{path}: the run in it has another {key} ({_difference(written.get(key), value)}). "
+                "Resume with the options it was started with, or choose another folder with --out."
+            )
 
 
 def _lock(path: Path) -> IO[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,19 @@ class TrainOptions:
     amp: bool = False
     """bfloat16 autocast: about twice as fast where the machine has it."""
 
+    def train_config(self) -> TrainConfig:
+        """What the trainer wants to know."""
+        return TrainConfig(
+            optimizer=self.optimizer,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            label_smoothing=self.label_smoothing,
+            ema_decay=self.ema_decay,
+            clip_grad=self.clip_grad,
+            amp=self.amp,
+        )
+
 
 @dataclass(kw_only=True)
 class DataOptions:
@@ -93,6 +106,47 @@ class DataOptions:
     cutout: int = 0
     """Side in pixels of a square blanked at random."""
 
+    def load_feed(self, *, batch_size: int, seed: int, device: torch.device, progress: bool) -> Feed:
+        """Batches of the data set."""
+        if self.stream:
+            if self.image_size is None:
+                raise RunError("--stream needs --image-size.")
+            return stream_data(
+                self.data_dir or Path(self.data),
+                batch_size=batch_size,
+                image_size=self.image_size,
+                val_fraction=self.val_fraction,
+                seed=seed,
+                device=device,
+            )
+        data: DataSet = load_data(
+            self.data,
+            self.data_dir,
+            val_fraction=self.val_fraction,
+            seed=seed,
+            image_size=self.image_size,
+            progress=progress,
+        )
+        crop = data.input_size[1] // 8 if self.crop is None else self.crop
+        flip = self.data != "digits" if self.flip is None else self.flip
+        augment = Augment(crop=crop, flip=flip, cutout=self.cutout)
+        return MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=seed, device=device)
+
+    def make_model(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
+        """The model for this data, and how to make it, and its plain form, again."""
+        if not timm.is_model(self.model):
+            raise RunError(f"--model {self.model}: timm knows no such model{near(self.model, timm.list_models())}")
+        kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(self.model_kwargs)}
+        try:
+            model = timm.create_model(self.model, **kwargs)
+        except Exception as error:  # models check their arguments in their own ways
+            raise RunError(f"--model {self.model} with {kwargs}: {type(error).__name__}: {error}") from error
+        plain_name = self.model.split("_x")[0] if grown_modules(model) else self.model
+        plain_kwargs = {
+            key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
+        }
+        return model, {"name": self.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
+
 
 #: Options that change what the net is fed with: a run is resumed with the same only.
 OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
@@ -101,6 +155,12 @@ OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
 @dataclass(kw_only=True)
 class Options(RunOptions, TrainOptions, DataOptions):
     """All of them."""
+
+    @staticmethod
+    def of(args: Any, **values: Any) -> Options:
+        """The options that `args`, a program's own dataclass, has by the same names; `values` go before."""
+        known = {field.name for field in fields(Options)}
+        return Options(**{**{name: value for name, value in vars(args).items() if name in known}, **values})
 
     def claim(self, prefix: str = "") -> RunFolder:
         """The folder of the run, `prefix` before its name by default; claimed before anything else is done."""
@@ -118,59 +178,9 @@ class Options(RunOptions, TrainOptions, DataOptions):
             raise RunError(f"--device {self.device}: not to be had here ({str(error).splitlines()[0]}).") from error
         return device
 
-    def train_config(self) -> TrainConfig:
-        """What the trainer wants to know."""
-        return TrainConfig(
-            optimizer=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            label_smoothing=self.label_smoothing,
-            ema_decay=self.ema_decay,
-            clip_grad=self.clip_grad,
-            amp=self.amp,
-        )
-
     def make_feed(self, device: torch.device) -> Feed:
         """Batches of the data set."""
-        if self.stream:
-            if self.image_size is None:
-                raise RunError("--stream needs --image-size.")
-            return stream_data(
-                self.data_dir or Path(self.data),
-                batch_size=self.batch_size,
-                image_size=self.image_size,
-                val_fraction=self.val_fraction,
-                seed=self.seed,
-                device=device,
-            )
-        data: DataSet = load_data(
-            self.data,
-            self.data_dir,
-            val_fraction=self.val_fraction,
-            seed=self.seed,
-            image_size=self.image_size,
-            progress=not self.quiet,
-        )
-        crop = data.input_size[1] // 8 if self.crop is None else self.crop
-        flip = self.data != "digits" if self.flip is None else self.flip
-        augment = Augment(crop=crop, flip=flip, cutout=self.cutout)
-        return MemoryFeed.of(data, batch_size=self.batch_size, augment=augment, seed=self.seed, device=device)
-
-    def make_model(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
-        """The model for this data, and how to make it, and its plain form, again."""
-        if not timm.is_model(self.model):
-            raise RunError(f"--model {self.model}: timm knows no such model{near(self.model, timm.list_models())}")
-        kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(self.model_kwargs)}
-        try:
-            model = timm.create_model(self.model, **kwargs)
-        except Exception as error:  # models check their arguments in their own ways
-            raise RunError(f"--model {self.model} with {kwargs}: {type(error).__name__}: {error}") from error
-        plain_name = self.model.split("_x")[0] if grown_modules(model) else self.model
-        plain_kwargs = {
-            key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
-        }
-        return model, {"name": self.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
+        return self.load_feed(batch_size=self.batch_size, seed=self.seed, device=device, progress=not self.quiet)
 
     def about(self, model_about: dict[str, Any]) -> dict[str, Any]:
         """What a run writes down about itself."""

@@ -144,6 +144,8 @@ def test_a_plan_goes_through_json_and_back():
         ({"settle": -1}, "settle=-1"),
         ({"settle": 0.9}, "hold .* settle = 1.25: more than the round"),
         ({"hold": 0.6, "vanish": 0.3}, "hold .* vanish = 0.9: at most 0.85"),
+        ({"control": "loop"}, "control='loop': no such control.*closed_loop"),
+        ({"control": "closed_loop", "augment": "lazy"}, "control='closed_loop': listens to plain training"),
         ({"distil": "peek"}, "distil='peek'.*did you mean peak"),
         ({"distil": None}, "distil=None"),
         ({"distil_weight": 0}, "distil_weight=0"),

@@ -27,6 +27,11 @@ CASES = {
         "config": TrainConfig(optimizer="nadamw", lr=0.003, ema_decay=0.9),
     },
 }
+CASES["closed loop"] = {
+    "plan": two_rounds(control="closed_loop", hold=1 / 12, vanish=1 / 2, settle=1 / 12),
+    "model": {"dropout": 0.5},
+    "config": TrainConfig(lr=0.3, ema_decay=0.9),  # so high that the loss jumps, and lam has to wait
+}
 TIMES = ("seconds", "images_per_second")
 
 
@@ -75,23 +80,33 @@ def undisturbed(tmp_path_factory):
     return of
 
 
-def starts():
-    return [segment.start for segment in Timeline(two_rounds(), 4).segments]
+def starts(plan):
+    return [segment.start for segment in Timeline(plan, 4).segments]
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_killed_again_and_again(tmp_path, undisturbed, case):
     """In every phase of both rounds, at its first update (right after a surgery) and later."""
     expected = undisturbed(case)
-    points = sorted({*starts(), 4, 7, 10, 20, 42, 50})
-    assert {0, 3, 9, 13, 17, 27, 33, 37, 41} == set(starts())
-    points = points if case == "peak" else starts()
+    points = starts(CASES[case]["plan"])
+    if case == "peak":
+        assert {0, 3, 9, 13, 17, 27, 33, 37, 41} == set(points)
+        points = sorted({*points, 4, 7, 10, 20, 42, 50})
+    elif case == "closed loop":
+        assert {0, 3, 5, 17, 19, 27, 29, 41, 43} == set(points)
+        points = sorted({*points, 9, 14, 34, 38})  # lam falls from 5 and from 29 on
     for index, update in enumerate(points):
         with pytest.raises(Interrupt, match=f"before update {update}$"):
             run(tmp_path, case, fail_at=update, resume=index > 0)
         json.loads((tmp_path / "run.json").read_text())
     result = run(tmp_path, case, resume=True)
     assert outcome(tmp_path, result) == expected
+
+
+def test_the_closed_loop_of_these_runs_has_waited(undisturbed):
+    rows = undisturbed("closed loop")["rows"]
+    lams = [row["lam"] for row in rows if row["phase"] == "vanish"]
+    assert len(lams) == 8 and lams[:4] != lams[4:]  # the rounds' plans are the same, and their losses are not
 
 
 @pytest.mark.parametrize(

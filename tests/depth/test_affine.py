@@ -109,6 +109,14 @@ def test_other_kinds(part):
     assert list(gs.nonaffine_modules(model, (3, 12, 12))) == ["1"]
 
 
+@pytest.mark.parametrize("part", [nn.ReLU(), nn.Hardtanh(-1e4, 2e4)])
+def test_what_the_images_do_not_reach_is_found_too(part):
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), part, nn.Conv2d(3, 2, 3))
+    nn.init.constant_(model[0].bias, 1e4)
+    assert gs.affinity_defect(model, (3, 8, 8)) > 1e-2
+    assert list(gs.nonaffine_modules(model, (3, 8, 8))) == ["1"]
+
+
 def test_the_model_is_left_alone():
     model = linear_net().train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -101,9 +101,24 @@ def test_a_net_with_activations_is_refused_by_the_name_of_the_first():
 
 def test_lam_above_0_is_refused():
     model = linear_net("reducenet20_x1")
-    model.stages[1][1].conv.act.lam.fill_(1e-8)  # alive
-    with untouched(model), pytest.raises(NotLinearError, match=r"^stages\.1\.1\.conv\.act .*its lam is 1e-08"):
+    for lam in (1e-8, 1e-20):  # alive, the second though no output shows it
+        model.stages[1][1].conv.act.lam.fill_(lam)
+        with untouched(model), pytest.raises(NotLinearError, match=rf"^stages\.1\.1\.conv\.act .*its lam is {lam:g}"):
+            gs.collapse(model, (3, 8, 8))
+
+
+def test_an_activation_held_on_one_side_by_a_bias_is_refused():
+    model = linear_net()
+    model.stages[1][1].act = nn.ReLU()
+    model.stages[1][1].bn.bias.data.fill_(1e4)
+    with pytest.raises(NotLinearError, match=r"^stages\.1\.1\.act \(ReLU\) is not affine"):
         gs.collapse(model, (3, 8, 8))
+
+
+def test_a_net_that_gives_0_is_affine():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    nn.init.zeros_(model[1].weight), nn.init.zeros_(model[1].bias)
+    assert not gs.collapse(model, (3, 2, 2))(images(3, 2, 2)).any()
 
 
 def test_outputs_that_are_no_matrix_are_refused():

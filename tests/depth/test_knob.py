@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from growshrink.depth import latency
-from growshrink.depth.knob import RESOLUTION, depth_frontier, plan_depth, segment_harms
+from growshrink.depth import knob, latency
+from growshrink.depth.knob import RESOLUTION, depth_frontier, measure_plans, plan_depth, segment_harms
 from growshrink.depth.latency import Latencies, hardware_name, measure_cuts, measure_latencies
 from growshrink.depth.segments import all_segments, uncut
 from growshrink.errors import PlanError
@@ -80,16 +80,18 @@ def test_latencies_are_kept_on_disk_under_the_name_of_the_hardware(tmp_path, mon
     asked = []
 
     def additive(model, cuts, input_size, **kwargs):
-        asked.append([next(s for s in cut if s.length > 1) for cut in cuts])
-        return 10.0, [10.0 - 0.5 * s.length - 0.25 * s.slim for s in asked[-1]]
+        asked.extend(cuts)
+        return 10.0, [10.0 - sum((0.5 * s.length + 0.25 * s.slim) * (s.length > 1) for s in cut) for cut in cuts]
 
     monkeypatch.setattr(latency, "measure_cuts", additive)
     with untouched(model):
         first = measure_latencies(model, size, cache=tmp_path)
-    assert not first.cached and first.net_ms == 10.0
-    assert all(first.change_ms[s] == (-0.5 * s.length - 0.25 * s.slim) * (s.length > 1) for s in first.change_ms)
-    assert len(asked[0]) == 16 < 18  # blocks of one shape are measured once
-    cut = (*uncut(model)[:3], *(s for s in asked[0] if s.length == 3 and s.stage > 0 and s.slim))
+    assert not first.cached and first.net_ms == pytest.approx(10.0)
+    expected = {s: (-0.5 * s.length - 0.25 * s.slim) * (s.length > 1) for s in first.change_ms}
+    assert first.change_ms == pytest.approx(expected) and set(expected) == set(all_segments(model, longest=4))
+    assert len([cut for cut in asked if len(cut) == 8 or len(cut) == 7 and max(s.length for s in cut) == 3]) >= 16
+    assert len(asked) <= 16 + latency.ANCHORS < 18 + latency.ANCHORS  # blocks of one shape are measured once
+    cut = (*uncut(model)[:3], *(s for s in first.change_ms if s.length == 3 and s.stage > 0 and s.slim))
     assert first.predict(cut) == pytest.approx(10.0 - 2 * 1.75)
 
     (file,) = tmp_path.iterdir()
@@ -104,8 +106,33 @@ def test_latencies_are_kept_on_disk_under_the_name_of_the_hardware(tmp_path, mon
             measure_latencies(model, **{"input_size": size, "cache": tmp_path, **other})
 
 
-def test_latencies_are_measured():
-    model = net("reducenet20", width=0.25).eval()  # how fast it is depends on who else runs here: only that it runs
+def test_an_error_in_the_nets_own_time_does_not_count_once_per_segment(monkeypatch):
+    def off(model, cuts, input_size, **kwargs):
+        return 10.5, [10.0 - 2.0 * sum(s.length > 1 for s in cut) for cut in cuts]
+
+    monkeypatch.setattr(latency, "measure_cuts", off)
+    latencies = measure_latencies(net("reducenet20", width=0.1), (3, 8, 8), cache=None)
+    cut = tuple(s for s in latencies.change_ms if s.length == 3 and s.slim)
+    assert latencies.predict(cut) == pytest.approx(4.0, rel=0.05)  # 3.0 if the changes were taken from 10.5
+    assert latencies.predict(uncut(net("reducenet20", width=0.1))) == pytest.approx(10.0, rel=0.05)
+
+
+def test_measured_plans_that_are_slower_than_the_net_are_left_out(monkeypatch):
+    model = net("reducenet20", width=0.1)
+    latencies, harms = made_up(model=model)
+    plans = depth_frontier(latencies, harms)
+    monkeypatch.setattr(knob, "measure_cuts", lambda *args, **kwargs: (20.0, [10.0, 20.5, *[19.0] * (len(plans) - 2)]))
+    found = measure_plans(model, plans, latencies, (3, 8, 8))
+    assert [m.plan for m in found] == [plans[0], *plans[2:]] and len(plans) > 3
+    assert (found[0].ms, found[0].share) == (10.0, 0.5)
+    assert found[0].error == pytest.approx(plans[0].ms / 10.0 / 0.5 - 1)
+    monkeypatch.setattr(knob, "measure_cuts", lambda *args, **kwargs: (20.0, [20.1] * len(plans)))
+    assert [m.plan for m in measure_plans(model, plans, latencies, (3, 8, 8))] == [plans[-1]]  # which merges nothing
+
+
+def test_latencies_are_measured(monkeypatch):
+    monkeypatch.setattr(latency, "ANCHORS", 1)
+    model = net("reducenet20", width=0.1).eval()  # how fast it is depends on who else runs here: only that it runs
     latencies = measure_latencies(model, (3, 8, 8), longest=2, rounds=2, cache=None)
     assert latencies.net_ms > 0 and set(latencies.change_ms) == set(all_segments(model, longest=2))
     assert all((change == 0) == (s.length == 1) for s, change in latencies.change_ms.items())

@@ -195,10 +195,54 @@ def test_a_second_reader_ends_the_run(inplace):
         gs.merge_runs(Branching(inplace), dearer="allow", input_size=(3, 8, 8))
 
 
+class Twice(nn.Module):
+    """One convolution that runs twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.conv(self.conv(self.first(x)).relu())
+
+
 def test_shared_and_repeated_convolutions_are_left_alone():
-    conv = nn.Conv2d(3, 3, 1)
-    with pytest.raises(MergeError):
-        gs.merge_runs(nn.Sequential(nn.Conv2d(3, 3, 3), conv, conv), dearer="allow", input_size=(3, 8, 8))
+    conv, size = nn.Conv2d(3, 3, 1), (3, 8, 8)
+    tied = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
+    tied[3].weight = tied[1].weight
+    for model in (nn.Sequential(nn.Conv2d(3, 3, 3), conv, nn.ReLU(), conv), tied):
+        with untouched(model), pytest.raises(MergeError, match="none follows another"):
+            gs.merge_runs(model, dearer="allow", inplace=True, input_size=size)
+    with pytest.raises(MergeError, match="conv: a module that runs more than once is not merged"):
+        gs.merge_runs(Twice(), dearer="allow", input_size=size)
+
+
+@pytest.mark.parametrize("at", ["0", "1"])
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_a_convolution_with_a_hook_is_left_alone(at, hook):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
+    getattr(model.get_submodule(at), hook)(lambda *args: None)
+    with untouched(model), pytest.raises(MergeError, match=f"1: {at} has a hook, which merging would lose"):
+        gs.merge_runs(model, dearer="allow", inplace=True, input_size=(3, 8, 8))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+def test_lopsided_padding_ends_a_run_and_stays():
+    size = (3, 7, 6)
+    model = ready(nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)), size)
+    x = images(*size, dtype=torch.float64)
+    for dearer in ("refuse", "allow"):
+        report = gs.merge_report(model, dearer=dearer, input_size=size)
+        assert [run.names for run in report.runs] == [("1", "2")] and "pads both sides alike" in report.ends["1"]
+        assert rel(gs.merge_runs(model, dearer=dearer, input_size=size)(x), model(x)) < 1e-12
+
+
+def test_what_is_0_in_the_models_dtype_only_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1)).eval()
+    model[1].running_mean.fill_(1e-44)
+    model[1].weight.data.fill_(1e-9)  # the bias, 1e-53, is no float32
+    with untouched(model), pytest.raises(MergeError, match="wrong at the border"):
+        gs.merge_runs(model, dearer="allow", inplace=True, input_size=(3, 8, 8))
 
 
 def test_grouped_and_depthwise():
@@ -228,8 +272,9 @@ def test_copy_dtype_mode_and_memory_format():
         merged = gs.merge_runs(model, dearer="allow")
     conv = merged.stages[1][2].conv
     assert conv.weight.dtype == torch.float32 and conv.weight.is_contiguous(memory_format=torch.channels_last)
-    assert conv.training and not conv.weight.requires_grad
+    assert all(module.training for module in merged.modules()) and not conv.weight.requires_grad
     assert rel(merged.eval()(images()), model.eval()(images())) < 1e-5
+    assert not any(module.training for module in gs.merge_runs(model.eval(), dearer="allow").modules())
     again = gs.merge_runs(model, dearer="allow", inplace=True)
     assert again is model and convs(again) == convs(merged)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 from safetensors.torch import load_file
 from torch import nn
 
@@ -16,7 +15,7 @@ from growshrink.depth import latency
 from growshrink.depth.segments import Segment, merge_cut, vanish_cut
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-BRIEF = ["--width", "0.25", "--epochs", "2", "--quiet"]
+BRIEF = ["--model-kwargs", "width=0.25", "--quiet", "--epochs"]
 
 
 def main(recipe, *args):
@@ -34,7 +33,7 @@ def main(recipe, *args):
 
 def test_one_layer(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main("one_layer", *BRIEF, "--model", "reducenet20_x1", "--out", out) == 0
+    assert main("one_layer", *BRIEF, 2, "--model", "reducenet20_x1", "--out", out) == 0
     assert {p.name for p in out.iterdir()} >= {
         *("report.md", "report.json", "templates.png", "one_layer.safetensors", "run.json")
     }
@@ -51,14 +50,14 @@ def test_one_layer(tmp_path, capsys):
     one = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     one.load_state_dict(weights)
 
-    assert main("one_layer", *BRIEF, "--out", out) == 2
+    assert main("one_layer", *BRIEF, 2, "--out", out) == 2
     error = capsys.readouterr().err
     assert error.startswith("one_layer: ") and error.count("\n") == 1 and "finished run" in error
 
 
 def test_closed_loop(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main("closed_loop", *BRIEF, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
+    assert main("closed_loop", *BRIEF, 2, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
     found = json.loads((out / "report.json").read_text())
     mean, low, high = found["difference"]
     first, second = (a - b for a, b in zip(found["top1"]["closed loop"], found["top1"]["cosine"], strict=True))
@@ -75,17 +74,18 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
     def by_layers(calls, **kwargs):
         return {name: float(len(layers(call.args[0]))) for name, call in calls.items()}
 
+    monkeypatch.setattr(latency, "ANCHORS", 1)
     monkeypatch.setattr(latency, "in_turns", by_layers)  # the clock of a machine with other users proves nothing
     out = tmp_path / "run"
-    options = ["--shrink-epochs", "1", "--targets", "0.7", "0.0001", "--fresh", "--longest", "3"]
-    assert main("shrink_depth", *BRIEF, *options, "--out", out) == 0
+    options = ["--shrink-epochs", "0.5", "--targets", "0.7", "0.0001", "--fresh", "--longest", "3"]
+    assert main("shrink_depth", *BRIEF, 1, *options, "--out", out) == 0
     assert {p.name for p in out.iterdir()} >= {"report.md", "report.json", "pareto.png", "merged-0.safetensors"}
     found = json.loads((out / "report.json").read_text())
     rows = found["rows"]
     assert rows[0]["name"] == "nothing merged" and len(rows) == 3 and found["hardware"]
     first, second, third = [row["predicted_ms"] for row in rows]
-    assert first == 10.0 and second <= 7.0 and third == 4.0  # the last target cannot be met
-    assert [row["ms"] for row in rows] == [first, second, third]
+    assert first == pytest.approx(10.0) and third == pytest.approx(4.0)  # the last target cannot be met
+    assert second <= 7.0 and [row["ms"] for row in rows] == pytest.approx([first, second, third])
     for number, row in enumerate(rows):
         assert len(row["knob"]) == len(row["plain"]) == 1
         cut = tuple(Segment(*segment) for segment in row["cut"])
@@ -94,7 +94,7 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         merged = merge_cut(again, cut, input_size=(1, 8, 8))
         merged.load_state_dict(load_file(out / f"merged-{number}.safetensors"))  # as the report says
         assert gs.profile(merged, (1, 8, 8)).macs == row["macs"]
-    assert found["worst_prediction_error"] == 0
+    assert found["worst_prediction_error"] < 1e-9
     assert "Predictions are at most 0 % off" in (out / "report.md").read_text()
     assert "| nothing merged |" in capsys.readouterr().out
 
@@ -110,6 +110,9 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         ("shrink_depth", ["--model", "reducent20"], "did you mean reducenet20"),
         ("shrink_depth", ["--data", "digts"], "did you mean 'digits'"),
         ("shrink_depth", ["--vanish", "1.5"], "between 0 and 1"),
+        ("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0"),
+        ("one_layer", ["--flip", "True"], "see the same pixels"),
+        ("one_layer", ["--model-kwargs", "wdth=2"], "wdth"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(recipe, args, message, tmp_path, capsys):
@@ -123,7 +126,3 @@ def test_help_teaches(recipe, capsys):
     assert main(recipe, "--help") == 0
     text = capsys.readouterr().out
     assert f"python recipes/{recipe}.py" in text and "--seeds" in text
-
-
-def test_threads_are_put_back():
-    assert torch.get_num_threads() == 1

@@ -1,0 +1,268 @@
+"""The deployed channels of any convolutional net: which of them go together, what they cost, and nets without some.
+
+Which tensors lose a channel together is found by Torch-Pruning's dependency graph (the optional extra `prune`; Fang et
+al., DepGraph, arXiv:2301.12900). Costs of all widths follow from the graph without pruning anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.analysis.angle import Floats, Index
+from growshrink.analysis.layers import output_positions
+from growshrink.compare import profile
+from growshrink.dataflow import InputSize
+from growshrink.errors import AnalysisError, near
+
+#: Importances of Torch-Pruning by the name they have here, with their arguments.
+CRITERIA: dict[str, tuple[str, dict[str, Any]]] = {
+    "l1": ("GroupMagnitudeImportance", {"p": 1}),
+    "l2": ("GroupMagnitudeImportance", {"p": 2}),
+    "bn_scale": ("BNScaleImportance", {}),
+    "fpgm": ("FPGMImportance", {}),
+    "taylor": ("GroupTaylorImportance", {}),
+}
+Kept = Mapping[str, NDArray[np.intp]]
+"""Channels that stay, rising, by name of the group."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Channels that live and die together. `places`: (dependency, module name, tensor entries of each channel)."""
+
+    name: str
+    channels: int
+    group: Any
+    places: tuple[tuple[Any, str, tuple[NDArray[np.intp], ...]], ...]
+
+
+class ChannelSpace:
+    """The widths of a net's groups of coupled channels.
+
+    Args:
+        model: Any timm model, or another that Torch-Pruning can trace. Not modified.
+        input_size: `(C, H, W)`.
+        least: Smallest share of its channels that a group keeps.
+        round_to: Widths are multiples of this (the full width is always a choice).
+
+    Attributes:
+        model: The net.
+        choices: Rising widths by name of the group: its first convolution.
+        left_alone: Groups that cannot be pruned, with the reason.
+
+    Raises:
+        AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds nothing to prune; or a net
+            that is cut by its graph does not run.
+    """
+
+    def __init__(self, model: nn.Module, input_size: InputSize, *, least: float = 0.1, round_to: int = 1) -> None:
+        if not 0.0 < least <= 1.0 or round_to < 1:
+            raise AnalysisError(f"{least=}, {round_to=}: least must lie in (0, 1], round_to be a whole number above 0.")
+        self.model = model
+        self.input_size = input_size
+        # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
+        self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+        self.left_alone: dict[str, str] = {}
+        self._groups = {group.name: group for group in self._find()}
+        if not self._groups:
+            raise AnalysisError(f"{type(model).__name__}: no channels that could be pruned.")
+        self.choices = {name: _choices(group.channels, least, round_to) for name, group in self._groups.items()}
+        self._cost = self._cost_terms()
+        self._prove()
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Parameters and MACs of N nets, `(N,)` each; `index` is `(N, groups)`, as of an `AngleTable`."""
+        widths = np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], axis=1)
+        params, macs = (np.full(len(widths), constant, dtype=np.int64) for constant in self._cost[0])
+        for out, inside, weights, positions, vectors in self._cost[1]:
+            outs = out[0] + widths @ out[1]
+            ins = inside[0] + widths @ inside[1]
+            params += outs * ins * weights + outs * vectors
+            macs += outs * ins * weights * positions
+        return params, macs
+
+    def cut(self, kept: Kept) -> nn.Module:
+        """A copy of the net without the channels that are not `kept`, in eval mode."""
+        net = copy.deepcopy(self.model).eval()
+        modules = dict(net.named_modules())
+        gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
+        for name, group in self._groups.items():
+            lost = np.setdiff1d(np.arange(group.channels), kept[name])
+            if not len(lost):
+                continue
+            for dependency, module, entries in group.places:
+                _, places = gone.setdefault((module, dependency.handler.__name__), (dependency, []))
+                places.extend(entries[channel] for channel in lost)
+        for (module, _), (dependency, places) in gone.items():
+            pruner = dependency.handler.__self__
+            pruner.pruning_dim = dependency.target.pruning_dim
+            dependency.handler(modules[module], sorted(map(int, np.unique(np.concatenate(places)))))
+        return net
+
+    def importance(self, criterion: str, batch: tuple[Tensor, Tensor] | None = None) -> dict[str, Floats]:
+        """How important each channel is, by group, in units of the group's mean.
+
+        Args:
+            criterion: A key of `CRITERIA`.
+            batch: Images and labels, for `taylor`.
+        """
+        if criterion not in CRITERIA:
+            raise AnalysisError(f"{criterion}: no such criterion{near(criterion, CRITERIA)}")
+        name, kwargs = CRITERIA[criterion]
+        if criterion == "taylor":
+            if batch is None:
+                raise AnalysisError("taylor needs a batch of images and labels.")
+            self._traced.zero_grad(set_to_none=True)
+            images, labels = (tensor.cpu() for tensor in batch)
+            F.cross_entropy(self._traced(images), labels).backward()
+        measure = getattr(_torch_pruning().importance, name)(**kwargs)
+        found = {}
+        for group in self._groups.values():
+            values = measure(group.group)
+            if values is None:  # no norm in it, for bn_scale
+                values = torch.ones(group.channels)
+            found[group.name] = values.detach().double().numpy()
+        return found
+
+    # ---- details
+
+    def _find(self) -> list[_Group]:
+        tp = _torch_pruning()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
+                graph = tp.DependencyGraph().build_dependency(self._traced, torch.zeros(1, *self.input_size))
+        except Exception as error:  # whatever a forward or the tracer may raise
+            raise AnalysisError(
+                f"{type(self.model).__name__}: Torch-Pruning cannot trace it on {self.input_size}: {error}"
+            ) from error
+        names = {id(module): name for name, module in self._traced.named_modules()}
+        last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
+        groups = []
+        for group in graph.get_all_groups(ignored_layers=last):
+            name = names[id(group[0].dep.target.module)]
+            if reason := _why_not(group):
+                self.left_alone[name] = reason
+                continue
+            places = []
+            for item in group.items:
+                module = names.get(id(item.dep.target.module))
+                if module is not None:  # the others are operations without tensors
+                    places.append((item.dep, module, _entries(item)))
+            groups.append(_Group(name, len(group[0].idxs), group, tuple(places)))
+        return groups
+
+    def _prove(self) -> None:
+        """Cut a net at middle widths, run it, and compare its costs with those that were computed."""
+        index = np.array([[len(choices) // 2 for choices in self.choices.values()]])
+        kept = {name: np.arange(choices[len(choices) // 2]) for name, choices in self.choices.items()}
+        name = type(self.model).__name__
+        try:
+            found = profile(self.cut(kept), self.input_size)
+        except Exception as error:  # whatever a forward may raise
+            raise AnalysisError(
+                f"{name}: with fewer channels it does not run ({str(error).splitlines()[0]})."
+            ) from error
+        params, macs = self.cost(index)
+        if (found.params, found.macs) != (params[0], macs[0]):
+            raise AnalysisError(
+                f"{name}: with fewer channels it has {found.params:,} parameters and {found.macs:,} MACs, its graph "
+                f"says {params[0]:,} and {macs[0]:,}: it cannot be pruned by the graph."
+            )
+
+    def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
+        """Constant parameters and MACs, and for every tensor with channels how its sizes follow from the widths."""
+        positions = output_positions(self.model, self.input_size)
+        sides: dict[tuple[str, bool], NDArray[np.int64]] = {}
+        numbers = {name: i for i, name in enumerate(self._groups)}
+        for group in self._groups.values():
+            for dependency, module, entries in group.places:
+                outputs = "in_channels" not in dependency.handler.__name__
+                per = sides.setdefault((module, outputs), np.zeros(len(numbers), dtype=np.int64))
+                per[numbers[group.name]] += len(entries[0])
+        full = np.array([group.channels for group in self._groups.values()])
+        terms = []
+        for name, module in self.model.named_modules():
+            if (name, True) not in sides and (name, False) not in sides:
+                continue
+            zero = np.zeros(len(numbers), dtype=np.int64)
+            out, inside = sides.get((name, True), zero), sides.get((name, False), zero)
+            tensors = list(module.parameters(recurse=False))
+            if not tensors:
+                continue
+            sizes, weights, vectors = (len(tensors[0]), 1), 0, len(tensors)  # a norm
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                vectors = int(module.bias is not None)
+                if getattr(module, "groups", 1) > 1:  # depthwise: others are left alone
+                    weights = module.weight[0].numel()
+                else:
+                    sizes, weights = (sizes[0], module.weight.shape[1]), module.weight[0, 0].numel()
+            terms.append(
+                (
+                    (sizes[0] - int(out @ full), out),
+                    (sizes[1] - int(inside @ full), inside),
+                    weights,
+                    positions.get(name, 0),
+                    vectors,
+                )
+            )
+        self._cost = ((0, 0), terms)
+        whole = profile(self.model, self.input_size)
+        params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
+        return (whole.params - int(params[0]), whole.macs - int(macs[0])), terms
+
+
+def _torch_pruning() -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import torch_pruning
+    except ImportError as error:
+        raise AnalysisError(
+            "pruning channels needs Torch-Pruning: pip install 'growshrink[prune]' (torch-pruning)."
+        ) from error
+    return torch_pruning
+
+
+def _why_not(group: Any) -> str:
+    """Why a group cannot be pruned to any width, or nothing."""
+    for dependency, _ in group:
+        module = dependency.target.module
+        if isinstance(module, nn.Parameter):
+            return "a parameter that belongs to no layer takes part"
+        if isinstance(module, nn.Conv2d) and 1 < module.groups < module.out_channels:
+            return "a grouped convolution takes part"
+        if isinstance(module, nn.GroupNorm) and module.num_groups > 1:
+            return "a group norm takes part"
+    return ""
+
+
+def _entries(item: Any) -> tuple[NDArray[np.intp], ...]:
+    """For each channel of a group the entries that it has along the axis of one place."""
+    roots = np.asarray(item.root_idxs)
+    places = np.asarray(item.idxs)
+    return tuple(places[roots == channel] for channel in range(int(roots.max()) + 1))
+
+
+def _choices(channels: int, least: float, round_to: int) -> tuple[int, ...]:
+    lowest = max(1, int(np.ceil(least * channels)))
+    widths = {width for width in range(lowest, channels) if width % round_to == 0}
+    return tuple(sorted(widths | {channels}))
+
+
+def best_channels(importance: Mapping[str, Sequence[float] | Floats], widths: Mapping[str, int]) -> Kept:
+    """The `widths` most important channels of each group; of equals the first."""
+    return {
+        name: np.sort(np.argsort(-np.asarray(importance[name]), kind="stable")[:width])
+        for name, width in widths.items()
+    }

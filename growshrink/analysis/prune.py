@@ -1,0 +1,251 @@
+"""Random pruning in regular shapes, and criteria beside it: subnets under a budget, each a name and a way to make it.
+
+Two spaces: the widths of a supernet (`SupernetSpace`), and the deployed channels of any net (`ChannelSpace`). Widths
+are drawn uniformly from the choices of each layer, all at once, and accepted if the cost fits the budget. So the law of
+what is drawn is the uniform one given the budget; the share accepted says how far the budget is from its middle.
+
+Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et al., EagleEye (arXiv:2007.02491).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from growshrink.analysis.angle import AngleTable, Floats, Index
+from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
+from growshrink.dataflow import InputSize, trace
+from growshrink.errors import AnalysisError, near
+from growshrink.training.seeding import generator
+from growshrink.widths import set_width
+
+#: Draws after which a budget counts as one that nothing meets.
+MOST_DRAWS = 4_000_000
+_CHUNK = 20_000
+
+
+class Space(Protocol):
+    """Subnets by widths, and what they cost."""
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[int]]:
+        """Rising widths by name."""
+        ...
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SupernetSpace:
+    """The widths of a trained supernet, whose subnets keep the first channels.
+
+    Attributes:
+        model: The supernet.
+        table: Of which the costs are columns.
+    """
+
+    model: nn.Module
+    table: AngleTable
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[int]]:
+        """Rising widths by name."""
+        return self.table.choices
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Space.cost`."""
+        scores = self.table.score(index)
+        return scores.params, scores.macs
+
+    def subnet(self, widths: Mapping[str, int]) -> nn.Module:
+        """A copy of the supernet at these widths."""
+        net = copy.deepcopy(self.model)
+        set_width(net, widths)
+        return net
+
+
+@dataclass(frozen=True)
+class Budget:
+    """MACs that a subnet may have: within `tolerance` of `share` times those of the full net."""
+
+    share: float = 0.5
+    tolerance: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0 or not 0.0 < self.tolerance < 1.0:
+            raise AnalysisError(f"a budget of {self.share} +- {self.tolerance:.0%}: both must lie in (0, 1).")
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Widths drawn under a budget.
+
+    Attributes:
+        index: `(N, names)`.
+        params: `(N,)`.
+        macs: `(N,)`.
+        drawn: How many were looked at, the rejected included.
+        accepted: How many of these met the budget (`index` has the first N of them, perhaps without repetitions).
+    """
+
+    index: NDArray[np.intp]
+    params: NDArray[np.int64]
+    macs: NDArray[np.int64]
+    drawn: int
+    accepted: int
+
+    @property
+    def acceptance(self) -> float:
+        """The share of draws that meets the budget."""
+        return self.accepted / self.drawn
+
+
+def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> Draws:
+    """Draw widths uniformly until `num` of them meet the budget.
+
+    Args:
+        space: What from.
+        budget: In MACs.
+        num: How many.
+        seed: The only thing that decides what is drawn.
+        distinct: No subnet twice: where the widths are all there is to a subnet.
+
+    Raises:
+        AnalysisError: `MOST_DRAWS` draws were not enough: nothing, or too little, meets the budget.
+    """
+    random = np.random.default_rng(seed)
+    lengths = [len(choices) for choices in space.choices.values()]
+    full = int(space.cost(np.array([lengths]) - 1)[1][0])
+    target = budget.share * full
+    kept: list[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]] = []
+    seen: set[bytes] = set()
+    drawn = accepted = found = 0
+    lowest, highest = full, 0
+    while found < num and drawn < MOST_DRAWS:
+        index = np.stack([random.integers(length, size=_CHUNK) for length in lengths], axis=1)
+        params, macs = space.cost(index)
+        drawn += _CHUNK
+        lowest, highest = min(lowest, int(macs.min())), max(highest, int(macs.max()))
+        rows = np.flatnonzero(np.abs(macs / target - 1.0) <= budget.tolerance)
+        accepted += len(rows)
+        if distinct:
+            rows = np.array([i for i in rows if _new(index[i].tobytes(), seen)], dtype=np.intp)
+        found += len(rows)
+        kept.append((index[rows], params[rows], macs[rows]))
+    if found < num:
+        raise AnalysisError(
+            f"{found} subnets within {budget.tolerance:.0%} of {target:,.0f} MACs ({budget.share:g} of the full net) "
+            f"in {drawn:,} draws, {num} were asked for; the draws have {lowest:,} to {highest:,} MACs, "
+            f"{lowest / full:.3f} to {highest / full:.3f} of the full net. Take another budget, or a wider tolerance."
+        )
+    index, params, macs = (np.concatenate(parts)[:num] for parts in zip(*kept, strict=True))
+    return Draws(index, params, macs, drawn, accepted)
+
+
+def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:
+    """The widths that a criterion gives under a budget: all channels above one threshold, common to all groups.
+
+    Widths are rounded to the nearest choice. The threshold is the one whose net comes closest to the budget.
+
+    Raises:
+        AnalysisError: The closest is still beyond the tolerance (importances that are all alike leave no choice).
+    """
+    levels = np.unique(np.concatenate(list(importance.values())))
+    thresholds = np.concatenate([[-np.inf], levels])
+    rows = []
+    for name, choices in space.choices.items():
+        ordered = np.sort(importance[name])
+        kept = len(ordered) - np.searchsorted(ordered, thresholds, side="right")
+        rows.append(np.abs(np.asarray(choices)[None] - kept[:, None]).argmin(1))
+    index = np.stack(rows, axis=1)
+    macs = space.cost(index)[1] / (budget.share * profile_macs(space))
+    best = int(np.abs(macs - 1.0).argmin())
+    if abs(macs[best] - 1.0) > budget.tolerance:
+        raise AnalysisError(
+            f"the nearest a threshold comes is {macs[best]:.3f} times the budget: its channels' importances lie too "
+            "close together. Take a wider tolerance."
+        )
+    return {name: choices[i] for (name, choices), i in zip(space.choices.items(), index[best], strict=True)}
+
+
+def profile_macs(space: Space) -> int:
+    """MACs of the full net."""
+    full = np.array([[len(choices) - 1 for choices in space.choices.values()]])
+    return int(space.cost(full)[1][0])
+
+
+def random_channels(space: ChannelSpace, widths: Mapping[str, int], seed: int) -> dict[str, NDArray[np.intp]]:
+    """Channels drawn uniformly, for given widths; each group by itself, so that none is pruned before another.
+
+    Source: an earlier random baseline of Torch-Pruning pruned small groups first (its issue 498).
+    """
+    kept = {}
+    for number, (name, width) in enumerate(widths.items()):
+        order = torch.randperm(space.choices[name][-1], generator=generator("channels", seed, number))
+        kept[name] = np.sort(order[:width].numpy())
+    return kept
+
+
+def random_prune(
+    model: nn.Module,
+    *,
+    macs: float = 0.5,
+    tolerance: float = 0.05,
+    criterion: str = "random",
+    seed: int = 0,
+    least: float = 0.1,
+    round_to: int = 1,
+    batch: tuple[Tensor, Tensor] | None = None,
+    input_size: InputSize | None = None,
+) -> nn.Module:
+    """A copy of a convolutional net without some of its channels, in a regular shape: dense, smaller tensors.
+
+    Its batch norm statistics are those of the full net: `growshrink.calibrate_bn` comes next. As a baseline, draw
+    several, with seeds 0, 1, ...: a criterion is worth what it has over the distribution of these.
+
+    Args:
+        model: Any timm model, or another that Torch-Pruning can trace. Not modified.
+        macs: Of the pruned net, over those of the full one.
+        tolerance: Relative, of that.
+        criterion: "random" draws the widths of all layers, then the channels; "l1", "l2", "bn_scale", "fpgm" and
+            "taylor" keep what is more important than one threshold, common to all layers.
+        seed: Of "random".
+        least: Smallest share of its channels that a layer keeps.
+        round_to: Widths are multiples of this.
+        batch: Images and labels, for "taylor".
+        input_size: `(C, H, W)`; None takes the model's own.
+
+    Raises:
+        AnalysisError: Torch-Pruning (the extra `prune`) is not there or cannot trace the net; nothing meets the budget.
+    """
+    known = ("random", *CRITERIA)
+    if criterion not in known:
+        raise AnalysisError(f"{criterion}: no such criterion{near(criterion, known)}")
+    space = ChannelSpace(model, trace(model, input_size).input_size, least=least, round_to=round_to)
+    budget = Budget(macs, tolerance)
+    if criterion != "random":
+        importance = space.importance(criterion, batch)
+        return space.cut(best_channels(importance, allocate(space, importance, budget)))
+    draws = draw_widths(space, budget, 1, seed=seed)
+    return space.cut(random_channels(space, width_of(space, draws.index[0]), seed))
+
+
+def width_of(space: Space, row: Sequence[int] | Index) -> dict[str, int]:
+    """A row of an index as widths by name."""
+    return {name: choices[i] for (name, choices), i in zip(space.choices.items(), row, strict=True)}
+
+
+def _new(key: bytes, seen: set[bytes]) -> bool:
+    if key in seen:
+        return False
+    seen.add(key)
+    return True

@@ -1,0 +1,257 @@
+"""Does a score rank subnets, and does it rank them any better than their size does?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
+
+from growshrink.analysis import stats
+from growshrink.analysis.stats import Bootstrap, Floats, Interval
+from growshrink.errors import AnalysisError
+
+#: What a score has to beat before it is said to add anything.
+BASELINES = ("params", "macs", "null")
+#: Below this many subnets the interval of a tau is wider than most differences between scores.
+FEW = 200
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How one score agrees with the truth. Everything has a bootstrap interval; NaN where a figure has no value.
+
+    Attributes:
+        tau_a: Kendall's.
+        tau_b: Kendall's, with ties out of account.
+        spearman: rho.
+        precision: The share of the k best by score that are among the k best by truth.
+        regret: Best truth less the best truth among the k best by score.
+        tau_within: tau-b over pairs of about equal size only (within bins of MACs).
+        beyond: Partial Spearman given the baselines: 0 where the score knows nothing that they do not.
+    """
+
+    tau_a: Interval
+    tau_b: Interval
+    spearman: Interval
+    precision: Interval
+    regret: Interval
+    tau_within: Interval
+    beyond: Interval
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a score adds anything to size, by a rule that was fixed beforehand.
+
+    It does if (1) within bins of MACs its tau-b is above that of every baseline, the interval of the paired difference
+    excluding 0 (a baseline that ranks backwards counts as its opposite), and (2) the interval of its partial
+    correlation given all baselines excludes 0 from above.
+
+    Attributes:
+        adds: Whether both hold.
+        differences: tau-b within bins, less the baseline's, by baseline.
+        reason: One sentence.
+    """
+
+    adds: bool
+    differences: dict[str, Interval]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Outcome of `rank`.
+
+    Attributes:
+        agreement: Of every score, baselines included.
+        verdicts: Of every score that is no baseline.
+        n: Subnets that were compared.
+        left_out: Subnets without a finite score.
+        k: Of precision and regret.
+        num_bins: Of the size bins.
+        tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
+        ceiling: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
+        confidence: Of the intervals.
+        num_resamples: Of the bootstrap.
+    """
+
+    agreement: dict[str, Agreement]
+    verdicts: dict[str, Verdict]
+    n: int
+    left_out: int
+    k: int
+    num_bins: int
+    tied_truth: float
+    ceiling: float | None
+    confidence: float
+    num_resamples: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: intervals are [value, low, high], None for NaN and infinity."""
+        return jsonable(asdict(self))
+
+    def table(self) -> str:
+        """The agreement and the verdicts as text."""
+        titles = list(asdict(next(iter(self.agreement.values()))))
+        rows = [["score", *titles]]
+        for name, agreement in self.agreement.items():
+            rows.append([name, *(_cell(interval) for interval in vars(agreement).values())])
+        lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, lengths, strict=True)).rstrip() for row in rows]
+        percent = f"{self.confidence:.0%}"
+        lines.append(
+            f"{self.n} subnets, {percent} intervals of {self.num_resamples} paired resamples; precision and regret of "
+            f"the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the pairs are tied "
+            "in truth."
+        )
+        if self.left_out:
+            lines.append(f"{self.left_out} subnets have no finite score and were left out.")
+        if self.n < FEW:
+            lines.append(f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints.")
+        if self.ceiling is None:
+            lines.append("The truth was measured once: its seed noise, the ceiling of every tau, is not known.")
+        else:
+            lines.append(f"Ceiling: tau-b {self.ceiling:.3f} between measurements of the truth with other seeds.")
+        lines += [f"{name}: {verdict.reason}" for name, verdict in self.verdicts.items()]
+        return "\n".join(lines)
+
+
+def rank(
+    scores: Mapping[str, ArrayLike],
+    truth: Floats | Sequence[Floats],
+    *,
+    baselines: Sequence[str] = BASELINES,
+    k: int | None = None,
+    num_bins: int = 10,
+    num_resamples: int = 1000,
+    confidence: float = stats.CONFIDENCE,
+    seed: int = 0,
+) -> Ranking:
+    """Compare scores with the truth, and with what size alone would have said.
+
+    Args:
+        scores: `(N,)` each, higher is better; every baseline, `macs` among them, has to be there. Subnets without a
+            finite value in one of them are left out and counted.
+        truth: `(N,)`, higher is better; or several measurements of it with different seeds, whose mean is the truth.
+        baselines: Names of the scores that any other has to beat.
+        k: Of top-k precision and regret; None is a tenth of the subnets.
+        num_bins: Bins of MACs for `tau_within`, of equal counts; fewer if a bin would have less than 8 subnets.
+        num_resamples: Of the bootstrap over subnets.
+        confidence: Of the intervals.
+        seed: Of the bootstrap.
+
+    Raises:
+        AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
+    """
+    measured = [np.asarray(column, dtype=np.float64) for column in (truth if np.ndim(truth) > 1 else [truth])]
+    columns = {name: np.asarray(column, dtype=np.float64) for name, column in scores.items()}
+    for name in (*baselines, "macs"):
+        if name not in columns:
+            raise AnalysisError(f"{name}: no such score; what a score adds is judged against {', '.join(baselines)}.")
+    for name, column in [*columns.items(), *(("the truth", column) for column in measured)]:
+        if column.shape != measured[0].shape or column.ndim != 1:
+            raise AnalysisError(f"{name}: {column.shape} values, the truth has {measured[0].shape}.")
+    finite = np.all([np.isfinite(column) for column in columns.values()], axis=0)
+    columns = {name: column[finite] for name, column in columns.items()}
+    measured = [column[finite] for column in measured]
+    target = np.mean(measured, axis=0)
+    n = len(target)
+    if n < 8:
+        raise AnalysisError(f"{n} subnets with a truth and finite scores: too few to rank.")
+    if not np.isfinite(target).all() or np.ptp(target) == 0:
+        raise AnalysisError("the truth is not finite, or the same for all subnets: there is nothing to rank.")
+    k = max(1, round(n / 10)) if k is None else k
+    num_bins = max(1, min(num_bins, n // 8))
+    bins = stats.size_bins(columns["macs"], num_bins)
+    boot = Bootstrap(n, num=num_resamples, seed=seed, confidence=confidence)
+
+    agreement, within = {}, {}
+    for name, column in columns.items():
+        controls = [columns[b] for b in baselines if b != name]
+        agreement[name], within[name] = _agreement(column, target, controls, bins, k, boot)
+    verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
+    tied = stats.kendall(target, target).tied_x / math.comb(n, 2)
+    ceiling = stats.noise_ceiling(measured) if len(measured) > 1 else None
+    left_out = int((~finite).sum())
+    return Ranking(agreement, verdicts, n, left_out, k, num_bins, tied, ceiling, confidence, num_resamples)
+
+
+def _agreement(
+    score: Floats, truth: Floats, controls: Sequence[Floats], bins: Any, k: int, boot: Bootstrap
+) -> tuple[Agreement, Floats]:
+    """Its figures, and the resamples of tau_within."""
+    if np.ptp(score) == 0:  # a constant score ranks nothing
+        nothing = Interval(math.nan, math.nan, math.nan)
+        zero = Interval(0.0, 0.0, 0.0)
+        return Agreement(zero, nothing, nothing, nothing, nothing, nothing, nothing), np.full(len(boot.index), math.nan)
+    tau_a, tau_b = boot.kendall(score, truth)
+    within = boot.kendall(score, truth, bins)[1]
+    found = stats.kendall(score, truth)
+    ranks = rankdata(score), rankdata(truth)
+    figures = {
+        "tau_a": (found.tau_a, tau_a),
+        "tau_b": (found.tau_b, tau_b),
+        "spearman": (stats.spearman(score, truth), boot.of(lambda i: stats.pearson(ranks[0][i], ranks[1][i]))),
+        "precision": (
+            stats.top_k_precision(score, truth, k),
+            boot.of(lambda i: stats.top_k_precision(score[i], truth[i], k)),
+        ),
+        "regret": (stats.regret(score, truth, k), boot.of(lambda i: stats.regret(score[i], truth[i], k))),
+        "tau_within": (stats.kendall_within(score, truth, bins), within),
+        "beyond": (
+            stats.partial_spearman(score, truth, controls),
+            boot.of(lambda i: stats.partial_spearman(score[i], truth[i], [c[i] for c in controls])),
+        ),
+    }
+    return Agreement(**{name: boot.interval(*figure) for name, figure in figures.items()}), within
+
+
+def _verdict(
+    name: str,
+    agreement: Mapping[str, Agreement],
+    within: Mapping[str, Floats],
+    baselines: Sequence[str],
+    boot: Bootstrap,
+) -> Verdict:
+    own = agreement[name]
+    differences = {}
+    for other in baselines:
+        theirs = agreement[other].tau_within.value
+        sign = -1.0 if theirs < 0 else 1.0  # where small is good, smallness is what has to be beaten
+        value = own.tau_within.value - sign * (0.0 if math.isnan(theirs) else theirs)
+        differences[other] = boot.interval(value, within[name] - sign * np.nan_to_num(within[other]))
+    better = [other for other, difference in differences.items() if difference.low > 0]
+    beyond = own.beyond.low > 0
+    adds = beyond and len(better) == len(baselines)
+    if adds:
+        reason = f"adds to {', '.join(baselines)}: better within bins of MACs, partial correlation {_cell(own.beyond)}."
+    else:
+        why = []
+        if missed := [other for other in baselines if other not in better]:
+            why.append(f"within bins of MACs not shown to be better than {', '.join(missed)}")
+        if not beyond:
+            why.append(f"partial correlation given {', '.join(baselines)} {_cell(own.beyond)}")
+        reason = f"adds nothing that could be shown: {'; '.join(why)}."
+    return Verdict(adds, differences, reason)
+
+
+def _cell(interval: Interval) -> str:
+    if math.isnan(interval.value):
+        return "-"
+    return f"{interval.value:+.3f} ({interval.low:+.3f}, {interval.high:+.3f})"
+
+
+def jsonable(value: Any) -> Any:
+    """What JSON can hold: None for NaN and infinity, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,158 @@
+"""Results that many processes add to, one line each, and that a crash cannot spoil.
+
+A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). Whoever is to
+compute a record holds a lock on its number meanwhile; the system takes the locks of a process back when it dies,
+however it dies. So processes on one machine, or ranks of torchrun, need no word between them: each takes what nobody
+has done and nobody is doing. Nothing is done twice, and a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from growshrink.errors import RunError
+from growshrink.training.folder import LOCK, MARKER, check_same, json_line, read_json, write_json
+
+FILE = "results.jsonl"
+#: Numbers of locks beyond those of records.
+_APPEND, _SETUP = 2**40, 2**41
+#: Seconds between two looks at what others are doing.
+_PAUSE = 0.2
+
+
+class Results:
+    """The results of one run, which other processes may be working on too. A context manager.
+
+    Args:
+        path: The folder: made, or taken part in.
+        identity: What the run is; the same for all that take part.
+
+    Attributes:
+        path: The folder.
+        damaged: Lines that could not be read: a process, or the machine, died in the middle of one.
+
+    Raises:
+        RunError: The folder holds something else, or a run with another identity.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+        self.path = path
+        self.damaged = 0
+        self._done: dict[str, dict[str, Any]] = {}
+        self._read_to = 0
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            entries = {entry.name for entry in path.iterdir()} - {LOCK}
+            if entries and MARKER not in entries and not any(name.startswith(f".{MARKER}") for name in entries):
+                raise RunError(f"{path}: not empty and not the folder of a run ({min(entries)} is in it).")
+            # Opened once: closing any handle on the file would give back all locks of the process.
+            self._locks = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be used as the folder of a run ({error.strerror}).") from error
+        try:
+            with self._locked(_SETUP):
+                if (path / MARKER).exists():
+                    check_same(path, identity)
+                else:
+                    write_json(path / MARKER, {"status": "running", **identity})
+        except BaseException:
+            os.close(self._locks)
+            raise
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        """Every record there is by its key, those of other processes included."""
+        try:
+            with open(self.path / FILE, "rb") as file:
+                file.seek(self._read_to)
+                text = file.read()
+        except FileNotFoundError:
+            return self._done
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(whole)
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+                self._done[record["key"]] = record
+            except (ValueError, KeyError, TypeError):
+                self.damaged += 1
+        return self._done
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record, which has a "key"; it is on the disk when this returns."""
+        line = json_line(record).encode()
+        with self._locked(_APPEND):
+            with open(self.path / FILE, "a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                if end:
+                    file.seek(end - 1)
+                    if file.read(1) != b"\n":  # somebody died in the middle of a line
+                        line = b"\n" + line
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def unfinished(self, keys: Sequence[str]) -> Iterator[str]:
+        """Keys to compute and `append` here, one at a time; ends when all of `keys` are done, by whomever.
+
+        All processes have to give the same keys in the same order. While others compute the last ones this waits for
+        them, and takes over what a process that died has left.
+        """
+        while True:
+            waiting = False
+            for number, key in enumerate(keys):
+                if key in self._done:
+                    continue
+                try:
+                    fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+                except OSError:  # somebody is at it
+                    waiting = True
+                    continue
+                try:
+                    if key not in self.done():  # it may have been finished since we looked
+                        yield key
+                finally:
+                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            if not waiting and all(key in self.done() for key in keys):
+                return
+            time.sleep(_PAUSE)
+
+    def finish(self) -> None:
+        """Say in run.json that all is done."""
+        with self._locked(_SETUP):
+            write_json(self.path / MARKER, {**read_json(self.path / MARKER), "status": "finished"})
+
+    @contextmanager
+    def once(self, number: int) -> Iterator[None]:
+        """One process at a time is inside, for each number: to make what all of them need."""
+        with self._locked(_SETUP + 1 + number):
+            yield
+
+    @contextmanager
+    def _locked(self, number: int) -> Iterator[None]:
+        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, number)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+
+    def close(self) -> None:
+        """Give back all locks."""
+        os.close(self._locks)
+
+    def __enter__(self) -> Results:
+        """The results themselves."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close."""
+        self.close()

@@ -1,0 +1,247 @@
+"""What to do with a net after pruning: the arms of lottery ticket against rethinking, at equal budget and paired seeds.
+
+Source: Liu et al., Rethinking the Value of Network Pruning (arXiv:1810.05270): fine-tuning against training the pruned
+shape from scratch; Frankle et al. (arXiv:1903.01611) and Renda et al. (arXiv:2003.02389): rewinding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from growshrink import schedules
+from growshrink.analysis import stats
+from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
+from growshrink.analysis.prune import Budget, allocate, draw_widths, random_channels, width_of
+from growshrink.analysis.trained import num_updates
+from growshrink.compare import profile, training_macs
+from growshrink.errors import AnalysisError
+from growshrink.training import Feed, TrainConfig, Trainer, evaluate
+
+State = Mapping[str, Tensor]
+
+#: The arms, and what each does; every one but scratch-b trains for as many epochs as the dense net was trained.
+ARMS = {
+    "fine-tune": "the criterion's channels, with their trained weights",
+    "rewind": "the criterion's channels, weights and learning rate as they were after a tenth of the dense training",
+    "rewind-init": "the criterion's channels, with the weights the dense net started from (the lottery ticket)",
+    "scratch-e": "the criterion's widths, newly initialised, equal epochs",
+    "scratch-b": "the criterion's widths, newly initialised, as many epochs as cost what the dense training did",
+    "random-channels": "the criterion's widths, random channels with their trained weights",
+    "random-widths": "random widths of equal MACs, random channels with their trained weights",
+}
+#: Other arms are compared with this one.
+REFERENCE = "fine-tune"
+REWIND_TO = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A dense net at three moments of its training: state_dicts."""
+
+    init: State
+    rewind: State
+    trained: State
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where an arm starts.
+
+    Attributes:
+        net: The pruned net.
+        epochs: To train.
+        begin: Share of its schedule that is over already.
+    """
+
+    net: nn.Module
+    epochs: float
+    begin: float = 0.0
+
+
+def train_dense(
+    model: nn.Module,
+    feed: Feed,
+    *,
+    epochs: float,
+    config: TrainConfig,
+    after_update: Callable[[], None] | None = None,
+) -> Dense:
+    """Train a net in place, and keep what arms go back to."""
+    init = _copy(model)
+    total = num_updates(feed, epochs)
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    rate = schedules.cosine(1.0, 0.0, total)
+
+    def until(stop: int) -> State:
+        trainer.train(stop, learning_rate=rate, lam=schedules.constant(1.0), after_update=after_update)
+        return _copy(model)
+
+    rewind = until(round(REWIND_TO * total))
+    return Dense(init, rewind, until(total))
+
+
+def start_arm(
+    arm: str,
+    model: nn.Module,
+    dense: Dense,
+    feed: Feed,
+    *,
+    criterion: str,
+    budget: Budget,
+    epochs: float,
+    seed: int,
+    least: float = 0.1,
+) -> Start:
+    """The net an arm begins with.
+
+    Args:
+        arm: A key of `ARMS`.
+        model: A net of the dense architecture; its weights do not matter, and change.
+        dense: Of the same seed, for all arms.
+        feed: For criteria that need a batch.
+        criterion: See `ChannelSpace.importance`.
+        budget: In MACs.
+        epochs: Of the dense training.
+        seed: Of what is drawn.
+        least: Smallest share of its channels that a layer keeps.
+    """
+    if arm not in ARMS:
+        raise AnalysisError(f"{arm}: no such arm; there are {', '.join(ARMS)}.")
+    model.load_state_dict(dense.trained)
+    space = ChannelSpace(model, feed.input_size, least=least)
+    importance = space.importance(criterion, feed.train.batch(0))
+    widths = allocate(space, importance, budget)
+    if arm == "random-widths":
+        widths = width_of(space, draw_widths(space, budget, 1, seed=seed).index[0])
+    kept: Kept = (
+        random_channels(space, widths, seed) if arm.startswith("random-") else best_channels(importance, widths)
+    )
+    if arm == "rewind":
+        model.load_state_dict(dense.rewind)
+    elif arm == "rewind-init":
+        model.load_state_dict(dense.init)
+    net = space.cut(kept)  # the space cuts `model` as it is now
+    if arm.startswith("scratch-"):
+        reinitialise(net, seed)
+    if arm == "scratch-b":
+        epochs *= profile(model, feed.input_size).macs / profile(net, feed.input_size).macs
+    return Start(net.train(), epochs, REWIND_TO if arm == "rewind" else 0.0)
+
+
+def reinitialise(net: nn.Module, seed: int) -> None:
+    """Fresh weights, in place: by the net's own `init_weights` if it has one, else each layer's `reset_parameters`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed + 1_000_003)
+        for module in net.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        if callable(init := getattr(net, "init_weights", None)):
+            init()
+
+
+def run_arm(
+    start: Start, feed: Feed, config: TrainConfig, *, after_update: Callable[[], None] | None = None
+) -> dict[str, float]:
+    """Train an arm; val and test top-1, parameters, MACs, and MACs spent.
+
+    The data order is that of the dense training from its first update on, the same for every arm and learning rate.
+    """
+    total = num_updates(feed, start.epochs)
+    rate = schedules.cosine(1.0, 0.0, total)
+    trainer = Trainer(start.net, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = round(start.begin * total)
+    updates = total - trainer.update
+    trainer.train(total, learning_rate=rate, lam=schedules.constant(1.0), after_update=after_update)
+    cost = profile(start.net, feed.input_size)
+    return {
+        "val": evaluate(start.net, feed.val).top1,
+        "test": evaluate(start.net, feed.test).top1,
+        "params": cost.params,
+        "macs": cost.macs,
+        "updates": updates,
+        "training_macs": updates * feed.train.batch_size * training_macs(start.net, feed.input_size),
+    }
+
+
+def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The learning rate of each arm with the best mean val top-1 over the tuning seeds; of equals the smaller."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        found.setdefault(record["arm"], {}).setdefault(record["lr"], []).append(record["val"])
+    return {arm: max(sorted(by_rate), key=lambda lr: np.mean(by_rate[lr])) for arm, by_rate in found.items()}
+
+
+def compare_arms(records: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Test top-1 of every arm, and its difference from fine-tuning over paired seeds, corrected for their number.
+
+    Args:
+        records: One for each arm and seed, at the arm's own learning rate.
+        dense: `test` and `training_macs` of the dense net of each seed, in the order of the seeds.
+    """
+    seeds = sorted({int(record["seed"]) for record in records})
+    by_arm = {
+        arm: [next(r for r in records if r["arm"] == arm and r["seed"] == seed) for seed in seeds]
+        for arm in ARMS
+        if any(r["arm"] == arm for r in records)
+    }
+    rows: dict[str, Any] = {}
+    tests: list[str] = []
+    for arm, runs in by_arm.items():
+        test = [run["test"] for run in runs]
+        rows[arm] = {
+            "lr": runs[0]["lr"],
+            "test": test,
+            "mean": float(np.mean(test)),
+            "sd": float(np.std(test, ddof=1)) if len(test) > 1 else None,
+            "training_macs": float(np.mean([run["training_macs"] for run in runs])),
+            "macs": float(np.mean([run["macs"] for run in runs])),
+        }
+        if arm != REFERENCE and REFERENCE in by_arm and len(seeds) > 1:
+            found = stats.paired(test, [run["test"] for run in by_arm[REFERENCE]])
+            rows[arm] |= {"difference": found.difference, "p": found.p, "effect": found.effect}
+            tests.append(arm)
+    for arm, p in zip(tests, stats.holm([rows[arm]["p"] for arm in tests]), strict=True):
+        rows[arm]["p_holm"] = p
+    return {
+        "seeds": seeds,
+        "arms": rows,
+        "dense": {
+            "test": [run["test"] for run in dense],
+            "mean": float(np.mean([run["test"] for run in dense])),
+            "training_macs": float(np.mean([run["training_macs"] for run in dense])),
+        },
+    }
+
+
+def text(summary: Mapping[str, Any]) -> str:
+    """The comparison as a table."""
+    dense, seeds = summary["dense"], summary["seeds"]
+    less = f"less {REFERENCE}"
+    lines = [f"{'arm':16s} {'lr':>6s} {'test top-1 (sd)':>17s} {less:>26s} {'p (Holm)':>9s} {'training':>9s}"]
+    full = f"{dense['mean']:.2f} %"
+    lines.append(f"{'dense':16s} {'':>6s} {full:>17s} {'':>26s} {'':>9s} {1:9.2f}")
+    for arm, row in summary["arms"].items():
+        sd = "" if row["sd"] is None else f" ({row['sd']:.2f})"
+        difference, p = "", ""
+        if "difference" in row:
+            value, low, high = row["difference"]
+            difference, p = f"{value:+.2f} ({low:+.2f}, {high:+.2f})", f"{row['p_holm']:.3f}"
+        cost = row["training_macs"] / dense["training_macs"]
+        mean = f"{row['mean']:.2f} %{sd}"
+        lines.append(f"{arm:16s} {row['lr']:6g} {mean:>17s} {difference:>26s} {p:>9s} {cost:9.2f}")
+    lines.append(
+        f"{len(seeds)} seeds, paired; Student's 95 % intervals, exact sign-flip tests: no p below "
+        f"{2 / 2 ** len(seeds):.3f} before correction. training: MACs over the dense training's, which all but scratch "
+        "at given widths need besides."
+    )
+    return "\n".join(lines)
+
+
+def _copy(model: nn.Module) -> State:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,349 @@
+"""Statistics of rankings and of random draws: pure functions on arrays, by scipy where scipy has them.
+
+Ties are never broken by the order in which things happen to lie: a figure is either defined for ties (tau-b), or the
+expectation over all ways to break them (precision and regret of the best k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+from scipy.special import gammaln
+
+from growshrink.errors import AnalysisError
+
+Floats = NDArray[np.float64]
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """An estimate and the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Kendall(NamedTuple):
+    """Kendall's rank correlation. `tied_x`, `tied_y`: pairs that are equal in x, and in y."""
+
+    tau_a: float
+    tau_b: float
+    tied_x: int
+    tied_y: int
+
+
+def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
+    r"""Kendall's tau of n pairs, in O(n log n).
+
+    With P concordant and Q discordant of the :math:`n_0 = n(n-1)/2` pairs, and :math:`n_x, n_y` of them tied:
+    :math:`\tau_a = (P - Q) / n_0`, :math:`\tau_b = (P - Q) / \sqrt{(n_0 - n_x)(n_0 - n_y)}`. tau-b is NaN where
+    one side is constant.
+
+    Source: Kendall, The treatment of ties in ranking problems (Biometrika 33, 1945); tau-b is scipy's `kendalltau`.
+    """
+    x, y = _columns(x, y)
+    pairs = math.comb(len(x), 2)
+    tied_x, tied_y = (_tied_pairs(column) for column in (x, y))
+    if pairs in (tied_x, tied_y):
+        return Kendall(0.0, math.nan, tied_x, tied_y)
+    tau_b = float(stats.kendalltau(x, y, method="asymptotic").statistic)
+    scale = math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y)
+    return Kendall(round(tau_b * scale) / pairs, tau_b, tied_x, tied_y)  # P - Q is a whole number
+
+
+def spearman(x: ArrayLike, y: ArrayLike) -> float:
+    """Spearman's rho: Pearson's correlation of the mid-ranks (as scipy's `spearmanr`); NaN if a side is constant."""
+    x, y = _columns(x, y)
+    return pearson(stats.rankdata(x), stats.rankdata(y))
+
+
+def pearson(x: Floats, y: Floats) -> float:
+    """Pearson's correlation; NaN if a side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    scale = math.sqrt(float(x @ x) * float(y @ y))
+    return float(x @ y) / scale if scale > 0 else math.nan
+
+
+def partial_spearman(x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike]) -> float:
+    """Spearman's correlation of x and y that is left once both have been explained by `controls`.
+
+    All columns are turned into ranks; the ranks of x and of y are fitted by least squares with polynomials of the
+    controls' ranks (up to the third power, and their products), and what the fits leave is correlated. NaN if a fit
+    leaves nothing (up to rounding): x is then a function of the controls.
+    """
+    x, y = _columns(x, y)
+    ranks = [_unit_ranks(np.asarray(c, dtype=np.float64)) for c in controls]
+    terms = [np.ones(len(x)), *ranks, *(r**2 for r in ranks), *(r**3 for r in ranks)]
+    terms += [ranks[i] * ranks[j] for i in range(len(ranks)) for j in range(i)]
+    design = np.stack(terms, axis=1)
+    both = np.stack([_unit_ranks(x), _unit_ranks(y)], axis=1)
+    left = both - design @ np.linalg.lstsq(design, both, rcond=1e-9)[0]
+    if (left**2).sum(0).min() < 1e-12 * len(x):
+        return math.nan
+    return pearson(left[:, 0], left[:, 1])
+
+
+def size_bins(size: ArrayLike, num_bins: int = 10) -> NDArray[np.int64]:
+    """The quantile bin of each item, 0 .. num_bins - 1: bins of about equal counts, equal sizes in one bin."""
+    size = np.asarray(size, dtype=np.float64)
+    edges = np.quantile(size, np.linspace(0, 1, num_bins + 1)[1:-1])
+    return np.searchsorted(edges, size, side="right")
+
+
+def kendall_within(x: ArrayLike, y: ArrayLike, bins: ArrayLike) -> float:
+    """tau-b over the pairs whose two items lie in the same bin; NaN if there are none that differ.
+
+    P - Q and both counts of untied pairs are summed over the bins, so that large bins weigh more.
+    """
+    x, y = _columns(x, y)
+    bins = np.asarray(bins)
+    agree = untied_x = untied_y = 0.0
+    for number in np.unique(bins):
+        part = kendall(x[bins == number], y[bins == number]) if (bins == number).sum() > 1 else None
+        if part is not None:
+            pairs = math.comb(int((bins == number).sum()), 2)
+            agree += part.tau_a * pairs
+            untied_x += pairs - part.tied_x
+            untied_y += pairs - part.tied_y
+    return agree / math.sqrt(untied_x * untied_y) if untied_x and untied_y else math.nan
+
+
+def top_k_precision(score: ArrayLike, truth: ArrayLike, k: int) -> float:
+    """The share of the k best by score that are among the k best by truth, expected over ways to break ties."""
+    score, truth = _columns(score, truth)
+    _check_k(k, len(score))
+    return float(_membership(score, k) @ _membership(truth, k)) / k
+
+
+def regret(score: ArrayLike, truth: ArrayLike, k: int) -> float:
+    r"""What trusting the score costs: best truth of all, less the best truth among the k best by score.
+
+    If m places are left for the g items tied at the border, their best is the largest of m drawn from g without
+    replacement, :math:`P(\max \le v_{(j)}) = \binom{j}{m} / \binom{g}{m}`.
+    """
+    score, truth = _columns(score, truth)
+    _check_k(k, len(score))
+    border = np.partition(score, -k)[-k]
+    sure, tied = truth[score > border], np.sort(truth[score == border])
+    m, g = k - len(sure), len(tied)
+    values = tied if not len(sure) else np.maximum(tied, sure.max())
+    j = np.arange(m, g + 1)
+    log_share = _log_comb(j, m) - _log_comb(np.array([g]), m)
+    weights = np.diff(np.exp(log_share), prepend=0.0)
+    return float(truth.max() - weights @ values[m - 1 :])
+
+
+class Bootstrap:
+    """Resamples of n items, drawn once and used for every statistic, so that differences of statistics are paired.
+
+    Attributes:
+        index: int64 `(num, n)`.
+        counts: How often each item is in each resample, `(num, n)`.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993): percentile intervals.
+    """
+
+    def __init__(self, n: int, *, num: int = 1000, seed: int = 0, confidence: float = CONFIDENCE) -> None:
+        if n < 2 or num < 1:
+            raise AnalysisError(f"a bootstrap of {n} items and {num} resamples: needs at least 2 items and 1 resample.")
+        self.confidence = confidence
+        self.index = np.random.default_rng(seed).integers(n, size=(num, n))
+        offset = np.arange(num)[:, None] * n
+        self.counts = np.bincount((self.index + offset).ravel(), minlength=num * n).reshape(num, n)
+
+    def of(self, statistic: Callable[[NDArray[np.int64]], float]) -> Floats:
+        """`statistic(index)` of each resample, `(num,)`."""
+        return np.array([statistic(index) for index in self.index])
+
+    def kendall(self, x: ArrayLike, y: ArrayLike, bins: ArrayLike | None = None) -> tuple[Floats, Floats]:
+        """tau-a and tau-b of each resample (within `bins`, if given), `(num,)` each.
+
+        An item is never paired with itself: both are sums over pairs of different items, each weighted with the product
+        of its counts. tau-b is then what `kendall` gives for the resample; tau-a lacks the bias of about 1/n that
+        pairs of copies would add.
+        """
+        x, y = _columns(x, y)
+        n = len(x)
+        sums = np.zeros((4, len(self.counts)))
+        counts = self.counts.astype(np.float32)  # sums of whole numbers below 2**24: exact
+        for start in range(0, n, 1024):  # blocks of pairs: n * n may not fit into memory
+            block = slice(start, start + 1024)
+            sign_x, sign_y = (np.sign(v[:, None] - v[None, block]).astype(np.float32) for v in (x, y))
+            pairs = np.ones_like(sign_x)
+            pairs[np.arange(n)[block], np.arange(len(pairs[0]))] = 0.0
+            if bins is not None:
+                pairs *= np.asarray(bins)[:, None] == np.asarray(bins)[None, block]
+            for row, matrix in enumerate((sign_x * sign_y, np.abs(sign_x), np.abs(sign_y), np.ones_like(sign_x))):
+                sums[row] += ((counts @ (matrix * pairs)) * self.counts[:, block]).sum(1, dtype=np.float64)
+        agree, untied_x, untied_y, all_pairs = sums
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return agree / all_pairs, agree / np.sqrt(untied_x * untied_y)
+
+    def interval(self, value: float, samples: Floats) -> Interval:
+        """`value` with the percentile interval of `samples`; NaN where a resample has no value."""
+        low, high = np.quantile(samples, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
+        return Interval(value, float(low), float(high))
+
+    def corrected(self, value: float, samples: Floats) -> Interval:
+        r"""`value` with the bias-corrected percentile interval; values may be infinite.
+
+        With :math:`z_0 = \Phi^{-1}` of the share of samples below `value`, the ends are the percentiles
+        :math:`\Phi(2 z_0 \pm z)`. For skewed statistics, whose plain percentiles cover too little.
+
+        Source: Efron, Nonparametric standard errors and confidence intervals (Can. J. Stat. 9, 1981).
+        """
+        share = np.clip(np.mean(samples < value), 0.5 / len(samples), 1 - 0.5 / len(samples))
+        z = float(stats.norm.ppf((1 + self.confidence) / 2))
+        ends = stats.norm.cdf(2 * stats.norm.ppf(share) + np.array([-z, z]))
+        low, high = np.quantile(samples, ends, method="nearest")
+        return Interval(value, float(low), float(high))
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """A share with Wilson's interval (J. Am. Stat. Assoc. 22, 1927), by scipy's `binomtest`."""
+    result = stats.binomtest(successes, n)
+    low, high = result.proportion_ci(confidence, method="wilson")
+    return Interval(result.statistic, float(low), float(high))
+
+
+def yield_at(values: ArrayLike, threshold: float, confidence: float = CONFIDENCE) -> Interval:
+    """The share of random draws that reach `threshold` or more, with Wilson's interval.
+
+    Source: the distributions of Radosavovic et al., On Network Design Spaces (arXiv:1905.13214).
+    """
+    values = _finite(values)
+    return wilson(int((values >= threshold).sum()), len(values), confidence)
+
+
+def percentile(values: ArrayLike, value: float) -> float:
+    """Percent of `values` below `value`, equal ones counted half (scipy's `percentileofscore`, kind "mean")."""
+    return float(stats.percentileofscore(_finite(values), value, kind="mean"))
+
+
+def expected_max(values: ArrayLike, n: float) -> float:
+    r"""The largest of n draws that is to be expected, from the empirical distribution of N `values`.
+
+    :math:`E = \sum_i v_{(i)} \left[(i/N)^n - ((i-1)/N)^n\right]`, for any n > 0, not only whole ones.
+
+    Source: Dodge et al., Show Your Work (arXiv:1909.03004), equation 6. Too low for n near N: no draw beats the best.
+    """
+    values = np.sort(_finite(values))
+    share = np.arange(len(values) + 1) / len(values)
+    return float(np.diff(share**n) @ values)
+
+
+def equivalent_draws(values: ArrayLike, value: float) -> float:
+    """N_eq: how many random draws have `value` as their expected maximum; the inverse of `expected_max`.
+
+    1 means as good as one draw; below 1, worse than the average draw. Infinite where `value` is not below the best of
+    `values`: more draws would be needed to tell.
+    """
+    values = _finite(values)
+    if value >= values.max():
+        return math.inf
+    if value <= values.min():
+        return 0.0
+    # Sorted once; expected_max rises strictly from min to max.
+    return math.exp(optimize.brentq(lambda log_n: expected_max(values, math.exp(log_n)) - value, -40.0, 40.0))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Outcome of `paired`: mean difference with its interval, exact p, and effect size d_z (mean over sd)."""
+
+    difference: Interval
+    p: float
+    effect: float
+    n: int
+
+
+def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
+    """Student's interval of the mean of a - b over pairs (seeds), and the exact sign-flip test of no difference.
+
+    A bootstrap of a handful of pairs covers too little; Student's interval is right for normal differences. The test
+    assumes only that under no difference each sign is a coin's: with n pairs p is never below 2 / 2**n (0.0625 for 5).
+
+    Source: Fisher, The Design of Experiments (1935), by scipy's `permutation_test`; d_z after Cohen.
+    """
+    a, b = _columns(a, b)
+    difference = a - b
+    n, mean, spread = len(difference), float(difference.mean()), float(difference.std(ddof=1))
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
+    if not difference.any():
+        return Paired(Interval(0.0, 0.0, 0.0), 1.0, 0.0, n)
+    p = stats.permutation_test((difference,), np.mean, permutation_type="samples", rng=np.random.default_rng(0)).pvalue
+    effect = mean / spread if spread > 0 else math.copysign(math.inf, mean)
+    return Paired(Interval(mean, mean - half, mean + half), float(p), effect, n)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for being several: the i-th smallest of m times m - i + 1, never falling, at most 1.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure (Scand. J. Stat. 6, 1979).
+    """
+    corrected, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        corrected[index] = min(1.0, largest)
+    return corrected
+
+
+def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
+    """Mean tau-b between the measurements of the same items with different seeds; NaN for a single one.
+
+    No score can be expected to agree better with one such measurement.
+    """
+    taus = [kendall(columns[i], columns[j]).tau_b for i in range(len(columns)) for j in range(i)]
+    return float(np.mean(taus)) if taus else math.nan
+
+
+def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+    x, y = _finite(x), _finite(y)
+    if x.shape != y.shape or len(x) < 2:
+        raise AnalysisError(f"{len(x)} values against {len(y)}: needs as many on both sides, and at least 2.")
+    return x, y
+
+
+def _finite(values: ArrayLike) -> Floats:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise AnalysisError(
+            f"a column of shape {values.shape} with {int((~np.isfinite(values)).sum())} values that are not finite: "
+            "statistics need a filled column of numbers; leave the others out and say so."
+        )
+    return values
+
+
+def _check_k(k: int, n: int) -> None:
+    if not 1 <= k <= n:
+        raise AnalysisError(f"the best {k} of {n}: must be between 1 and {n}.")
+
+
+def _tied_pairs(column: Floats) -> int:
+    counts = np.unique(column, return_counts=True)[1]
+    return int((counts * (counts - 1) // 2).sum())
+
+
+def _membership(values: Floats, k: int) -> Floats:
+    """Probability of being among the k largest when ties are broken at random."""
+    border = np.partition(values, -k)[-k]
+    above, tied = values > border, values == border
+    return above + tied * ((k - above.sum()) / tied.sum())
+
+
+def _unit_ranks(values: Floats) -> Floats:
+    """Mid-ranks, brought to mean 0 and range 2: powers of them stay well conditioned."""
+    ranks = stats.rankdata(values)
+    return 2 * (ranks - ranks.mean()) / max(1, len(values) - 1)
+
+
+def _log_comb(n: NDArray[np.int64], m: int) -> Floats:
+    return gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)

@@ -1,0 +1,322 @@
+"""A study of pruning: random subnets under a budget, criteria at the same budget, and where these lie among those.
+
+The plan is a list of candidates, the same in every process that works on it. What a candidate costs to find is only
+spent by the process that evaluates it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from growshrink.analysis import stats
+from growshrink.analysis.angle import Floats
+from growshrink.analysis.channels import ChannelSpace, best_channels
+from growshrink.analysis.prune import (
+    Budget,
+    Draws,
+    Space,
+    SupernetSpace,
+    allocate,
+    draw_widths,
+    random_channels,
+    width_of,
+)
+from growshrink.analysis.scores import SCORES, Bench
+from growshrink.errors import AnalysisError
+from growshrink.training import calibrate_bn, evaluate
+from growshrink.training.feed import ScoringBatches
+
+RANDOM = "random"
+#: What a subnet of a supernet may be picked by.
+PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm")
+Made = tuple[nn.Module, Mapping[str, int]]
+"""A net and its widths."""
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A subnet to evaluate.
+
+    Attributes:
+        key: Its name in the results.
+        net: Number of the trained net it is cut from.
+        kind: "random", a criterion, or "CRITERION, random channels".
+        make: Finds and cuts it.
+    """
+
+    key: str
+    net: int
+    kind: str
+    make: Callable[[], Made]
+
+
+def random_importance(space: ChannelSpace, seed: int) -> dict[str, Floats]:
+    """An importance drawn uniformly for every channel, by itself: the criterion that knows nothing."""
+    random = np.random.default_rng((seed, 1))
+    return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
+
+
+def plan_channels(
+    space: ChannelSpace,
+    draws: Draws,
+    budget: Budget,
+    *,
+    net: int,
+    criteria: Sequence[str],
+    null_draws: int,
+    seed: int,
+    batch: Callable[[], tuple[Tensor, Tensor]],
+) -> list[Candidate]:
+    """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
+
+    The last isolates which channels a criterion takes from how many it takes of each group.
+
+    Args:
+        space: The channels of trained net number `net`.
+        draws: Random widths.
+        budget: Of all.
+        net: Number of the trained net.
+        criteria: Keys of `CRITERIA`, or "random": a threshold on random importances.
+        null_draws: Of random channels at each criterion's widths.
+        seed: Of channels.
+        batch: Images and labels for "taylor".
+    """
+
+    def drawn(number: int) -> Made:
+        widths = width_of(space, draws.index[number])
+        return space.cut(random_channels(space, widths, seed * 1_000_003 + number)), widths
+
+    def by(criterion: str, channels: int | None) -> Made:
+        importance = random_importance(space, seed) if criterion == RANDOM else space.importance(criterion, batch())
+        widths = allocate(space, importance, budget)
+        if channels is None:
+            return space.cut(best_channels(importance, widths)), widths
+        return space.cut(random_channels(space, widths, seed * 1_000_003 + channels)), widths
+
+    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    for criterion in criteria:
+        name = f"{criterion} threshold" if criterion == RANDOM else criterion
+        plan.append(Candidate(f"net {net}, {name}", net, name, _bind(by, criterion, None)))
+        kind = f"{name}, random channels"
+        plan += [Candidate(f"net {net}, {kind} {i}", net, kind, _bind(by, criterion, i)) for i in range(null_draws)]
+    return plan
+
+
+def plan_widths(
+    space: SupernetSpace, draws: Draws, budget: Budget, *, net: int, pickers: Sequence[str], seed: int, bench: Bench
+) -> list[Candidate]:
+    """Random widths of a supernet; and for each score the best by it of as many other draws.
+
+    Args:
+        space: Trained supernet number `net`.
+        draws: Random widths.
+        budget: Of all.
+        net: Number of the trained net.
+        pickers: Scores.
+        seed: Of the draws that scores pick from.
+        bench: What scores look at.
+    """
+
+    def drawn(number: int) -> Made:
+        widths = width_of(space, draws.index[number])
+        return space.subnet(widths), widths
+
+    def by(picker: str) -> Made:
+        pool = draw_widths(space, budget, len(draws.index), seed=seed + 1).index
+        widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
+        return space.subnet(widths), widths
+
+    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    return plan + [Candidate(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
+
+
+def measure(
+    candidate: Candidate,
+    space: Space,
+    calibration: Iterable[Tensor],
+    val: ScoringBatches,
+    train: Callable[[nn.Module], object] | None = None,
+) -> dict[str, Any]:
+    """Make a candidate, take its batch norm statistics anew, and evaluate it: its line in the results.
+
+    Args:
+        candidate: What to evaluate.
+        space: It is of.
+        calibration: Images for the statistics, the same for all.
+        val: What it is judged on.
+        train: Trains it before, in place; None judges it as it was cut.
+    """
+    began = time.perf_counter()
+    net, widths = candidate.make()
+    found = time.perf_counter()
+    if train is not None:
+        train(net)
+    calibrate_bn(net, calibration)
+    score = evaluate(net, val)
+    index = np.array([[space.choices[name].index(width) for name, width in widths.items()]])
+    params, macs = space.cost(index)
+    return {
+        "key": candidate.key,
+        "net": candidate.net,
+        "kind": candidate.kind,
+        "subnet": "-".join(map(str, widths.values())),
+        "params": int(params[0]),
+        "macs": int(macs[0]),
+        "top1": score.top1,
+        "loss": score.loss,
+        "seconds_to_find": found - began,
+        "seconds_to_evaluate": time.perf_counter() - found,
+    }
+
+
+def summarise(
+    records: Sequence[Mapping[str, Any]], full: Sequence[float], *, num_resamples: int = 500
+) -> dict[str, Any]:
+    """Where every criterion lies among the random draws of its own net.
+
+    Args:
+        records: Lines of the results, complete.
+        full: Val top-1 of each trained net, unpruned.
+        num_resamples: Of the bootstrap of N_eq.
+
+    Returns:
+        `random`: distribution and yields. `criteria`: for each its top-1 by net, percentile, N_eq with its interval,
+        difference from the mean random draw over nets (Student's interval, sign-flip test, Holm over criteria), and,
+        where there are nets with its widths and random channels, what its choice of channels and of widths are worth.
+    """
+    nets = sorted({int(record["net"]) for record in records})
+    top1: dict[str, list[Floats]] = {}
+    for kind in dict.fromkeys(str(record["kind"]) for record in records):
+        top1[kind] = [
+            np.array([r["top1"] for r in records if r["kind"] == kind and r["net"] == net], dtype=np.float64)
+            for net in nets
+        ]
+    random = top1[RANDOM]
+    if any(len(values) < 2 for values in random):
+        raise AnalysisError("fewer than 2 random subnets of a net: there is no distribution to place anything on.")
+    summary: dict[str, Any] = {"random": _distribution(records, random, full), "criteria": {}}
+    names = [kind for kind in top1 if kind != RANDOM and not kind.endswith(", random channels")]
+    tests = []
+    for kind in names:
+        values = [float(found[0]) for found in top1[kind]]
+        placed = [_place(own, value, num_resamples) for own, value in zip(random, values, strict=True)]
+        row: dict[str, Any] = {
+            "top1": values,
+            "percentile": [place["percentile"] for place in placed],
+            "n_eq": [place["n_eq"] for place in placed],
+            "seconds_to_find": _mean(r["seconds_to_find"] for r in records if r["kind"] == kind),
+        }
+        means = [float(own.mean()) for own in random]
+        if len(nets) > 1:
+            compared = stats.paired(values, means)
+            row["over_random"] = {"difference": compared.difference, "p": compared.p, "effect": compared.effect}
+            tests.append((row["over_random"], compared.p))
+        else:
+            row["over_random"] = {"difference": [values[0] - means[0], None, None], "p": None, "effect": None}
+        if f"{kind}, random channels" in top1:
+            null = [float(found.mean()) for found in top1[f"{kind}, random channels"]]
+            row["of_its_channels"] = float(np.mean(values) - np.mean(null))
+            row["of_its_widths"] = float(np.mean(null) - np.mean(means))
+        summary["criteria"][kind] = row
+    for (row, _), corrected in zip(tests, stats.holm([p for _, p in tests]), strict=True):
+        row["p_holm"] = corrected
+    return summary
+
+
+def text(summary: Mapping[str, Any]) -> str:
+    """The summary as tables."""
+    random = summary["random"]
+    lines = [
+        f"full nets: val top-1 {_list(random['full'])} %",
+        f"{random['n']} random subnets: mean {random['mean']:.2f} %, sd {random['sd']:.2f}, "
+        f"best {random['max']:.2f} %; {random['seconds_each']:.3f} s each",
+        *(
+            f"yield within {points:g} points of the full net: {value:.1%} ({low:.1%}, {high:.1%})"
+            for points, (value, low, high) in random["yield"].items()
+        ),
+    ]
+    if not summary["criteria"]:
+        return "\n".join(lines)
+    lines += [
+        "",
+        f"{'criterion':20s} {'top-1 by net':>24s} {'percentile':>16s} {'N_eq (of net 0)':>22s} {'over random':>24s} "
+        f"{'p (Holm)':>9s} {'channels':>9s} {'widths':>7s} {'s':>7s}",
+    ]
+    for name, row in summary["criteria"].items():
+        over = row["over_random"]
+        value, low, high = over["difference"]
+        difference = f"{value:+.2f}" + ("" if low is None else f" ({low:+.2f}, {high:+.2f})")
+        p = over.get("p_holm")
+        n_eq, n_low, n_high = (_draws(x) for x in row["n_eq"][0])
+        draws = f"{n_eq} ({n_low}, {n_high})"
+        lines.append(
+            f"{name:20s} {_list(row['top1']):>24s} {_list(row['percentile'], 0):>16s} "
+            f"{draws:>22s} {difference:>24s} {'-' if p is None else f'{p:.3f}':>9s} "
+            f"{_signed(row.get('of_its_channels')):>9s} {_signed(row.get('of_its_widths')):>7s} "
+            f"{row['seconds_to_find']:7.3f}"
+        )
+    lines += [
+        "",
+        "percentile: among random subnets of the same net. N_eq: random draws whose expected best is as good (>: more",
+        "than the draws there are can tell). over random: top-1 less the mean random subnet, over nets.",
+        "channels: what its channels are worth over random ones at its widths; widths: those over random widths.",
+    ]
+    nets = len(random["full"])
+    if nets < 6:
+        told = f"no p can be below {2 / 2**nets:.3f} before correction" if nets > 1 else "there is no test"
+        lines.append(f"Nets are few ({nets}): {told}.")
+    return "\n".join(lines)
+
+
+def _distribution(
+    records: Sequence[Mapping[str, Any]], random: Sequence[Floats], full: Sequence[float]
+) -> dict[str, Any]:
+    values = np.concatenate(random)
+    reached = {
+        points: np.concatenate([own >= top - points for own, top in zip(random, full, strict=True)])
+        for points in (1.0, 2.0, 5.0)
+    }
+    return {
+        "full": list(full),
+        "n": len(values),
+        "mean": float(values.mean()),
+        "sd": float(np.mean([own.std(ddof=1) for own in random])),
+        "max": float(values.max()),
+        "quantiles": {q: float(np.quantile(values, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
+        "yield": {points: stats.wilson(int(hits.sum()), len(hits)) for points, hits in reached.items()},
+        "seconds_each": _mean(r["seconds_to_find"] + r["seconds_to_evaluate"] for r in records if r["kind"] == RANDOM),
+    }
+
+
+def _place(random: Floats, value: float, num_resamples: int) -> dict[str, Any]:
+    boot = stats.Bootstrap(len(random), num=num_resamples)
+    samples = boot.of(lambda index: stats.equivalent_draws(random[index], value))
+    n_eq = boot.corrected(stats.equivalent_draws(random, value), samples)
+    return {"percentile": stats.percentile(random, value), "n_eq": n_eq}
+
+
+def _bind(function: Callable[..., Made], *args: Any) -> Callable[[], Made]:
+    return lambda: function(*args)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _list(values: Sequence[float], digits: int = 1) -> str:
+    return " ".join(f"{value:.{digits}f}" for value in values)
+
+
+def _draws(value: float) -> str:
+    return ">" if math.isinf(value) else f"{value:.3g}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"

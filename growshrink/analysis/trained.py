@@ -1,0 +1,149 @@
+"""Making and training the nets that are analysed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from growshrink import schedules
+from growshrink.dataflow import InputSize
+from growshrink.grown import grown_modules
+from growshrink.supernet import NetAugTask
+from growshrink.training import DataSet, Feed, MemoryFeed, Split, TrainConfig, Trainer
+from growshrink.training.seeding import generator
+from growshrink.transforms import grow
+from growshrink.widths import WidthSpace, width_space
+
+#: Ratio of the branches of a model that is not grown at birth.
+RATIO = 4.0
+
+
+def as_supernet(
+    model: nn.Module, about: Mapping[str, Any], *, input_size: InputSize, seed: int = 0
+) -> tuple[WidthSpace, dict[str, Any]]:
+    """Grow a fresh net with bottlenecks of ratio 4, in place, unless it is grown at birth.
+
+    Args:
+        model: A net with all of its widths active.
+        about: Its `name` and `kwargs` for timm.
+        input_size: `(C, H, W)`.
+        seed: Of the branches.
+
+    Returns:
+        The width space, and what `growshrink.supernet.save_supernet` wants to know about the net.
+    """
+    grown_by: dict[str, Any] | None = None
+    if not grown_modules(model):
+        grown_by = {"branch": "bottleneck", "ratio": RATIO, "seed": seed}
+        grow(model, **grown_by, inplace=True, input_size=input_size)
+    return width_space(model), {
+        "name": about["name"],
+        "kwargs": about["kwargs"],
+        "grow": grown_by,
+        "input_size": list(input_size),
+    }
+
+
+def train_supernet(
+    model: nn.Module,
+    feed: Feed,
+    *,
+    epochs: float,
+    config: TrainConfig,
+    space: WidthSpace | None = None,
+    mode: str = "single",
+    seed: int = 0,
+    start: int = 0,
+    after_update: Callable[[], None] | None = None,
+) -> int:
+    """Train the widths of a grown net together, in place, activations alive, learning rate falling by a cosine.
+
+    Args:
+        model: A grown net.
+        feed: What with.
+        epochs: How long.
+        config: Of the training; no average of the weights is kept.
+        space: Widths to draw from; None is all of the model's.
+        mode: Of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
+        seed: Of the widths.
+        start: The number of the first update: a later stage draws other widths and other batches.
+        after_update: Called after each update (a progress bar).
+
+    Returns:
+        The number of the update that would come next.
+    """
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = start
+    criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
+    task.attach(trainer.optimizer)
+    total = num_updates(feed, epochs)
+    rate = schedules.cosine(1.0, 0.0, total)
+    trainer.train(
+        start + total,
+        learning_rate=lambda update: rate(update - start),
+        lam=schedules.constant(1.0),
+        task=task,
+        after_update=after_update,
+    )
+    task.detach()
+    return start + total
+
+
+def train_net(
+    model: nn.Module,
+    feed: Feed,
+    *,
+    epochs: float,
+    config: TrainConfig,
+    start: int = 0,
+    after_update: Callable[[], None] | None = None,
+) -> int:
+    """Train a plain net in place, learning rate falling by a cosine; no average of the weights is kept.
+
+    Args:
+        model: The net.
+        feed: What with.
+        epochs: How long.
+        config: How.
+        start: The number of the first update: which batches it sees.
+        after_update: Called after each update (a progress bar).
+
+    Returns:
+        The number of the update that would come next.
+    """
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = start
+    total = num_updates(feed, epochs)
+    rate = schedules.cosine(1.0, 0.0, total)
+    trainer.train(
+        start + total,
+        learning_rate=lambda update: rate(update - start),
+        lam=schedules.constant(1.0),
+        after_update=after_update,
+    )
+    return start + total
+
+
+def num_updates(feed: Feed, epochs: float) -> int:
+    """Updates that `epochs` are, at least one."""
+    return max(1, round(epochs * feed.train.updates_per_epoch))
+
+
+def random_labels(data: DataSet, seed: int = 0) -> DataSet:
+    """The same images, but every training image with a label drawn once, uniformly; val and test keep theirs.
+
+    Source: Zhang et al., Neural Architecture Search with Random Labels (RLNAS, arXiv:2101.11834).
+    """
+    drawn = torch.randint(data.num_classes, (len(data.train),), generator=generator("random labels", seed))
+    return replace(data, train=Split(data.train.images, drawn))
+
+
+def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
+    """The same feed with `random_labels` to train on."""
+    train = feed.train
+    return MemoryFeed.of(random_labels(feed.data, seed), batch_size=train.batch_size, augment=train.augment, seed=seed)

@@ -1,0 +1,66 @@
+"""Options of programs that train nets with several seeds and compare them."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from growshrink.errors import PlanError
+from growshrink.training.feed import Feed
+from growshrink.training.folder import RunFolder
+from growshrink.training.options import DataOptions, TrainOptions
+
+
+@dataclass(kw_only=True)
+class ComparisonOptions(TrainOptions, DataOptions):
+    """Data, training, seeds, and where the comparison goes; it runs on the CPU."""
+
+    epochs: float = 30.0
+    """Of each training."""
+    ema_decay: float = 0.0
+    """Of the averaged weights, which are then what is compared; 0 for none."""
+    seeds: int = 1
+    """How many times to train everything."""
+    threads: int = 1
+    """Of torch."""
+    out: Path | None = None
+    """Folder of the run; by default runs/DATA-MODEL-PROGRAM, numbered if taken."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def check(self, *, least_seeds: int = 1, **shares: float) -> None:
+        """PlanError unless there are enough seeds and epochs, and each of the shares lies between 0 and 1."""
+        if self.seeds < least_seeds:
+            raise PlanError(f"--seeds {self.seeds}: must be at least {least_seeds}.")
+        if not self.epochs > 0:
+            raise PlanError(f"--epochs {self.epochs:g}: must be above 0.")
+        for name, share in shares.items():
+            if not 0 < share < 1:
+                raise PlanError(f"--{name} {share:g}: a share, must lie between 0 and 1.")
+
+    def claim(self, program: str) -> RunFolder:
+        """The folder of the run."""
+        if self.out is not None:
+            return RunFolder.claim(self.out)
+        name = f"{Path(self.data).resolve().name}-{self.model}-{program}".replace("/", "-")
+        return RunFolder.claim_next(Path("runs"), name)
+
+    def seed_feed(self, seed: int) -> Feed:
+        """Batches of the data set, for one of the seeds."""
+        return self.load_feed(
+            batch_size=self.batch_size, seed=seed, device=torch.device("cpu"), progress=not self.quiet
+        )
+
+    def updates_of(self, epochs: float, feed: Feed) -> int:
+        """Updates in so many epochs."""
+        return max(1, round(epochs * feed.train.updates_per_epoch))
+
+    def record(self) -> dict[str, Any]:
+        """What a run writes down about itself."""
+        options = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self).items()}
+        return {"command": shlex.join(["python", *sys.argv]), "options": options}

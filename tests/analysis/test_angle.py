@@ -1,0 +1,300 @@
+import copy
+import math
+import time
+
+import angle_twins as twins
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import growshrink as gs
+import nets
+from growshrink.analysis.angle import AngleTable, angle, supernet_table
+from growshrink.analysis.layers import Layer, Side, supernet_layers
+from growshrink.analysis.masks import mask_scores
+from growshrink.errors import AnalysisError, WidthError
+
+SIZE = (3, 16, 16)
+
+
+def pair(name="reducenet20_x4", size=0.3, **kwargs):
+    init = nets.randomized(nets.net(name, **kwargs))
+    return init, twins.moved(init, size)
+
+
+def grown(branch="bottleneck", **kwargs):
+    plain = nets.ConvNet(channels=8, out_channels=16, **kwargs)
+    net = nets.randomized(gs.grow(plain, branch, ratio=2, where=["conv"], input_size=SIZE))
+    return net, twins.moved(net, 0.3)
+
+
+def as_tensors(**arrays):
+    return {name: torch.as_tensor(np.asarray(a)) for name, a in arrays.items()}
+
+
+@pytest.mark.parametrize("make", [pair, grown, lambda: grown(groups=4), lambda: grown(["bottleneck", "insert"])])
+def test_table_is_the_twin_on_random_subnets(make):
+    init, trained = make()
+    space = gs.width_space(init, divisor=4)
+    widths = [space.base, space.full, *(space.sample(0, step) for step in range(12))]
+    scores = angle(init, trained, space, widths, input_size=SIZE)
+    for row, width in enumerate(widths):
+        assert scores.angle[row] == pytest.approx(twins.subnet_angle(init, trained, width), abs=1e-12, rel=0)
+        assert scores.params[row] == twins.subnet_params(init, width)
+        assert scores.macs[row] == twins.subnet_macs(init, width, SIZE)
+    assert scores.angle.min() > 1e-3 and scores.num_undefined == 0
+
+
+def test_nested_branches_have_two_widths():
+    init, trained = grown("nest")
+    space = gs.width_space(init, divisor=4)
+    outer, inner = space.choices
+    assert inner.startswith(outer)
+    table = supernet_table(init, trained, space, input_size=SIZE)
+    plain = sum(p.numel() for n, p in init.named_parameters() if "branches" not in n)
+    wide, deep = space.choices[outer][1], space.choices[inner][2]
+    for width in ({outer: wide, inner: deep}, {outer: 0, inner: deep}, {outer: wide, inner: 0}):
+        found = table.score(table.index([width])).params[0] - plain
+        kernel, pointwise = 9 * 8 * width[outer], 16 * width[outer]
+        expected = 0 if not width[outer] else kernel + 2 * width[outer] + pointwise + 2 * 16
+        if width[outer] and width[inner]:
+            expected += 9 * 8 * width[inner] + 2 * width[inner] + width[outer] * width[inner] + 2 * width[outer]
+        assert found == expected, width
+
+
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-5, 1e-7])
+def test_small_angles_keep_their_digits(size):
+    """float64 weights, so that the change is as small as it says."""
+    init = nets.net("reducenet20_x4").double()
+    trained = twins.moved(init, size)
+    space = gs.width_space(init)
+    widths = [space.sample(0, step) for step in range(8)]
+    found = angle(init, trained, space, widths, input_size=SIZE).angle
+    expected = np.array([twins.subnet_angle(init, trained, width) for width in widths])
+    assert np.abs(found - expected).max() <= min(1e-12, 1e-9 * size)
+
+
+def test_hand_made_angles():
+    layers = [Layer("w", rows=Side("a"))]
+    scores = AngleTable(layers, {"a": [1, 2]}, as_tensors(w=[[1.0], [0.0]]), as_tensors(w=[[1.0], [1.0]])).score(
+        np.array([[0], [1]])
+    )
+    assert scores.angle == pytest.approx([0.0, math.pi / 4], abs=1e-15)
+    opposite = AngleTable(layers, {"a": [2]}, as_tensors(w=[[3.0], [4.0]]), as_tensors(w=[[-3.0], [-4.0]]))
+    assert opposite.score(np.array([[0]])).angle[0] == math.pi
+    longer = AngleTable(layers, {"a": [2]}, as_tensors(w=[[3.0], [4.0]]), as_tensors(w=[[6.0], [8.0]]))
+    assert longer.score(np.array([[0]])).angle[0] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_zero_norm_is_undefined_and_counted():
+    before, after = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [1.0]])
+    for init, trained in ((before, after), (after, before)):
+        scores = AngleTable([Layer("w", Side("a"))], {"a": [0, 1, 2]}, {"w": init}, {"w": trained}).score(
+            np.array([[0], [1], [2]])
+        )
+        assert np.isnan(scores.angle).tolist() == [True, True, False] and scores.num_undefined == 2
+        assert np.isnan(scores.null).tolist() == [True, True, False]
+
+
+def test_chain_with_residual_concatenation_and_depthwise_layers():
+    """A slimmable net: widths are shared by layers, and one layer reads two of them side by side."""
+    random = np.random.default_rng(0)
+    shapes = {
+        "first": (8, 3, 9),
+        "same": (8, 8, 9),
+        "deep": (8, 1, 9),
+        "next": (6, 8, 1),
+        "a": (4, 8, 1),
+        "b": (4, 6, 1),
+    }
+    init = {name: torch.from_numpy(random.normal(size=shape)) for name, shape in shapes.items()}
+    trained = {name: w + 0.2 * torch.from_numpy(random.normal(size=w.shape)) for name, w in init.items()}
+    x, y = Side("x"), Side("y")
+    layers = [
+        Layer("first", x, None, 4),
+        Layer("same", x, x, 4),
+        Layer("deep", x, None, 4),
+        Layer("next", y, x, 1),
+        Layer("a", None, x, 1),
+        Layer("b", None, y, 1),
+    ]
+    table = AngleTable(layers, {"x": [2, 5, 8], "y": [1, 6]}, init, trained)
+    scores = table.score(table.all())
+    for row, (x, y) in enumerate([(x, y) for x in (2, 5, 8) for y in (1, 6)]):
+        slices = [(x, 3), (x, x), (x, 1), (y, x), (4, x), (4, y)]
+        parts = [
+            [state[name][:o, :i].flatten() for name, (o, i) in zip(shapes, slices, strict=True)]
+            for state in (init, trained)
+        ]
+        a, b = (torch.cat(p).numpy() for p in parts)
+        assert scores.angle[row] == pytest.approx(twins.angle_between(a, b), abs=1e-13)
+        assert scores.params[row] == len(a)
+        assert scores.macs[row] == sum(4 * len(p) for p in parts[0][:3]) + sum(len(p) for p in parts[0][3:])
+
+
+def test_null_is_the_angle_where_every_layer_turns_alike():
+    """Every kernel turned by the same angle: nothing is left of the angle but structure."""
+    random = np.random.default_rng(0)
+    init, trained = {}, {}
+    for name, cosine in (("u", 0.9), ("v", 0.2)):
+        w = random.normal(size=(8, 4, 9))
+        n = random.normal(size=w.shape)
+        n -= w * (n * w).sum(-1, keepdims=True) / (w * w).sum(-1, keepdims=True)
+        n *= np.linalg.norm(w, axis=-1, keepdims=True) / np.linalg.norm(n, axis=-1, keepdims=True)
+        init[name] = torch.from_numpy(w)
+        trained[name] = torch.from_numpy(1.3 * (cosine * w + math.sqrt(1 - cosine**2) * n))
+    layers = [Layer("u", Side("a")), Layer("v", Side("b"), Side("a"))]
+    table = AngleTable(layers, {"a": [2, 4], "b": [3, 8]}, init, trained)
+    scores = table.score(table.all())
+    assert np.ptp(scores.angle) > 0.01
+    assert np.abs(scores.excess).max() < 1e-12
+    trained["v"][:3] += 0.5
+    scores = AngleTable(layers, {"a": [2, 4], "b": [3, 8]}, init, trained).score(table.all())
+    assert np.ptp(scores.excess) > 1e-3
+
+
+def test_orders_of_channels_and_masks_agree():
+    init, trained = pair()
+    layers, space = supernet_layers(init, SIZE), gs.width_space(init)
+    random = np.random.default_rng(0)
+    order = {name: random.permutation(choices[-1]) for name, choices in space.choices.items()}
+    table = supernet_table(init, trained, space, input_size=SIZE, order=order)
+    index = table.sample(20)
+    masks = {name: np.zeros((20, choices[-1]), bool) for name, choices in space.choices.items()}
+    for row, subnet in enumerate(index):
+        for name, width in table.width(subnet).items():
+            masks[name][row, order[name][:width]] = True
+    states = dict(init.named_parameters()), dict(trained.named_parameters())
+    by_mask, by_order = mask_scores(layers, *states, masks), table.score(index)
+    assert np.abs(by_mask.angle - by_order.angle).max() < 1e-12
+    assert (by_mask.params == by_order.params).all() and (by_mask.macs == by_order.macs).all()
+    prefixes = supernet_table(init, trained, space, input_size=SIZE).score(index)
+    assert np.abs(prefixes.angle - by_order.angle).max() > 1e-4
+
+
+@pytest.mark.parametrize("make", [lambda: grown(groups=4), lambda: grown("nest")])
+def test_masks_of_prefixes_are_the_table(make):
+    init, trained = make()
+    space = gs.width_space(init, divisor=4)
+    table = supernet_table(init, trained, space, input_size=SIZE)
+    masks = {}
+    for column, (name, choices) in enumerate(space.choices.items()):
+        groups = 4 if init.conv.groups == 4 else 1
+        kept = np.array([choices[i] for i in table.all()[:, column]])
+        masks[name] = np.tile(np.arange(choices[-1] // groups) < kept[:, None] // groups, groups)
+    states = dict(init.named_parameters()), dict(trained.named_parameters())
+    found, expected = mask_scores(supernet_layers(init, SIZE), *states, masks), table.score(table.all())
+    assert np.abs(found.angle - expected.angle).max() < 1e-12 and (found.params == expected.params).all()
+    assert (found.macs == expected.macs).all()
+
+
+def test_arbitrary_masks_are_slices():
+    random = np.random.default_rng(0)
+    w0 = random.normal(size=(6, 5, 3))
+    w1 = w0 + 0.1 * random.normal(size=w0.shape)
+    out, inside = random.random((40, 6)) < 0.5, random.random((40, 5)) < 0.5
+    out[:, 0] = inside[:, 0] = True
+    found = mask_scores(
+        [Layer("w", Side("o"), Side("i"), 7)], as_tensors(w=w0), as_tensors(w=w1), {"o": out, "i": inside}
+    )
+    for row in range(40):
+        a, b = (w[out[row]][:, inside[row]].ravel() for w in (w0, w1))
+        assert found.angle[row] == pytest.approx(twins.angle_between(a, b), abs=1e-13)
+        assert found.macs[row] == 7 * found.params[row] == 7 * len(a)
+
+
+def test_trajectory_has_the_angle_of_every_checkpoint():
+    init, first = pair(size=0.1)
+    second = twins.moved(first, 0.2, seed=1)
+    space = gs.width_space(init)
+    table = supernet_table(init, [first, second], space, input_size=SIZE)
+    index = table.sample(30)
+    found = table.trajectory(index)
+    for row, trained in zip(found, (first, second), strict=True):
+        assert np.array_equal(row, supernet_table(init, trained, space, input_size=SIZE).score(index).angle)
+    assert (found[1] > found[0]).all()
+
+
+def test_index_and_widths_are_inverse_and_all_is_all():
+    init, trained = pair()
+    table = supernet_table(init, trained, gs.width_space(init), input_size=SIZE)
+    index = table.sample(9)
+    assert np.array_equal(table.index([table.width(row) for row in index]), index)
+    assert len(np.unique(table.all(), axis=0)) == table.size == gs.width_space(init).size
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    init, trained = pair()
+    space = gs.width_space(init)
+    table = supernet_table(init, trained, space, input_size=SIZE)
+    with pytest.raises(AnalysisError, match="not a choice, for 17"):
+        table.index([{**space.base, "stages.0.0.conv": 17}])
+    with pytest.raises(AnalysisError, match="beyond the choices"):
+        table.score(table.sample(3) + 4)
+    with pytest.raises(AnalysisError, match=r"needs whole numbers, 9 for each"):
+        table.score(np.zeros((3, 9)))
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.head.fc.weight[0, 0] = math.nan
+    with pytest.raises(AnalysisError, match=r"head\.fc\.weight: has values that are not finite in the trained"):
+        supernet_table(init, other, space, input_size=SIZE)
+    other.head.fc = nn.Linear(16, 7)
+    with pytest.raises(AnalysisError, match=r"head\.fc\.weight: \(10, 16\) in the initial weights, \(7, 16\)"):
+        supernet_table(init, other, space, input_size=SIZE)
+    with pytest.raises(AnalysisError, match=r"stem\.conv\.weight: missing in the trained"):
+        supernet_table(init, nn.Linear(1, 1), space, input_size=SIZE)
+    with pytest.raises(WidthError):
+        supernet_table(nets.net("reducenet20"), trained, space, input_size=SIZE)
+
+
+def test_speed():
+    """The figures of the issue, in one run: `pytest -n 0 -s tests/analysis/test_angle.py -k speed`."""
+    init = nets.net("reducenet20_x4", width=1.0)
+    trained = twins.moved(init, 0.3)
+    space = gs.width_space(init)
+    table = supernet_table(init, trained, space, input_size=(3, 32, 32))
+    index = table.sample(400_000)
+    fast = len(index) / min(_seconds(lambda: table.score(index)) for _ in range(3))
+    few = [table.width(row) for row in index[:60]]
+    pieces = _pieces(init, trained, space)
+    found, slow = [], 0.0
+    for _ in range(2):
+        seconds = _seconds(lambda: found.append([_slice_and_concatenate(pieces, width) for width in few]))
+        slow = max(slow, len(few) / seconds)
+    everything = _seconds(lambda: np.argsort(-table.score(table.all()).angle))
+    worst = np.abs(table.score(index[:60]).angle - found[0]).max()
+    print(f"\n{fast:,.0f} subnets/s, {fast / slow:,.0f} times {slow:,.0f}/s; all {table.size:,} ranked in ", end="")
+    print(f"{everything:.2f} s; largest difference from the twin {worst:.1e} rad")
+    assert table.size == 4**9 and worst <= 1e-12
+    assert fast >= 1e6 and fast / slow >= 200 and everything < 3
+
+
+def _pieces(init, trained, space):
+    """Kernels in float64, and which of their axes which width cuts."""
+    states = [
+        {n: p.detach().double().flatten(2).numpy() for n, p in net.named_parameters() if p.ndim == 4}
+        for net in (init, trained)
+    ]
+    pieces = []
+    for name in states[0]:
+        slot = next((slot for slot in space.choices if name.startswith(f"{slot}.")), None)
+        pieces.append((*(state[name] for state in states), slot, name.endswith("pointwise.weight")))
+    fc = (net.head.fc.weight.detach().double().numpy() for net in (init, trained))
+    return [*pieces, (*fc, None, False)]
+
+
+def _slice_and_concatenate(pieces, width):
+    both = [], []
+    for before, after, slot, columns in pieces:
+        for vector, w in zip(both, (before, after), strict=True):
+            if slot is not None:
+                w = w[:, : width[slot]] if columns else w[: width[slot]]
+            vector.append(w.ravel())
+    return twins.angle_between(*map(np.concatenate, both))
+
+
+def _seconds(function):
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began

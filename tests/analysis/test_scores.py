@@ -1,0 +1,109 @@
+import copy
+
+import numpy as np
+import pytest
+import supernets as small
+import torch
+from torch import nn
+
+import growshrink as gs
+from growshrink.activations import VanishingReLU
+from growshrink.analysis import scores
+from growshrink.analysis.trained import random_labels, train_supernet
+from growshrink.training import TrainConfig, evaluate
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return small.bench(small.digits())
+
+
+def test_every_score_has_a_number_for_every_subnet_and_touches_nothing(bench):
+    index = bench.table.sample(3)
+    before = small.state(bench.init), small.state(bench.trained), gs.get_width(bench.init)
+    rng = torch.get_rng_state()
+    for name, function in scores.SCORES.items():
+        values = function(bench, index)
+        assert values.shape == (3,) and np.isfinite(values).all(), name
+        assert np.array_equal(values, function(bench, index)), name
+    assert small.same(before[0], small.state(bench.init)) and small.same(before[1], small.state(bench.trained))
+    assert gs.get_width(bench.init) == before[2] and torch.equal(rng, torch.get_rng_state())
+
+
+def test_a_new_score_is_one_function(bench, monkeypatch):
+    monkeypatch.setattr(scores, "SCORES", {})
+
+    @scores.score("mine")
+    def mine(bench, index):
+        return index.sum(1).astype(float)
+
+    assert scores.SCORES["mine"](bench, np.ones((2, 9), int)).tolist() == [9.0, 9.0]
+    with pytest.raises(AssertionError):
+        scores.score("mine")(mine)
+
+
+def test_naswot_is_the_determinant_of_the_patterns(bench):
+    """Codes of all units of an image, one long vector, against hooks on the outputs."""
+    row = bench.table.sample(1, seed=3)
+    net = copy.deepcopy(bench.init).train()
+    gs.set_width(net, bench.table.width(row[0]))
+    codes = []
+    for module in net.modules():
+        if isinstance(module, (nn.ReLU, VanishingReLU)):
+            module.register_forward_hook(lambda m, args, out: codes.append((out > 0).flatten(1).clone()))
+    with torch.no_grad():
+        net(bench.minibatch()[0])
+    codes = torch.cat(codes, dim=1).numpy()
+    kernel = (codes[:, None, :] == codes[None, :, :]).sum(-1).astype(float)
+    assert scores.naswot(bench, row)[0] == pytest.approx(np.linalg.slogdet(kernel)[1], rel=1e-9)
+
+
+def test_images_that_no_unit_tells_apart_have_no_naswot(bench, monkeypatch):
+    images, labels = bench.minibatch()
+    twice = images.clone()
+    twice[1] = twice[0]
+    monkeypatch.setattr(type(bench), "minibatch", lambda self: (twice, labels))
+    value = scores.naswot(bench, bench.table.sample(1))[0]
+    assert np.isnan(value) or value < scores.naswot(small.bench(bench.feed, 0.1), bench.table.sample(1))[0]
+
+
+def test_supernet_accuracy_is_of_the_recalibrated_subnet(bench):
+    index = bench.table.sample(2, seed=1)
+    for row, value in zip(index, scores.supernet_accuracy(bench, index), strict=True):
+        net = copy.deepcopy(bench.trained)
+        gs.set_width(net, bench.table.width(row))
+        gs.calibrate_bn(net, bench.calibration())
+        assert value == evaluate(net, bench.feed.val).top1
+    assert scores.supernet_accuracy(bench, index).min() > 30
+
+
+def test_gradient_norm_of_a_subnet_leaves_the_rest_out(bench):
+    full = bench.table.index([{name: choices[-1] for name, choices in bench.table.choices.items()}])
+    base = np.zeros_like(full)
+    values = scores.grad_norm(bench, np.concatenate([base, full]))
+    assert values[0] > 0 and values[0] != values[1]
+
+
+def test_random_labels_are_drawn_once_uniformly_and_are_not_the_truth():
+    feed = small.digits()
+    drawn = random_labels(feed.data, seed=1)
+    agree = float((drawn.train.labels == feed.data.train.labels).float().mean())
+    assert abs(agree - 0.1) < 0.03
+    assert torch.bincount(drawn.train.labels).min() > 80
+    assert torch.equal(drawn.train.labels, random_labels(feed.data, seed=1).train.labels)
+    assert not torch.equal(drawn.train.labels, random_labels(feed.data, seed=2).train.labels)
+    assert torch.equal(drawn.val.labels, feed.data.val.labels)
+    assert torch.equal(drawn.test.labels, feed.data.test.labels)
+
+
+def test_stages_of_a_supernet_draw_other_widths_and_stay_in_their_space():
+    feed = small.digits()
+    init, trained, space = small.supernet(feed, epochs=0.1)
+    narrow = gs.WidthSpace({name: (values[0],) for name, values in space.choices.items()}, None, 1, 8)
+    before = small.state(trained)
+    following = train_supernet(trained, feed, epochs=0.2, config=TrainConfig(lr=0.1), space=narrow, start=2, seed=0)
+    assert following == 2 + round(0.2 * feed.train.updates_per_epoch)
+    body = trained.stages[0][0].conv
+    base = space.base["stages.0.0.conv"]
+    assert torch.equal(body.conv.weight[base:], before["stages.0.0.conv.conv.weight"][base:])
+    assert not torch.equal(body.conv.weight[:base], before["stages.0.0.conv.conv.weight"][:base])

@@ -1,0 +1,70 @@
+"""recipes/prune_retrain.py and recipes/shrink_space.py as their users run them."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+RETRAIN = ["--epochs", "0.2", "--seeds", "2", "--lrs", "0.1", "--tolerance", "0.2"]
+RETRAIN += ["--model-kwargs", "width=0.5", "--arms", "fine-tune", "scratch-b", "random-widths"]
+SHRINK = [
+    *("--first-epochs", "0.2", "--later-epochs", "0.1", "--samples", "2", "--judged", "2", "--seeds", "2"),
+    *("--model-kwargs", "width=0.25", "--drop", "9", "--drivers", "angle", "random"),
+]
+
+
+def main(capsys, recipe, *args):
+    argv, sys.argv = sys.argv, [str(RECIPES / recipe), *map(str, args)]
+    try:
+        runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = argv
+    return code, *capsys.readouterr()
+
+
+def test_prune_retrain_publishes_every_run(tmp_path, capsys):
+    pytest.importorskip("torch_pruning")
+    code, out, err = main(capsys, "prune_retrain.py", *RETRAIN, "--quiet", "--out", tmp_path / "run")
+    assert code == 0, err
+    records = list(map(json.loads, (tmp_path / "run" / "results.jsonl").read_text().splitlines()))
+    assert len(records) == 3 + 3 + 2 * 3  # dense, tuning, measured
+    assert "2 seeds, paired" in out and "scratch-b" in out
+    result = json.loads((tmp_path / "run" / "prune_retrain.json").read_text())
+    assert set(result["arms"]) == set(result["what"]) == set(result["tuned_rates"])
+    code, again, _ = main(capsys, "prune_retrain.py", *RETRAIN, "--quiet", "--out", tmp_path / "run")
+    assert code == 0 and again == out
+    assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == len(records)
+
+
+def test_shrink_space_compares_drivers(tmp_path, capsys):
+    code, out, err = main(capsys, "shrink_space.py", *SHRINK, "--quiet", "--out", tmp_path / "run")
+    assert code == 0, err
+    result = json.loads((tmp_path / "run" / "shrink_space.json").read_text())
+    assert set(result["drivers"]) == {"angle", "random"}
+    updates = {tuple(row["updates"]) for row in result["drivers"].values()}
+    assert len(updates) == 1  # an equal budget
+    assert "Compare MACs too" in out and "no p is below 0.500" in out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "args", "message"),
+    [
+        ("prune_retrain.py", ["--arms", "finetune"], "--arms finetune: no such arm; did you mean fine-tune"),
+        ("prune_retrain.py", ["--criterion", "l3"], "--criterion l3: no such criterion"),
+        ("prune_retrain.py", ["--seeds", "1"], "needs at least 2 --seeds"),
+        ("prune_retrain.py", ["--macs", "0"], "must lie in"),
+        ("shrink_space.py", ["--drivers", "angel"], "--drivers angel: no such score; did you mean angle"),
+        ("shrink_space.py", ["--drop", "0"], "drop=0: must be above 0"),
+        ("shrink_space.py", ["--seeds", "0"], "needs at least 1 --seeds"),
+    ],
+)
+def test_options_that_are_wrong(tmp_path, capsys, recipe, args, message):
+    code, _, err = main(capsys, recipe, *args, "--out", tmp_path / "out")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,349 @@
+"""Rank the width subnets of a supernet by how far training has turned their weights, and say what that is worth.
+
+    python tools/angle_rank.py                           trains a small supernet on digits, scores all of its subnets
+    python tools/angle_rank.py --model reducenet20_x4 --init N/init.safetensors --trained N/supernet.safetensors
+    python tools/angle_rank.py --init I --trained T --truth truth.csv --also naswot supernet_accuracy
+
+The angle grows with the size of a subnet, and on the usual benchmark ranks no better than the number of parameters
+does. So beside it stand parameters, MACs, the structural null (the same angle if every layer had turned by its mean
+whatever its width) and the excess (angle less null); and with --truth, how well each of them agrees with it, overall
+and among subnets of equal MACs, with bootstrap intervals and a verdict by a rule that is fixed beforehand.
+
+--truth is a CSV file: a header `subnet,NAME[,NAME...]`, then a subnet (its widths in the order of the space, joined by
+"-") and its accuracy, in a column for each seed that it was trained with.
+
+Leaves DIR/ with ranking.csv (every subnet), ranking.json (figures, verdicts, the best), angle_rank.png, and, where it
+was trained here, init.safetensors and supernet.safetensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import nn
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.analysis.angle import AngleTable, Floats, Index, supernet_table
+from growshrink.analysis.plots import draw_angles
+from growshrink.analysis.rank import Ranking, jsonable
+from growshrink.analysis.scores import FAST, SCORES, Bench
+from growshrink.analysis.stats import kendall
+from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
+from growshrink.analysis.truth import Truth, read_truth, subnet_name
+from growshrink.cycle.result import versions
+from growshrink.errors import AnalysisError, near
+from growshrink.supernet import load_supernet, save_supernet
+from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.folder import write_json
+from growshrink.training.options import Options
+
+MODEL = "reducenet20_x4"
+#: More subnets than this are not enumerated without being asked.
+MANY = 2_000_000
+SLOW_MANY = 5_000
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of angle_rank."""
+
+    # ---- which supernet
+    model: str | None = None
+    """With --init and --trained the model they have to be of; without, what is trained (reducenet20_x4)."""
+    init: Path | None = None
+    """The supernet before training (init.safetensors of recipes/netaug.py or of this tool)."""
+    trained: Path | None = None
+    """The same supernet, trained."""
+
+    model_kwargs: tuple[str, ...] = ()
+    """KEY=VALUE arguments for timm.create_model, where it is trained here, e.g. width=0.5."""
+
+    # ---- which subnets, and how they are judged
+    num: int | None = None
+    """Rank this many, drawn at random; by default all there are, up to 2,000,000."""
+    all: bool = False
+    """Rank all of them, however many."""
+    truth: Path | None = None
+    """CSV file with accuracies of some subnets; see above."""
+    also: tuple[str, ...] = ()
+    """More scores, of the subnets in --truth, or without it of those that are ranked: naswot, grad_norm,
+    supernet_accuracy. These run the net for every subnet."""
+    sort: str = "angle"
+    """What the table is sorted by: angle, excess, null, params, macs, or one of --also without --truth."""
+    resamples: int = 1000
+    """Of the bootstrap."""
+
+    # ---- data: for training and for --also
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
+    data_dir: Path | None = None
+    """Where the data set lies (digits need none)."""
+    batch_size: int = 64
+    """Images per update."""
+
+    # ---- training, where there is no --init and --trained
+    epochs: float = 20.0
+    """Of the supernet."""
+    lr: float = 0.1
+    """Peak learning rate of SGD."""
+    weight_decay: float = 5e-4
+    """Of SGD; it moves angles too."""
+    mode: str = "single"
+    """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
+    random_labels: bool = False
+    """Train on labels drawn once per image: RLNAS."""
+
+    # ---- the run
+    out: Path | None = None
+    """Folder of the results; by default runs/angle-MODEL, numbered if taken."""
+    seed: int = 0
+    """Of weights, widths, batches, labels, subnets and bootstrap."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps: for training and for --also; angles are taken on the CPU."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def main(args: Args) -> None:
+    """Run it; errors of the user's are raised as GrowShrinkError."""
+    for name in (*args.also, args.sort):
+        if name not in SCORES:
+            raise AnalysisError(f"{name}: no such score{near(name, SCORES)}")
+    if (args.init is None) != (args.trained is None):
+        raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
+    began = time.monotonic()
+    with claim(args) as folder:
+        feed = make_feed(args) if args.init is None or args.also else None
+        init, trained, space, about = train(args, feed, folder) if args.init is None else load(args)
+        table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
+        if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
+            raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
+        index = choose(args, table)
+        truth = read_truth(args.truth, table) if args.truth is not None else None
+        slow = [name for name in args.also if name not in FAST]
+        bench = Bench(init, trained, table, feed, progress=bar_of(args)) if feed is not None else None
+        if slow and truth is None and len(index) > SLOW_MANY:
+            raise AnalysisError(f"--also {' '.join(slow)} of {len(index):,} subnets: draw some with --num, or --truth.")
+
+        clock = time.perf_counter()
+        scores = table.score(index)
+        seconds = time.perf_counter() - clock
+        columns: dict[str, Floats] = {name: np.asarray(getattr(scores, name), dtype=np.float64) for name in FAST}
+        if truth is None and bench is not None:
+            columns |= {name: SCORES[name](bench, index) for name in slow}
+        if args.sort not in columns:
+            raise AnalysisError(f"--sort {args.sort}: needs --also {args.sort}, and no --truth (which it is then of).")
+        order = np.argsort(-columns[args.sort], kind="stable")  # NaN last
+        print(f"{len(index):,} of {table.size:,} subnets of {about['name']} scored in {seconds:.2f} s, by {args.sort}:")
+        print(show(table, index, columns, order))
+        if scores.num_undefined:
+            print(f"{scores.num_undefined} subnets have no angle: a zero norm.")
+
+        ranking = judge(args, table, truth, bench, slow) if truth is not None else None
+        about |= {"command": shlex.join(["python", *sys.argv]), "options": options(args), "versions": versions()}
+        taus = between(columns)
+        result: dict[str, Any] = {
+            "about": about,
+            "subnets": len(index),
+            "space": table.size,
+            "undefined": scores.num_undefined,
+            "seconds_of_scoring": seconds,
+            "tau_b_with_angle": taus,
+            "agreement": None if ranking is None else ranking.to_dict(),
+            "best": [row(table, index, columns, i) for i in order[:100]],
+        }
+        print("\ntau-b with the angle: " + ", ".join(f"{k} {v:+.3f}" for k, v in taus.items()))
+        if ranking is not None:
+            print("\n" + ranking.table())
+        else:
+            print("Whether any of them knows which subnets are good, only --truth can tell.")
+        write_csv(folder.path / "ranking.csv", table, index, columns, order)
+        colour = None
+        title = f"{about['name']}: {len(index):,} subnets"
+        if truth is not None:  # the picture is of the subnets that something is known of
+            known = table.score(truth.index)
+            columns = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
+            colour = np.mean(list(truth.columns.values()), axis=0)
+            title = f"{about['name']}: the {len(colour):,} subnets of {args.truth}"
+        draw_angles(folder.path / "angle_rank.png", columns, colour, title)
+        write_json(folder.path / "ranking.json", jsonable(result))
+        folder.write_marker("finished", {"command": about["command"], "seconds": time.monotonic() - began})
+        print(f"{folder.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
+
+
+def claim(args: Args) -> RunFolder:
+    """The folder of the results, claimed before anything is computed."""
+    if args.out is not None:
+        return RunFolder.claim(args.out)
+    return RunFolder.claim_next(Path("runs"), f"angle-{args.model or MODEL}")
+
+
+def shared(args: Args) -> Options:
+    """The options that other programs have too."""
+    return Options.of(args, model=args.model or MODEL, ema_decay=0.0)
+
+
+def make_feed(args: Args) -> MemoryFeed:
+    """Batches of the data set, with random labels to train on if these are asked for."""
+    options = shared(args)
+    feed = options.make_feed(options.torch_device())
+    assert isinstance(feed, MemoryFeed)
+    return with_random_labels(feed, args.seed) if args.random_labels else feed
+
+
+def train(
+    args: Args, feed: Feed | None, folder: RunFolder
+) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
+    """A supernet trained here; both of its states are left in the folder."""
+    assert feed is not None
+    if not args.epochs > 0:
+        raise AnalysisError(f"--epochs {args.epochs}: must be above 0.")
+    options = shared(args)
+    torch.manual_seed(args.seed)
+    init, made = options.make_model(feed)
+    space, about = as_supernet(init, made, input_size=feed.input_size, seed=args.seed)
+    trained = copy.deepcopy(init).to(options.torch_device())
+    total = num_updates(feed, args.epochs)
+    with tqdm(total=total, unit="update", desc="training", disable=args.quiet, leave=False) as bar:
+        train_supernet(
+            trained,
+            feed,
+            epochs=args.epochs,
+            config=options.train_config(),
+            mode=args.mode,
+            seed=args.seed,
+            after_update=bar.update,
+        )
+    folder.write_marker("running", {"command": shlex.join(["python", *sys.argv])})
+    save_supernet(folder.path / "init.safetensors", init, space, about)
+    save_supernet(folder.path / "supernet.safetensors", trained, space, about)
+    labels = "random labels" if args.random_labels else "its labels"
+    top1 = {"base": space.base, "full": space.full}
+    found = ", ".join(
+        f"{name} {evaluate(calibrated(trained, feed, w), feed.val).top1:.1f} %" for name, w in top1.items()
+    )
+    print(f"{about['name']} trained on {feed.name} with {labels} for {total} updates: val top-1 {found}")
+    return init, trained, space, about
+
+
+def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module:
+    """A copy at a width, with batch norm statistics of its own."""
+    net = copy.deepcopy(model)
+    gs.set_width(net, width)
+    gs.calibrate_bn(net, (feed.train.batch(update)[0] for update in range(8)))
+    return net
+
+
+def load(args: Args) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
+    """The two supernets, if they are one."""
+    assert args.init is not None and args.trained is not None
+    (init, space, about), (trained, other, about_trained) = load_supernet(args.init), load_supernet(args.trained)
+    for key in ("name", "kwargs", "grow"):
+        if about.get(key) != about_trained.get(key):
+            raise AnalysisError(
+                f"{args.init} and {args.trained} are two nets: {key} is {about.get(key)} and {about_trained.get(key)}."
+            )
+    if dict(space.choices) != dict(other.choices):
+        raise AnalysisError(f"{args.init} and {args.trained} have two spaces of widths.")
+    if args.model is not None and args.model != about["name"]:
+        raise AnalysisError(f"--model {args.model}: {args.init} is a {about['name']}.")
+    return init, trained, space, about
+
+
+def choose(args: Args, table: AngleTable) -> Index:
+    """The subnets that are ranked, none twice."""
+    if args.num is not None:
+        if args.all or args.num < 2:
+            raise AnalysisError("--num needs at least 2 subnets, and goes without --all.")
+        if args.num < table.size:
+            return np.unique(table.sample(args.num, args.seed), axis=0)
+    if table.size > MANY and not args.all:
+        raise AnalysisError(f"{table.size:,} subnets: draw some with --num, or rank them --all.")
+    return table.all()
+
+
+def judge(args: Args, table: AngleTable, truth: Truth, bench: Bench | None, slow: list[str]) -> Ranking:
+    """How every score agrees with the truth."""
+    known = table.score(truth.index)
+    scores = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
+    scores |= {name: SCORES[name](bench, truth.index) for name in slow if bench is not None}
+    return gs.rank(scores, list(truth.columns.values()), num_resamples=args.resamples, seed=args.seed)
+
+
+def between(columns: dict[str, Floats]) -> dict[str, float]:
+    """tau-b of the angle with every other score, on at most 5,000 subnets."""
+    finite = np.flatnonzero(np.all([np.isfinite(column) for column in columns.values()], axis=0))
+    if len(finite) > SLOW_MANY:
+        finite = np.random.default_rng(0).choice(finite, SLOW_MANY, replace=False)
+    angle = columns["angle"][finite]
+    return {name: kendall(angle, column[finite]).tau_b for name, column in columns.items() if name != "angle"}
+
+
+def row(table: AngleTable, index: Index, columns: dict[str, Floats], i: int) -> dict[str, Any]:
+    """A line of the ranking."""
+    values = {name: float(column[i]) for name, column in columns.items()}
+    return {"subnet": subnet_name(table, index[i]), **values}
+
+
+def show(table: AngleTable, index: Index, columns: dict[str, Floats], order: np.ndarray[Any, Any]) -> str:
+    """The head and the tail of the ranking."""
+    num = 10 if len(order) > 20 else len(order)
+    picked = [*enumerate(order[:num], start=1)]
+    if len(order) > 2 * num:
+        picked += [*enumerate(order[-3:], start=len(order) - 2)]
+    names = list(columns)
+    length = max(len(subnet_name(table, index[i])) for _, i in picked)
+    lines = [f"{'rank':>8s}  {'subnet':{length}s}" + "".join(f"{name:>12s}" for name in names)]
+    for place, i in picked:
+        cells = (
+            f"{columns[name][i]:12,.0f}" if name in ("params", "macs") else f"{columns[name][i]:12.4f}"
+            for name in names
+        )
+        lines.append(f"{place:8,d}  {subnet_name(table, index[i]):{length}s}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def write_csv(path: Path, table: AngleTable, index: Index, columns: dict[str, Floats], order: Index) -> None:
+    """Every subnet, best first."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["rank", "subnet", *columns])
+    whole = {"params", "macs"}
+    values = [column[order].astype(np.int64) if name in whole else column[order] for name, column in columns.items()]
+    choices = list(table.choices.values())
+    names = ("-".join(str(c[i]) for c, i in zip(choices, subnet, strict=True)) for subnet in index[order].tolist())
+    writer.writerows(zip(range(1, len(order) + 1), names, *(v.tolist() for v in values), strict=True))
+    write_atomic(path, text.getvalue().encode())
+
+
+def bar_of(args: Args) -> Any:
+    """A progress bar around what takes long."""
+    return lambda items: tqdm(items, unit="subnet", disable=args.quiet, leave=False)
+
+
+def options(args: Args) -> dict[str, Any]:
+    """The options, for the record."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except gs.GrowShrinkError as error:
+        print(f"angle_rank: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

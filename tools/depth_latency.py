@@ -1,0 +1,102 @@
+"""What merging runs of blocks does to a ReduceNet's latency on this machine, and how well that is predicted.
+
+    python tools/depth_latency.py                                    reducenet20 at 32x32, one image at a time
+    python tools/depth_latency.py reducenet56 --batch-size 16
+
+Makes the depth knob's table of latencies (in turns, but nothing is read from or written to the disk): what merging each
+run of neighbouring blocks does to the net's time. Then draws whole cuts at random, predicts their latency by adding up,
+and times those that are predicted to be no slower than the net (the knob plans no others), in turns of their own. Exit
+code 1 if a prediction is further off than --tolerance.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import timm
+import torch
+import tyro
+
+import growshrink  # noqa: F401 - registers the models
+from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
+from growshrink.depth.segments import Cut, random_cut
+from growshrink.errors import GrowShrinkError, PlanError, near
+
+
+@dataclass
+class Args:
+    """Options of depth_latency."""
+
+    model: Annotated[str, tyro.conf.Positional] = "reducenet20"
+    """A plain ReduceNet."""
+    width: float = 1.0
+    """Multiplier of its channels."""
+    image_size: int = 32
+    """Pixels."""
+    batch_size: int = 1
+    """Images at a time."""
+    longest: int = 4
+    """Most blocks that become one."""
+    cuts: int = 12
+    """How many cuts to draw."""
+    rounds: int = 200
+    """Turns every net takes."""
+    tolerance: float = 0.15
+    """Of a prediction, relatively to what is measured."""
+    threads: int = 1
+    """Of torch."""
+    seed: int = 0
+    """Of the cuts."""
+    quiet: bool = False
+    """No progress bars."""
+
+
+def main(args: Args) -> int:
+    """Print both tables; 1 if a prediction is too far off."""
+    plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
+    if args.model not in plain:
+        raise PlanError(f"{args.model}: not a plain ReduceNet{near(args.model, plain)}")
+    if min(args.longest, args.cuts, args.rounds, args.batch_size, args.image_size) < 1:
+        raise PlanError("--longest, --cuts, --rounds, --batch-size and --image-size must be at least 1.")
+    torch.set_num_threads(args.threads)
+    model, size = timm.create_model(args.model, width=args.width), (3, args.image_size, args.image_size)
+    options: dict[str, Any] = {"batch_size": args.batch_size, "rounds": args.rounds, "progress": not args.quiet}
+    latencies = measure_latencies(model, size, longest=args.longest, cache=None, **options)
+    print(f"{latencies.hardware}: {latencies.net_ms:.3f} ms")
+    for segment, change in latencies.change_ms.items():
+        if segment.length > 1:
+            print(f"{segment!s:24s} {1 + change / latencies.net_ms:6.2f} of the net's time")
+    cuts = draw_cuts(latencies, args.cuts, random.Random(args.seed))
+    if not cuts:
+        print("no merging makes the net faster here")
+        return 0
+    net_ms, times = measure_cuts(model, cuts, size, **options)
+    errors = []
+    for cut, ms in zip(cuts, times, strict=True):
+        predicted, measured = latencies.predict(cut) / latencies.net_ms, ms / net_ms
+        errors.append(abs(predicted / measured - 1))
+        merged = " ".join(str(segment) for segment in cut if segment.length > 1)
+        print(f"predicted {predicted:.2f}, measured {measured:.2f} of the net's time: {merged}")
+    print(f"predictions are at most {max(errors):.1%} off ({len(cuts)} cuts)")
+    return int(max(errors) > args.tolerance)
+
+
+def draw_cuts(latencies: Latencies, number: int, draw: random.Random) -> list[Cut]:
+    """Different cuts that are predicted to be no slower than the net, as many as there are of the number."""
+    drawn = (random_cut(latencies.change_ms, draw) for _ in range(100 * number))
+    cuts = dict.fromkeys(cut for cut in drawn if any(segment.length > 1 for segment in cut))
+    return [cut for cut in cuts if latencies.predict(cut) <= latencies.net_ms][:number]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except GrowShrinkError as error:
+        print(f"depth_latency: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("depth_latency: interrupted.", file=sys.stderr)
+        sys.exit(130)
