@@ -130,6 +130,10 @@ def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
         macs += cost * bool(row.branches)
         eligible += cost * (not row.reason.startswith(NOT_ELIGIBLE))
     randomize_norms_(grown)
+    with torch.no_grad():  # layer scales that start at 1e-6 would hide every branch behind them
+        for parameter in grown.parameters():
+            if 0 < float(parameter.abs().max()) < 1e-3:
+                parameter.fill_(0.5)
     gs.set_lambda(grown, 0.0)
     land = partial(_landed, name=name, size=size)
     single = gs.compare(grown, land(grown), input_size=size, dtype=torch.float32).max_rel
