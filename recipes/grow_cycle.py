@@ -39,8 +39,8 @@ class Args(Options):
     base: float = 0.1
     """Share of the epochs before the first round."""
     branches: tuple[str, ...] = ("bottleneck", "insert")
-    """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest; A+B attaches both. A model
-    that is grown at birth (reducenet20_x4) is not grown again in round 1."""
+    """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest, expandnet, lora, ...;
+    A+B attaches both. A model that is grown at birth (reducenet20_x4) is not grown again in round 1."""
     ratio: float = 4.0
     """Middle width of a branch over the output channels of its convolution."""
     where: str | None = None
