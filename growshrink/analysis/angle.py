@@ -132,7 +132,7 @@ class AngleTable:
         scores = AngleScores(*(np.empty(len(index), dtype) for dtype in (float, float, np.int64, np.int64)))
         for start in range(0, len(index), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            part = index[rows]
+            part = index[rows].astype(np.intp, copy=False)  # codes would overflow narrower integers
             total = np.zeros((len(columns), len(part)))
             for variables, strides, table in factors:
                 code = np.zeros(len(part), dtype=np.intp)

@@ -16,6 +16,7 @@ from growshrink.analysis.masks import mask_scores
 from growshrink.errors import AnalysisError, WidthError
 
 SIZE = (3, 16, 16)
+RNG = np.random.default_rng
 
 
 def pair(name="reducenet20_x4", size=0.3, **kwargs):
@@ -222,6 +223,16 @@ def test_index_and_widths_are_inverse_and_all_is_all():
     index = table.sample(9)
     assert np.array_equal(table.index([table.width(row) for row in index]), index)
     assert len(np.unique(table.all(), axis=0)) == table.size == gs.width_space(init).size
+
+
+def test_subnets_in_narrow_integers_are_the_same():
+    layers = [Layer(f"w{i}", Side(f"v{i}")) for i in range(4)]
+    states = [as_tensors(**{f"w{i}": RNG((i, j)).normal(size=(5, 3)) for i in range(4)}) for j in range(2)]
+    table = AngleTable(layers, {f"v{i}": [1, 2, 3, 4, 5] for i in range(4)}, *states)
+    expected = table.score(table.all())
+    for dtype in (np.int8, np.uint8, np.int16):
+        found = table.score(table.all().astype(dtype))
+        assert np.array_equal(found.angle, expected.angle) and np.array_equal(found.params, expected.params), dtype
 
 
 def test_what_does_not_fit_is_refused_by_name():
