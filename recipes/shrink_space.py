@@ -63,7 +63,7 @@ class Args:
     stop_size: int = 1000
     """Stop once this many subnets are left, or fewer."""
     rebase_after: int = 12
-    """Measure angles from the weights of then, once, when more choices than this will be gone; 0 is never."""
+    """Measure angles from the weights of then, once, when more choices than this are gone; 0 is never."""
 
     # ---- data and training
     model: str = "reducenet20_x4"
