@@ -225,6 +225,18 @@ def test_index_and_widths_are_inverse_and_all_is_all():
     assert len(np.unique(table.all(), axis=0)) == table.size == gs.width_space(init).size
 
 
+def test_as_many_different_subnets_are_drawn_as_were_asked_for():
+    sides = {f"v{i}": [1, 2, 3, 4] for i in range(4)}
+    states = [as_tensors(**{name: RNG((i, j)).normal(size=(4, 3)) for i, name in enumerate(sides)}) for j in range(2)]
+    table = AngleTable([Layer(name, Side(name)) for name in sides], sides, *states)
+    found = table.sample_distinct(200, seed=1)
+    assert len(np.unique(found, axis=0)) == 200 and np.array_equal(found, table.sample_distinct(200, seed=1))
+    counts = sum((table.sample_distinct(64, seed)[:, :, None] == np.arange(4)).sum(0) for seed in range(40))
+    assert np.abs(counts / 40 - 16).max() < 2  # each choice in a quarter; sd of a mean 0.5
+    with pytest.raises(AnalysisError, match="257 different subnets of a space of 256"):
+        table.sample_distinct(257)
+
+
 def test_subnets_in_narrow_integers_are_the_same():
     layers = [Layer(f"w{i}", Side(f"v{i}")) for i in range(4)]
     states = [as_tensors(**{f"w{i}": RNG((i, j)).normal(size=(5, 3)) for i in range(4)}) for j in range(2)]

@@ -102,7 +102,7 @@ def test_more_scores_of_drawn_subnets(run, tmp_path, capsys):
     )
     assert code == 0, err
     values = [float(row["naswot"]) for row in rows(tmp_path / "a" / "ranking.csv")]
-    assert values == sorted(values, reverse=True) and len(values) <= 6
+    assert values == sorted(values, reverse=True) and len(values) == 6
 
 
 def test_random_labels_are_trained_on(tmp_path, capsys):
@@ -156,5 +156,7 @@ def test_states_that_do_not_belong_together(run, tmp_path, capsys):
     assert code == 2 and "the trained weights are the initial ones" in err
     code, _, err = main(capsys, *saved(run), "--model", "reducenet32_x4", "--out", tmp_path / "b")
     assert code == 2 and "is a reducenet20_x4" in err
+    code, _, err = main(capsys, *saved(run), "--random-labels", "--out", tmp_path / "c")
+    assert code == 2 and "--random-labels is about training" in err
     code, _, err = main(capsys, *saved(run), "--out", run[0])
     assert code == 2 and "Nothing is overwritten" in err
