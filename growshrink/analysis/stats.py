@@ -310,8 +310,8 @@ def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
 
     With m measurements and r the correlation of two of them, :math:`r = \sin(\pi\tau/2)` by `seed_agreement`: their
     mean has the reliability :math:`R = m r / (1 + (m - 1) r)` and the correlation :math:`\sqrt R` with the values
-    behind the noise, so the ceiling is :math:`\tfrac2\pi \arcsin \sqrt R`. 0 where the measurements do not agree at all;
-    NaN for a single one.
+    behind the noise, so the ceiling is :math:`\tfrac2\pi \arcsin \sqrt R`. 0 where the measurements do not agree at
+    all; NaN for a single one.
 
     Source: Greiner's relation of tau and r; Spearman (1910) and Brown (1910), Brit. J. Psychology 3.
     """
