@@ -108,27 +108,26 @@ def moved(model: nn.Module) -> nn.Module:
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
-            p += 0.3 * (p.std() if p.numel() > 1 else 1.0) * torch.randn_like(p)
+            spread = float(p.std()) if p.numel() > 1 else 1.0
+            p.add_(torch.randn_like(p), alpha=0.3 * spread)
     return other
 
 
 def slicing(layers: Sequence[Layer], init: nn.Module, trained: nn.Module) -> Callable[[Mapping[str, int]], float]:
     """The obvious way: cut the kernels of a subnet out, put each state into one vector, compare these in float64."""
-    states = [{n: p.detach().double().numpy() for n, p in net.named_parameters()} for net in (init, trained)]
+    before, after = ({n: p.detach().double().numpy() for n, p in net.named_parameters()} for net in (init, trained))
     pieces = []
     for layer in layers:
         if any(side is not None and side.divisor > 1 for side in (layer.rows, layer.columns)):
             raise AnalysisError(f"{layer.name}: grouped convolutions are not sliced here.")
         if layer.in_vector:
-            pieces.append((layer, *(state[layer.name] for state in states)))
+            pieces.append((layer, before[layer.name], after[layer.name]))
 
     def angle(width: Mapping[str, int]) -> float:
-        both: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
-        for layer, *tensors in pieces:
-            for vector, tensor in zip(both, tensors, strict=True):
-                kept = tensor[_kept(layer.rows, width), _kept(layer.columns, width)]
-                vector.append(kept.ravel())
-        a, b = (vector / np.linalg.norm(vector) for vector in map(np.concatenate, both))
+        cut = [(w0, w1, (_kept(layer.rows, width), _kept(layer.columns, width))) for layer, w0, w1 in pieces]
+        a = np.concatenate([w0[kept].ravel() for w0, _, kept in cut])
+        b = np.concatenate([w1[kept].ravel() for _, w1, kept in cut])
+        a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
         return float(2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b)))
 
     return angle
