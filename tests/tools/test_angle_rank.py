@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "angle_rank.py"
-TINY = ["--model-kwargs", "width=0.25", "--epochs", "0.2", "--quiet"]
+TINY = ["--model-kwargs", "width=0.25", "expansion=2", "--epochs", "0.2", "--quiet"]
 
 
 def main(capsys, *args):
@@ -79,8 +79,8 @@ def test_truth_of_size_and_noise_gets_the_verdict_that_angle_adds_nothing(run, t
     found = rows(run[0] / "ranking.csv")
     random = np.random.default_rng(0)
     truth = tmp_path / "truth.csv"
-    sizes = np.array([float(row["macs"]) for row in found])
-    seeds = np.log(sizes)[:, None] + 0.2 * random.normal(size=(len(found), 2))
+    size = np.log([float(row["macs"]) for row in found])
+    seeds = ((size - size.mean()) / size.std())[:, None] + 0.5 * random.normal(size=(len(found), 2))
     lines = [f"{row['subnet']},{a},{b}" for row, (a, b) in zip(found, seeds, strict=True)]
     truth.write_text("subnet,seed0,seed1\n" + "\n".join(random.permutation(lines)[:300]) + "\n")
     code, out, err = main(
