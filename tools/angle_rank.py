@@ -124,6 +124,8 @@ def main(args: Args) -> None:
             raise AnalysisError(f"{name}: no such score{near(name, SCORES)}")
     if (args.init is None) != (args.trained is None):
         raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
+    if args.random_labels and args.init is not None:
+        raise AnalysisError("--random-labels is about training: it goes without --init and --trained.")
     began = time.monotonic()
     with claim(args) as folder:
         feed = make_feed(args) if args.init is None or args.also else None
@@ -134,7 +136,10 @@ def main(args: Args) -> None:
         index = choose(args, table)
         truth = read_truth(args.truth, table) if args.truth is not None else None
         slow = [name for name in args.also if name not in FAST]
-        bench = Bench(init, trained, table, feed, progress=bar_of(args)) if feed is not None else None
+        bench = None
+        if feed is not None:
+            device = shared(args).torch_device()
+            bench = Bench(init.to(device), trained.to(device), table, feed, progress=bar_of(args))
         if slow and truth is None and len(index) > SLOW_MANY:
             raise AnalysisError(f"--also {' '.join(slow)} of {len(index):,} subnets: draw some with --num, or --truth.")
 
@@ -269,7 +274,7 @@ def choose(args: Args, table: AngleTable) -> Index:
         if args.all or args.num < 2:
             raise AnalysisError("--num needs at least 2 subnets, and goes without --all.")
         if args.num < table.size:
-            return np.unique(table.sample(args.num, args.seed), axis=0)
+            return table.sample_distinct(args.num, args.seed)
     if table.size > MANY and not args.all:
         raise AnalysisError(f"{table.size:,} subnets: draw some with --num, or rank them --all.")
     return table.all()

@@ -132,7 +132,7 @@ class AngleTable:
         scores = AngleScores(*(np.empty(len(index), dtype) for dtype in (float, float, np.int64, np.int64)))
         for start in range(0, len(index), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            part = index[rows]
+            part = index[rows].astype(np.intp, copy=False)  # codes would overflow narrower integers
             total = np.zeros((len(columns), len(part)))
             for variables, strides, table in factors:
                 code = np.zeros(len(part), dtype=np.intp)
@@ -159,6 +159,15 @@ class AngleTable:
         """Subnets drawn uniformly and independently (so one may come twice)."""
         random = np.random.default_rng(seed)
         return np.stack([random.integers(len(choices), size=num) for choices in self.choices.values()], axis=1)
+
+    def sample_distinct(self, num: int, seed: int = 0) -> NDArray[np.intp]:
+        """Subnets drawn uniformly, none twice; AnalysisError if there are not as many."""
+        if num > self.size:
+            raise AnalysisError(f"{num} different subnets of a space of {self.size}.")
+        if self.size < 2**62:
+            found = np.random.default_rng(seed).choice(self.size, num, replace=False)
+            return np.stack(np.unravel_index(found, [len(choices) for choices in self.choices.values()]), axis=1)
+        return np.unique(self.sample(num, seed), axis=0)  # so many that none comes twice in practice
 
     def index(self, widths: Sequence[Width]) -> NDArray[np.intp]:
         """Widths as an index; AnalysisError if one is not of this space."""

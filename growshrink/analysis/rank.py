@@ -75,7 +75,8 @@ class Ranking:
         k: Of precision and regret.
         num_bins: Of the size bins.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
-        ceiling: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
+        seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
+        ceiling: tau that a score without any error would have, `stats.noise_ceiling`; None if it was measured once.
         confidence: Of the intervals.
         num_resamples: Of the bootstrap.
     """
@@ -87,6 +88,7 @@ class Ranking:
     k: int
     num_bins: int
     tied_truth: float
+    seed_agreement: float | None
     ceiling: float | None
     confidence: float
     num_resamples: int
@@ -114,9 +116,12 @@ class Ranking:
         if self.n < FEW:
             lines.append(f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints.")
         if self.ceiling is None:
-            lines.append("The truth was measured once: its seed noise, the ceiling of every tau, is not known.")
+            lines.append("The truth was measured once: its seed noise, which bounds every tau, is not known.")
         else:
-            lines.append(f"Ceiling: tau-b {self.ceiling:.3f} between measurements of the truth with other seeds.")
+            lines.append(
+                f"tau-b {self.seed_agreement:.3f} between measurements of the truth with other seeds: a score without "
+                f"any error would have about {self.ceiling:.3f} with their mean."
+            )
         lines += [f"{name}: {verdict.reason}" for name, verdict in self.verdicts.items()]
         return "\n".join(lines)
 
@@ -176,9 +181,20 @@ def rank(
         agreement[name], within[name] = _agreement(column, target, controls, bins, k, boot)
     verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
     tied = stats.kendall(target, target).tied_x / math.comb(n, 2)
-    ceiling = stats.noise_ceiling(measured) if len(measured) > 1 else None
-    left_out = int((~finite).sum())
-    return Ranking(agreement, verdicts, n, left_out, k, num_bins, tied, ceiling, confidence, num_resamples)
+    several = len(measured) > 1
+    return Ranking(
+        agreement,
+        verdicts,
+        n=n,
+        left_out=int((~finite).sum()),
+        k=k,
+        num_bins=num_bins,
+        tied_truth=tied,
+        seed_agreement=stats.seed_agreement(measured) if several else None,
+        ceiling=stats.noise_ceiling(measured) if several else None,
+        confidence=confidence,
+        num_resamples=num_resamples,
+    )
 
 
 def _agreement(

@@ -36,7 +36,7 @@ class ShrinkPlan:
 
     The article's figures are for 21 layers of 7 operators: 100 epochs, then 5 for each stage; 1000 subnets for each
     operator; 7 operators dropped at a time; until 1e6 subnets are left, or after 20 iterations; and the initial weights
-    that angles are measured from are replaced, once, when more than 50 of 147 operators would be gone.
+    that angles are measured from are replaced, once, when more than 50 of 147 operators are gone.
 
     Attributes:
         first_epochs: Before the first drop.
@@ -45,8 +45,8 @@ class ShrinkPlan:
         drop: Choices dropped at a time, the lowest of all layers; a layer keeps at least one.
         stop_size: Stop once the space has this many subnets or less.
         max_iterations: Stop after this many.
-        rebase_after: Measure angles from the current weights on, once, when more choices than this will be gone after
-            the next drop; None is never.
+        rebase_after: Measure angles from the current weights on, once, when more choices than this are gone; None is
+            never.
     """
 
     first_epochs: float = 10.0
@@ -195,7 +195,7 @@ def shrink(
                 "scores": {f"{name}: {width}": value for (name, width), value in scores.items()},
             }
         )
-        if plan.rebase_after is not None and rebased_at is None and gone + plan.drop > plan.rebase_after:
+        if plan.rebase_after is not None and rebased_at is None and gone > plan.rebase_after:
             base, rebased_at = copy.deepcopy(model), iteration
         update = stage(update)
     # Drivers reach the stop at different iterations: what is left of the longest possible run is trained too, so that

@@ -296,13 +296,30 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
+def seed_agreement(columns: Sequence[ArrayLike]) -> float:
     """Mean tau-b between the measurements of the same items with different seeds; NaN for a single one.
 
-    No score can be expected to agree better with one such measurement.
+    This is no bound on a score: one that knew what is behind the noise would agree better. See `noise_ceiling`.
     """
     taus = [kendall(columns[i], columns[j]).tau_b for i in range(len(columns)) for j in range(i)]
     return float(np.mean(taus)) if taus else math.nan
+
+
+def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
+    r"""Tau with the mean of `columns` that a score without any error would reach, were values and noise normal.
+
+    With m measurements and r the correlation of two of them, :math:`r = \sin(\pi\tau/2)` by `seed_agreement`: their
+    mean has the reliability :math:`R = m r / (1 + (m - 1) r)` and the correlation :math:`\sqrt R` with the values
+    behind the noise, so the ceiling is :math:`\tfrac2\pi \arcsin \sqrt R`. 0 where the measurements do not agree at
+    all; NaN for a single one.
+
+    Source: Greiner's relation of tau and r; Spearman (1910) and Brown (1910), Brit. J. Psychology 3.
+    """
+    agreement, m = seed_agreement(columns), len(columns)
+    if math.isnan(agreement):
+        return math.nan
+    r = max(0.0, math.sin(math.pi / 2 * agreement))
+    return 2 / math.pi * math.asin(math.sqrt(m * r / (1 + (m - 1) * r)))
 
 
 def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:

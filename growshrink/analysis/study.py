@@ -57,9 +57,12 @@ class Candidate:
     make: Callable[[], Made]
 
 
-def random_importance(space: ChannelSpace, seed: int) -> dict[str, Floats]:
-    """An importance drawn uniformly for every channel, by itself: the criterion that knows nothing."""
-    random = np.random.default_rng((seed, 1))
+def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Floats]:
+    """An importance drawn uniformly for every channel, by itself: the criterion that knows nothing.
+
+    Drawn anew for every net: one lucky draw, judged on all nets, would look like a criterion that works.
+    """
+    random = np.random.default_rng((seed, 1, net))
     return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
 
 
@@ -94,7 +97,9 @@ def plan_channels(
         return space.cut(random_channels(space, widths, seed * 1_000_003 + number)), widths
 
     def by(criterion: str, channels: int | None) -> Made:
-        importance = random_importance(space, seed) if criterion == RANDOM else space.importance(criterion, batch())
+        importance = (
+            random_importance(space, seed, net) if criterion == RANDOM else space.importance(criterion, batch())
+        )
         widths = allocate(space, importance, budget)
         if channels is None:
             return space.cut(best_channels(importance, widths)), widths
@@ -112,7 +117,7 @@ def plan_channels(
 def plan_widths(
     space: SupernetSpace, draws: Draws, budget: Budget, *, net: int, pickers: Sequence[str], seed: int, bench: Bench
 ) -> list[Candidate]:
-    """Random widths of a supernet; and for each score the best by it of as many other draws.
+    """Random widths of a supernet; and for each score the best by it of as many other draws, other ones for each net.
 
     Args:
         space: Trained supernet number `net`.
@@ -129,7 +134,7 @@ def plan_widths(
         return space.subnet(widths), widths
 
     def by(picker: str) -> Made:
-        pool = draw_widths(space, budget, len(draws.index), seed=seed + 1).index
+        pool = draw_widths(space, budget, len(draws.index), seed=seed + 1 + net).index
         widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
         return space.subnet(widths), widths
 

@@ -144,6 +144,12 @@ def random_labels(data: DataSet, seed: int = 0) -> DataSet:
 
 
 def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
-    """The same feed with `random_labels` to train on."""
-    train = feed.train
-    return MemoryFeed.of(random_labels(feed.data, seed), batch_size=train.batch_size, augment=train.augment, seed=seed)
+    """The same feed, on the same device, with `random_labels` to train on."""
+    return MemoryFeed.of(
+        random_labels(feed.data, seed),
+        batch_size=feed.train.batch_size,
+        augment=feed.train.augment,
+        seed=seed,
+        device=feed.val.device,
+        eval_batch_size=feed.val.batch_size,
+    )

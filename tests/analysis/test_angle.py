@@ -1,6 +1,5 @@
 import copy
 import math
-import time
 
 import angle_twins as twins
 import numpy as np
@@ -16,6 +15,7 @@ from growshrink.analysis.masks import mask_scores
 from growshrink.errors import AnalysisError, WidthError
 
 SIZE = (3, 16, 16)
+RNG = np.random.default_rng
 
 
 def pair(name="reducenet20_x4", size=0.3, **kwargs):
@@ -224,6 +224,28 @@ def test_index_and_widths_are_inverse_and_all_is_all():
     assert len(np.unique(table.all(), axis=0)) == table.size == gs.width_space(init).size
 
 
+def test_as_many_different_subnets_are_drawn_as_were_asked_for():
+    sides = {f"v{i}": [1, 2, 3, 4] for i in range(4)}
+    states = [as_tensors(**{name: RNG((i, j)).normal(size=(4, 3)) for i, name in enumerate(sides)}) for j in range(2)]
+    table = AngleTable([Layer(name, Side(name)) for name in sides], sides, *states)
+    found = table.sample_distinct(200, seed=1)
+    assert len(np.unique(found, axis=0)) == 200 and np.array_equal(found, table.sample_distinct(200, seed=1))
+    counts = sum((table.sample_distinct(64, seed)[:, :, None] == np.arange(4)).sum(0) for seed in range(40))
+    assert np.abs(counts / 40 - 16).max() < 2  # each choice in a quarter; sd of a mean 0.5
+    with pytest.raises(AnalysisError, match="257 different subnets of a space of 256"):
+        table.sample_distinct(257)
+
+
+def test_subnets_in_narrow_integers_are_the_same():
+    layers = [Layer(f"w{i}", Side(f"v{i}")) for i in range(4)]
+    states = [as_tensors(**{f"w{i}": RNG((i, j)).normal(size=(5, 3)) for i in range(4)}) for j in range(2)]
+    table = AngleTable(layers, {f"v{i}": [1, 2, 3, 4, 5] for i in range(4)}, *states)
+    expected = table.score(table.all())
+    for dtype in (np.int8, np.uint8, np.int16):
+        found = table.score(table.all().astype(dtype))
+        assert np.array_equal(found.angle, expected.angle) and np.array_equal(found.params, expected.params), dtype
+
+
 def test_what_does_not_fit_is_refused_by_name():
     init, trained = pair()
     space = gs.width_space(init)
@@ -246,55 +268,3 @@ def test_what_does_not_fit_is_refused_by_name():
         supernet_table(init, nn.Linear(1, 1), space, input_size=SIZE)
     with pytest.raises(WidthError):
         supernet_table(nets.net("reducenet20"), trained, space, input_size=SIZE)
-
-
-def test_speed():
-    """The figures of the issue, in one run: `pytest -n 0 -s tests/analysis/test_angle.py -k speed`."""
-    init = nets.net("reducenet20_x4", width=1.0)
-    trained = twins.moved(init, 0.3)
-    space = gs.width_space(init)
-    table = supernet_table(init, trained, space, input_size=(3, 32, 32))
-    index = table.sample(400_000)
-    fast = len(index) / min(_seconds(lambda: table.score(index)) for _ in range(3))
-    few = [table.width(row) for row in index[:60]]
-    pieces = _pieces(init, trained, space)
-    found, slow = [], 0.0
-    for _ in range(2):
-        seconds = _seconds(lambda: found.append([_slice_and_concatenate(pieces, width) for width in few]))
-        slow = max(slow, len(few) / seconds)
-    everything = _seconds(lambda: np.argsort(-table.score(table.all()).angle))
-    worst = np.abs(table.score(index[:60]).angle - found[0]).max()
-    print(f"\n{fast:,.0f} subnets/s, {fast / slow:,.0f} times {slow:,.0f}/s; all {table.size:,} ranked in ", end="")
-    print(f"{everything:.2f} s; largest difference from the twin {worst:.1e} rad")
-    assert table.size == 4**9 and worst <= 1e-12
-    assert fast >= 1e6 and fast / slow >= 200 and everything < 3
-
-
-def _pieces(init, trained, space):
-    """Kernels in float64, and which of their axes which width cuts."""
-    states = [
-        {n: p.detach().double().flatten(2).numpy() for n, p in net.named_parameters() if p.ndim == 4}
-        for net in (init, trained)
-    ]
-    pieces = []
-    for name in states[0]:
-        slot = next((slot for slot in space.choices if name.startswith(f"{slot}.")), None)
-        pieces.append((*(state[name] for state in states), slot, name.endswith("pointwise.weight")))
-    fc = (net.head.fc.weight.detach().double().numpy() for net in (init, trained))
-    return [*pieces, (*fc, None, False)]
-
-
-def _slice_and_concatenate(pieces, width):
-    both = [], []
-    for before, after, slot, columns in pieces:
-        for vector, w in zip(both, (before, after), strict=True):
-            if slot is not None:
-                w = w[:, : width[slot]] if columns else w[: width[slot]]
-            vector.append(w.ravel())
-    return twins.angle_between(*map(np.concatenate, both))
-
-
-def _seconds(function):
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began

@@ -90,7 +90,9 @@ def test_ties_holes_and_seeds_are_told(scores):
     holes = {**scores, "angle": np.where(np.arange(N) < 4, np.nan, scores["angle"])}
     result = rank(holes, [truth, np.round(truth + random.normal(size=N))], num_resamples=20)
     assert result.n == N - 4 and result.left_out == 4 and result.tied_truth > 0.05
-    assert 0.2 < result.ceiling < 0.9 and f"tau-b {result.ceiling:.3f} between" in result.table()
+    assert 0.2 < result.seed_agreement < result.ceiling < 0.9
+    assert f"tau-b {result.seed_agreement:.3f} between" in result.table()
+    assert f"about {result.ceiling:.3f} with their mean" in result.table()
     assert abs(result.agreement["angle"].tau_a.value) < abs(result.agreement["angle"].tau_b.value)
     json.dumps(result.to_dict(), allow_nan=False)
 

@@ -9,8 +9,8 @@ from torch import nn
 import growshrink as gs
 from growshrink.activations import VanishingReLU
 from growshrink.analysis import scores
-from growshrink.analysis.trained import random_labels, train_supernet
-from growshrink.training import TrainConfig, evaluate
+from growshrink.analysis.trained import random_labels, train_supernet, with_random_labels
+from growshrink.training import NO_AUGMENT, MemoryFeed, TrainConfig, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +94,14 @@ def test_random_labels_are_drawn_once_uniformly_and_are_not_the_truth():
     assert not torch.equal(drawn.train.labels, random_labels(feed.data, seed=2).train.labels)
     assert torch.equal(drawn.val.labels, feed.data.val.labels)
     assert torch.equal(drawn.test.labels, feed.data.test.labels)
+
+
+def test_a_feed_with_random_labels_is_otherwise_the_same():
+    data = small.digits().data
+    feed = with_random_labels(MemoryFeed.of(data, batch_size=32, augment=NO_AUGMENT, device="meta", eval_batch_size=9))
+    assert feed.train.batch_size == 32 and feed.train.augment == NO_AUGMENT
+    assert {split.device.type for split in (feed.val, feed.test)} == {"meta"} and feed.val.batch_size == 9
+    assert torch.equal(feed.data.train.labels, random_labels(data).train.labels)
 
 
 def test_stages_of_a_supernet_draw_other_widths_and_stay_in_their_space():

@@ -75,8 +75,8 @@ def test_initial_weights_are_replaced_once(stage, monkeypatch):
     monkeypatch.setattr(module, "supernet_table", lambda base, *a, **k: bases.append(base) or table(base, *a, **k))
     plan = ShrinkPlan(first_epochs=0.2, later_epochs=0.1, samples=3, drop=2, stop_size=1, rebase_after=3)
     found = shrink(init, copy.deepcopy(model), space, feed, driver="angle", plan=plan, config=TrainConfig(lr=0.1))
-    assert found.rebased_at == 0 and found.space.size == 1 and len(found.steps) == 5
-    assert bases[0] is init and len({id(base) for base in bases[1:]}) == 1 and bases[1] is not init
+    assert found.rebased_at == 1 and found.space.size == 1 and len(found.steps) == 5  # 4 are gone by then
+    assert bases[:2] == [init, init] and len({id(base) for base in bases[2:]}) == 1 and bases[2] is not init
 
 
 def test_wrong_plans(stage):

@@ -136,10 +136,22 @@ def test_paired_is_exact_for_few_seeds():
     assert stats.paired([1.0, 2], [1.0, 2]).p == 1.0
 
 
-def test_ceiling():
+def test_agreement_of_seeds():
     x, y = tied()
-    assert stats.noise_ceiling([x, y]) == pytest.approx(stats.kendall(x, y).tau_b, abs=1e-12)
-    assert math.isnan(stats.noise_ceiling([x]))
+    assert stats.seed_agreement([x, y]) == pytest.approx(stats.kendall(x, y).tau_b, abs=1e-12)
+    assert math.isnan(stats.seed_agreement([x])) and math.isnan(stats.noise_ceiling([x]))
+    assert stats.noise_ceiling([x, x]) == pytest.approx(1.0) and stats.noise_ceiling([x, -x]) == 0.0
+
+
+@pytest.mark.parametrize("seeds", [2, 4])
+def test_ceiling_is_what_the_values_behind_the_noise_reach(seeds):
+    """More than the seeds agree among themselves: that is no bound."""
+    random = RNG(0)
+    behind = random.normal(size=3000)
+    measured = list(behind + 2.0 * random.normal(size=(seeds, 3000)))
+    reached = stats.kendall(behind, np.mean(measured, axis=0)).tau_b
+    assert stats.noise_ceiling(measured) == pytest.approx(reached, abs=0.04)
+    assert reached > stats.seed_agreement(measured) + 0.1
 
 
 @pytest.mark.parametrize("values", [[1.0, math.nan], [], [[1.0, 2]]])

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -101,3 +102,25 @@ def test_width_plans_pick_the_best_by_score_of_as_many_draws():
     row = study.measure(plan[5], space, bench.calibration(), bench.feed.val)
     pool = draw_widths(space, budget, 5, seed=1)
     assert row["params"] == pool.params.max()
+
+
+def test_what_is_drawn_blindly_is_drawn_anew_for_every_net():
+    """Else one lucky draw, judged on all nets, would look like a criterion that works."""
+    feed = small.digits()
+    bench = small.bench(feed, epochs=0.1)
+    widths = SupernetSpace(bench.trained, bench.table)
+    model = copy.deepcopy(bench.init)
+    gs.set_lambda(model, 0.0)
+    channels = ChannelSpace(gs.fuse(model, input_size=feed.input_size), feed.input_size)
+    budget = Budget(0.5, 0.1)
+    found = []
+    for net in range(4):
+        plan = study.plan_channels(
+            channels, draw_widths(channels, budget, 2), budget, net=net, criteria=["random"], null_draws=0, seed=0,
+            batch=lambda: feed.train.batch(0),
+        ) + study.plan_widths(
+            widths, draw_widths(widths, budget, 2), budget, net=net, pickers=["params"], seed=0, bench=bench,
+        )  # fmt: skip
+        found.append([tuple(c.make()[1].values()) for c in plan if c.kind in ("random threshold", "params")])
+    for made in zip(*found, strict=True):
+        assert len(set(made)) > 2

@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from growshrink.analysis import scores
+from growshrink.training import load_data
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RETRAIN = ["--epochs", "0.2", "--seeds", "2", "--lrs", "0.1", "--tolerance", "0.2"]
@@ -42,13 +46,18 @@ def test_prune_retrain_publishes_every_run(tmp_path, capsys):
     assert len((tmp_path / "run" / "results.jsonl").read_text().splitlines()) == len(records)
 
 
-def test_shrink_space_compares_drivers(tmp_path, capsys):
+def test_shrink_space_compares_drivers_on_images_that_no_driver_has_seen(tmp_path, capsys, monkeypatch):
+    judged = []
+    evaluate = scores.evaluate
+    monkeypatch.setattr(scores, "evaluate", lambda net, split: judged.append(split.split) or evaluate(net, split))
     code, out, err = main(capsys, "shrink_space.py", *SHRINK, "--quiet", "--out", tmp_path / "run")
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "shrink_space.json").read_text())
     assert set(result["drivers"]) == {"angle", "random"}
     updates = {tuple(row["updates"]) for row in result["drivers"].values()}
     assert len(updates) == 1  # an equal budget
+    test = load_data("digits", progress=False).test
+    assert judged and all(torch.equal(split.images, test.images) for split in judged)
     assert "Compare MACs too" in out and "no p is below 0.500" in out
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
-TINY = ["--model-kwargs", "width=0.5", "--epochs", "1", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
+TINY = ["--model-kwargs", "width=0.5", "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
 SMALL = [*TINY, "--num", "6", "--seeds", "2", "--criteria", "l1", "random"]
 
 
