@@ -48,7 +48,7 @@ from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
-from growshrink.training.options import Options
+from growshrink.training.options import Options, parse_kwargs
 
 MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.
@@ -62,14 +62,16 @@ class Args:
 
     # ---- which supernet
     model: str | None = None
-    """With --init and --trained the model they have to be of; without, what is trained (reducenet20_x4)."""
+    """With --init and --trained the model they are of, needed where they are state_dicts alone; without, what is
+    trained (reducenet20_x4)."""
     init: Path | None = None
-    """The supernet before training (init.safetensors of recipes/netaug.py or of this tool)."""
+    """The supernet before training: init.safetensors of recipes/netaug.py or of this tool, or a state_dict alone
+    (.safetensors) of a net that is grown at birth."""
     trained: Path | None = None
     """The same supernet, trained."""
 
     model_kwargs: tuple[str, ...] = ()
-    """KEY=VALUE arguments for timm.create_model, where it is trained here, e.g. width=0.5."""
+    """KEY=VALUE arguments for timm.create_model, where it is trained here or a state_dict alone, e.g. width=0.5."""
 
     # ---- which subnets, and how they are judged
     num: int | None = None
@@ -255,7 +257,10 @@ def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module
 def load(args: Args) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
     """The two supernets, if they are one."""
     assert args.init is not None and args.trained is not None
-    (init, space, about), (trained, other, about_trained) = load_supernet(args.init), load_supernet(args.trained)
+    kwargs = parse_kwargs(args.model_kwargs)
+    (init, space, about), (trained, other, about_trained) = (
+        load_supernet(path, name=args.model, kwargs=kwargs) for path in (args.init, args.trained)
+    )
     for key in ("name", "kwargs", "grow"):
         if about.get(key) != about_trained.get(key):
             raise AnalysisError(

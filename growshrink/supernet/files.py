@@ -11,12 +11,12 @@ import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
-from growshrink.errors import RunError
+from growshrink.errors import RunError, near
 from growshrink.training.checkpoints import write_atomic
 from growshrink.transforms import grow
-from growshrink.widths import WidthSpace
+from growshrink.widths import WidthSpace, width_space
 
 _FORMAT = "growshrink-supernet-1"
 
@@ -36,8 +36,16 @@ def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mappin
     write_atomic(path, save(tensors, header))
 
 
-def load_supernet(path: Path) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
+def load_supernet(
+    path: Path, *, name: str | None = None, kwargs: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
     """The net, its width space, and what was written `about` it; the inverse of `save_supernet`.
+
+    Args:
+        path: What `save_supernet` wrote; or, with `name`, a state_dict alone of a net that is grown at birth.
+        name: The timm model that a state_dict alone is of. Its classes and input channels are read off the weights,
+            its space is `width_space(model)`.
+        kwargs: What else `timm.create_model` needs for it.
 
     Raises:
         RunError: The file is no such file, is damaged, or does not fit the net it says it is of.
@@ -46,22 +54,39 @@ def load_supernet(path: Path) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != _FORMAT:
-                raise RunError(f"{path}: not a supernet of this version of growshrink.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        about = json.loads(header["about"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if header.get("format") == _FORMAT:
+            about = json.loads(header["about"])
+        elif name is None:
+            raise RunError(
+                f"{path}: not a supernet of this version of growshrink, nor is it said which model it is of."
+            )
+        else:
+            about = _about_weights(name, tensors, kwargs or {})
         with torch.random.fork_rng([]):  # weights that the file replaces
             model = timm.create_model(about["name"], **about["kwargs"])
         if about.get("grow") is not None:
             grow(model, **about["grow"], inplace=True, input_size=tuple(about["input_size"]))
         model.load_state_dict(tensors)
-        space_json = header["width_space"]
+        space_json = header["width_space"] if "about" in header else None
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(
             f"{path}: not a whole supernet ({(str(error) or type(error).__name__).splitlines()[0]})."
         ) from error
-    space = WidthSpace.from_json(space_json)
+    space = width_space(model) if space_json is None else WidthSpace.from_json(space_json)
     space.check(model)
     return model, space, about
+
+
+def _about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if not timm.is_model(name):
+        raise RunError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
+    cfg: Any = timm.get_pretrained_cfg(name)
+    found = {
+        "num_classes": tensors[f"{cfg.classifier}.weight"].shape[0],
+        "in_chans": tensors[f"{cfg.first_conv}.weight"].shape[1],
+    }
+    size = [found["in_chans"], *cfg.input_size[1:]]
+    return {"name": name, "kwargs": {**found, **kwargs}, "grow": None, "input_size": size}

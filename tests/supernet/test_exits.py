@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -217,3 +218,20 @@ def test_damaged_files(tmp_path):
         path.write_bytes(part)
         with pytest.raises(RunError, match="not a whole supernet"):
             load_supernet(path)
+
+
+def test_a_state_dict_alone_is_read_if_its_model_is_named(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    model = timm.create_model("reducenet20_x2", num_classes=7, in_chans=1, width=0.25)
+    save_file(model.state_dict(), path)
+    read, space, about = load_supernet(path, name="reducenet20_x2", kwargs={"width": 0.25})
+    assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
+    assert space == gs.width_space(model) and about["input_size"] == [1, 32, 32]
+    with pytest.raises(RunError, match="nor is it said which model"):
+        load_supernet(path)
+    with pytest.raises(RunError, match="not a whole supernet"):
+        load_supernet(path, name="reducenet20_x4", kwargs={"width": 0.25})
+    with pytest.raises(RunError, match="not a whole supernet"):
+        load_supernet(path, name="resnet18")
+    with pytest.raises(RunError, match="no such model; did you mean reducenet20"):
+        load_supernet(path, name="reducenett20_x2")
