@@ -58,7 +58,7 @@ from growshrink.errors import RunError
 from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
-from paired import Bench, load, table
+from paired import Bench, OneBatch, channels_last, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -333,19 +333,6 @@ class BareLoop:
         self.optimizer.step()
 
 
-@dataclass
-class OneBatch:
-    """The same batch at every update, so that no time goes into making it."""
-
-    value: Batch
-    batch_size: int
-    updates_per_epoch: int = 1000
-
-    def batch(self, update: int) -> Batch:
-        """Whatever the update."""
-        return self.value
-
-
 def measure_step(bench: Bench) -> None:
     """What average, schedules and lam add to an update."""
     batches = OneBatch(random_batch(bench.batch_size), bench.batch_size)
@@ -366,11 +353,6 @@ MEASURES = (measure_fused, measure_grown, measure_loader, measure_round, measure
 
 
 # ---- small things
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """In place."""
-    return model.to(memory_format=torch.channels_last)
 
 
 def random_split(count: int) -> Split:

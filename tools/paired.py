@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import nn
 from tqdm import tqdm
 
 from growshrink.timing import Call, seconds_of
+from growshrink.training import Batch
 
 Values = Sequence[float]
 Images = tuple[int, int] | None
@@ -91,6 +94,24 @@ class Bench:
     def bar(self, count: int, what: str) -> Iterator[int]:
         """`range(count)` with a progress bar."""
         return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
+
+
+@dataclass
+class OneBatch:
+    """The same batch at every update, so that no time goes into making it."""
+
+    value: Batch
+    batch_size: int
+    updates_per_epoch: int = 1000
+
+    def batch(self, update: int) -> Batch:
+        """Whatever the update."""
+        return self.value
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """In place."""
+    return model.to(memory_format=torch.channels_last)
 
 
 def load() -> float | None:

@@ -19,15 +19,14 @@ from typing import Any
 import timm
 import torch
 import tyro
-from torch import nn
 
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
 from growshrink.supernet.cost import StepCost
 from growshrink.timing import machine
-from growshrink.training import Batch, TrainConfig, Trainer
-from paired import Bench, load
+from growshrink.training import TrainConfig, Trainer
+from paired import Bench, OneBatch, channels_last, load
 
 #: NetAugTask's own defaults, and every mode.
 MODES: dict[str, dict[str, Any]] = {
@@ -108,7 +107,9 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
     if "_x" not in name:
         gs.grow(grown, ratio=args.ratio, inplace=True, input_size=size)
     task = gs.NetAugTask(grown, verbose=False, input_size=size, **options)
-    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), OneBatch(args, size)) for net in (grown, plain)]
+    images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
+    batches = OneBatch((images, torch.randint(10, (args.batch_size,))), args.batch_size)
+    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), batches) for net in (grown, plain)]
     task.attach(trainers[0].optimizer)
     one = gs.schedules.constant(1.0)
 
@@ -120,26 +121,6 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
         f"{name}: {mode}", lambda: advance(trainers[0], task), lambda: advance(trainers[1], None), at_least=0.0
     )
     return StepCost(task, size).mean(0, 64 * period) / training_macs(plain, size), row
-
-
-class OneBatch:
-    """The same batch at every update, so that no time goes into making it."""
-
-    updates_per_epoch = 1000
-
-    def __init__(self, args: Args, size: tuple[int, int, int]) -> None:
-        images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
-        self.value = images, torch.randint(10, (args.batch_size,))
-        self.batch_size = args.batch_size
-
-    def batch(self, update: int) -> Batch:
-        """Whatever the update."""
-        return self.value
-
-
-def channels_last(model: nn.Module) -> nn.Module:
-    """In place."""
-    return model.to(memory_format=torch.channels_last)
 
 
 if __name__ == "__main__":

@@ -81,24 +81,21 @@ class Augmentation:
 
     def macs(self, start: int, stop: int) -> int:
         """MACs an image of the updates from `start` to `stop`, all passes and the teacher's."""
-        return sum(map(self._cost.of_update, range(start, stop)))
+        return self._cost.total(start, stop)
 
     def full_net(self, trainer: Trainer) -> nn.Module:
         """A copy of the net to be judged, at full width, with statistics of its own."""
-        net = copy.deepcopy(trainer.best)
-        set_width(net, self.space.full)
-        calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
-        return net
+        return _recalibrated(trainer, self.space.full)
 
     def leave(
         self, trainer: Trainer, plan: RoundPlan, score: Callable[[nn.Module], float], input_size: InputSize
     ) -> dict[str, Any]:
         """Set all nets to the width that the plan's exit asks for, ready to be fused; returns the record of it."""
         base, width, record = self.space.base, self.space.full, {}
+        batches = [] if plan.exit == "drop" else list(trainer.recent_images(CALIBRATION_BATCHES))
         if plan.exit == "drop":
             width = base
         elif plan.exit == "choose":
-            batches = list(trainer.recent_images(CALIBRATION_BATCHES))
             choice = choose_width(
                 trainer.best,
                 default_candidates(self.space),
@@ -112,7 +109,7 @@ class Augmentation:
         for net in trainer.nets:
             set_width(net, width)
             if width != base:
-                calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
+                calibrate_bn(net, batches)
         return {**record, "exit": plan.exit, "width": _name(width, self.space)}
 
 
@@ -143,15 +140,21 @@ class Augmentations:
         """The net to score while training: the one to judge, with statistics of its own where no update has any."""
         if self._now is None or NUM_AUGMENTED[self._now[1].task.mode]:
             return trainer.best
-        net = copy.deepcopy(trainer.best)  # `single` trains no base net
-        calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
-        return net
+        return _recalibrated(trainer, self._now[1].space.base)  # `single` trains no base net
 
     def close(self) -> None:
         """Let go of the optimizer."""
         if self._now is not None:
             self._now[1].task.detach()
         self._now = None
+
+
+def _recalibrated(trainer: Trainer, width: Width) -> nn.Module:
+    """A copy of the net to be judged at `width`, with statistics of its own."""
+    net = copy.deepcopy(trainer.best)
+    set_width(net, width)
+    calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
+    return net
 
 
 def save_net(

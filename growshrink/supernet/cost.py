@@ -66,9 +66,13 @@ class StepCost:
             total += self._asked
         return total
 
+    def total(self, start: int, stop: int) -> int:
+        """Of the updates from `start` to `stop` (exclusive) together."""
+        return sum(map(self.of_update, range(start, stop)))
+
     def mean(self, start: int = 0, stop: int = 1000) -> float:
         """Of an average update among those from `start` to `stop` (exclusive)."""
-        return sum(map(self.of_update, range(start, stop))) / (stop - start)
+        return self.total(start, stop) / (stop - start)
 
     def _count(self, width: Width) -> int:
         with active_width(self._model, width):
