@@ -1,12 +1,11 @@
 """recipes/prune_retrain.py and recipes/shrink_space.py as their users run them."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from program import run
 
 from growshrink.analysis import scores
 from growshrink.training import load_data
@@ -21,15 +20,7 @@ SHRINK = [
 
 
 def main(capsys, recipe, *args):
-    argv, sys.argv = sys.argv, [str(RECIPES / recipe), *map(str, args)]
-    try:
-        runpy.run_path(str(RECIPES / recipe), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return code, *capsys.readouterr()
+    return run(RECIPES / recipe, *args), *capsys.readouterr()
 
 
 def test_prune_retrain_publishes_every_run(tmp_path, capsys):

@@ -1,12 +1,11 @@
 """recipes/one_layer.py, closed_loop.py and shrink_depth.py as their users run them, on the digits, briefly."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 import timm
+from program import run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,16 +18,7 @@ BRIEF = ["--model-kwargs", "width=0.25", "--quiet", "--epochs"]
 
 
 def main(recipe, *args):
-    """Run a recipe in this process; its exit code."""
-    path = RECIPES / f"{recipe}.py"
-    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
+    return run(RECIPES / f"{recipe}.py", *args)
 
 
 def test_one_layer(tmp_path, capsys):

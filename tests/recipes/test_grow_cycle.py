@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from program import run
 from safetensors.torch import load_file
 
 import growshrink.training.options
@@ -42,15 +43,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same sums as in the 
 
 
 def main(*args):
-    """Run the recipe in this process; its exit code."""
-    argv, sys.argv = sys.argv, [str(RECIPE), *map(str, args)]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
+    return run(RECIPE, *args)
 
 
 def start(*args, **kwargs):

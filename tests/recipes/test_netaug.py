@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from program import run
 from safetensors.torch import load_file
 
 import growshrink as gs
@@ -21,15 +21,7 @@ SMALL = ("--model-kwargs", "width=0.25", "--ratio", "2", "--steps-to-time", "2",
 
 
 def main(*args):
-    """Run the recipe in this process; its exit code."""
-    argv, sys.argv = sys.argv, [str(RECIPE), *map(str, args)]
-    try:
-        runpy.run_path(str(RECIPE), run_name="__main__")
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = argv
-    return 0
+    return run(RECIPE, *args)
 
 
 def test_without_arguments_it_learns_the_digits(tmp_path):

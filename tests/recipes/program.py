@@ -1,0 +1,16 @@
+"""Running a program in the process of the tests."""
+
+import runpy
+import sys
+
+
+def run(path, *args):
+    """Run the program at `path` with `args` as its user would; its exit code."""
+    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+    return 0
