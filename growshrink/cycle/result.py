@@ -144,8 +144,8 @@ _COLUMNS = (
     ("fused", lambda r: _percent(r["top1"].get("fused"))),
     ("end", lambda r: _percent(r["top1"].get("end"))),
     ("retention", lambda r: _retention(r)),
-    ("effect", lambda r: f"{r['trained_effect']:.3f}"),
-    ("max_rel", lambda r: f"{r['max_rel']:.0e}"),
+    ("effect", lambda r: f"{r['trained_effect']:.3f}" if "max_rel" in r else "-"),
+    ("max_rel", lambda r: f"{r['max_rel']:.0e}" if "max_rel" in r else "-"),
     ("grown MACs", lambda r: f"x{r['macs']['grown'] / r['macs']['plain']:.2f}"),
     ("tail", lambda r: f"{r['tail_share']:.0%}"),
     ("training MACs", lambda r: f"{r['training_macs']:.2e}"),
@@ -240,6 +240,12 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
             f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}. Silencing the branches "
             f"changes the outputs by {r['trained_effect']:.2g} as trained, by {r['effect']:.2g} with random norms."
             for r in result.rounds
+            if "max_rel" in r
+        ),
+        *(
+            f"- Round {r['number']} merged nothing: its grown net taught the plain net, which started anew."
+            for r in result.rounds
+            if "max_rel" not in r
         ),
         *(
             "- max_rel is the larger of two: of the net as trained, and of a copy with random norms, where no mistake "

@@ -19,7 +19,7 @@ from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
-from growshrink.cycle.plan import CyclePlan, Segment, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.state import RunState, newest_run, save_run
 from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
@@ -34,6 +34,7 @@ from growshrink.training.folder import RunFolder
 from growshrink.training.listening import ListeningTrainer
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
 from growshrink.transforms import growth_report
+from growshrink.widths import set_width, width_space
 
 
 def run_cycle(
@@ -258,24 +259,38 @@ class _Run:
             if plan.distil == "peak":
                 self._set_teacher(peak)
         if self.timeline.last_grown(segment):
-            self.trainer.calibrate_average()
-            if augmentation:
-                self._save_supernet("supernet", segment)
-                record["top1"]["base"] = self._score().top1
-                record["left_by"] = {
-                    **augmentation.describe(*self.timeline.grown_span(segment.round)),
-                    **augmentation.leave(self.trainer, plan, self._top1, self.size),
-                }
-                self._augmentations.close()
-            fused = fuse_nets(self.trainer, self._top1, self.size)
-            record["top1"].update(fused.pop("top1"))
-            record.update(fused, retention=retention(record["top1"]))
-            self._log("fuse", segment, max_rel=record["max_rel"], effect=record["effect"])
+            if plan.exit == "teach":
+                update, self.trainer = self.trainer.update, self._make_trainer(self.initial)
+                self.trainer.update = update
+                self._log("teach", segment)
+            else:
+                record.update(self._merge(segment, plan, augmentation))
         if segment.stop == max(s.stop for s in self.timeline.segments if s.round == segment.round):
             record["top1"]["end"] = self._score().top1
             record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
             self.teacher, self.state.teacher_log = None, None
             self.journal.end_round(record)
+
+    def _merge(self, segment: Segment, plan: RoundPlan, augmentation: Augmentation | None) -> dict[str, Any]:
+        """Back to the plain structure; what the round's record says of it."""
+        self.trainer.calibrate_average()
+        left: dict[str, Any] = {}
+        top1 = dict(self.state.rounds[-1]["top1"])
+        if augmentation:
+            self._save_supernet("supernet", segment)
+            top1["base"] = self._score().top1
+            left["left_by"] = {
+                **augmentation.describe(*self.timeline.grown_span(segment.round)),
+                **augmentation.leave(self.trainer, plan, self._top1, self.size),
+            }
+            self._augmentations.close()
+        elif plan.exit == "drop":
+            for net in self.trainer.nets:
+                set_width(net, width_space(net).base)
+        merged = fuse_nets(self.trainer, self._top1, self.size)
+        top1.update(merged.pop("top1"))
+        self._log("fuse", segment, max_rel=merged["max_rel"], effect=merged["effect"])
+        return {**left, **merged, "top1": top1, "retention": retention(top1)}
 
     # ---- teachers, scores, costs
 
