@@ -14,14 +14,13 @@ import statistics
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import tyro
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
@@ -29,7 +28,8 @@ from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
 from growshrink.schedules import cosine, rewarm
 from growshrink.supernet.cost import StepCost
-from growshrink.training import Augment, DataSet, MemoryFeed, Split, TrainConfig, Trainer, load_data
+from growshrink.training import Augment, DataSet, MemoryFeed, TrainConfig, Trainer, load_data
+from growshrink.training.data import pooled
 from growshrink.training.evaluate import evaluate
 
 #: Arguments of NetAugTask; a number is a plain net trained that many times as long.
@@ -145,18 +145,6 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
         trainer.calibrate_average()
     score = evaluate(trainer.best, feed.val)
     return {"top1": score.top1, "loss": score.loss, "cost": cost / plain_cost, "updates": updates, "seconds": seconds}
-
-
-def pooled(data: DataSet, pool: int) -> DataSet:
-    """The data set with smaller images."""
-
-    def smaller(split: Split) -> Split:
-        images = F.avg_pool2d(split.images.permute(0, 3, 1, 2).float(), pool).round().to(torch.uint8)
-        return Split(images.permute(0, 2, 3, 1).contiguous(), split.labels)
-
-    if pool == 1:
-        return data
-    return replace(data, train=smaller(data.train), val=smaller(data.val), test=smaller(data.test))
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -160,7 +160,8 @@ def check_model_fits(model: nn.Module, feed: Feed) -> None:
         output = replica(torch.empty(2, *feed.input_size, device="meta"))
     except Exception as error:  # any forward may fail in its own way
         raise RunError(f"the model does not run on images of size {feed.input_size}: {error}") from error
-    if tuple(output.shape) != (2, len(feed.classes)):
+    rows = 2 * getattr(feed, "nets", 1)  # several nets side by side: one row each
+    if tuple(output.shape) != (rows, len(feed.classes)):
         raise RunError(
             f"the model gives outputs of shape {tuple(output.shape)[1:]}, {feed.name} has {len(feed.classes)} classes: "
             f"make it with num_classes={len(feed.classes)}."
