@@ -38,7 +38,7 @@ def run_program(
         go_on: How an interrupted run is continued, for the line.
     """
     with guarded(go_on):
-        sys.exit(main(tyro.cli(args, description=doc)))
+        sys.exit(main(tyro.cli(args, description=doc)) or 0)
 
 
 @contextmanager

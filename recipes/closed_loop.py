@@ -25,7 +25,7 @@ from growshrink.cycle.result import versions
 from growshrink.errors import RunError, near
 from growshrink.program import run_program
 from growshrink.training import evaluate, fit
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.folder import write_json
 
@@ -146,7 +146,7 @@ def draw(path: Path, curves: list[dict[int, float]], cosine: dict[int, float]) -
         axes.plot(list(curve), list(curve.values()), lw=0.8, label=f"closed loop, seed {seed}")
     axes.set(xlabel="update", ylabel="lam")
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     plt.close(figure)
 
 

@@ -63,6 +63,8 @@ class Args(Options):
     """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
+    accept_within: float | None = None
+    """Undo a round, bit for bit, that costs more than this many points of val top-1; by default none is undone."""
     plan: Path | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
@@ -88,6 +90,8 @@ def main(args: Args) -> None:
             progress=not args.quiet,
             tensorboard=args.tensorboard,
             about=args.about(model_about),
+            save_every=args.save_every,
+            keep=args.keep,
         )
     if result.rounds:
         print(result.table())
@@ -127,6 +131,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
             inplace_distil=args.inplace_distil,
             exit=args.exit,
             distil=args.distil,
+            accept_within=args.accept_within,
         )
         for number in range(args.rounds)
     )

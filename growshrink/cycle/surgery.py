@@ -122,6 +122,8 @@ def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> No
         raise PlanError(
             "exit='drop' in round 1: a net that is grown at birth has no kernels that would remain; choose."
         )
+    if born_grown and plan.rounds[0].accept_within is not None:
+        raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
     plain = replay(model, [{"op": "fuse"}], input_size)
     for entry in plan.rounds[1:] if born_grown else plan.rounds:
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
