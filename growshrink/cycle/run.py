@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 import time
 from collections.abc import Mapping
@@ -18,18 +17,17 @@ from torch import nn
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
+from growshrink.cycle.divergence import check_finite
+from growshrink.cycle.identity import check_identity, identity_of
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.saving import Saving
 from growshrink.cycle.state import (
-    ADVICE,
     RunState,
-    check_identity,
     load_values,
     newest_run,
-    not_finite,
     save_run,
     set_values,
     snapshot,
@@ -39,7 +37,6 @@ from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_ne
 from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
-from growshrink.training.checkpoints import find_checkpoints
 from growshrink.training.data import DataSet
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
@@ -165,24 +162,7 @@ class _Run:
         self.saving = saving
         self.model_about = about.get("model", {})
         command = {"command": about.pop("command", " ".join(sys.argv))}
-        data = {
-            "name": self.feed.name,
-            "batch_size": self.feed.train.batch_size,
-            "input_size": list(self.size),
-            "mean": list(self.feed.mean),
-            "std": list(self.feed.std),
-            "val_images": len(self.feed.val),
-            "test_images": len(self.feed.test),
-            "fingerprint": getattr(self.feed, "fingerprint", None),
-        }
-        self.identity = identity = {
-            **about,
-            "plan": self.plan.to_dict(),
-            "config": asdict(self.config),
-            "data": data,
-            "updates": self.timeline.total,
-            "ranks": num_ranks(),
-        }
+        self.identity = identity = identity_of(self.feed, self.timeline, self.config, about)
         record = {**command, **identity, "versions": versions()}
         with closing(self.journal), saving:
             first = 0
@@ -229,8 +209,7 @@ class _Run:
                 )
             )
             seconds = time.perf_counter() - began
-            if found := f"the loss is {loss}" if not math.isfinite(loss) else not_finite(self.trainer):
-                raise self._diverged(segment, start, found)
+            check_finite(self.trainer, loss, segment=segment, start=start, folder=self.folder.path)
             done = self.trainer.update
             self.state.seconds += seconds
             macs = augmentation.macs(start, done) if augmentation else (done - start) * self._macs_per_image(segment)
@@ -326,15 +305,6 @@ class _Run:
             undo(self.trainer, self.before)
             self._log("undo", segment, before=before, fused=fused, accept_within=most)
         self.before = None
-
-    def _diverged(self, segment: Segment, start: int, what: str) -> RunError:
-        kept = find_checkpoints(self.folder.path)
-        return RunError(
-            f"{what} in round {segment.round}, phase {segment.phase}, between updates {start} and "
-            f"{self.trainer.update}. {f'{kept[0]} is kept' if kept else 'There is no checkpoint yet'}. The same run "
-            f"would end here again: start another, with {ADVICE[segment.phase]}"
-            f"{', or without amp' if self.config.amp else ''}."
-        )
 
     # ---- teachers, scores, costs
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from growshrink.errors import RunError
@@ -19,7 +18,6 @@ from growshrink.training.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
-from growshrink.training.folder import difference
 from growshrink.training.ranks import of_all, this_rank
 from growshrink.training.trainer import Trainer
 
@@ -35,22 +33,6 @@ class RunState:
     seconds: float = 0.0
     lam: dict[str, Any] = field(default_factory=dict)  # of a LamControl
     teacher_log: int | None = None  # entries of the log that make the teacher's structure; None: no teacher
-
-
-#: What to try where a phase has come to a loss that is not finite.
-ADVICE = {
-    "base": "a lower lr, or clip_grad=1",
-    "hold": "a lower lr, clip_grad=1, a smaller ratio, or more updates of rewarm after the growth",
-    "vanish": "a longer vanish, a lower lr, or clip_grad=1",
-    "settle": "a longer vanish, a lower lr, or clip_grad=1",
-    "tail": "a lower lr, clip_grad=1, or more updates of rewarm after the fuse",
-}
-
-
-def check_identity(written: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """RunError unless a checkpoint is of the run with this `identity`, naming the first difference."""
-    if found := difference(written, identity):
-        raise RunError(f"it is of a run with another {found}.")
 
 
 def values_of(trainer: Trainer) -> dict[str, Any]:
@@ -100,27 +82,6 @@ def undo(trainer: Trainer, before: Mapping[str, Any]) -> None:
     """Put back, bit for bit, what `snapshot` has copied before a net of this same structure was grown and fused."""
     trainer.structure_changed(reset=dict(trainer.model.named_parameters()))  # an optimizer without any state
     set_values(trainer, before)
-
-
-def not_finite(trainer: Trainer) -> str | None:
-    """Says which tensor of the nets or the optimizer has a NaN or an infinity in it; None if none has.
-
-    Buffers may be infinite (masks are), parameters and what the optimizer keeps may not.
-    """
-    named = {
-        f"{name} of the optimizer's {key}": value
-        for name, values in trainer.optimizer_state().items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    named |= dict(trainer.model.named_parameters())
-    named |= {
-        f"{name} of the average": parameter for name, parameter in (trainer.ema or nn.Module()).named_parameters()
-    }
-    named = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
-    device = next(trainer.model.parameters()).device
-    finite = torch.stack([torch.isfinite(tensor.detach()).all().to(device) for tensor in named.values()])
-    return None if finite.all() else f"{[*named][int(finite.int().argmin())]} is not finite"
 
 
 def save_run(
