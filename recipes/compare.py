@@ -28,11 +28,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import growshrink as gs
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, Job, chosen_lr, jobs_of, read_scores, run_job, trials_of
 from growshrink.evidence.table import rows_of, verdict, write_table
+from growshrink.program import run_program
 from growshrink.training.folder import read_json, write_json
 
 
@@ -121,11 +121,4 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, wh
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"compare: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("compare: interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="the same command goes on from the last checkpoints")

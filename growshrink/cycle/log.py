@@ -45,6 +45,8 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
         elif entry["op"] == "fuse":
             set_lambda(model, 0.0)
             fuse(model, inplace=True, input_size=input_size)
+        elif entry["op"] == "undo":
+            pass  # what was fused has the structure of what was grown
         else:
             raise RunError(f"the growth log has an unknown operation {entry['op']!r}.")
     return model

@@ -63,6 +63,9 @@ class RoundPlan:
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+        accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
+            than this against the net that was grown, the round is undone: net, average, optimizer and random states
+            are those from before the growth again, bit for bit, and the tail goes on from there. None accepts all.
     """
 
     epochs: float
@@ -82,6 +85,7 @@ class RoundPlan:
     distil: str = "none"
     distil_weight: float = 0.5
     temperature: float = 3.0
+    accept_within: float | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
@@ -121,6 +125,10 @@ class RoundPlan:
             raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
         if not self.temperature > 0:
             raise PlanError(f"temperature={self.temperature!r}: must be above 0.")
+        if self.accept_within is not None:
+            _check_numbers(self, "accept_within")
+            if self.accept_within < 0:
+                raise PlanError(f"accept_within={self.accept_within!r}: points of top-1, must not be negative.")
 
     def _check_augment(self) -> None:
         if self.augment not in ("none", *MODES):

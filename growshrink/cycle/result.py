@@ -18,7 +18,7 @@ from torch import nn
 from growshrink.compare import assert_equivalent
 from growshrink.cycle.plan import Timeline
 from growshrink.errors import EquivalenceError, RunError
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.feed import Feed
 from growshrink.training.folder import write_json
 
@@ -213,6 +213,12 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         *(f"- *{word}*: {meaning}." for word, meaning in _GLOSSARY.items()),
         "",
+        *(
+            f"- Round {r['number']} was **undone**: fused {r['top1']['fused']:.2f} against {r['top1']['before']:.2f} "
+            "before. The net from before it went on, so the proof below is of a net that is gone.\n"
+            for r in result.rounds
+            if r.get("undone")
+        ),
         *_sampled_widths(result),
         "## Did the new parameters learn?",
         "",
@@ -361,5 +367,5 @@ def _draw_curves(result: CycleResult) -> bool:
     figure.suptitle(
         f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %"
     )
-    figure.savefig(result.out_dir / "curves.png", dpi=110)
+    save_picture(figure, result.out_dir / "curves.png")
     return True

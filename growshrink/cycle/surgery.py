@@ -134,6 +134,8 @@ def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> No
         )
     if born_grown and any(entry.exit == "teach" for entry in plan.rounds):
         raise PlanError("exit='teach': a net that is grown at birth has no plain net of its own that could start anew.")
+    if born_grown and plan.rounds[0].accept_within is not None:
+        raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
     plain = replay(model, [{"op": "fuse"}], input_size)
     for entry in plan.rounds[1:] if born_grown else plan.rounds:
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
