@@ -19,7 +19,6 @@ from typing import Any
 
 import timm
 import torch
-import tyro
 from tqdm import tqdm
 
 import growshrink as gs

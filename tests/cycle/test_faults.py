@@ -71,7 +71,7 @@ EVENTS = (
     "run.ListeningTrainer.calibrate_average",
     "run.fuse_nets",
     "surgery.fuse",
-    "surgery.verify",  # between this and the next no checkpoint is written, so that each is met in round 1 and again in 2
+    "surgery.verify",  # between this and the next no checkpoint is written: met in both rounds
     "run.undo",
     "run.save_plain",
     "result.write_json",
