@@ -3,69 +3,96 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
-from growshrink.activations import set_lambda
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation
-from growshrink.cycle.plan import Timeline
-from growshrink.cycle.surgery import grow_nets
+from growshrink.cycle.log import replay
+from growshrink.cycle.plan import CyclePlan, RoundPlan, Timeline
 from growshrink.dataflow import InputSize
 from growshrink.grown import grown_modules
 from growshrink.training.feed import UpdateBatches
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import drop, fuse
-from growshrink.widths import active_width, set_width, width_space
+from growshrink.transforms import grow
 
 
-def planned_macs(model: nn.Module, timeline: Timeline, batches: UpdateBatches, input_size: InputSize) -> int:
-    """MACs that training `model` by a plan will take: forward and backward of the graphs that are run, and teachers.
+class PlanCost:
+    """MACs that training a model by a plan will take: forward and backward of the graphs that are run, and teachers.
 
-    Exactly what `run_cycle` reports as `training_macs` afterwards. The structure of every phase is made on a copy.
+    The structures are made once; timelines of any length are then counted at once.
 
     Args:
         model: As it would be given to `run_cycle`.
-        timeline: The plan in updates.
+        plan: Its rounds; their lengths do not matter.
         batches: Of the run; only their size is looked at.
         input_size: `(C, H, W)`.
     """
-    trainer = Trainer(copy.deepcopy(model), TrainConfig(ema_decay=0.0), batches)
-    total, teacher = 0, None
-    for segment in timeline.segments:
-        plan = timeline.plan.rounds[segment.round - 1] if segment.round else None
-        if plan is not None and segment.phase == "hold":
-            teacher = copy.deepcopy(trainer.model) if plan.distil == "previous" else None
-            if not grown_modules(trainer.model):
-                grow_nets(trainer, plan, timeline.plan.seed, input_size)
-        learnt_from = teacher if segment.phase not in ("base", "hold") else None
-        updates = segment.stop - segment.start
-        if plan is not None and plan.augment != "none" and segment.grown:
-            augmentation = Augmentation(
-                trainer,
-                plan,
-                lam=timeline.lam,
-                seed=timeline.plan.seed + segment.round,
-                teacher=Teacher(learnt_from, 0.5, 1.0) if learnt_from is not None else None,
-                input_size=input_size,
-            )
-            macs = augmentation.macs(segment.start, segment.stop)
-            augmentation.task.detach()
-        else:
-            forward = profile(learnt_from, input_size).macs if learnt_from is not None else 0
-            macs = updates * (training_macs(trainer.model, input_size) + forward)
-        total += batches.batch_size * macs
-        if plan is None:
-            continue
-        if segment.phase == "hold" and plan.distil == "peak":
-            with active_width(trainer.model, width_space(trainer.model).full):
-                teacher = copy.deepcopy(trainer.model)
-        if timeline.last_grown(segment):
-            if plan.exit in ("drop", "teach"):
-                drop(trainer.model, inplace=True)
+
+    def __init__(self, model: nn.Module, plan: CyclePlan, batches: UpdateBatches, input_size: InputSize) -> None:
+        self._batches = batches
+        self._size = input_size
+        self._born_grown = bool(grown_modules(model))
+        plain = replay(model, [{"op": "fuse"}], input_size)
+        self._first = self._net(model)
+        self._plain = self._net(plain)
+        made: dict[tuple[object, ...], _Net] = {}
+        self._grown: list[_Net] = []
+        for number, entry in enumerate(plan.rounds):
+            key = (number == 0 and self._born_grown, entry.branch, entry.ratio, entry.where)
+            if key not in made:
+                made[key] = self._first
+                if not key[0]:
+                    grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
+                    made[key] = self._net(grown)
+            self._grown.append(made[key])
+
+    def macs(self, timeline: Timeline) -> int:
+        """Exactly what `run_cycle` reports as `training_macs` of such a run afterwards."""
+        total = 0
+        for segment in timeline.segments:
+            updates = segment.stop - segment.start
+            if not segment.round:
+                total += updates * self._first.train
+                continue
+            plan, grown = timeline.plan.rounds[segment.round - 1], self._grown[segment.round - 1]
+            teacher = None
+            if segment.phase != "hold" and plan.distil != "none":
+                teacher = grown if plan.distil == "peak" else self._plain
+                if plan.distil == "previous" and segment.round == 1:
+                    teacher = self._first
+            if segment.grown and plan.augment != "none":
+                total += self._augmented(grown, plan, timeline, segment.round, teacher)(segment.start, segment.stop)
             else:
-                set_width(trainer.model, width_space(trainer.model).full)
-                set_lambda(trainer.model, 0.0)
-                fuse(trainer.model, inplace=True, input_size=input_size)
-            trainer.structure_changed()
-    return total
+                own = grown.train if segment.grown else self._plain.train
+                total += updates * (own + (teacher.forward if teacher else 0))
+        return self._batches.batch_size * total
+
+    def _augmented(
+        self, grown: _Net, plan: RoundPlan, timeline: Timeline, number: int, teacher: _Net | None
+    ) -> Callable[[int, int], int]:
+        trainer = Trainer(copy.deepcopy(grown.net), TrainConfig(ema_decay=0.0), self._batches)
+        augmentation = Augmentation(
+            trainer,
+            plan,
+            lam=timeline.lam,
+            seed=timeline.plan.seed + number,
+            teacher=Teacher(copy.deepcopy(teacher.net), 0.5, 1.0) if teacher else None,  # it is frozen
+            input_size=self._size,
+        )
+        augmentation.task.detach()
+        return augmentation.macs
+
+    def _net(self, net: nn.Module) -> _Net:
+        return _Net(net, training_macs(net, self._size), profile(net, self._size).macs)
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A structure, and the MACs of an image: forward and backward, and forward alone."""
+
+    net: nn.Module
+    train: int
+    forward: int

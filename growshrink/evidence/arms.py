@@ -12,7 +12,8 @@ from typing import Any
 from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.errors import PlanError
 
-_ALWAYS = {"hold": 0.80, "vanish": 0.05, "settle": 0.15}  # grown to the end; lam, if alive, gone for the last 15 %
+_LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
+_PURE = {"hold": 0.50, "vanish": 0.20, "settle": 0.30}  # grown to the end, linear towards it
 _NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": "drop"}  # augmented to the end, fading out
 _TEACH = {"exit": "teach", "vanish": 0.0, "settle": 0.0, "distil": "peak"}
 
@@ -87,7 +88,7 @@ def _one(**values: Any) -> tuple[RoundPlan, ...]:
 
 
 def _from_the_start(branch: str) -> tuple[RoundPlan, ...]:
-    return _one(branch=(branch,), linear=True, init="paper", **_ALWAYS)
+    return _one(branch=(branch,), linear=True, init="paper", **_LINEAR)
 
 
 def _cycles(number: int, **values: Any) -> tuple[RoundPlan, ...]:
@@ -120,10 +121,10 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(hold=0.40, vanish=0.25, settle=0.05),
     ),
     "reducenet-x2": Arm(
-        about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_ALWAYS), expansion=2
+        about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_PURE), expansion=2
     ),
-    "reducenet-x4": Arm(about="the same, 4 times as wide", rounds=_one(**_ALWAYS), expansion=4),
-    "reducenet-x8": Arm(about="the same, 8 times as wide", rounds=_one(**_ALWAYS), expansion=8),
+    "reducenet-x4": Arm(about="the same, 4 times as wide", rounds=_one(**_PURE), expansion=4),
+    "reducenet-x8": Arm(about="the same, 8 times as wide", rounds=_one(**_PURE), expansion=8),
     "netaug": Arm(
         about="widths sampled in every update, then dropped (arXiv:2110.08890)",
         rounds=_one(ratio=4.0, augment="netaug", **_NETAUG),

@@ -15,7 +15,7 @@ from torch import nn
 
 from growshrink.compare import training_macs
 from growshrink.cycle import run_cycle
-from growshrink.cycle.cost import planned_macs
+from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.plan import Timeline
 from growshrink.errors import PlanError, near
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
@@ -247,9 +247,10 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float) -> float
         PlanError: None do: the budget is too small for the phases of its rounds.
     """
     epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
+    cost = PlanCost(net, arm.plan(epochs, 0), feed.train, feed.input_size)
     for _ in range(12):
         timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
-        ratio = planned_macs(net, timeline, feed.train, feed.input_size) / budget
+        ratio = cost.macs(timeline) / budget
         if abs(ratio - 1) <= TOLERANCE / 4:
             return epochs
         epochs /= ratio

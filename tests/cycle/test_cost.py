@@ -7,12 +7,13 @@ import torch
 from small import CONFIG, SIZE, Feed, shorten_settle, small
 
 import growshrink as gs
-from growshrink.cycle.cost import planned_macs
+from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.plan import Timeline
 from growshrink.errors import PlanError
 
 PLANS = {
     "plain": [],
+    "previous, then peak": [{"distil": "previous"}, {"distil": "peak"}],
     "fuse": [{}],
     "two kinds": [{}, {"branch": ("insert", "nest")}],
     "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
@@ -44,7 +45,7 @@ def test_the_cost_is_known_before(tmp_path, name):
     plan, feed = plan_of(name), Feed.make()
     result = run(tmp_path / "run", plan)
     timeline = Timeline(plan, feed.train.updates_per_epoch)
-    assert planned_macs(small(outputs=4), timeline, feed.train, SIZE) == result.training_macs
+    assert PlanCost(small(outputs=4), plan, feed.train, SIZE).macs(timeline) == result.training_macs
     assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
 

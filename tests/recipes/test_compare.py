@@ -1,0 +1,46 @@
+"""recipes/compare.py as its user runs it."""
+
+import json
+
+import pytest
+from program import run
+
+PLAN = {
+    "data": "digits",
+    "model_kwargs": {"width": 0.125},
+    "pool": 2,
+    "budget": 6.0,
+    "seeds": [0, 1],
+    "batch_size": 64,
+    "flip": False,
+    "config": {"lr": 0.05, "ema_decay": 0.9},
+    "arms": ["plain"],
+    "own_arms": {"short": {"about": "one of its own", "rounds": [{"epochs": 1.0, "hold": 0.1, "ratio": 1.0}]}},
+}
+
+
+def compare(folder, *args, **values):
+    (folder / "plan.json").write_text(json.dumps({**PLAN, **values}))
+    return run("recipes/compare.py", folder / "plan.json", "--out", folder / "out", "--quiet", *args)
+
+
+def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
+    assert compare(tmp_path) == 0
+    assert "what the others are compared with" in capsys.readouterr().out
+    assert compare(tmp_path, "--workers", "2", arms=["plain", "short"]) == 0
+    assert "short" in capsys.readouterr().out
+    assert (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "curves.png").exists()
+    assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 2
+    assert compare(tmp_path, budget=13.0) == 2
+    assert "another plan (budget differs)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("args", "words"), [((), "name a plan file"), (("--workers", "0", "x"), "--workers 0")])
+def test_bad_options(args, words, capsys):
+    assert run("recipes/compare.py", *args) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_arms_are_listed(capsys):
+    assert run("recipes/compare.py", "--list") == 0
+    assert "never-shrunk" in capsys.readouterr().out
