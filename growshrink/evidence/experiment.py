@@ -194,7 +194,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
             return
         arm = experiment.arm(job.arm)
         where = torch.device(device)
-        feeds = [_feed(experiment, seed, data_dir, where) for seed in job.seeds]
+        feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         nets = [
             _net(experiment, arm.model(experiment.model), feed, seed)
             for feed, seed in zip(feeds, job.seeds, strict=True)
@@ -241,19 +241,24 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
 
 
 def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float) -> float:
-    """How many epochs of an arm cost `budget` MACs, within a quarter of the tolerance.
+    """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
 
     Raises:
         PlanError: None do: the budget is too small for the phases of its rounds.
     """
     epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
     cost = PlanCost(net, arm.plan(epochs, 0), feed.train, feed.input_size)
+    off: dict[float, float] = {}
     for _ in range(12):
         timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
         ratio = cost.macs(timeline) / budget
-        if abs(ratio - 1) <= TOLERANCE / 4:
-            return epochs
+        off[epochs] = abs(ratio - 1)
+        if off[epochs] <= TOLERANCE / 4:
+            break
         epochs /= ratio
+    nearest = min(off, key=off.__getitem__)
+    if off[nearest] <= TOLERANCE:  # a short run is counted in whole updates
+        return nearest
     raise PlanError(f"{arm.about!r}: no number of epochs costs {budget:.3e} MACs; give it a larger budget.")
 
 
@@ -270,7 +275,8 @@ def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
     return timm.create_model(name, **kwargs)
 
 
-def _feed(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
+def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
+    """The batches of one seed; decoded data sets are kept."""
     data = _data(experiment.data, data_dir, seed, experiment.pool)
     crop = data.input_size[1] // 8 if experiment.crop is None else experiment.crop
     augment = Augment(crop=crop, flip=experiment.flip)

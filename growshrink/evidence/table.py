@@ -15,7 +15,7 @@ from scipy import stats
 from growshrink.analysis.stats import CONFIDENCE, Interval, holm, paired
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import SCORES, Experiment, Job, read_scores
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.folder import read_json
 
 
@@ -182,7 +182,7 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
     axis.set_xlabel("training MACs of a net (forward and backward, teachers included)")
     axis.set_ylabel("val top-1 (%), mean over the seeds of the run")
     axis.legend(frameon=False, fontsize="small", ncols=2)
-    figure.savefig(out / "curves.png", dpi=110)
+    save_picture(figure, out / "curves.png")
     return True
 
 

@@ -1,4 +1,4 @@
-"""recipes/compare.py as its user runs it."""
+"""recipes/compare.py and recipes/scan.py as their users run them."""
 
 import json
 
@@ -44,3 +44,17 @@ def test_bad_options(args, words, capsys):
 def test_the_arms_are_listed(capsys):
     assert run("recipes/compare.py", "--list") == 0
     assert "never-shrunk" in capsys.readouterr().out
+
+
+def test_a_scan_of_two_nets_filled_and_unfilled(tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "seeds": [0]}))
+    args = [tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--widths", "0.125", "--depths", "1", "2"]
+    args += ["--at-most", "1e9", "--budget", "6", "--arm", "short"]
+    assert run("recipes/scan.py", *args) == 0
+    out = capsys.readouterr().out
+    assert "2 of 2 nets" in out and "plain: width-0.125" in out and "short: width-0.125" in out
+    scan = json.loads((tmp_path / "out" / "scan.json").read_text())
+    assert [len(entries) for entries in scan.values()] == [3, 3]
+    assert (tmp_path / "out" / "front.png").exists() and "Won:" in (tmp_path / "out" / "report.md").read_text()
+    assert run("recipes/scan.py", *args, "--at-most", "2e9") == 2
+    assert "another scan" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""Which depth and width of a plain net to deploy under a bound on its cost: successive halving, filled and unfilled.
+
+The search that the article calls its second pipeline: every candidate is small enough by construction, is filled with
+the branches of an arm, trained for a short budget, and the better half is trained for twice as long, until one is left.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from growshrink.compare import profile, random_images
+from growshrink.dataflow import InputSize
+from growshrink.errors import PlanError
+from growshrink.evidence.experiment import Experiment, Job, read_scores
+from growshrink.timing import in_turns
+from growshrink.transforms import fold
+
+BOUNDS = ("macs", "params", "ms")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plain net, and what it costs: MACs and parameters, or milliseconds for one image."""
+
+    width: float
+    depth: int
+    cost: float
+
+    @property
+    def name(self) -> str:
+        """For folders and tables."""
+        return f"width-{self.width:g}-depth-{self.depth}"
+
+    def of(self, experiment: Experiment) -> Experiment:
+        """The experiment, on this net."""
+        kwargs = {**experiment.model_kwargs, "width": self.width, "depths": [self.depth] * 3}
+        return replace(experiment, model_kwargs=kwargs)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a candidate reached in one rung, val and test top-1 in percent, means over the seeds."""
+
+    candidate: Candidate
+    arm: str
+    rung: int
+    budget: float
+    val: float
+    test: float
+
+
+def candidates_of(
+    experiment: Experiment,
+    widths: Sequence[float],
+    depths: Sequence[int],
+    *,
+    bound: str,
+    at_most: float,
+    input_size: InputSize,
+    num_classes: int,
+) -> list[Candidate]:
+    """All nets of the grid that cost `at_most`, the cheapest first.
+
+    Args:
+        experiment: Its model must take `width` and `depths`, as ReduceNets of three stages do.
+        widths: Channel multipliers.
+        depths: Blocks per stage.
+        bound: "macs", "params" or "ms" (a batch of one image through the folded net, on this machine, one thread).
+        at_most: In that unit.
+        input_size: `(C, H, W)`.
+        num_classes: Of the data.
+
+    Raises:
+        PlanError: Nothing of the grid is that cheap, or the model does not take the arguments.
+    """
+    nets = {}
+    for width, depth in itertools.product(widths, depths):
+        kwargs = {**experiment.model_kwargs, "num_classes": num_classes, "in_chans": input_size[0]}
+        try:
+            nets[width, depth] = timm.create_model(
+                experiment.model, **{**kwargs, "width": width, "depths": (depth,) * 3}
+            )
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"{experiment.model} with width {width:g} and depth {depth}: {error}") from error
+    if bound == "ms":
+        image = random_images(input_size, 1, torch.float32, 0)
+        calls = {f"{width} {depth}": partial(fold(net.eval()), image) for (width, depth), net in nets.items()}
+        with torch.no_grad():
+            times = in_turns(calls, own_thread=torch.get_num_threads() == 1)
+        costs = {key: times[f"{key[0]} {key[1]}"] for key in nets}
+    else:
+        costs = {key: float(getattr(profile(net, input_size), bound)) for key, net in nets.items()}
+    found = [Candidate(width, depth, costs[width, depth]) for width, depth in nets if costs[width, depth] <= at_most]
+    if not found:
+        raise PlanError(f"no net of the grid has {bound} <= {at_most:g}; the cheapest has {min(costs.values()):g}.")
+    return sorted(found, key=lambda candidate: candidate.cost)
+
+
+def rungs_of(num_candidates: int, budget: float) -> list[tuple[int, float]]:
+    """How many candidates are trained for how long, rung by rung: half of them for twice as long, down to one.
+
+    >>> rungs_of(6, 5.0)
+    [(6, 5.0), (3, 10.0), (2, 20.0), (1, 40.0)]
+
+    Source: Jamieson and Talwalkar, Non-stochastic Best Arm Identification (arXiv:1502.07943).
+    """
+    rungs = [(num_candidates, budget)]
+    while rungs[-1][0] > 1:
+        rungs.append((math.ceil(rungs[-1][0] / 2), 2 * rungs[-1][1]))
+    return rungs
+
+
+def halve(
+    experiment: Experiment,
+    candidates: Iterable[Candidate],
+    arm: str,
+    budget: float,
+    out: Path,
+    train: Callable[[Sequence[tuple[Experiment, Job, Path]]], None],
+) -> list[Entry]:
+    """Successive halving of one arm: all that was trained, the winner last.
+
+    Args:
+        experiment: Seeds, data and training.
+        candidates: To begin with.
+        arm: What they are filled with; "plain" for nothing.
+        budget: Of the first rung, in epochs of each plain net.
+        out: Folder of the scan; every run is a folder below it.
+        train: Does the runs, or what of them is missing.
+    """
+    left, entries = list(candidates), list[Entry]()
+    for rung, (number, epochs) in enumerate(rungs_of(len(left), budget)):
+        left = left[:number]
+        jobs = {candidate: Job(arm, experiment.seeds, experiment.config.lr, epochs) for candidate in left}
+        train([(candidate.of(experiment), job, out / candidate.name) for candidate, job in jobs.items()])
+        reached = [
+            Entry(candidate, arm, rung, epochs, *_means(read_scores(out / candidate.name, job)))
+            for candidate, job in jobs.items()
+        ]
+        reached.sort(key=lambda entry: entry.val, reverse=True)
+        left = [entry.candidate for entry in reached]
+        entries += reversed(reached)
+    return entries
+
+
+def front(entries: Iterable[Entry]) -> list[Entry]:
+    """Those of the first rung, which all candidates were in, that no other beats at the same cost or less."""
+    best: list[Entry] = []
+    for entry in sorted((e for e in entries if e.rung == 0), key=lambda e: (e.candidate.cost, -e.val)):
+        if not best or entry.val > best[-1].val:
+            best.append(entry)
+    return best
+
+
+def _means(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    val, test = (sum(score[key] for score in scores) / len(scores) for key in ("val", "test"))
+    return val, test
