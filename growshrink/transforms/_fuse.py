@@ -142,7 +142,7 @@ def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
 def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
     """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
     replica = copy.deepcopy(model).eval()
-    like = next(p for p in model.parameters())
+    like = next((p for p in model.parameters()), torch.empty(0))
     x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
     tolerance = NET_TOLERANCE
     try:
