@@ -162,7 +162,7 @@ def verify(
     single = compare(
         single_net, transform(copy.deepcopy(single_net)), input_size=input_size, dtype=torch.float32, seed=seed
     )
-    rounding = _rounding_float32(exact, single_net, input_size, seed)
+    rounding = net_rounding_float32(exact, single_net, input_size=input_size, seed=seed)
     effect = branch_effect(exact, input_size=input_size, seed=seed)
     if not effect >= LEAST_EFFECT:
         raise EquivalenceError(
@@ -172,7 +172,8 @@ def verify(
     return Verification(double.max_rel, single.max_rel, rounding, effect, double.top1_agreement)
 
 
-def _rounding_float32(exact: nn.Module, single: nn.Module, input_size: InputSize, seed: int) -> float:
+def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
+    """Relative difference of a net in float32 from itself in float64: what float32 costs by itself."""
     reference = _run(exact, random_images(input_size, 8, torch.float64, seed))
     rounded = _run(single, random_images(input_size, 8, torch.float32, seed)).double()
     return float((rounded - reference).abs().max() / reference.abs().max())
