@@ -17,6 +17,7 @@ from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.transforms._deploy import unguard_hooks
 from growshrink.widths import Width, active_width
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
@@ -169,6 +170,7 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
+    unguard_hooks(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, GrownConv2d):

@@ -189,7 +189,7 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path):
         expected = "likely not hurt" if ratio == 1 else "likely hurt (1 of 3 layers): in conv2,"
         assert expected in verdict(weight_ranges(folded))
     assert max(errors[1, "per-tensor"], errors[1, "per-channel"], errors[200, "per-channel"]) < 0.03, errors
-    assert errors[200, "per-tensor"] > 0.1, errors
+    assert errors[200, "per-tensor"] > 10 * errors[1, "per-tensor"], errors
 
 
 def test_scores_of_several_nets_from_one_reading(tmp_path):
