@@ -197,7 +197,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
     """MACs of one image and parameters, counted on the meta device by torch's own counter (FLOPs / 2)."""
-    replica = copy.deepcopy(model).to("meta").eval()
+    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval()  # of torch.compile, the net inside
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))

@@ -105,7 +105,9 @@ def main(args: Args) -> int:
         folder.write_marker("finished", {"command": sys.argv})
         print(summary(report))
         if source.needs_growshrink:
-            print(f"{source.name} is growshrink's own: timm knows it after `import growshrink`; ONNX and pt2 need neither.")
+            print(
+                f"{source.name} is growshrink's own: timm knows it after `import growshrink`; ONNX and pt2 need neither."
+            )
         print(f"Read {folder.path / 'report.md'}")
     return int(not report["ok"])
 

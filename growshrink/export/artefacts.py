@@ -127,7 +127,9 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RunError(f"ONNX needs {error.name}: pip install growshrink[onnx], or leave it out (--no-onnx).") from error
+        raise RunError(
+            f"ONNX needs {error.name}: pip install growshrink[onnx], or leave it out (--no-onnx)."
+        ) from error
 
 
 def _contiguous(net: nn.Module) -> dict[str, Tensor]:

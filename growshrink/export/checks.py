@@ -73,7 +73,13 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
             result["effect_of_branches"] = branch_effect(grown, **size)
         add("fused", "grown", "float32", compare(source.grown, source.plain, dtype=torch.float32, **size), allowed)
     if exact is not None:
-        add("folded", "plain", "float64", compare(exact, fold(exact, input_size=source.input_size), **size), EXACT_FLOAT64)
+        add(
+            "folded",
+            "plain",
+            "float64",
+            compare(exact, fold(exact, input_size=source.input_size), **size),
+            EXACT_FLOAT64,
+        )
     add("folded", "plain", "float32", compare(source.plain, folded, dtype=torch.float32, **size), allowed)
     for name, program in programs.items():
         for number in BATCH_SIZES:

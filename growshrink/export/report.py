@@ -87,7 +87,9 @@ def _markdown(report: Mapping[str, Any]) -> str:
     else:
         lines.append(f"float32 costs the plain net {exactness['rounding_float32']:.1e} by itself.")
     if (effect := exactness.get("effect_of_branches")) is not None:
-        lines.append(f"Silencing the branches changes the outputs by {effect:.2g}: had that been 0, fusing proved nothing.")
+        lines.append(
+            f"Silencing the branches changes the outputs by {effect:.2g}: had that been 0, fusing proved nothing."
+        )
     lines += ["", "## Cost", ""]
     lines += _table(
         ("net", "parameters", "MACs of an image"),
@@ -95,7 +97,14 @@ def _markdown(report: Mapping[str, Any]) -> str:
     )
     if "latency" in report:
         lines += ["", *_latency(report["latency"])]
-    lines += ["", "## Will int8 hurt?", "", report["weight_ranges"]["verdict"], "", *_ranges(report["weight_ranges"]["layers"])]
+    lines += [
+        "",
+        "## Will int8 hurt?",
+        "",
+        report["weight_ranges"]["verdict"],
+        "",
+        *_ranges(report["weight_ranges"]["layers"]),
+    ]
     if "int8" in report:
         lines += ["", *_int8(report["int8"])]
     lines += ["", "## Files", "", *_files(report), "", "## Made from", "", "```json"]
@@ -165,7 +174,12 @@ def _files(report: Mapping[str, Any]) -> list[str]:
     uses = {
         "model.safetensors": (
             f"the plain net, with config.json ({alone})",
-            [imports, 'net = timm.create_model("local-dir:FOLDER", pretrained=True)', "# or", "net = " + make + ", checkpoint_path='FOLDER/model.safetensors')"],
+            [
+                imports,
+                'net = timm.create_model("local-dir:FOLDER", pretrained=True)',
+                "# or",
+                "net = " + make + ", checkpoint_path='FOLDER/model.safetensors')",
+            ],
         ),
         "folded.safetensors": (
             "its inference form, batch norms inside the convolutions (needs growshrink)",
@@ -193,8 +207,12 @@ def _files(report: Mapping[str, Any]) -> list[str]:
     for name, size in sizes.items():
         what, code = uses[name]
         lines += [f"**{name}**, {size:,} bytes: {what}.", "", "```python", *code, "```", ""]
-    channels = f", less the mean {source['mean']}, over the standard deviation {source['std']}" if source["mean"] else ""
-    lines.append(f"All take float32 images of size (N, {', '.join(map(str, source['input_size']))}), values in [0, 1]{channels}.")
+    channels = (
+        f", less the mean {source['mean']}, over the standard deviation {source['std']}" if source["mean"] else ""
+    )
+    lines.append(
+        f"All take float32 images of size (N, {', '.join(map(str, source['input_size']))}), values in [0, 1]{channels}."
+    )
     return lines
 
 

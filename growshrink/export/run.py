@@ -77,7 +77,11 @@ class ExportOptions:
 
 
 def export(
-    source: Source, folder: Path, options: ExportOptions = ExportOptions(), *, data: DataSet | None = None  # noqa: B008
+    source: Source,
+    folder: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    data: DataSet | None = None,  # noqa: B008
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 

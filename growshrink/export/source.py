@@ -179,7 +179,9 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
         try:
             left, kept = fuse(grown, input_size=known["input_size"]), grown
         except FuseError as error:
-            raise FuseError(f"{path}: {error} If the net without its branches was trained, export it: --exit drop.") from error
+            raise FuseError(
+                f"{path}: {error} If the net without its branches was trained, export it: --exit drop."
+            ) from error
     plain = _made(known["name"], known["kwargs"], left.state_dict(), path)
     return Source(path=path, plain=plain, grown=kept, **known)
 

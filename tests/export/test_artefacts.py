@@ -209,7 +209,10 @@ def test_scores_of_several_nets_from_one_reading(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d: replace(d, train=Split(torch.zeros(9, 4, 4, 1, dtype=torch.uint8), torch.zeros(9).long())), "of size"),
+        (
+            lambda d: replace(d, train=Split(torch.zeros(9, 4, 4, 1, dtype=torch.uint8), torch.zeros(9).long())),
+            "of size",
+        ),
         (lambda d: replace(d, classes=tuple("abc")), "has 3 classes"),
         (lambda d: replace(d, test=Split(d.test.images[:0], d.test.labels[:0])), "no test split"),
     ],

@@ -42,7 +42,14 @@ def assert_computes(source, expected, size=SIZE, tolerance=1e-5):
 
 @pytest.mark.parametrize(
     "wrapper",
-    ["nothing", "DataParallel", "compile", "DataParallel of compile", "compile of DataParallel", "average of DataParallel"],
+    [
+        "nothing",
+        "DataParallel",
+        "compile",
+        "DataParallel of compile",
+        "compile of DataParallel",
+        "average of DataParallel",
+    ],
 )
 def test_a_plain_state_dict_whatever_wrapped_it(tmp_path, wrapper):
     model = randomized(net("test_resnet"))
@@ -55,7 +62,9 @@ def test_a_plain_state_dict_whatever_wrapped_it(tmp_path, wrapper):
 
 
 def grown_resnet():
-    model = randomized(gs.grow(net("test_resnet"), ["bottleneck", "insert"], ratio=0.5, input_size=SIZE, where="layer[23]"))
+    model = randomized(
+        gs.grow(net("test_resnet"), ["bottleneck", "insert"], ratio=0.5, input_size=SIZE, where="layer[23]")
+    )
     gs.set_lambda(model, 0.0)
     return model.eval()
 

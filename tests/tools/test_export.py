@@ -45,7 +45,9 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
         *("config.json", "folded.onnx", "folded.pt2", "folded.safetensors", "int8.onnx", "model.safetensors"),
         *("ranges.png", "report.json", "report.md", "run.json"),
     }
-    assert "folded against plain" in out and "reducenet20 is growshrink's own" in out and str(folder / "report.md") in out
+    assert (
+        "folded against plain" in out and "reducenet20 is growshrink's own" in out and str(folder / "report.md") in out
+    )
     report = json.loads((folder / "report.json").read_text())
     scores = report["int8"]["scores"]
     final = json.loads((trained / "report.json").read_text())["final"]["top1"]
@@ -55,7 +57,9 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images(1, 8, 8, n=5)
     with torch.no_grad():
-        torch.testing.assert_close(artefacts.onnx_function(folder / "folded.onnx", threads=1)(x), plain(x), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            artefacts.onnx_function(folder / "folded.onnx", threads=1)(x), plain(x), atol=1e-4, rtol=0
+        )
 
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert run(tool, trained, "--no-onnx", "--no-pt2", "--rounds", "0", "--quiet") == 0
@@ -75,7 +79,10 @@ def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, t
         return folded
 
     monkeypatch.setattr("growshrink.export.run.write_folded", damaged)
-    assert run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--rounds", "0", "--quiet") == 1
+    assert (
+        run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--rounds", "0", "--quiet")
+        == 1
+    )
     assert "NOT as exact" in (tmp_path / "e" / "report.md").read_text()
 
 
