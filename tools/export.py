@@ -2,15 +2,15 @@
 
     python tools/export.py runs/digits-reducenet20                      a finished run of grow_cycle.py or netaug.py
     python tools/export.py runs/digits-reducenet20 --int8 per-channel --data digits
-    python tools/export.py plain.safetensors --model resnet18           a state_dict; also last.pth.tar of timm's train.py
+    python tools/export.py plain.safetensors --model resnet18           a state_dict; also last.pth.tar of timm's
     python tools/export.py grown.safetensors --model resnet18 --branches bottleneck --ratio 4
     python tools/export.py last.pth.tar --model resnet18 --exit drop    leaves the branches out, NetAug's way
 
-Grown nets are merged first, which lam = 0 permits. Writes CHECKPOINT/export (or CHECKPOINT-export), numbered if taken:
-report.md (read this), report.json and ranges.png (will int8 hurt?), model.safetensors and config.json (the plain net, for
-timm.create_model("local-dir:FOLDER", pretrained=True)), and its inference form, batch norms folded: folded.safetensors,
-folded.onnx and folded.pt2, both for any batch size, with --int8 also int8.onnx. Exit code 1 if one of them is further from
-the net than rounding explains.
+Grown nets are merged first, which takes a lam of 0. Writes CHECKPOINT/export (or CHECKPOINT-export), numbered if taken:
+report.md (read this), report.json and ranges.png (will int8 hurt?), model.safetensors and config.json (the plain net,
+for timm.create_model("local-dir:FOLDER", pretrained=True)), and its inference form, batch norms folded, as
+folded.safetensors, folded.onnx and folded.pt2, with --int8 also int8.onnx, for any batch size. Exit code 1 if one of
+them is further from the net than rounding explains.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Args:
     pt2: bool = True
     """Write a program of torch.export."""
     int8: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *GRANULARITIES)))] = "none"
-    """Quantise too (static, after training), with a scale per output channel or per layer, and take its test accuracy."""
+    """Quantise too (static, after training), one scale per output channel or per layer, and take its test accuracy."""
     data: str | None = None
     """For --int8: digits, cifar10, ..., or a folder; by default what the run was trained on."""
     data_dir: Path | None = None
@@ -105,9 +105,7 @@ def main(args: Args) -> int:
         folder.write_marker("finished", {"command": sys.argv})
         print(summary(report))
         if source.needs_growshrink:
-            print(
-                f"{source.name} is growshrink's own: timm knows it after `import growshrink`; ONNX and pt2 need neither."
-            )
+            print(f"{source.name} is growshrink's: timm knows it after `import growshrink`; ONNX and pt2 need neither.")
         print(f"Read {folder.path / 'report.md'}")
     return int(not report["ok"])
 

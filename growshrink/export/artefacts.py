@@ -1,7 +1,7 @@
 """The files of deployment, each written and read back.
 
-Weights are compared with those that were written here; of programs, what they compute, `(N, C, H, W) -> (N, num_classes)`
-on the CPU, is returned, to be held against the net.
+Weights are compared with those that were written here; of programs, what they compute on the CPU is returned,
+`(N, C, H, W) -> (N, num_classes)`, to be held against the net.
 """
 
 from __future__ import annotations

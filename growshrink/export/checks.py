@@ -29,8 +29,8 @@ BATCH_SIZES = (1, 2, 7, 16)
 def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function], seed: int) -> dict[str, Any]:
     """Differences on random images, each with what is allowed.
 
-    In float64 the transform itself is judged: grown net against grown net fused, plain net against plain net folded, all
-    in float64. In float32 what was written is: the weights in the files, the programs with the plain net.
+    In float64 the transforms are judged: grown net against grown net fused, plain net against plain net folded. In
+    float32 what was written is: the weights in the files, and the programs with the plain net.
 
     Args:
         source: The net.

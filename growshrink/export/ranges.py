@@ -78,8 +78,8 @@ def verdict(ranges: Sequence[LayerRange]) -> str:
     worst = ranges[0]
     steps = LEVELS / worst.ratio
     where = (
-        f"in {worst.name}, the worst layer, the largest channel is {worst.ratio:.1f} times the median one, which is left "
-        f"{steps:.0f} of {LEVELS} steps"
+        f"in {worst.name}, the worst layer, the largest channel is {worst.ratio:.1f} times the median one, which is "
+        f"left {steps:.0f} of {LEVELS} steps"
     )
     if worst.ratio > WILL_HURT:
         count = sum(layer.ratio > WILL_HURT for layer in ranges)

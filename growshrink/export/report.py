@@ -79,8 +79,8 @@ def _markdown(report: Mapping[str, Any]) -> str:
             ],
         ),
         "",
-        "Largest differences of outputs on random images; max_rel is over the largest output. float64 judges the transform, "
-        "float32 what is in the files.",
+        "Largest differences of outputs on random images; max_rel is over the largest output. float64 judges the "
+        "transforms, float32 what is in the files.",
     ]
     if exactness["rounding_float32"] is None:
         lines.append("The net does not run in float64: what is missing above could not be told.")
@@ -120,8 +120,8 @@ def _latency(latency: Mapping[str, Any]) -> list[str]:
             [(name, f"{ms:.3f}", f"{latency['over_plain'][name]:.2f}") for name, ms in latency["ms"].items()],
         ),
         "",
-        f"{latency['batch_size']} image(s) at a time, all nets in turns, lowest decile of {latency['rounds']} rounds, on "
-        f"{machine['processor']}, {machine['threads']} thread(s).",
+        f"{latency['batch_size']} image(s) at a time, all nets in turns, lowest decile of {latency['rounds']} rounds, "
+        f"on {machine['processor']}, {machine['threads']} thread(s).",
     ]
 
 
@@ -142,9 +142,9 @@ def _ranges(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             ],
         ),
         "",
-        f"Of the folded net, whose weights are what is quantised; the worst {min(MOST_LAYERS, len(layers))} of {len(layers)} "
-        "layers. A channel's range is its largest absolute weight; the errors are what rounding to int8 changes, as a norm, "
-        "over that of the weights. Activations are not looked at here.",
+        f"Of the folded net, whose weights are what is quantised; the worst {min(MOST_LAYERS, len(layers))} of "
+        f"{len(layers)} layers. A channel's range is its largest absolute weight; the errors are what rounding to int8 "
+        "changes, as a norm, over that of the weights. Activations are not looked at here.",
         "",
         "![ranges](ranges.png)",
     ]
@@ -152,8 +152,8 @@ def _ranges(layers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _int8(found: Mapping[str, Any]) -> list[str]:
     return [
-        f"Measured: {found['granularity']} int8, activations calibrated on {found['calibration_images']} training images of "
-        f"{found['data']}; test split ({found['test_images']} images), read once:",
+        f"Measured: {found['granularity']} int8, activations calibrated on {found['calibration_images']} training "
+        f"images of {found['data']}; test split ({found['test_images']} images), read once:",
         "",
         *_table(
             ("net", "test top-1", "loss"),

@@ -142,7 +142,11 @@ def export(
                 int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8)
             programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
             doing("accuracy")
-            judged = {"float32": source.plain, "float32, ONNX": programs[ONNX_FILE], "int8": programs[int8.INT8_FILE]}
+            judged: dict[str, Function] = {
+                "float32": source.plain,
+                "float32, ONNX": programs[ONNX_FILE],
+                "int8": programs[int8.INT8_FILE],
+            }
             report["int8"] = {
                 "granularity": options.int8,
                 "calibration_images": len(images),

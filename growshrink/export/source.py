@@ -91,7 +91,7 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:  # noqa: B008 
     | a folder | of a finished run of recipes/grow_cycle.py or recipes/netaug.py: its `plain.safetensors` |
     | `.safetensors` with what it is in its metadata | `plain.safetensors` or `supernet.safetensors` of such a run |
     | `.safetensors` without | a state_dict, plain or grown, of the timm model `recipe.name` |
-    | `.pth`, `.pt`, `.tar`, `.bin` | the same, or a checkpoint of timm's train.py, of which the averaged weights are taken |
+    | `.pth`, `.tar`, ... | the same, or a checkpoint of timm's train.py: its averaged weights, if it has them |
 
     Keys may have the prefixes that DataParallel, DistributedDataParallel, averages and torch.compile put before them.
 

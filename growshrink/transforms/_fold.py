@@ -22,9 +22,9 @@ _FOLDABLE = (nn.Conv2d, Conv2dSame)
 def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | None = None) -> nn.Module:
     """The inference form of any model: batch norms folded into the convolutions, in ReduceNets the identity skips too.
 
-    A batch norm is folded where it alone reads the output of a plain `nn.Conv2d`, or of timm's `Conv2dSame`, and both run
-    once; its activation (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always computes the same. A folded
-    net is for inference: it no longer trains well.
+    A batch norm is folded where it alone reads the output of a plain `nn.Conv2d`, or of timm's `Conv2dSame`, and both
+    run once; its activation (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always
+    computes the same. A folded net is for inference: it no longer trains well.
 
     Saving and loading: the keys of a folded net are not those of the plain one (convolutions gain a bias, norms are
     gone). Keep the plain checkpoint, or save the folded state_dict and load it into a net folded likewise::

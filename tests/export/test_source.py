@@ -149,8 +149,12 @@ def test_outputs_and_channels_are_read_off_the_weights_unless_they_are_given(tmp
     assert read_source(path, Recipe(name="test_resnet", kwargs={"num_classes": 0})).plain.num_classes == 0
 
 
-def half(path):
+def resnet(path):
     written(path, net("test_resnet").state_dict())
+
+
+def half(path):
+    resnet(path)
     path.write_bytes(path.read_bytes()[:-1000])
 
 
@@ -159,19 +163,19 @@ def half(path):
     [
         (lambda p: None, RESNET, "no such file or folder"),
         (lambda p: p.mkdir(), RESNET, "has no plain.safetensors"),
-        (lambda p: written(p, net("test_resnet").state_dict()), Recipe(), "pass --model"),
-        (lambda p: written(p, net("test_resnet").state_dict()), Recipe(name="test_resne"), "did you mean .*test_resnet"),
-        (lambda p: written(p, net("test_resnet").state_dict()), Recipe(name="test_resnet", kwargs={"nonsense": 1}), "test_resnet with .*nonsense"),
-        (lambda p: written(p, net("test_resnet").state_dict()), Recipe(name="test_vit"), "as timm names its layers"),
+        (resnet, Recipe(), "pass --model"),
+        (resnet, Recipe(name="test_resne"), "did you mean .*test_resnet"),
+        (resnet, Recipe(name="test_resnet", kwargs={"nonsense": 1}), "test_resnet with .*nonsense"),
+        (resnet, Recipe(name="test_vit"), "as timm names its layers"),
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-checkpoint-1"), RESNET, "--resume"),
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-supernet-1"), RESNET, "not a whole supernet"),
         (lambda p: written(p, {"a": torch.ones(1)}, about="{"), RESNET, "not that of plain.safetensors of a run"),
         (lambda p: written(p, {"a": torch.ones(1)}, about='{"plain_name": "a"}'), RESNET, "input_size"),
         (half, RESNET, "not readable as a checkpoint"),
         (lambda p: p.write_bytes(b""), RESNET, "not readable as a checkpoint"),
-        (lambda p: written(p, net("test_resnet").state_dict()), Recipe(name="test_resnet", exit="leave"), "--exit leave"),
+        (resnet, Recipe(name="test_resnet", exit="leave"), "--exit leave"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, make, recipe, words):
     path = tmp_path / "w.safetensors"
     make(path)
