@@ -72,7 +72,7 @@ def test_profile_of_a_compiled_net():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_with_any_batch_size_keeps_lam_a_buffer(kind):
-    model = grown([kind]).eval()
+    model = small(kind).eval()
     gs.set_lambda(model, 0.5)
     batch = {0: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (images(*SIZE),), dynamic_shapes=(batch,)).module()
@@ -89,7 +89,7 @@ def test_export_with_any_batch_size_keeps_lam_a_buffer(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast(kind):
-    model = grown([kind]).train()
+    model = small(kind).train()
     x = images(*SIZE, n=8)
     exact = copy.deepcopy(model)(x).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -102,7 +102,7 @@ def test_autocast(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_channels_last(kind):
-    model = grown([kind]).train().double()
+    model = small(kind).train().double()
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     x = images(*SIZE, n=4, dtype=torch.float64)
     out, theirs = model(x), last(x.to(memory_format=torch.channels_last))

@@ -53,6 +53,10 @@ class Args:
     """Of a grown net: merge its branches, or leave them out."""
     image_size: int | None = None
     """Pixels of the images, where they are not those of the checkpoint or of the model's default."""
+    mean: tuple[float, ...] = ()
+    """Per channel, of images in [0, 1]: how those of a state_dict alone were normalised; by default as timm's cfg says."""
+    std: tuple[float, ...] = ()
+    """Per channel, in the same unit."""
     onnx: bool = True
     """Write ONNX (needs the extra growshrink[onnx])."""
     pt2: bool = True
@@ -97,6 +101,8 @@ def main(args: Args) -> int:
         ratio=args.ratio,
         exit=args.exit,
         image_size=args.image_size,
+        mean=args.mean,
+        std=args.std,
     )
     source = read_source(args.checkpoint, recipe)
     data = load(args, source) if args.int8 != "none" else None

@@ -104,13 +104,13 @@ def draw_ranges(ranges: Sequence[LayerRange], path: Path, *, most: int = 40) -> 
         axis.scatter([column], [1 / layer.ratio], s=60, marker="_", color="C3", label="median" if not column else None)
     lowest = min([1 / LEVELS, *(share for layer in shown for share in layer.channels if share > 0)]) / 1.5
     axis.axhspan(
-        lowest, 8 / LEVELS, color="0.93", linewidth=0, zorder=0, label="below 8 steps with one scale per layer"
+        lowest, 8 / LEVELS, color="0.88", linewidth=0, zorder=0, label="below 8 steps with one scale per layer"
     )
     axis.set_yscale("log")
     axis.set_ylim(lowest, 1.2)
     axis.set_ylabel("max|w| of a channel over its layer's")
     axis.set_xticks(range(len(shown)), [layer.name for layer in shown], rotation=90, fontsize=7)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower left")
     of = f"{len(shown)} worst of {len(ranges)} layers" if len(shown) < len(ranges) else f"all {len(ranges)} layers"
     axis.set_title(f"ranges of output channels, {of}")
     figure.savefig(path, dpi=110)

@@ -73,6 +73,8 @@ class Recipe:
         ratio: The ratio it was grown with.
         exit: "fuse" merges the branches; "drop" leaves them out (NetAug's base net).
         image_size: Pixels, where the file does not say it.
+        mean: Per channel, of images in [0, 1], where the file does not say it; by default the model's own.
+        std: Per channel, in the same unit.
     """
 
     name: str | None = None
@@ -81,6 +83,8 @@ class Recipe:
     ratio: float = 2.0
     exit: str = "fuse"
     image_size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
 
 def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:  # noqa: B008 - frozen
@@ -120,8 +124,8 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:  # noqa: B008 
         name, kwargs = plain_form(about["name"], about["kwargs"], grown=about.get("grow") is None)
         size = tuple(about["input_size"])
         return _merged(path, supernet, recipe, name=name, kwargs=kwargs, input_size=size, **_of_the_run(path))
-    if "about" in header:
-        known = _of_the_header(path, header, recipe)
+    if "plain_name" in (about := _about(path, header)):
+        known = _of_the_header(path, header, about, recipe)
         return Source(
             path=path,
             plain=_made(known["name"], known["kwargs"], tensors, path),
@@ -136,17 +140,21 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
         raise RunError(f"{path}: does not say which model it is of: pass --model (and --model-kwargs).")
     try:
         about = about_weights(recipe.name, tensors, recipe.kwargs)
-    except (KeyError, IndexError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError) as error:
         raise RunError(
-            f"{path}: no state_dict of {recipe.name} as timm names its layers ({error} is missing). Is --model right?"
+            f"{path}: no state_dict of {recipe.name} as timm names its layers ({error}). Is --model right? Does it need "
+            "--model-kwargs num_classes=... in_chans=...?"
         ) from error
     kwargs, size = about["kwargs"], _input_size(about["input_size"], recipe)
     born_grown = bool(grown_modules(_made(recipe.name, kwargs, None, path)))
     name, kwargs = plain_form(recipe.name, kwargs, grown=born_grown)
     cfg: Any = timm.get_pretrained_cfg(name)
     known: dict[str, Any] = {"name": name, "kwargs": kwargs, "input_size": size}
-    if len(cfg.mean) == size[0]:
-        known |= {"mean": tuple(cfg.mean), "std": tuple(cfg.std)}
+    mean, std = recipe.mean or tuple(cfg.mean), recipe.std or tuple(cfg.std)
+    if (recipe.mean or recipe.std) and not len(mean) == len(std) == size[0]:
+        raise RunError(f"--mean {recipe.mean} --std {recipe.std}: one value for each of {size[0]} channels is needed.")
+    if len(mean) == len(std) == size[0]:
+        known |= {"mean": mean, "std": std}
     if born_grown and any(".pointwise." in key for key in tensors):
         grown = _made(recipe.name, about["kwargs"], tensors, path)
         return _merged(path, grown, recipe, **known)
@@ -230,10 +238,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
-def _of_the_header(path: Path, header: Mapping[str, str], recipe: Recipe) -> dict[str, Any]:
+def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of its model; empty where it says nothing."""
+    try:
+        return dict(json.loads(header.get("about", "{}")))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path}: its metadata is damaged ({error}).") from error
+
+
+def _of_the_header(path: Path, header: Mapping[str, str], about: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What `cycle.result.save_plain` wrote beside the weights."""
     try:
-        about = json.loads(header["about"])
         known = {key: tuple(json.loads(header[key])) for key in ("input_size", "mean", "std", "classes")}
         size = _input_size(known["input_size"], recipe)
         return {**known, "input_size": size, "name": about["plain_name"], "kwargs": dict(about["plain_kwargs"])}

@@ -142,6 +142,10 @@ def test_outputs_and_channels_are_read_off_the_weights_unless_they_are_given(tmp
     path = written(tmp_path / "w.safetensors", model.state_dict())
     source = read_source(path, Recipe(name="test_efficientnet"))
     assert source.kwargs == {"num_classes": 7, "in_chans": 1} and source.input_size[0] == 1 and source.mean == ()
+    own = read_source(path, Recipe(name="test_efficientnet", mean=(0.4,), std=(0.2,)))
+    assert (own.mean, own.std) == ((0.4,), (0.2,))
+    with pytest.raises(RunError, match="one value for each of 1 channels"):
+        read_source(path, Recipe(name="test_efficientnet", mean=(0.4,)))
     headless = timm.create_model("test_resnet", num_classes=0)
     path = written(tmp_path / "headless.safetensors", headless.state_dict())
     with pytest.raises(RunError, match="fc.weight.* is missing"):
@@ -169,7 +173,7 @@ def half(path):
         (resnet, Recipe(name="test_vit"), "as timm names its layers"),
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-checkpoint-1"), RESNET, "--resume"),
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-supernet-1"), RESNET, "not a whole supernet"),
-        (lambda p: written(p, {"a": torch.ones(1)}, about="{"), RESNET, "not that of plain.safetensors of a run"),
+        (lambda p: written(p, {"a": torch.ones(1)}, about="{"), RESNET, "its metadata is damaged"),
         (lambda p: written(p, {"a": torch.ones(1)}, about='{"plain_name": "a"}'), RESNET, "input_size"),
         (half, RESNET, "not readable as a checkpoint"),
         (lambda p: p.write_bytes(b""), RESNET, "not readable as a checkpoint"),
