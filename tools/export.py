@@ -54,7 +54,7 @@ class Args:
     image_size: int | None = None
     """Pixels of the images, where they are not those of the checkpoint or of the model's default."""
     mean: tuple[float, ...] = ()
-    """Per channel, of images in [0, 1]: how those of a state_dict alone were normalised; by default as timm's cfg says."""
+    """Per channel, of images in [0, 1]: how those of a state_dict alone were normalised; by default as timm says."""
     std: tuple[float, ...] = ()
     """Per channel, in the same unit."""
     onnx: bool = True

@@ -142,8 +142,8 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
         about = about_weights(recipe.name, tensors, recipe.kwargs)
     except (KeyError, IndexError, TypeError) as error:
         raise RunError(
-            f"{path}: no state_dict of {recipe.name} as timm names its layers ({error}). Is --model right? Does it need "
-            "--model-kwargs num_classes=... in_chans=...?"
+            f"{path}: no state_dict of {recipe.name} as timm names its layers ({error}). Is --model right? Does it "
+            "need --model-kwargs num_classes=... in_chans=...?"
         ) from error
     kwargs, size = about["kwargs"], _input_size(about["input_size"], recipe)
     born_grown = bool(grown_modules(_made(recipe.name, kwargs, None, path)))
