@@ -185,7 +185,7 @@ def _files(report: Mapping[str, Any]) -> list[str]:
             "its inference form, batch norms inside the convolutions (needs growshrink)",
             [
                 "import growshrink, safetensors.torch, timm",
-                f"net = growshrink.fold({make}).eval())",
+                f"net = growshrink.fold({make}).eval(), input_size={tuple(source['input_size'])})",
                 "net.load_state_dict(safetensors.torch.load_file('FOLDER/folded.safetensors'))",
             ],
         ),

@@ -81,7 +81,7 @@ def export(
     folder: Path,
     options: ExportOptions = ExportOptions(),
     *,
-    data: DataSet | None = None,  # noqa: B008
+    data: DataSet | None = None,
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 

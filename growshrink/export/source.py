@@ -87,7 +87,7 @@ class Recipe:
     std: tuple[float, ...] = ()
 
 
-def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:  # noqa: B008 - frozen
+def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
     """Read a checkpoint.
 
     | path | what it is |
