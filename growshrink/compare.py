@@ -163,7 +163,7 @@ def verify(
     single = compare(
         single_net, transform(copy.deepcopy(single_net)), input_size=input_size, dtype=torch.float32, seed=seed
     )
-    rounding = _rounding_float32(exact, single_net, input_size, seed)
+    rounding = net_rounding_float32(exact, single_net, input_size=input_size, seed=seed)
     effect = branch_effect(exact, input_size=input_size, seed=seed)
     if not effect >= LEAST_EFFECT:
         raise EquivalenceError(
@@ -173,7 +173,8 @@ def verify(
     return Verification(double.max_rel, single.max_rel, rounding, effect, double.top1_agreement)
 
 
-def _rounding_float32(exact: nn.Module, single: nn.Module, input_size: InputSize, seed: int) -> float:
+def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
+    """Relative difference of a net in float32 from itself in float64: what float32 costs by itself."""
     reference = _run(exact, random_images(input_size, 8, torch.float64, seed))
     rounded = _run(single, random_images(input_size, 8, torch.float32, seed)).double()
     return float((rounded - reference).abs().max() / reference.abs().max())
@@ -197,7 +198,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
     """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
-    replica = copy.deepcopy(model).to("meta").eval()
+    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval()  # of torch.compile, the net inside
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with torch.no_grad(), flop_counter() as counter:
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))

@@ -57,6 +57,7 @@ from growshrink.training import Feed, MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
 from growshrink.training.options import Options
+from growshrink.training.weights import clean_keys
 
 SPACES = ("channels", "widths")
 
@@ -264,7 +265,7 @@ def plain_net(args: Args, options: Options, results: Results, feed: Feed, number
                 train_net(model, feed, epochs=args.epochs, config=options.train_config(), after_update=advance)
             write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(clean_keys(load_file(path)))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{path}: not the weights of this model ({str(error).splitlines()[0]}).") from error
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from growshrink.errors import RunError, near
 from growshrink.training.checkpoints import write_atomic
+from growshrink.training.weights import clean_keys
 from growshrink.transforms import grow
 from growshrink.widths import WidthSpace, width_space
 
@@ -62,7 +63,8 @@ def load_supernet(
                 f"{path}: not a supernet of this version of growshrink, nor is it said which model it is of."
             )
         else:
-            about = _about_weights(name, tensors, kwargs or {})
+            tensors = clean_keys(tensors)
+            about = about_weights(name, tensors, kwargs or {})
         with torch.random.fork_rng([]):  # weights that the file replaces
             model = timm.create_model(about["name"], **about["kwargs"])
         if about.get("grow") is not None:
@@ -80,13 +82,21 @@ def load_supernet(
     return model, space, about
 
 
-def _about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to know about a state_dict alone of the timm model `name`, in the form of `load_supernet`.
+
+    Classes and input channels are read off the weights, unless `kwargs` has them.
+    """
     if not timm.is_model(name):
         raise RunError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
     cfg: Any = timm.get_pretrained_cfg(name)
+    layers = {"num_classes": (cfg.classifier, 0), "in_chans": (cfg.first_conv, 1)}
     found = {
-        "num_classes": tensors[f"{cfg.classifier}.weight"].shape[0],
-        "in_chans": tensors[f"{cfg.first_conv}.weight"].shape[1],
+        key: tensors[f"{_first(layer)}.weight"].shape[dim] for key, (layer, dim) in layers.items() if key not in kwargs
     }
-    size = [found["in_chans"], *cfg.input_size[1:]]
-    return {"name": name, "kwargs": {**found, **kwargs}, "grow": None, "input_size": size}
+    known = {**found, **kwargs}
+    return {"name": name, "kwargs": known, "grow": None, "input_size": [known["in_chans"], *cfg.input_size[1:]]}
+
+
+def _first(names: str | Sequence[str]) -> str:
+    return names if isinstance(names, str) else names[0]

@@ -9,6 +9,7 @@ import ast
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -149,10 +150,7 @@ class DataOptions:
             model = timm.create_model(self.model, **kwargs)
         except Exception as error:  # models check their arguments in their own ways
             raise RunError(f"--model {self.model} with {kwargs}: {type(error).__name__}: {error}") from error
-        plain_name = self.model.split("_x")[0] if grown_modules(model) else self.model
-        plain_kwargs = {
-            key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
-        }
+        plain_name, plain_kwargs = plain_form(self.model, kwargs, grown=bool(grown_modules(model)))
         return model, {"name": self.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
 
 
@@ -205,6 +203,20 @@ class Options(RunOptions, TrainOptions, DataOptions):
             "model": model_about,
             "options": {name: getattr(self, name) for name in OF_THE_DATA},
         }
+
+
+def plain_form(name: str, kwargs: Mapping[str, Any], *, grown: bool) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for `timm.create_model` of the plain net that a model fuses into.
+
+    Args:
+        name: Of the model.
+        kwargs: Of the model.
+        grown: Whether it is grown at birth.
+    """
+    plain_kwargs = {
+        key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
+    }
+    return name.split("_x")[0] if grown else name, plain_kwargs
 
 
 def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import copy
 from functools import partial
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from growshrink.algebra import ConvMap
@@ -15,13 +15,16 @@ from growshrink.errors import FuseError
 from growshrink.grown import grown_modules
 from growshrink.transforms._fuse import check_unchanged, replace_module
 
+#: Classes whose output is their weight, convolved, and their bias, added: compared exactly, a subclass may do more.
+_FOLDABLE = (nn.Conv2d, Conv2dSame)
+
 
 def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | None = None) -> nn.Module:
     """The inference form of any model: batch norms folded into the convolutions, in ReduceNets the identity skips too.
 
-    A batch norm is folded where it alone reads the output of a plain `nn.Conv2d` and both run once; its activation
-    (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always computes the same. A folded
-    net is for inference: it no longer trains well.
+    A batch norm is folded where it alone reads the output of a plain `nn.Conv2d`, or of timm's `Conv2dSame`, and both
+    run once; its activation (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always
+    computes the same. A folded net is for inference: it no longer trains well.
 
     Saving and loading: the keys of a folded net are not those of the plain one (convolutions gain a bias, norms are
     gone). Keep the plain checkpoint, or save the folded state_dict and load it into a net folded likewise::
@@ -54,7 +57,7 @@ def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
     shared = shared_parameters(model)
     pairs = {}
     for name, conv in model.named_modules():
-        if type(conv) is not nn.Conv2d or name in shared or conv._parameters.get("weight") is None:
+        if type(conv) not in _FOLDABLE or name in shared or conv._parameters.get("weight") is None:
             continue  # the last: its weight is computed by a hook (pruning, weight norm) and cannot be written to
         norm_name, _ = flow.norm_after(name)
         if norm_name is None or norm_name in shared:

@@ -17,6 +17,7 @@ from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.transforms._deploy import unguard_hooks
 from growshrink.widths import Width, active_width
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
@@ -142,7 +143,7 @@ def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
 def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
     """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
     replica = copy.deepcopy(model).eval()
-    like = next(p for p in model.parameters())
+    like = next((p for p in model.parameters()), torch.empty(0))
     x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
     tolerance = NET_TOLERANCE
     try:
@@ -169,6 +170,7 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
+    unguard_hooks(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, GrownConv2d):

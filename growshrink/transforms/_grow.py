@@ -15,6 +15,7 @@ from growshrink.branches import Branch, BranchSpec, check_ratio, say_left_out
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import DropError, GrowError, near
 from growshrink.grown import GROWN_CLASSES, GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
@@ -67,7 +68,8 @@ def grow(
     if init not in INITS:
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
     model = model if inplace else copy.deepcopy(model)
-    names = _select(model, where, _Eligibility(model, input_size), specs)
+    eligibility = _Eligibility(model, input_size)
+    names = _select(model, where, eligibility, specs)
     convs = {name: model.get_submodule(name) for name in names}
     attachments = {
         name: [
@@ -81,6 +83,7 @@ def grow(
     }
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         GrownConv2d.from_conv(convs[name], branches)  # type: ignore[arg-type]
+    guard_hooks(model, eligibility.flow)
     return model
 
 
@@ -100,6 +103,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     for module in grown_modules(model).values():
         assert isinstance(module, GrownConv2d)
         module.to_plain()
+    unguard_hooks(model)
     return model
 
 

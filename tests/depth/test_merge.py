@@ -259,6 +259,11 @@ def test_grouped_and_depthwise():
     assert rel(merged(x), model(x)) < 1e-12 and len(convs(merged)) == 1
 
 
+def test_a_net_without_parameters_has_nothing_to_merge():
+    with pytest.raises(MergeError, match="no two convolutions"):
+        gs.merge_runs(nn.ReLU(), input_size=(3, 8, 8))
+
+
 def test_grown_nets_are_refused():
     model = gs.grow(reducenet(pad="front", linear=True))
     with pytest.raises(FuseError, match="fuse comes before"):

@@ -3,7 +3,7 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -136,9 +136,30 @@ def test_what_does_not_fit_stays_as_it_is():
             assert torch.equal(folded.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_tf_same_convolutions_at_sizes_that_pad_differently(bias):
+    model = ConvNet()
+    model.conv = Conv2dSame(8, 8, 3, stride=2, bias=bias)
+    model = randomized(model).double()
+    folded = gs.fold(model)
+    assert type(folded.conv) is Conv2dSame and norms(folded) == []
+    for size in ((8, 9), (9, 8), (12, 7)):
+        assert_same(model, folded, (3, *size))
+
+
+def test_a_whole_net_of_tf_same_convolutions():
+    model = randomized(net("tf_mobilenetv3_small_minimal_100")).double()
+    folded = gs.fold(model, input_size=SIZE)
+    assert norms(model) and not norms(folded)
+    for size in ((32, 32), (33, 50)):
+        assert_same(model, folded, (3, *size))
+
+
 def test_a_subclass_of_conv_or_norm_is_not_folded():
     model = randomized(ConvNet())
     model.conv = type("OwnConv", (nn.Conv2d,), {})(8, 8, 3, padding=1)
+    assert norms(gs.fold(model)) == ["bn"]
+    model.conv = type("OwnSame", (Conv2dSame,), {})(8, 8, 3)
     assert norms(gs.fold(model)) == ["bn"]
     model = randomized(ConvNet())
     model.bn = type("OwnNorm", (nn.BatchNorm2d,), {"forward": lambda self, x: nn.BatchNorm2d.forward(self, x) * 2})(8)
@@ -187,6 +208,12 @@ def test_folding_twice_and_a_net_without_norms():
     folded = gs.fold(randomized(net()))
     again = gs.fold(folded)
     assert all(torch.equal(v, folded.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_a_net_without_parameters_stays_as_it_is():
+    model = nn.Sequential(nn.ReLU(), nn.Flatten())
+    x = images(3, 4, 4)
+    assert torch.equal(gs.fold(model, input_size=(3, 4, 4))(x), model(x))
 
 
 def test_a_feature_extractor_and_a_net_of_float32():

@@ -1,0 +1,107 @@
+"""How far each thing that is exported is from the net it was made from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from growshrink.compare import (
+    EXACT_FLOAT32,
+    EXACT_FLOAT64,
+    Comparison,
+    branch_effect,
+    compare,
+    net_rounding_float32,
+    random_images,
+)
+from growshrink.export.artefacts import Function
+from growshrink.export.source import Source
+from growshrink.transforms import fold, fuse
+
+#: At which the batch dimension of exported programs is tried; they were traced at 2.
+BATCH_SIZES = (1, 2, 7, 16)
+
+
+def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function], seed: int) -> dict[str, Any]:
+    """Differences on random images, each with what is allowed.
+
+    In float64 the transforms are judged: grown net against grown net fused, plain net against plain net folded. In
+    float32 what was written is: the weights in the files, and the programs with the plain net.
+
+    Args:
+        source: The net.
+        folded: Its inference form, as read back from its file.
+        programs: What other files compute, by name.
+        seed: Of the images.
+
+    Returns:
+        `checks`, a list of rows (`net`, `against`, `dtype`, `max_abs`, `max_rel`, `allowed`, `ok`); `rounding_float32`,
+        what float32 costs the plain net by itself (None where the net does not run in float64); and, of a net that was
+        grown, `effect_of_branches`: the relative change of its outputs when the branches are silenced.
+    """
+    exact = _in_float64(source.plain, source, seed)
+    rounding = None
+    if exact is not None:
+        rounding = net_rounding_float32(exact, source.plain, input_size=source.input_size, seed=seed)
+    allowed = max(EXACT_FLOAT32, 10 * (rounding or 0.0))
+    checks: list[dict[str, Any]] = []
+
+    def add(net: str, against: str, dtype: str, found: Comparison, at_most: float) -> None:
+        checks.append(
+            {
+                "net": net,
+                "against": against,
+                "dtype": dtype,
+                "max_abs": found.max_abs,
+                "max_rel": found.max_rel,
+                "allowed": at_most,
+                "ok": found.max_rel <= at_most,
+            }
+        )
+
+    result: dict[str, Any] = {"rounding_float32": rounding, "checks": checks}
+    size: dict[str, Any] = {"input_size": source.input_size, "seed": seed}
+    if source.grown is not None:
+        grown = _in_float64(source.grown, source, seed)
+        if grown is not None:
+            fused = fuse(grown, input_size=source.input_size)
+            add("fused", "grown", "float64", compare(grown, fused, **size), EXACT_FLOAT64)
+            result["effect_of_branches"] = branch_effect(grown, **size)
+        add("fused", "grown", "float32", compare(source.grown, source.plain, dtype=torch.float32, **size), allowed)
+    if exact is not None:
+        add(
+            "folded",
+            "plain",
+            "float64",
+            compare(exact, fold(exact, input_size=source.input_size), **size),
+            EXACT_FLOAT64,
+        )
+    add("folded", "plain", "float32", compare(source.plain, folded, dtype=torch.float32, **size), allowed)
+    for name, program in programs.items():
+        for number in BATCH_SIZES:
+            add(f"{name}, batch of {number}", "plain", "float32", _against(source, program, number, seed), allowed)
+    return result
+
+
+@torch.no_grad()
+def _against(source: Source, program: Function, number: int, seed: int) -> Comparison:
+    x = random_images(source.input_size, number, torch.float32, seed)
+    expected, found = source.plain(x), program(x)
+    max_abs = float((found - expected).abs().max())
+    agreement = float((found.argmax(1) == expected.argmax(1)).float().mean())
+    return Comparison(max_abs, max_abs / float(expected.abs().max()), agreement)
+
+
+@torch.no_grad()
+def _in_float64(net: nn.Module, source: Source, seed: int) -> nn.Module | None:
+    """A copy in float64; None where it does not run: some nets make float32 constants inside."""
+    double = copy.deepcopy(net).double()
+    try:
+        double(random_images(source.input_size, 2, torch.float64, seed))
+    except RuntimeError:
+        return None
+    return double

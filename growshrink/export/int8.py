@@ -1,0 +1,99 @@
+"""Post-training static quantisation by onnxruntime, and what it costs in accuracy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from growshrink.errors import RunError
+from growshrink.export.artefacts import ONNX_INPUT, Function
+from growshrink.export.source import Source
+from growshrink.training.batches import Batch, eval_batches
+from growshrink.training.data import DataSet, Split
+from growshrink.training.evaluate import Score
+from growshrink.training.seeding import generator
+
+INT8_FILE = "int8.onnx"
+GRANULARITIES = ("per-channel", "per-tensor")
+
+
+def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, batch_size: int = 32) -> None:
+    """Write an int8 net in the QDQ format: uint8 activations by their range on `images`, symmetric int8 weights.
+
+    Args:
+        onnx_path: The float32 net, batch norms folded.
+        path: Where the int8 net goes.
+        images: Training images (N, C, H, W), normalised, to calibrate activations with.
+        granularity: One scale per output channel ("per-channel") or per layer ("per-tensor").
+        batch_size: Of the calibration.
+
+    Source: the defaults that onnxruntime documents for x86-64 with VNNI; a CPU without it saturates now and then.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    batches = iter([{ONNX_INPUT: batch.contiguous().numpy()} for batch in images.split(batch_size)])
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            return next(batches, None)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        ready = Path(scratch) / "ready.onnx"
+        quant_pre_process(str(onnx_path), str(ready), skip_symbolic_shape=True)
+        quantize_static(
+            str(ready),
+            str(path),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            per_channel=granularity == "per-channel",
+        )
+
+
+def check_data(source: Source, data: DataSet) -> None:
+    """RunError unless the images are those the net takes, and there are test images of as many classes."""
+    if data.input_size != source.input_size:
+        raise RunError(
+            f"the net takes images of size {source.input_size}, those of {data.name} have {data.input_size}: pass "
+            "--image-size (of a folder of images) or the data it was trained on."
+        )
+    if not len(data.test):
+        raise RunError(f"{data.name} has no test split to take the accuracy on.")
+    with torch.no_grad():
+        outputs = source.plain(torch.zeros(1, *source.input_size)).shape[1:]
+    if outputs != (data.num_classes,):
+        raise RunError(f"the net gives outputs of shape {tuple(outputs)}, {data.name} has {data.num_classes} classes.")
+
+
+def calibration_images(source: Source, data: DataSet, number: int, seed: int) -> Tensor:
+    """Training images (N, C, H, W) drawn at random without replacement, normalised as the net wants them."""
+    chosen = torch.randperm(len(data.train), generator=generator("int8 calibration", seed))[:number]
+    split = Split(data.train.images[chosen], data.train.labels[chosen])
+    return torch.cat([images for images, _ in _batches(source, data, split)])
+
+
+def score(functions: Mapping[str, Function], source: Source, data: DataSet) -> dict[str, Score]:
+    """Top-1 and loss of several nets on the test split, which is read once for all of them."""
+    right = dict.fromkeys(functions, 0)
+    loss = dict.fromkeys(functions, 0.0)
+    for images_NCHW, labels_N in _batches(source, data, data.test):
+        for name, function in functions.items():
+            with torch.no_grad():
+                logits = function(images_NCHW)
+            right[name] += int((logits.argmax(1) == labels_N).sum())
+            loss[name] += float(F.cross_entropy(logits, labels_N, reduction="sum"))
+    number = len(data.test)
+    return {name: Score(100.0 * right[name] / number, loss[name] / number) for name in functions}
+
+
+def _batches(source: Source, data: DataSet, split: Split) -> Iterable[Batch]:
+    mean, std = (source.mean, source.std) if source.mean else (data.mean, data.std)
+    return eval_batches(split, batch_size=256, mean=mean, std=std, device="cpu")

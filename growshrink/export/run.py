@@ -1,0 +1,218 @@
+"""The export itself: every file written, read back, compared, timed, and told about."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from growshrink.compare import profile, random_images
+from growshrink.cycle.result import versions
+from growshrink.errors import RunError
+from growshrink.export import int8
+from growshrink.export.artefacts import (
+    FOLDED_FILE,
+    ONNX_FILE,
+    PT2_FILE,
+    TIMM_FILE,
+    Function,
+    onnx_function,
+    require_onnx,
+    write_folded,
+    write_onnx,
+    write_pt2,
+    write_timm,
+)
+from growshrink.export.checks import exactness
+from growshrink.export.ranges import draw_ranges, verdict, weight_ranges
+from growshrink.export.report import write_report
+from growshrink.export.source import Source
+from growshrink.timing import in_turns, machine
+from growshrink.training.data import DataSet
+
+RANGES_PICTURE = "ranges.png"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to make.
+
+    Attributes:
+        onnx: Write and check folded.onnx.
+        pt2: Write and check folded.pt2.
+        int8: One of `int8.GRANULARITIES`, or "none".
+        calibration: Training images that int8 activations are calibrated with.
+        rounds: Turns of each net in the timing; 0 leaves it out.
+        batch_size: Of the timing.
+        seed: Of random inputs and of the calibration images.
+        progress: Show progress bars.
+    """
+
+    onnx: bool = True
+    pt2: bool = True
+    int8: str = "none"
+    calibration: int = 256
+    rounds: int = 50
+    batch_size: int = 1
+    seed: int = 0
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.int8 not in ("none", *int8.GRANULARITIES):
+            raise RunError(f"--int8 {self.int8}: must be none, {' or '.join(int8.GRANULARITIES)}.")
+        if self.int8 != "none" and not self.onnx:
+            raise RunError("--int8 quantises the ONNX net: not with --no-onnx.")
+        if self.rounds < 0 or min(self.batch_size, self.calibration) < 1:
+            raise RunError("--rounds must not be negative, --batch-size and --calibration must be at least 1.")
+        if self.onnx:
+            require_onnx()
+
+
+def export(
+    source: Source,
+    folder: Path,
+    options: ExportOptions = ExportOptions(),
+    *,
+    data: DataSet | None = None,
+) -> dict[str, Any]:
+    """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
+
+    Each file is read back and compared on random images with the net it was made from: the plain net with the grown one
+    where there is one, the folded net with the plain one, in float64 and float32; ONNX and pt2 with the plain net in
+    float32, at several batch sizes.
+
+    Args:
+        source: The net.
+        folder: Exists; files in it by the names of ours are replaced.
+        options: What to make.
+        data: For int8: its training split calibrates, its test split is read once.
+
+    Returns:
+        The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64 (where the net
+        runs in it), and in float32 1e-5, or 10 times what float32 costs the plain net by itself if that is more.
+
+    Raises:
+        RunError: Something cannot be written, or reads back as something else; int8 without data.
+    """
+    if options.int8 != "none":
+        if data is None:
+            raise RunError("--int8 needs --data: training images to calibrate with, test images for the accuracy.")
+        int8.check_data(source, data)
+    threads = torch.get_num_threads()
+    steps = 3 + options.pt2 + options.onnx + 2 * (options.int8 != "none") + bool(options.rounds)
+    with tqdm(total=steps, unit="step", disable=not options.progress, leave=False, ncols=110) as bar:
+
+        def doing(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        doing("timm's format")
+        write_timm(source, folder)
+        doing("folded")
+        folded = write_folded(source, folder)
+        programs: dict[str, Function] = {}
+        if options.pt2:
+            doing("torch.export")
+            programs[PT2_FILE] = write_pt2(folded, source, folder)
+        if options.onnx:
+            doing("ONNX")
+            with _quiet():
+                programs[ONNX_FILE] = write_onnx(folded, source, folder, threads=threads)
+        doing("checks")
+        report: dict[str, Any] = {
+            "source": _about(source),
+            "exactness": exactness(source, folded, programs, options.seed),
+            "cost": _cost(source, folded),
+            "weight_ranges": _ranges(folded, folder),
+        }
+        if options.int8 != "none":
+            assert data is not None
+            doing("int8")
+            quantised = folder / int8.INT8_FILE
+            images = int8.calibration_images(source, data, options.calibration, options.seed)
+            with _quiet():
+                int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8)
+            programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
+            doing("accuracy")
+            judged: dict[str, Function] = {
+                "float32": source.plain,
+                "float32, ONNX": programs[ONNX_FILE],
+                "int8": programs[int8.INT8_FILE],
+            }
+            report["int8"] = {
+                "granularity": options.int8,
+                "calibration_images": len(images),
+                "data": data.name,
+                "test_images": len(data.test),
+                "scores": {name: asdict(found) for name, found in int8.score(judged, source, data).items()},
+            }
+        if options.rounds:
+            doing("latency")
+            report["latency"] = _latency(source, {FOLDED_FILE: folded, **programs}, options)
+    report["ok"] = all(check["ok"] for check in report["exactness"]["checks"])
+    report["files"] = {name: (folder / name).stat().st_size for name in (TIMM_FILE, FOLDED_FILE, *programs)}
+    report["versions"] = versions()
+    write_report(folder, report)
+    return report
+
+
+def _about(source: Source) -> dict[str, Any]:
+    return {
+        "path": str(source.path),
+        "model": source.name,
+        "kwargs": dict(source.kwargs),
+        "input_size": list(source.input_size),
+        "mean": list(source.mean),
+        "std": list(source.std),
+        "merged_from_a_grown_net": source.grown is not None,
+        "needs_growshrink": source.needs_growshrink,
+    }
+
+
+def _cost(source: Source, folded: nn.Module) -> dict[str, Any]:
+    nets = {"grown net": source.grown, "plain net": source.plain, "folded net": folded}
+    return {name: asdict(profile(net, source.input_size)) for name, net in nets.items() if net is not None}
+
+
+def _ranges(folded: nn.Module, folder: Path) -> dict[str, Any]:
+    ranges = weight_ranges(folded)
+    if ranges:
+        draw_ranges(ranges, folder / RANGES_PICTURE)
+    return {"verdict": verdict(ranges), "layers": [asdict(layer) for layer in ranges]}
+
+
+def _latency(source: Source, functions: Mapping[str, Function], options: ExportOptions) -> dict[str, Any]:
+    """Milliseconds of each net, taken in turns, and their ratios to the plain net's."""
+    x = random_images(source.input_size, options.batch_size, torch.float32, options.seed)
+    nets: dict[str, Function] = {"plain net": source.plain, **functions}
+    if source.grown is not None:
+        nets = {"grown net": source.grown, **nets}
+    with torch.inference_mode():
+        times = in_turns(
+            {name: partial(net, x) for name, net in nets.items()}, rounds=options.rounds, progress=options.progress
+        )
+    return {
+        "machine": machine(),
+        "batch_size": options.batch_size,
+        "rounds": options.rounds,
+        "ms": times,
+        "over_plain": {name: ms / times["plain net"] for name, ms in times.items()},
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the chatter that exporter and quantiser log about themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

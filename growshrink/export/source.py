@@ -1,0 +1,271 @@
+"""What is exported: a net read from whatever training left behind, merged into its plain architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import timm.models
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from growshrink.cycle.result import PLAIN_FILE
+from growshrink.dataflow import InputSize
+from growshrink.errors import DropError, FuseError, RunError
+from growshrink.grown import grown_modules
+from growshrink.supernet.files import about_weights, load_supernet
+from growshrink.training.folder import read_json
+from growshrink.training.options import plain_form
+from growshrink.training.weights import clean_keys
+from growshrink.transforms import drop, fuse, grow
+
+EXITS = ("fuse", "drop")
+_BRANCH = ".branches."
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A plain net, and where it comes from.
+
+    Attributes:
+        path: The file that was read.
+        plain: The net to deploy, as `timm.create_model(name, **kwargs)` makes it, in eval mode on the CPU.
+        name: Of the timm model.
+        kwargs: Of `timm.create_model`.
+        input_size: `(C, H, W)` of an image.
+        grown: The net it was merged from, in eval mode; None if it was plain already, or branches were dropped.
+        mean: Per channel, of images in [0, 1].
+        std: Per channel, in the same unit.
+        classes: Their names in the order of the outputs; empty where nobody knows.
+        data: Name of the data set it was trained on; None where nobody knows.
+    """
+
+    path: Path
+    plain: nn.Module
+    name: str
+    kwargs: Mapping[str, Any]
+    input_size: InputSize
+    grown: nn.Module | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    classes: tuple[str, ...] = ()
+    data: str | None = None
+
+    @property
+    def needs_growshrink(self) -> bool:
+        """Whether timm alone does not know the architecture."""
+        return not timm.models.model_entrypoint(self.name).__module__.startswith("timm.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a state_dict does not say of its net.
+
+    Attributes:
+        name: timm model; None where the file has to say it.
+        kwargs: Of `timm.create_model`, over what is read off the weights.
+        branches: What a grown state_dict was grown with, as for `growshrink.grow`.
+        ratio: The ratio it was grown with.
+        exit: "fuse" merges the branches; "drop" leaves them out (NetAug's base net).
+        image_size: Pixels, where the file does not say it.
+        mean: Per channel, of images in [0, 1], where the file does not say it; by default the model's own.
+        std: Per channel, in the same unit.
+    """
+
+    name: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    branches: Sequence[str] = ()
+    ratio: float = 2.0
+    exit: str = "fuse"
+    image_size: int | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
+    """Read a checkpoint.
+
+    | path | what it is |
+    | --- | --- |
+    | a folder | of a finished run of recipes/grow_cycle.py or recipes/netaug.py: its `plain.safetensors` |
+    | `.safetensors` with what it is in its metadata | `plain.safetensors` or `supernet.safetensors` of such a run |
+    | `.safetensors` without | a state_dict, plain or grown, of the timm model `recipe.name` |
+    | `.pth`, `.tar`, ... | the same, or a checkpoint of timm's train.py: its averaged weights, if it has them |
+
+    Keys may have the prefixes that DataParallel, DistributedDataParallel, averages and torch.compile put before them.
+
+    Raises:
+        RunError: There is no such checkpoint, it is damaged, or does not fit the model.
+        FuseError: The branches cannot be merged: lam is not 0.
+        DropError: The net has nothing left without them.
+    """
+    if recipe.exit not in EXITS:
+        raise RunError(f"--exit {recipe.exit}: must be {' or '.join(EXITS)}.")
+    if path.is_dir():
+        if not (path / PLAIN_FILE).is_file():
+            raise RunError(
+                f"{path}: has no {PLAIN_FILE}: not the folder of a finished run of recipes/grow_cycle.py or "
+                "recipes/netaug.py. Name a file, or go on with the run (--resume)."
+            )
+        path = path / PLAIN_FILE
+    if not path.is_file():
+        raise RunError(f"{path}: no such file or folder.")
+    tensors, header = _read(path)
+    kind = header.get("format", "")
+    if kind.startswith("growshrink-checkpoint"):
+        raise RunError(f"{path}: a checkpoint to resume from. Go on with its run (--resume) and export its folder.")
+    if kind.startswith("growshrink-supernet"):
+        supernet, _, about = load_supernet(path)
+        name, kwargs = plain_form(about["name"], about["kwargs"], grown=about.get("grow") is None)
+        size = tuple(about["input_size"])
+        return _merged(path, supernet, recipe, name=name, kwargs=kwargs, input_size=size, **_of_the_run(path))
+    if "plain_name" in (about := _about(path, header)):
+        known = _of_the_header(path, header, about, recipe)
+        return Source(
+            path=path,
+            plain=_made(known["name"], known["kwargs"], tensors, path),
+            data=_of_the_run(path).get("data"),
+            **known,
+        )
+    return _of_a_state_dict(path, clean_keys(tensors), recipe)
+
+
+def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> Source:
+    if recipe.name is None:
+        raise RunError(f"{path}: does not say which model it is of: pass --model (and --model-kwargs).")
+    try:
+        about = about_weights(recipe.name, tensors, recipe.kwargs)
+    except (KeyError, IndexError, TypeError) as error:
+        raise RunError(
+            f"{path}: no state_dict of {recipe.name} as timm names its layers ({error}). Is --model right? Does it "
+            "need --model-kwargs num_classes=... in_chans=...?"
+        ) from error
+    kwargs, size = about["kwargs"], _input_size(about["input_size"], recipe)
+    born_grown = bool(grown_modules(_made(recipe.name, kwargs, None, path)))
+    name, kwargs = plain_form(recipe.name, kwargs, grown=born_grown)
+    cfg: Any = timm.get_pretrained_cfg(name)
+    known: dict[str, Any] = {"name": name, "kwargs": kwargs, "input_size": size}
+    mean, std = recipe.mean or tuple(cfg.mean), recipe.std or tuple(cfg.std)
+    if (recipe.mean or recipe.std) and not len(mean) == len(std) == size[0]:
+        raise RunError(f"--mean {recipe.mean} --std {recipe.std}: one value for each of {size[0]} channels is needed.")
+    if len(mean) == len(std) == size[0]:
+        known |= {"mean": mean, "std": std}
+    if born_grown and any(".pointwise." in key for key in tensors):
+        grown = _made(recipe.name, about["kwargs"], tensors, path)
+        return _merged(path, grown, recipe, **known)
+    carriers = sorted({key.partition(_BRANCH)[0] for key in tensors if _BRANCH in key})
+    if carriers and recipe.exit == "fuse":
+        if not recipe.branches:
+            raise RunError(
+                f"{path}: {len(carriers)} convolutions have branches. Say what they were grown with (--branches, "
+                "--ratio), or leave them out (--exit drop)."
+            )
+        grown = grow(
+            _made(name, kwargs, None, path), recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size
+        )
+        _load(grown, tensors, path, f"{name} grown with {', '.join(recipe.branches)}, ratio {recipe.ratio:g}")
+        return _merged(path, grown, recipe, **known)
+    plain = {key: value for key, value in tensors.items() if _BRANCH not in key}
+    return Source(path=path, plain=_made(name, kwargs, plain, path), **known)
+
+
+def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Source:
+    """The source of a grown net: what is left of it, in a fresh net of the plain architecture."""
+    known["input_size"] = _input_size(known["input_size"], recipe)
+    grown = grown.eval()
+    if recipe.exit == "drop":
+        try:
+            left, kept = drop(grown), None
+        except DropError as error:
+            raise DropError(f"{path}: {error}") from error
+    else:
+        try:
+            left, kept = fuse(grown, input_size=known["input_size"]), grown
+        except FuseError as error:
+            raise FuseError(
+                f"{path}: {error} If the net without its branches was trained, export it: --exit drop."
+            ) from error
+    plain = _made(known["name"], known["kwargs"], left.state_dict(), path)
+    return Source(path=path, plain=plain, grown=kept, **known)
+
+
+def _made(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, path: Path) -> nn.Module:
+    """A fresh timm model in eval mode, with these weights; no random stream is moved."""
+    with torch.random.fork_rng([]):
+        try:
+            model = timm.create_model(name, **kwargs)
+        except Exception as error:  # models check their arguments in their own ways
+            raise RunError(f"{name} with {dict(kwargs)}: {type(error).__name__}: {error}") from error
+    if tensors is not None:
+        _load(model, tensors, path, name)
+    return model.eval()
+
+
+def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
+    wanted = model.state_dict()
+    wrong = [
+        *(f"{key} is missing" for key in wanted if key not in tensors),
+        *(f"{key} is not part of it" for key in tensors if key not in wanted),
+        *(
+            f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(wanted[key].shape)}"
+            for key in wanted
+            if key in tensors and tensors[key].shape != wanted[key].shape
+        ),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise RunError(f"{path}: not the weights of {what}: {wrong[0]}{more}.")
+    model.load_state_dict(tensors)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, and the metadata where there are any."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # on damaged files torch's unpickler raises whatever it happens to stumble over
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunError(f"{path}: not readable as a checkpoint ({why}).") from error
+    if not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise RunError(f"{path}: holds something else than the tensors of a state_dict.")
+    return tensors, {}
+
+
+def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of its model; empty where it says nothing."""
+    try:
+        return dict(json.loads(header.get("about", "{}")))
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path}: its metadata is damaged ({error}).") from error
+
+
+def _of_the_header(path: Path, header: Mapping[str, str], about: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """What `cycle.result.save_plain` wrote beside the weights."""
+    try:
+        known = {key: tuple(json.loads(header[key])) for key in ("input_size", "mean", "std", "classes")}
+        size = _input_size(known["input_size"], recipe)
+        return {**known, "input_size": size, "name": about["plain_name"], "kwargs": dict(about["plain_kwargs"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: its metadata is not that of {PLAIN_FILE} of a run ({error!r}).") from error
+
+
+def _of_the_run(path: Path) -> dict[str, Any]:
+    """What the folder around a file knows of the data, where it is that of a run."""
+    known: dict[str, Any] = {}
+    if (path.parent / "report.json").is_file():
+        data = read_json(path.parent / "report.json").get("about", {}).get("data", {})
+        known = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
+        known |= {"data": data["name"]} if "name" in data else {}
+    return known
+
+
+def _input_size(size: Sequence[int], recipe: Recipe) -> InputSize:
+    channels, height, width = size
+    return (channels, height, width) if recipe.image_size is None else (channels, recipe.image_size, recipe.image_size)

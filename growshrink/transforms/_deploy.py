@@ -1,0 +1,90 @@
+"""timm's own merging hooks on modules that hold grown convolutions: branches are merged before they run.
+
+RepVGG's and MobileOne's blocks, and those of a dozen other families, have a `fuse`, `reparameterize` or
+`switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the convolutions inside and
+know nothing of branches, which would be lost without a word.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.dataflow import Flow
+from growshrink.errors import FuseError
+from growshrink.grown import GROWN_TYPES, GrownConv2d, grown_modules
+
+#: In the order in which timm looks for them.
+HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
+
+
+class MergeFirst:
+    """What stands in a module's way to its own hook: merges the branches inside, goes away, and calls the hook.
+
+    It is an attribute of the module, refers to it and to modules inside it, and is copied with them.
+
+    Args:
+        owner: The module.
+        hook: Name of its method.
+        convs: The grown convolutions in it, each with the batch norm that takes its bias if it has none.
+    """
+
+    def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[GrownConv2d, nn.Module | None]]) -> None:
+        self.owner = owner
+        self.hook = hook
+        self.convs = convs
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""
+        for conv, norm in self.convs:
+            if isinstance(conv, GrownConv2d):  # not merged yet by the hook of a module around this one
+                _merge(conv, norm)
+        del self.owner.__dict__[self.hook]
+        return getattr(self.owner, self.hook)(*args, **kwargs)
+
+
+def guard_hooks(model: nn.Module, flow: Flow) -> None:
+    """Put a `MergeFirst` before each hook of a module that holds grown convolutions.
+
+    Args:
+        model: A grown net; guards that are there already are replaced.
+        flow: The data flow of `model`.
+    """
+    unguard_hooks(model)
+    convs: dict[str, tuple[GrownConv2d, nn.Module | None]] = {}
+    for name, module in grown_modules(model).items():
+        if isinstance(module, GrownConv2d):
+            norm, _ = flow.norm_after(name)
+            convs[name] = module, None if norm is None else model.get_submodule(norm)
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        inside = [pair for conv, pair in convs.items() if conv.startswith(prefix) and conv != name]
+        if inside and not isinstance(module, GROWN_TYPES):
+            for hook in HOOKS:
+                if callable(getattr(module, hook, None)):
+                    setattr(module, hook, MergeFirst(module, hook, inside))
+
+
+def unguard_hooks(model: nn.Module) -> None:
+    """Take all of them away."""
+    for module in model.modules():
+        for hook in HOOKS:
+            if isinstance(module.__dict__.get(hook), MergeFirst):
+                del module.__dict__[hook]
+
+
+@torch.no_grad()
+def _merge(conv: GrownConv2d, norm: nn.Module | None) -> None:
+    total = conv.as_convmap().fit(conv)
+    if conv.bias is None and norm is None and bool((total.bias != 0).any()):
+        raise FuseError("a convolution has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
+    conv.weight.copy_(total.kernel)
+    if conv.bias is not None:
+        conv.bias.copy_(total.bias)
+    elif norm is not None:
+        running_mean = norm.running_mean
+        assert isinstance(running_mean, Tensor)
+        running_mean.copy_(running_mean.double() - total.bias)
+    conv.to_plain()

@@ -1,0 +1,122 @@
+"""timm's reparameterize_model on grown nets, whose blocks may have merging hooks of their own."""
+
+import copy
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.models import reparameterize_model
+from timm.models.byobnet import MobileOneBlock, RepVggBlock
+from torch import nn
+
+import growshrink as gs
+from growshrink.errors import AlgebraError
+from growshrink.grown import grown_modules
+from growshrink.transforms._deploy import HOOKS, MergeFirst, guard_hooks
+from nets import images, net, randomized, rel
+
+SIZE = (3, 9, 9)
+
+
+class Blocks(nn.Module):
+    """Blocks of timm's that merge themselves, one inside a module that merges too."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = MobileOneBlock(8, 8, 3, num_conv_branches=2)
+        self.outer = Outer(RepVggBlock(8, 8, 3))
+        self.conv, self.bn = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.bn(self.conv(self.outer(self.one(self.stem(x)))))
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+    def fuse(self):
+        self.inner.reparameterize()
+        return self.inner
+
+
+def grown_blocks(seed=0):
+    torch.manual_seed(seed)
+    model = randomized(gs.grow(Blocks(), ["bottleneck", "insert"], input_size=SIZE), seed).double().eval()
+    gs.set_lambda(model, 0.0)
+    assert len(grown_modules(model)) >= 6
+    return model
+
+
+def guards(model):
+    return [m for m in model.modules() for v in vars(m).values() if isinstance(v, MergeFirst)]
+
+
+def nothing_of_ours(model):
+    ours = [*model.modules(), *(value for m in model.modules() for value in vars(m).values())]
+    return not any(type(thing).__module__.startswith("growshrink") for thing in ours)
+
+
+@torch.no_grad()
+def test_branches_inside_blocks_that_merge_themselves_are_merged_with_them():
+    model = grown_blocks()
+    x = images(*SIZE, dtype=torch.float64)
+    expected = model(x)
+    merged = reparameterize_model(model)
+    assert rel(merged(x), expected) < 1e-12 and nothing_of_ours(merged)
+    assert rel(reparameterize_model(gs.drop(model))(x), expected) > 0.01  # what losing the branches would give
+    assert isinstance(merged.one.reparam_conv, nn.Conv2d) and isinstance(merged.outer, RepVggBlock)
+    assert guards(model) and torch.equal(model(x), expected)  # it worked on a copy
+    assert rel(reparameterize_model(model, inplace=True)(x), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_fused_nets_pass_through(tmp_path):
+    model = grown_blocks()
+    x = images(*SIZE, dtype=torch.float64)
+    for way in (gs.fuse(model, input_size=SIZE), gs.fuse(copy.deepcopy(model), inplace=True, input_size=SIZE)):
+        assert nothing_of_ours(way)
+        assert rel(reparameterize_model(way)(x), model(x)) < 1e-12
+    assert nothing_of_ours(gs.drop(model))
+
+
+def test_a_copy_merges_itself_alone_and_the_guards_can_be_pickled():
+    model = grown_blocks()
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    copied.one.reparameterize()
+    assert len(grown_modules(copied)) < len(grown_modules(model))
+    x = images(*SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        assert rel(copied(x), model(x)) < 1e-12
+
+
+def test_growing_again_replaces_the_guards():
+    model = grown_blocks()
+    before = len(guards(model))
+    again = randomized(gs.grow(model, "bottleneck", input_size=SIZE), seed=3)
+    gs.set_lambda(again, 0.0)
+    assert len(guards(again)) == before == 3
+    x = images(*SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        assert rel(reparameterize_model(again)(x), again(x)) < 1e-12
+
+
+def test_a_living_branch_is_refused():
+    model = grown_blocks()
+    gs.set_lambda(model, 0.5)
+    with pytest.raises(AlgebraError, match="the activation is still alive"):
+        reparameterize_model(model)
+
+
+def test_guards_are_where_timms_hooks_are_and_nowhere_else():
+    assert not guards(gs.grow(net("test_resnet"), input_size=(3, 32, 32)))
+    model = grown_blocks()
+    assert guards(model) == [model.one, model.outer, model.outer.inner]
+    assert set(HOOKS) == {"fuse", "reparameterize", "switch_to_deploy"}
+    assert guard_hooks.__doc__ and not guards(timm.create_model("test_resnet"))
