@@ -16,7 +16,7 @@ from growshrink.activations import set_lambda
 from growshrink.branches import Branch
 from growshrink.dataflow import InputSize
 from growshrink.errors import EquivalenceError
-from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.grown import Grown, grown_modules
 from growshrink.transforms import fold, fuse
 
 #: float64 relative error above which two nets are not "exactly" equal (DESIGN: rules of exactness, 2).
@@ -183,7 +183,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
     silent = copy.deepcopy(model)
     if grown_modules(silent):
         for grown in grown_modules(silent).values():
-            if isinstance(grown, GrownConv2d):
+            if isinstance(grown, Grown):
                 grown.to_plain()
             else:
                 grown.register_forward_hook(_zero_output)
