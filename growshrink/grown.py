@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module
@@ -27,7 +27,7 @@ class Grown(nn.Module):
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         branches: nn.ModuleList
         weight: Tensor
-        bias: Tensor | None
+        bias: Any  # declared otherwise by every layer
     plain_class: ClassVar[type[nn.Module]]
 
     def to_plain(self) -> nn.Module:

@@ -35,7 +35,7 @@ class _Merge:
 def fuse(
     model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
 ) -> nn.Module:
-    """Merge every branch into its convolution or linear layer: back to the plain architecture, the same keys and shapes.
+    """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
     The result computes what the grown net computes in eval mode at `width`, in whatever mode the model is now. The
     batch norm statistics are the model's: those of a width it was not trained at need `calibrate_bn` first. Kernels are
