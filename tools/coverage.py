@@ -77,7 +77,8 @@ def main(args: Args) -> int:
             raise gs.GrowShrinkError(f"{pattern}: matches no model of timm{near(pattern, timm.list_models())}")
     groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
     print(
-        f"{'model':32s} {'branch':11s} {'convs':>5s} {'linears':>7s} {'grown':>5s} share  float64  float32 effect seconds  left alone"
+        f"{'model':32s} {'branch':11s} {'convs':>5s} {'linears':>7s} {'grown':>5s} share  float64  float32 effect "
+        "seconds  left alone"
     )
     results: dict[tuple[str, str], Result] = {}
     num_wrong, others = 0, Counter[str]()
@@ -107,8 +108,8 @@ def main(args: Args) -> int:
             seconds = time.perf_counter() - start
             bar.write(
                 f"{name:32s} {branch:11s} {result.convs:5d} {result.linears:7d} {result.grown:5d} "
-                f"{result.share:5.0%} {result.max_rel:8.1e} {result.max_rel_float32:8.1e} {result.effect:6.2f} {seconds:7.1f}  {reasons}"
-                f"{'  NOT EXACT' if result.wrong else ''}",
+                f"{result.share:5.0%} {result.max_rel:8.1e} {result.max_rel_float32:8.1e} {result.effect:6.2f} "
+                f"{seconds:7.1f}  {reasons}{'  NOT EXACT' if result.wrong else ''}",
                 file=sys.stdout,
             )
     nets = len({name for name, _ in results})

@@ -298,7 +298,8 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
         return chosen
     eligible = [name for name in chosen if not reasons[name]]
     if not eligible:
-        first = next((name for name in chosen if name not in eligibility.stem), chosen[0] if chosen else "")
+        ends = (*eligibility.stem, *eligibility.classifier)
+        first = next((name for name in chosen if name not in ends), chosen[0] if chosen else "")
         found = f"{first}: {reasons[first]}" if chosen else "the model has none"
         raise GrowError(f"none of {len(chosen)} layers can be grown exactly ({found}). See growshrink.growth_report.")
     return eligible

@@ -22,6 +22,7 @@ from small import (
     small,
     two_rounds,
 )
+from timm.models.mlp_mixer import MlpMixer
 
 import growshrink as gs
 from growshrink.cycle.log import replay
@@ -334,3 +335,18 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
             run(tmp_path, **{**options, **change}, resume=True)
         assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
     run(tmp_path, **{**options, "about": {"model": "a", "command": "another command"}}, resume=True)
+
+
+@pytest.mark.parametrize(("augment", "exit"), [("none", "fuse"), ("netaug", "choose")])
+def test_a_cycle_of_a_net_of_linear_layers(tmp_path, augment, exit):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MlpMixer(num_classes=4, img_size=8, patch_size=2, embed_dim=8, num_blocks=1)
+    plan = two_rounds((("bottleneck", "insert"),), augment=augment, exit=exit)
+    result = run(tmp_path / "run", model, plan)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    assert {k: v.shape for k, v in result.model.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    (record,) = report(tmp_path / "run")["rounds"]
+    assert record["num_grown"] == 4 and record["max_rel"] <= 1e-12 and record["effect"] >= 0.01
