@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.activations import set_lambda
 from growshrink.branches import Branch
@@ -195,10 +196,10 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
-    """MACs of one image and parameters, counted on the meta device by torch's own counter (FLOPs / 2)."""
+    """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
     replica = copy.deepcopy(model).to("meta").eval()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
     return Profile(counter.get_total_flops() // 2, sum(p.numel() for p in replica.parameters()))
 
@@ -207,9 +208,32 @@ def training_macs(model: nn.Module, input_size: InputSize) -> int:
     """MACs of one image forward and backward through the graph that training runs, on the meta device."""
     replica = copy.deepcopy(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-    with FlopCounterMode(display=False) as counter:  # two images: batch norm refuses one value per channel
+    with flop_counter() as counter:  # two images: batch norm refuses one value per channel
         replica(torch.empty(2, *input_size, device="meta", dtype=dtype)).sum().backward()
     return counter.get_total_flops() // 4
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, put right for groups: it gives the gradient of a grouped kernel `groups` times its cost."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    out: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: Any,
+    wanted: Sequence[bool],
+    out_shape: Any = None,
+) -> int:
+    """Each of the two gradients costs what the forward does: every product of it is used once in either."""
+    return (int(wanted[0]) + int(wanted[1])) * conv_flop_count(list(x), list(weight), list(out), transposed)
 
 
 def randomize_norms_(model: nn.Module, seed: int = 0) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -190,8 +191,8 @@ class PureBottleneck(nn.Module):
     @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Draw the kernels anew (He et al., arXiv:1502.01852, fan-out), reset the BN, make the activation a ReLU."""
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.kaiming_normal_(self.pointwise.weight, mode="fan_out", nonlinearity="relu")
+        he_fan_out_(self.conv)
+        he_fan_out_(self.pointwise)
         self.bn.reset_parameters()
         self.act.reset_parameters()
 
@@ -233,6 +234,13 @@ class PureBottleneck(nn.Module):
     def fuse(self) -> nn.Conv2d:
         """A plain convolution computing the same, with a bias (timm's `reparameterize_model` calls this)."""
         return self.as_convmap().to_conv2d(dtype=self.pointwise.weight.dtype)
+
+
+def he_fan_out_(conv: nn.Conv2d, nonlinearity: str = "relu") -> None:
+    """Draw a kernel anew: normal, by the fan out (He et al., arXiv:1502.01852) of one group, which is all it has."""
+    gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
+    fan_out = conv.out_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
+    nn.init.normal_(conv.weight, std=gain / math.sqrt(fan_out))
 
 
 def prefix(tensor: Tensor, width: int, groups: int, dim: int = 0) -> Tensor:

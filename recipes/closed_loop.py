@@ -13,20 +13,19 @@ Leaves runs/NAME/ with report.md, report.json, lam.png and run.json.
 from __future__ import annotations
 
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-import tyro
 from scipy.stats import t as student
 
 import growshrink as gs
 from growshrink.cycle.result import versions
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.training import evaluate, fit
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.folder import write_json
 
@@ -147,16 +146,9 @@ def draw(path: Path, curves: list[dict[int, float]], cosine: dict[int, float]) -
         axes.plot(list(curve), list(curve.values()), lw=0.8, label=f"closed loop, seed {seed}")
     axes.set(xlabel="update", ylabel="lam")
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"closed_loop: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("closed_loop: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -12,7 +12,6 @@ and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +22,7 @@ import tyro
 import growshrink as gs
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
+from growshrink.program import run_program
 from growshrink.supernet.passes import MODES
 from growshrink.training.folder import read_json
 from growshrink.training.options import Options
@@ -63,6 +63,8 @@ class Args(Options):
     """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
+    accept_within: float | None = None
+    """Undo a round, bit for bit, that costs more than this many points of val top-1; by default none is undone."""
     plan: Path | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
@@ -88,6 +90,8 @@ def main(args: Args) -> None:
             progress=not args.quiet,
             tensorboard=args.tensorboard,
             about=args.about(model_about),
+            save_every=args.save_every,
+            keep=args.keep,
         )
     if result.rounds:
         print(result.table())
@@ -127,6 +131,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
             inplace_distil=args.inplace_distil,
             exit=args.exit,
             distil=args.distil,
+            accept_within=args.accept_within,
         )
         for number in range(args.rounds)
     )
@@ -134,11 +139,4 @@ def make_plan(args: Args) -> gs.CyclePlan:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"grow_cycle: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("grow_cycle: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="--resume goes on from there")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,9 +29,11 @@ from torch import nn
 import growshrink as gs
 from growshrink.cycle.plan import EXITS
 from growshrink.errors import PlanError
+from growshrink.program import run_program
 from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import Feed, Trainer
+from growshrink.training.checkpoints import save_picture
 from growshrink.training.folder import read_json, write_json
 from growshrink.training.options import Options
 
@@ -82,6 +83,8 @@ def main(args: Args) -> None:
             progress=not args.quiet,
             tensorboard=args.tensorboard,
             about=args.about(about),
+            save_every=args.save_every,
+            keep=args.keep,
         )
         report = read_json(folder.path / "report.json")
         cost = cost_of_a_step(args, feed, folder.path, about) if args.steps_to_time else None
@@ -213,15 +216,8 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
     by_width.set_xlabel("val top-1 (%)")
     by_width.set_title("fused at width" if summary["candidates"] else "nets of the run")
     figure.suptitle(f"deployed: test top-1 {summary['test_top1']:.2f} %, a step costs {summary['macs_of_a_step']:.2f}x")
-    figure.savefig(path / "netaug.png", dpi=110)
+    save_picture(figure, path / "netaug.png")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"netaug: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("netaug: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="--resume goes on from there")

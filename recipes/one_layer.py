@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,8 +24,7 @@ from pathlib import Path
 
 import timm
 import torch
-import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -34,8 +32,9 @@ import growshrink as gs
 from growshrink.activations import VanishingReLU, vanishing
 from growshrink.cycle.result import versions
 from growshrink.errors import PlanError, RunError, near
+from growshrink.program import run_program
 from growshrink.training import MemoryFeed, evaluate, fit
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.feed import SplitBatches
 from growshrink.training.folder import write_json
@@ -118,7 +117,7 @@ def run(args: Args, path: Path) -> str:
             row.defect.append(gs.affinity_defect(net, feed.input_size))
         if not pictures:
             pictures = {name: net for name, net in found.items() if isinstance(net, nn.Sequential)}
-            save_file(dict(pictures[MATRIX].state_dict()), path / "one_layer.safetensors")
+            write_atomic(path / "one_layer.safetensors", save(dict(pictures[MATRIX].state_dict())))
             draw(path / "templates.png", pictures, feed)
     text = table(rows)
     write_json(
@@ -252,16 +251,9 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
                 axis.imshow(template_HWC.mean(2), cmap="RdBu_r", vmin=-scale, vmax=scale)
             axis.set(xticks=[], yticks=[], xlabel=label)
         line[0].set_title(name, loc="left", fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"one_layer: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("one_layer: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 import tyro
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import growshrink as gs
@@ -37,9 +37,10 @@ from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan
 from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, near
+from growshrink.program import run_program
 from growshrink.schedules import Schedule
 from growshrink.training import Feed, evaluate, fit
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.comparison import ComparisonOptions
 from growshrink.training.data import CACHE
 from growshrink.training.folder import write_json
@@ -133,9 +134,8 @@ def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
             row.macs = gs.profile(merged, size).macs
             row.knob.append(evaluate(merged, feed.test).top1)
             if seed == 0:
-                save_file(
-                    {k: v.contiguous() for k, v in merged.state_dict().items()}, path / f"merged-{number}.safetensors"
-                )
+                state = {k: v.contiguous() for k, v in merged.state_dict().items()}
+                write_atomic(path / f"merged-{number}.safetensors", save(state))
             torch.manual_seed(seed)
             plain: nn.Module = plain_at_depth(model, row.cut)
             same_cost = round(cost / training_macs(plain, size))
@@ -265,16 +265,9 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     axes.set(xlabel="measured latency, ms per batch", ylabel="test top-1, %", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, dpi=120)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"shrink_depth: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("shrink_depth: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -219,3 +219,11 @@ def test_training_costs_three_times_the_forward_pass_less_the_gradient_of_the_im
     assert training_macs(model, SIZE) == 3 * forward - first_layer
     x = images(*SIZE)
     assert model(x).shape == (2, 10)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_groups_make_the_backward_pass_cheaper_too(groups):
+    """Torch's own counter says otherwise: it forgets the groups in the gradient of the kernel."""
+    convs = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False))
+    by_hand = 2 * 64 * 3 * 8 + 3 * 64 * (8 // groups) * 16 * 9  # the images need no gradient
+    assert training_macs(convs, (3, 8, 8)) == by_hand

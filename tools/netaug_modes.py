@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import tyro
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.schedules import cosine, rewarm
 from growshrink.supernet.cost import StepCost
-from growshrink.training import Augment, DataSet, MemoryFeed, Split, TrainConfig, Trainer, load_data
+from growshrink.training import Augment, DataSet, MemoryFeed, TrainConfig, Trainer, load_data
+from growshrink.training.checkpoints import write_atomic
+from growshrink.training.data import pooled
 from growshrink.training.evaluate import evaluate
+from growshrink.training.folder import json_line
 
 #: Arguments of NetAugTask; a number is a plain net trained that many times as long.
 ARMS: dict[str, dict[str, Any] | float] = {
@@ -87,6 +88,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Run what is missing, print the table."""
+    warnings.simplefilter("ignore")
     for arm in args.arms:
         if arm not in ARMS:
             raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
@@ -100,8 +102,7 @@ def main(args: Args) -> None:
                 continue
             result = {"arm": arm, "seed": seed, **train(args, data, arm, seed), "settings": settings}
             done.append(result)
-            with open(args.out, "a") as file:
-                file.write(json.dumps(result) + "\n")
+            write_atomic(args.out, "".join(map(json_line, done)).encode())
     print(table([r for r in done if r["settings"] == settings and r["arm"] in args.arms]))
 
 
@@ -147,18 +148,6 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
     return {"top1": score.top1, "loss": score.loss, "cost": cost / plain_cost, "updates": updates, "seconds": seconds}
 
 
-def pooled(data: DataSet, pool: int) -> DataSet:
-    """The data set with smaller images."""
-
-    def smaller(split: Split) -> Split:
-        images = F.avg_pool2d(split.images.permute(0, 3, 1, 2).float(), pool).round().to(torch.uint8)
-        return Split(images.permute(0, 2, 3, 1).contiguous(), split.labels)
-
-    if pool == 1:
-        return data
-    return replace(data, train=smaller(data.train), val=smaller(data.val), test=smaller(data.test))
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Mean and spread of every arm, and its difference to plain-x1 seed by seed."""
     plain = {r["seed"]: r["top1"] for r in results if r["arm"] == "plain-x1"}
@@ -184,9 +173,4 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"netaug_modes: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, Args, __doc__, go_on="the same command goes on from here")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from growshrink.analysis.angle import Floats
+from growshrink.training.checkpoints import save_picture
 
 #: Points of a scatter plot; of more, as many are drawn at random.
 MOST_POINTS = 20_000
@@ -45,7 +46,7 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
     if colour is not None:
         figure.colorbar(dots, ax=axes[-1], label="truth")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path)
     return True
 
 
@@ -74,7 +75,7 @@ def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title
     if criteria:
         edf.legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path)
     return True
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from growshrink.activations import VanishingReLU
 from growshrink.algebra import ConvMap
 from growshrink.branches.base import Branch, middle_width
-from growshrink.grown import GrownConv2d, PureBottleneck, convmap_of
+from growshrink.grown import GrownConv2d, PureBottleneck, convmap_of, he_fan_out_
 
 
 class Bottleneck(Branch, kind="bottleneck"):
@@ -71,7 +71,7 @@ class Insert(Branch, kind="insert"):
         super().__init__(conv, ratio)
         self.act = VanishingReLU()
         self.pointwise = nn.Conv2d(conv.out_channels, conv.out_channels, 1, groups=conv.groups, bias=False)
-        nn.init.kaiming_normal_(self.pointwise.weight, mode="fan_out", nonlinearity="relu")
+        he_fan_out_(self.pointwise)
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from growshrink.algebra import Pair
+from growshrink.grown import he_fan_out_
 
 #: Options of `like` for a 1x1 that changes nothing but the channels.
 ONE_TAP: dict[str, Any] = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
@@ -45,5 +46,5 @@ def like(conv: nn.Conv2d, in_channels: int | None = None, out_channels: int | No
     if options["padding"] == (0, 0):
         options["padding_mode"] = "zeros"
     new = nn.Conv2d(in_channels or conv.in_channels, out_channels or conv.out_channels, bias=False, **options)
-    nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="linear")
+    he_fan_out_(new, "linear")
     return new

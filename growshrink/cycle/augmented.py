@@ -16,6 +16,7 @@ from growshrink.supernet import NetAugTask, choose_width, default_candidates, sa
 from growshrink.supernet.cost import StepCost
 from growshrink.supernet.passes import NUM_AUGMENTED, default_alpha
 from growshrink.training.calibrate import calibrate_bn
+from growshrink.training.ranks import this_rank
 from growshrink.training.trainer import Teacher, Trainer
 from growshrink.widths import Width, WidthSpace, set_width, width_space
 
@@ -169,7 +170,7 @@ def save_net(
         grown: The entry of the growth log that made it.
         input_size: `(C, H, W)`.
     """
-    if "name" not in model_about:
+    if "name" not in model_about or this_rank() > 0:
         return
     about: dict[str, Any] = {"input_size": list(input_size)}
     if grown["names"]:

@@ -13,12 +13,15 @@ from growshrink.cycle.plan import Segment
 from growshrink.errors import RunError
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import json_line
+from growshrink.training.ranks import this_rank
 
 
 class Journal:
-    """The running record of a run of `total` updates in `folder`."""
+    """The running record of a run of `total` updates in `folder`; on several ranks that of rank 0, others are mute."""
 
     def __init__(self, folder: Path, total: int, *, progress: bool, tensorboard: bool) -> None:
+        self._mute = this_rank() > 0
+        progress, tensorboard = progress and not self._mute, tensorboard and not self._mute
         self._path = folder / "log.jsonl"
         self._writer = _tensorboard_writer(folder) if tensorboard else None
         self._progress = progress
@@ -29,7 +32,8 @@ class Journal:
 
     def restart(self, rows: Iterable[Mapping[str, Any]], update: int) -> None:
         """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""
-        write_atomic(self._path, "".join(map(json_line, rows)).encode())
+        if not self._mute:
+            write_atomic(self._path, "".join(map(json_line, rows)).encode())
         if self._progress:
             self._bar.n = self._bar.initial = update  # the rate, and with it the time left, count from here
 
@@ -44,6 +48,8 @@ class Journal:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Write a row."""
+        if self._mute:
+            return
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json_line(row))
         self._bar.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{row['val_top1']:.1f}", refresh=False)
@@ -51,6 +57,11 @@ class Journal:
             for key in ("train_loss", "val_top1", "val_loss", "lr", "images_per_second"):
                 self._writer.add_scalar(key, row[key], row["update"])
             self._writer.add_scalar("lam", row["lam"] or 0.0, row["update"])
+
+    def warn(self, text: str) -> None:
+        """A line on stderr, asked for or not."""
+        if not self._mute:
+            self._bar.write(text, file=sys.stderr)
 
     def say(self, text: str) -> None:
         """A line above the bar."""
@@ -62,7 +73,8 @@ class Journal:
         top1 = record["top1"]
         stages = ("before", "peak", "vanished", "fused", "end")
         parts = [f"{key} {top1[key]:.2f}" for key in stages if top1.get(key) is not None]
-        self.say(f"round {record['number']} ({', '.join(record['branch'])}): val top-1 " + " -> ".join(parts))
+        undone = " (undone)" if record.get("undone") else ""
+        self.say(f"round {record['number']} ({', '.join(record['branch'])}): val top-1 {' -> '.join(parts)}{undone}")
 
     def close(self) -> None:
         """Remove nothing, close everything."""

@@ -22,7 +22,7 @@ def apply_grow(model: nn.Module, entry: Entry, input_size: InputSize) -> nn.Modu
     """Grow `model` in place as a log entry says (by exact names, so that nothing is decided twice)."""
     specs = [BranchSpec(kind=b["kind"], ratio=b["ratio"]) for b in entry["branches"]]
     return grow(
-        model, specs, where=entry["names"], init="silent", seed=entry["seed"], inplace=True, input_size=input_size
+        model, specs, where=entry["names"], init=entry["init"], seed=entry["seed"], inplace=True, input_size=input_size
     )
 
 
@@ -32,7 +32,7 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
     Raises:
         RunError: An entry does not fit the model: it is the log of another one.
     """
-    model = copy.deepcopy(model)
+    plain, model = model, copy.deepcopy(model)
     for entry in log:
         if entry["op"] == "grow":
             if entry["names"]:  # empty: the net was grown at birth
@@ -40,9 +40,13 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
             found = shapes_of(model)
             if found != {name: list(shape) for name, shape in entry["shapes"].items()}:
                 raise RunError("the growth log is of another model: its shapes differ.")
+        elif entry["op"] == "teach":
+            model = copy.deepcopy(plain)
         elif entry["op"] == "fuse":
             set_lambda(model, 0.0)
             fuse(model, inplace=True, input_size=input_size)
+        elif entry["op"] == "undo":
+            pass  # what was fused has the structure of what was grown
         else:
             raise RunError(f"the growth log has an unknown operation {entry['op']!r}.")
     return model

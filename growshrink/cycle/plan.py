@@ -15,13 +15,14 @@ from typing import Any
 
 from growshrink.branches import BranchSpec, check_ratio
 from growshrink.errors import GrowError, PlanError, near
-from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, rewarm
+from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, join, rewarm
 from growshrink.supernet.passes import MODES
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
 CONTROLS = ("schedule", "closed_loop")
-EXITS = ("fuse", "drop", "choose")
+EXITS = ("fuse", "drop", "choose", "teach")
+INITS = ("silent", "paper")
 DISTIL = ("none", "peak", "previous")
 #: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
 PEAK_ANNEAL = 0.5
@@ -39,6 +40,9 @@ class RoundPlan:
         branch: Branch kinds to attach to each convolution, e.g. ("bottleneck",).
         ratio: Middle width over output channels.
         where: Regular expression on dotted names; None for every eligible convolution.
+        init: How branches are born: "silent", or as in the "paper" they come from, which changes what the net computes
+            and is meant for a round at the very start; see `grow`.
+        linear: The activations are not there from the start: lam is 0 throughout.
         hold: Share of the round with lam = 1.
         vanish: Share of the round in which lam falls to 0.
         settle: Share of the round at lam = 0 before fusing; at least 50 updates whatever the share.
@@ -50,19 +54,26 @@ class RoundPlan:
         alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
             that have one, the weight of the base's.
         inplace_distil: Share of the base net's loss that comes from the augmented net's logits; None is the mode's own.
-        exit: How the round ends: "fuse" merges the net at full width; in a round with sampled widths also "drop", which
-            keeps the base net alone (the augmentation then fades out with lam, and vanish and settle may be 0), and
-            "choose", which fuses at several widths and keeps the best on the val split.
+        exit: How the round ends: "fuse" merges the net at full width; "drop" cuts the branches off (vanish and settle
+            may be 0; an augmentation fades out with lam); in a round with sampled widths also "choose", which fuses at
+            several widths and keeps the best on the val split. "teach" merges nothing: the grown net, its learning rate
+            annealed over the hold, becomes the teacher of the plain net, which starts anew from the run's first weights
+            and learns in the tail (vanish and settle must be 0, distil "peak").
         distil: Teacher from the end of the hold on: "peak" (this round's grown net, averaged and with its learning
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+        accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
+            than this against the net that was grown, the round is undone: net, average, optimizer and random states
+            are those from before the growth again, bit for bit, and the tail goes on from there. None accepts all.
     """
 
     epochs: float
     branch: tuple[str, ...] = ("bottleneck",)
     ratio: float = 4.0
     where: str | None = None
+    init: str = "silent"
+    linear: bool = False
     hold: float = 0.20
     vanish: float = 0.15
     settle: float = 0.08
@@ -74,6 +85,7 @@ class RoundPlan:
     distil: str = "none"
     distil_weight: float = 0.5
     temperature: float = 3.0
+    accept_within: float | None = None
 
     def __post_init__(self) -> None:
         _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
@@ -97,12 +109,13 @@ class RoundPlan:
             raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
         if self.control == "closed_loop" and self.augment != "none":
             raise PlanError("control='closed_loop': listens to plain training, not to sampled widths (augment).")
-        for name in ("hold",) if self.exit == "drop" else ("hold", "vanish"):
+        self._check_exit()
+        for name in ("hold",) if self.exit in ("drop", "teach") else ("hold", "vanish"):
             if getattr(self, name) == 0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be above 0.")
         if self.hold + self.vanish + self.settle > 1.0 + _SLACK:
             raise PlanError(f"hold + vanish + settle = {self.hold + self.vanish + self.settle:g}: more than the round.")
-        if self.hold + self.vanish > MOST_ALIVE + _SLACK and self.exit != "drop":
+        if self.hold + self.vanish > MOST_ALIVE + _SLACK and self.exit not in ("drop", "teach"):
             raise PlanError(
                 f"hold + vanish = {self.hold + self.vanish:g}: at most {MOST_ALIVE}, the rest of a round is linear."
             )
@@ -112,6 +125,10 @@ class RoundPlan:
             raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
         if not self.temperature > 0:
             raise PlanError(f"temperature={self.temperature!r}: must be above 0.")
+        if self.accept_within is not None:
+            _check_numbers(self, "accept_within")
+            if self.accept_within < 0:
+                raise PlanError(f"accept_within={self.accept_within!r}: points of top-1, must not be negative.")
 
     def _check_augment(self) -> None:
         if self.augment not in ("none", *MODES):
@@ -124,10 +141,18 @@ class RoundPlan:
         if self.inplace_distil is not None:
             if not 0.0 <= self.inplace_distil <= 1.0:
                 raise PlanError(f"inplace_distil={self.inplace_distil!r}: must lie in [0, 1].")
+
+    def _check_exit(self) -> None:
+        if self.init not in INITS:
+            raise PlanError(f"init={self.init!r}: no such start{near(str(self.init), INITS)}")
+        if self.linear and self.control == "closed_loop":
+            raise PlanError("linear=True: there is no activation whose end a control='closed_loop' could time.")
         if self.exit not in EXITS:
             raise PlanError(f"exit={self.exit!r}: no such exit{near(str(self.exit), EXITS)}")
-        if self.exit != "fuse" and self.augment == "none":
-            raise PlanError(f"exit={self.exit!r}: only a round with sampled widths (augment) has it.")
+        if self.exit == "choose" and self.augment == "none":
+            raise PlanError("exit='choose': only a round with sampled widths (augment) has it.")
+        if self.exit == "teach" and (self.vanish or self.settle or self.distil != "peak" or self.augment != "none"):
+            raise PlanError("exit='teach': needs vanish=0, settle=0, distil='peak' and no augment.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,16 +163,20 @@ class CyclePlan:
         rounds: In order.
         base_epochs: Plain training before the first round; growing should not wait for convergence.
         rewarm: Updates over which the learning rate comes back after every change of structure.
+        restarts: Epochs at which it is led back up without one: the control of what the restarts alone are worth.
         seed: Of the branches' weights; each round draws others.
     """
 
     rounds: tuple[RoundPlan, ...]
     base_epochs: float = 0.0
     rewarm: int = 20
+    restarts: tuple[float, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
         _check_numbers(self, "base_epochs")
+        if not (isinstance(self.restarts, tuple) and all(_is_number(at) and at >= 0 for at in self.restarts)):
+            raise PlanError(f"restarts={self.restarts!r}: must be a list of epochs, none negative.")
         for name in ("rewarm", "seed"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be a whole number.")
@@ -180,6 +209,8 @@ class CyclePlan:
                 raise PlanError(f"rounds[{index}]: {error}.") from error
             except PlanError as error:
                 raise PlanError(f"rounds[{index}]: {error}") from error
+        if isinstance(top.get("restarts"), list):
+            top["restarts"] = tuple(top["restarts"])
         return CyclePlan(rounds=tuple(rounds), **top)
 
 
@@ -223,10 +254,10 @@ class Timeline:
                 math.floor(share * total + _SLACK)
                 for share in (plan.hold, plan.hold + plan.vanish, plan.hold + plan.vanish + plan.settle)
             )
-            dropped = plan.exit == "drop"  # nothing is merged: no need to be linear, or to settle
-            vanish, settle = alive - hold, max(0 if dropped else LEAST_SETTLE, grown - alive)
+            merged = plan.exit not in ("drop", "teach")  # else no need to be linear, or to settle
+            vanish, settle = alive - hold, max(LEAST_SETTLE if merged else 0, grown - alive)
             tail = total - hold - vanish - settle
-            if hold < 1 or (vanish < 1 and not dropped) or tail < 0:
+            if hold < 1 or (vanish < 1 and merged) or tail < (plan.exit == "teach"):
                 raise PlanError(
                     f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
                     "Give it more epochs or a smaller batch size."
@@ -266,7 +297,12 @@ class Timeline:
         """Lam by update; 0 where nothing is grown."""
         starts = {s.start: s for s in self.segments if s.phase == "hold"}
         lengths = {s.round: s.stop - s.start for s in self.segments if s.phase == "vanish"}
-        rounds = {s.round: hold_then_vanish(s.stop - s.start, lengths.get(s.round, 0)) for s in starts.values()}
+        rounds = {
+            s.round: constant(0.0)
+            if self.plan.rounds[s.round - 1].linear
+            else hold_then_vanish(s.stop - s.start, lengths.get(s.round, 0))
+            for s in starts.values()
+        }
         begins = {s.round: start for start, s in starts.items()}
 
         def schedule(update: int) -> float:
@@ -277,15 +313,28 @@ class Timeline:
 
     @cached_property
     def learning_rate(self) -> Schedule:
-        """Learning rate over its peak by update: a cosine over the whole run, jagged at every change of structure."""
+        """Learning rate over its peak by update: a cosine over the whole run, jagged at every change of structure.
+
+        Where a net starts anew (exit "teach"), so does the cosine.
+        """
         changes = [s.start for s in self.segments if s.phase in ("base", "hold", "tail")]
+        changes += [self._updates(at) for at in self.plan.restarts]
         anneals: list[tuple[int, int, Schedule]] = []
+        births = [0]
         for segment in self.segments:
-            if segment.phase == "hold" and self.plan.rounds[segment.round - 1].distil == "peak":
+            if not segment.round:
+                continue
+            plan = self.plan.rounds[segment.round - 1]
+            if segment.phase == "tail" and plan.exit == "teach":
+                births.append(segment.start)
+            if segment.phase == "hold" and plan.distil == "peak" and plan.exit != "teach":
                 length = round(PEAK_ANNEAL * (segment.stop - segment.start))
                 anneals.append((segment.stop - length, segment.stop, cosine(1.0, 0.0, steps=length)))
                 changes.append(segment.stop)
-        envelope = rewarm(cosine(1.0, 0.0, steps=self.total), changes, self.plan.rewarm)
+        lives = [
+            cosine(1.0, 0.0, steps=end - birth) for birth, end in zip(births, [*births[1:], self.total], strict=True)
+        ]
+        envelope = rewarm(join(lives, births[1:]), changes, self.plan.rewarm)
         flat = constant(1.0)
 
         def schedule(update: int) -> float:
@@ -311,5 +360,9 @@ def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
 def _check_numbers(plan: object, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value):
             raise PlanError(f"{name}={value!r}: must be a finite number.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

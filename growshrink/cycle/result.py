@@ -18,7 +18,7 @@ from torch import nn
 from growshrink.compare import assert_equivalent
 from growshrink.cycle.plan import Timeline
 from growshrink.errors import EquivalenceError, RunError
-from growshrink.training.checkpoints import write_atomic
+from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.feed import Feed
 from growshrink.training.folder import write_json
 
@@ -144,8 +144,8 @@ _COLUMNS = (
     ("fused", lambda r: _percent(r["top1"].get("fused"))),
     ("end", lambda r: _percent(r["top1"].get("end"))),
     ("retention", lambda r: _retention(r)),
-    ("effect", lambda r: f"{r['trained_effect']:.3f}"),
-    ("max_rel", lambda r: f"{r['max_rel']:.0e}"),
+    ("effect", lambda r: f"{r['trained_effect']:.3f}" if "max_rel" in r else "-"),
+    ("max_rel", lambda r: f"{r['max_rel']:.0e}" if "max_rel" in r else "-"),
     ("grown MACs", lambda r: f"x{r['macs']['grown'] / r['macs']['plain']:.2f}"),
     ("tail", lambda r: f"{r['tail_share']:.0%}"),
     ("training MACs", lambda r: f"{r['training_macs']:.2e}"),
@@ -213,6 +213,12 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         "",
         *(f"- *{word}*: {meaning}." for word, meaning in _GLOSSARY.items()),
         "",
+        *(
+            f"- Round {r['number']} was **undone**: fused {r['top1']['fused']:.2f} against {r['top1']['before']:.2f} "
+            "before. The net from before it went on, so the proof below is of a net that is gone.\n"
+            for r in result.rounds
+            if r.get("undone")
+        ),
         *_sampled_widths(result),
         "## Did the new parameters learn?",
         "",
@@ -240,6 +246,12 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
             f"{r['max_rel_float32']:.1e} in float32, top-1 agreement {r['top1_agreement']:.0%}. Silencing the branches "
             f"changes the outputs by {r['trained_effect']:.2g} as trained, by {r['effect']:.2g} with random norms."
             for r in result.rounds
+            if "max_rel" in r
+        ),
+        *(
+            f"- Round {r['number']} merged nothing: its grown net taught the plain net, which started anew."
+            for r in result.rounds
+            if "max_rel" not in r
         ),
         *(
             "- max_rel is the larger of two: of the net as trained, and of a copy with random norms, where no mistake "
@@ -355,5 +367,5 @@ def _draw_curves(result: CycleResult) -> bool:
     figure.suptitle(
         f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final['top1']:.2f} %"
     )
-    figure.savefig(result.out_dir / "curves.png", dpi=110)
+    save_picture(figure, result.out_dir / "curves.png")
     return True

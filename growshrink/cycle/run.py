@@ -6,7 +6,7 @@ import copy
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,23 +17,35 @@ from torch import nn
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
+from growshrink.cycle.divergence import check_finite
+from growshrink.cycle.identity import check_identity, identity_of
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import replay, shapes_of
-from growshrink.cycle.plan import CyclePlan, Segment, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
-from growshrink.cycle.state import RunState, newest_run, save_run
+from growshrink.cycle.saving import Saving
+from growshrink.cycle.state import (
+    RunState,
+    load_values,
+    newest_run,
+    save_run,
+    set_values,
+    snapshot,
+    undo,
+)
 from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
-from growshrink.errors import RunError
+from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
-from growshrink.training.checkpoints import find_checkpoints, set_random_state
 from growshrink.training.data import DataSet
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
-from growshrink.training.folder import RunFolder
+from growshrink.training.folder import RunFolder, claim_together
 from growshrink.training.listening import ListeningTrainer
+from growshrink.training.ranks import by_first, num_ranks, same_nets_, this_rank
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
 from growshrink.transforms import growth_report
+from growshrink.widths import set_width, width_space
 
 
 def run_cycle(
@@ -50,8 +62,15 @@ def run_cycle(
     progress: bool = False,
     tensorboard: bool = False,
     about: Mapping[str, Any] | None = None,
+    save_every: int | None = None,
+    keep: int = 2,
 ) -> CycleResult:
     """Train `model` through rounds of grow -> train -> vanish -> fuse -> train.
+
+    On several ranks (see `growshrink.training.ranks`) every one is to call this with the same arguments, a feed
+    excepted, which holds the rank's share. Rank 0 writes, into a folder that all of them can read.
+
+    Where a program handles signals (`growshrink.program`), the first SIGTERM or Ctrl-C finishes the update and saves.
 
     Args:
         model: A plain timm model (or one grown at birth, which the first round then does not grow). Not modified.
@@ -67,18 +86,26 @@ def run_cycle(
         tensorboard: Also write event files (needs the extra `tensorboard`).
         about: Written into the run's marker and report: "command", and whatever else makes the run what it is (the
             model's arguments, say). A run is resumed only with the same, "command" excepted.
+        save_every: Updates from one checkpoint to the next; None writes them at the ends of epochs and phases only,
+            where they are written in any case.
+        keep: How many checkpoints are kept, the newest.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
 
     Raises:
-        RunError: The folder is in use or holds another run, or the loss is no longer finite (the last checkpoint
-            stays).
-        PlanError: The plan does not fit the data or the model.
+        RunError: The folder is in use or holds another run, the disk is full, or the loss or a weight is no longer
+            finite (the last checkpoint, from before that, stays).
+        PlanError: The plan does not fit the data or the model, or an argument is out of range.
+        Stopped: A signal was handled.
     """
+    for name, number in (("save_every", save_every), ("keep", keep)):
+        if number is not None and number < 1:
+            raise PlanError(f"{name}={number!r}: must be at least 1.")
     about = dict(about or {})
     if isinstance(data, DataSet):
-        feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device)
+        ranks = {"rank": this_rank(), "world_size": num_ranks()}
+        feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device, **ranks)
         about["augment"] = asdict(augment)
     else:
         feed = data
@@ -89,12 +116,12 @@ def run_cycle(
     if isinstance(out_dir, RunFolder):
         claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)  # whoever claimed it releases it
     else:
-        claim = RunFolder.claim(Path(out_dir), resume=resume)
+        claim = claim_together(lambda: RunFolder.claim(Path(out_dir), resume=resume))
     with claim as folder:
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
         run = _Run(model, feed, timeline, config or TrainConfig(), folder, torch.device(device), progress, tensorboard)
-        return run.execute(about)
+        return run.execute(about, Saving(save_every, keep, torch.device(device)))
 
 
 class _Run:
@@ -119,9 +146,11 @@ class _Run:
         self.folder = folder
         self.device = device
         self.state = RunState()
+        self.before: Mapping[str, Any] | None = None  # a snapshot, in a round that may be undone
         self.teacher: nn.Module | None = None
         self.model_about: Mapping[str, Any] = {}
         self.size = feed.input_size
+        self.images_per_update = feed.train.batch_size * num_ranks()
         self._augmentations = Augmentations(timeline, feed.input_size)
         self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
         self.lam = LamControl(timeline)
@@ -130,33 +159,23 @@ class _Run:
 
     # ---- the run
 
-    def execute(self, about: dict[str, Any]) -> CycleResult:
+    def execute(self, about: dict[str, Any], saving: Saving) -> CycleResult:
+        self.saving = saving
         self.model_about = about.get("model", {})
         command = {"command": about.pop("command", " ".join(sys.argv))}
-        data = {
-            "name": self.feed.name,
-            "batch_size": self.feed.train.batch_size,
-            "input_size": list(self.size),
-            "mean": list(self.feed.mean),
-            "std": list(self.feed.std),
-            "val_images": len(self.feed.val),
-            "test_images": len(self.feed.test),
-        }
-        identity = {
-            **about,
-            "plan": self.plan.to_dict(),
-            "config": asdict(self.config),
-            "data": data,
-            "updates": self.timeline.total,
-        }
+        self.identity = identity = identity_of(self.feed, self.timeline, self.config, about)
         record = {**command, **identity, "versions": versions()}
-        try:
+        with closing(self.journal), saving:
             first = 0
             if self.folder.fresh:
                 self.folder.write_marker("running", record)
             else:
-                self.folder.check_same(identity)
+                by_first(lambda: self.folder.check_same(identity))
                 first = self._restore()
+            if not self.trainer.update:
+                same_nets_(self.trainer.nets)
+                if this_rank():  # a dropout of its own
+                    torch.manual_seed(torch.initial_seed() + this_rank())
             for index, segment in enumerate(self.timeline.segments):
                 if index < first:
                     continue
@@ -166,8 +185,6 @@ class _Run:
                 self._leave(segment)
                 self._checkpoint(index + 1)
             return self._finish(record)
-        finally:
-            self.journal.close()
 
     def _train(self, index: int, segment: Segment) -> None:
         """The updates of a segment, in pieces that end at every epoch."""
@@ -189,24 +206,20 @@ class _Run:
                     teacher=self._teacher_of(segment),
                     task=augmentation.task if augmentation else None,
                     after_update=self.journal.updated,
+                    stop_early=lambda: self.saving.due(self.trainer.update),
                 )
             )
             seconds = time.perf_counter() - began
-            if not loss < float("inf"):
-                kept = find_checkpoints(self.folder.path)
-                raise RunError(
-                    f"the loss is {loss} in round {segment.round}, phase {segment.phase}, between updates {start} and "
-                    f"{stop}. {f'{kept[0]} is kept' if kept else 'There is no checkpoint yet'}; try a lower lr, or "
-                    "clip_grad=1."
-                )
+            check_finite(self.trainer, loss, segment=segment, start=start, folder=self.folder.path)
+            done = self.trainer.update
             self.state.seconds += seconds
-            macs = augmentation.macs(start, stop) if augmentation else (stop - start) * self._macs_per_image(segment)
-            self.state.macs_spent += self.feed.train.batch_size * macs
-            if segment.phase == "hold" and stop == second and not augmentation:
+            macs = augmentation.macs(start, done) if augmentation else (done - start) * self._macs_per_image(segment)
+            self.state.macs_spent += self.images_per_update * macs
+            if segment.phase == "hold" and done == second and not augmentation:
                 self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
-            if stop % per_epoch == 0 or stop == segment.stop:
+            if done % per_epoch == 0 or done == segment.stop:
                 self._log_row(segment, start, loss, seconds)
-            if stop % per_epoch == 0 and stop < segment.stop:
+            if done < segment.stop and (done % per_epoch == 0 or self.saving.due(done)):
                 self._checkpoint(index)
 
     def _enter(self, segment: Segment) -> None:
@@ -220,8 +233,11 @@ class _Run:
             self._set_teacher(self.trainer.best)
         seed = self.plan.seed + 1000 * segment.round
         entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
+        if plan.accept_within is not None:
+            self.before = snapshot(self.trainer)
         if not born_grown:
             entry = grow_nets(self.trainer, plan, seed, self.size)
+        same_nets_(self.trainer.nets)
         self._log("grow", segment, **entry, shapes=shapes_of(self.trainer.model))
         if plan.augment != "none":
             self._save_supernet("init", segment)
@@ -258,24 +274,52 @@ class _Run:
             if plan.distil == "peak":
                 self._set_teacher(peak)
         if self.timeline.last_grown(segment):
-            self.trainer.calibrate_average()
-            if augmentation:
-                self._save_supernet("supernet", segment)
-                record["top1"]["base"] = self._score().top1
-                record["left_by"] = {
-                    **augmentation.describe(*self.timeline.grown_span(segment.round)),
-                    **augmentation.leave(self.trainer, plan, self._top1, self.size),
-                }
-                self._augmentations.close()
-            fused = fuse_nets(self.trainer, self._top1, self.size)
-            record["top1"].update(fused.pop("top1"))
-            record.update(fused, retention=retention(record["top1"]))
-            self._log("fuse", segment, max_rel=record["max_rel"], effect=record["effect"])
+            if plan.exit == "teach":
+                update, self.trainer = self.trainer.update, self._make_trainer(self.initial)
+                self.trainer.update = update
+                self._log("teach", segment)
+            else:
+                record.update(self._merge(segment, plan, augmentation))
+                self._judge(segment, record["top1"]["before"], record["top1"]["fused"])
         if segment.stop == max(s.stop for s in self.timeline.segments if s.round == segment.round):
             record["top1"]["end"] = self._score().top1
             record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
             self.teacher, self.state.teacher_log = None, None
             self.journal.end_round(record)
+
+    def _merge(self, segment: Segment, plan: RoundPlan, augmentation: Augmentation | None) -> dict[str, Any]:
+        """Back to the plain structure; what the round's record says of it."""
+        self.trainer.calibrate_average()
+        left: dict[str, Any] = {}
+        top1 = dict(self.state.rounds[-1]["top1"])
+        if augmentation:
+            self._save_supernet("supernet", segment)
+            top1["base"] = self._score().top1
+            left["left_by"] = {
+                **augmentation.describe(*self.timeline.grown_span(segment.round)),
+                **augmentation.leave(self.trainer, plan, self._top1, self.size),
+            }
+            self._augmentations.close()
+        elif plan.exit == "drop":
+            for net in self.trainer.nets:
+                set_width(net, width_space(net).base)
+        same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
+        merged = fuse_nets(self.trainer, self._top1, self.size)
+        top1.update(merged.pop("top1"))
+        self._log("fuse", segment, max_rel=merged["max_rel"], effect=merged["effect"])
+        return {**left, **merged, "top1": top1, "retention": retention(top1)}
+
+    def _judge(self, segment: Segment, before: float, fused: float) -> None:
+        """Undo the round if it is one that can be, and has cost too much."""
+        if self.before is None:
+            return
+        most = self.plan.rounds[segment.round - 1].accept_within
+        assert most is not None
+        self.state.rounds[-1]["undone"] = undone = before - fused > most
+        if undone:
+            undo(self.trainer, self.before)
+            self._log("undo", segment, before=before, fused=fused, accept_within=most)
+        self.before = None
 
     # ---- teachers, scores, costs
 
@@ -308,7 +352,7 @@ class _Run:
         return self._score(model).top1
 
     def _score(self, model: nn.Module | None = None) -> Score:
-        return evaluate(model or self.trainer.best, self.feed.val)
+        return by_first(lambda: evaluate(model or self.trainer.best, self.feed.val))
 
     def _macs_per_image(self, segment: Segment) -> int:
         """Forward and backward of the graph that runs now, and the teacher's forward."""
@@ -331,7 +375,7 @@ class _Run:
             "lr": self.config.lr * self.timeline.learning_rate(last),
             "lam": self.lam(last) if grown_modules(self.trainer.model) else None,
             "training_macs": self.state.macs_spent,
-            "images_per_second": (self.trainer.update - start) * self.feed.train.batch_size / seconds,
+            "images_per_second": (self.trainer.update - start) * self.images_per_update / seconds,
             "seconds": self.state.seconds,
         }
         self.state.history.append(row)
@@ -340,20 +384,34 @@ class _Run:
     # ---- checkpoints
 
     def _checkpoint(self, next_segment: int) -> None:
+        """Save; and leave, if that was asked for."""
+        update = self.trainer.update
         self.state.lam = self.lam.state_dict()
-        save_run(self.folder.path, next_segment, self.state, self.trainer, self.teacher)
+        save_run(
+            self.folder.path,
+            next_segment,
+            self.state,
+            self.trainer,
+            identity=self.identity,
+            teacher=self.teacher,
+            before=self.before,
+            keep=self.saving.keep,
+        )
+        if update < self.timeline.total:
+            self.saving.leave_if_asked(f"after update {update} of {self.timeline.total}, saved in {self.folder.path}")
 
     def _restore(self) -> int:
         """Load the newest checkpoint that is whole; the number of the segment to go on with."""
-        newest = newest_run(self.folder.path, self.journal.say)
+        newest = newest_run(self.folder.path, self.journal.warn)
         if newest is None:  # killed before the first checkpoint: start again
             self.journal.restart([], 0)
             return 0
         path, saved = newest
         try:
+            check_identity(saved["identity"], self.identity)
             self._take_over(saved)
-        except (RunError, RuntimeError) as error:  # PyTorch's own, for other keys or shapes
-            raise RunError(f"{path}: of another model ({str(error).splitlines()[0]}).") from error
+        except (RunError, KeyError) as error:
+            raise RunError(f"{path}: {error}") from error
         self.journal.restart(self.state.history, self.trainer.update)
         return int(saved["next_segment"])
 
@@ -362,15 +420,15 @@ class _Run:
         self.lam.load_state_dict(self.state.lam)
         self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
         self.trainer.update = saved["update"]
-        self.trainer.model.load_state_dict(saved["model"])
-        if self.trainer.ema is not None:
-            self.trainer.ema.load_state_dict(saved["ema"])
-        self.trainer.load_optimizer_state(saved["optimizer"])
+        if "cut_short" in saved:
+            first, total = saved["cut_short"]
+            self.trainer.cut_short = first, total.to(self.device)
+        self.before = saved.get("before")
         if self.state.teacher_log is not None:
             teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
-            teacher.load_state_dict(saved["teacher"])
+            load_values(teacher, saved["teacher"])
             self.teacher = self._placed(teacher).eval().requires_grad_(False)
-        set_random_state(saved["random"])
+        set_values(self.trainer, saved)
 
     def _make_trainer(self, model: nn.Module) -> Trainer:
         trainer = ListeningTrainer(self._placed(copy.deepcopy(model)), self.config, self.feed.train)
@@ -393,15 +451,16 @@ class _Run:
             growth_log=self.state.log,
             timeline=self.timeline,
             val=asdict(self._score()),
-            final=asdict(evaluate(best, self.feed.test)),
+            final=asdict(by_first(lambda: evaluate(best, self.feed.test))),
             plain=asdict(profile(plain, self.size)),
             deployed=asdict(profile(best, self.size)),
             training_macs=self.state.macs_spent,
-            plain_training_macs=self.timeline.total * self.feed.train.batch_size * training_macs(plain, self.size),
+            plain_training_macs=self.timeline.total * self.images_per_update * training_macs(plain, self.size),
             seconds=self.state.seconds,
             about=record,
         )
-        save_plain(result, plain, self.feed)
-        result.write()
+        if this_rank() == 0:
+            save_plain(result, plain, self.feed)
+            result.write()
         self.folder.write_marker("finished", record)
         return result

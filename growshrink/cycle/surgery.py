@@ -24,10 +24,20 @@ from growshrink.widths import get_width
 def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
     """Grow model and average alike, and make the optimizer anew; returns what the growth log needs."""
     model = trainer.model
-    grow(model, plan.branch, ratio=plan.ratio, where=plan.where, seed=seed, inplace=True, input_size=input_size)
+    grow(
+        model,
+        plan.branch,
+        ratio=plan.ratio,
+        where=plan.where,
+        init=plan.init,
+        seed=seed,
+        inplace=True,
+        input_size=input_size,
+    )
     entry = {
         "branches": [{"kind": kind, "ratio": plan.ratio} for kind in plan.branch],
         "names": list(grown_modules(model)),  # it was plain before
+        "init": plan.init,
         "seed": seed,
     }
     if trainer.ema is not None:
@@ -122,6 +132,10 @@ def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> No
         raise PlanError(
             "exit='drop' in round 1: a net that is grown at birth has no kernels that would remain; choose."
         )
+    if born_grown and any(entry.exit == "teach" for entry in plan.rounds):
+        raise PlanError("exit='teach': a net that is grown at birth has no plain net of its own that could start anew.")
+    if born_grown and plan.rounds[0].accept_within is not None:
+        raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
     plain = replay(model, [{"op": "fuse"}], input_size)
     for entry in plan.rounds[1:] if born_grown else plan.rounds:
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)

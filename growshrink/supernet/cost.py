@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from growshrink.compare import profile, training_macs
+from growshrink.compare import flop_counter, profile, training_macs
 from growshrink.dataflow import InputSize
 from growshrink.supernet.task import NetAugTask
 from growshrink.widths import Slots, Width, active_width
@@ -83,7 +82,7 @@ class StepCost:
         if start not in self._prefixes:
             assert self._task.chain is not None
             chain = self._task.chain.of_copy(self._model.train())
-            with FlopCounterMode(display=False) as counter:
+            with flop_counter() as counter:
                 out = chain.prefix(torch.empty(2, *self._size, device="meta"), start)
                 if out.requires_grad:
                     out.sum().backward()

@@ -6,7 +6,9 @@ named tensors and one JSON document in the file's metadata, beside a digest of b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -28,28 +30,53 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a crash at any moment leaves the old content or the new, and nothing between."""
+    """Write a file so that a crash at any moment leaves the old content or the new, and nothing between.
+
+    Raises:
+        RunError: The disk is full or broken, or the folder cannot be written to; the old content is there, if there was
+            any, and nothing else.
+    """
     partial = path.with_name(f".{path.name}{PARTIAL}")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror}, {len(content):,} bytes).") from error
+
+
+def save_picture(figure: Any, path: Path, dpi: int = 110) -> None:
+    """Write a figure of matplotlib's like `write_atomic`, in the format that the name says."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format=path.suffix[1:] or None)
+    write_atomic(path, content.getvalue())
 
 
 def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `update` and remove all but the newest `keep`."""
+    """Write `state` as the checkpoint of `update` and remove all but the newest `keep`.
+
+    Raises:
+        RunError: It cannot be written; the older ones are all there.
+    """
     tensors: dict[str, Tensor] = {}
     document = json.dumps(_flatten(state, "", tensors))
     path = folder / f"checkpoint-{update:09d}.safetensors"
-    write_atomic(path, save(tensors, {"format": _FORMAT, "state": document, "digest": _digest(document, tensors)}))
+    content = save(tensors, {"format": _FORMAT, "state": document, "digest": _digest(document, tensors)})
+    try:
+        write_atomic(path, content)
+    except RunError as error:
+        raise RunError(f"{error} {len(find_checkpoints(folder))} older checkpoints are kept; make room.") from error
     for old in find_checkpoints(folder)[keep:]:
-        old.unlink()
+        old.unlink(missing_ok=True)
     return path
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from growshrink.errors import DataError
 from growshrink.training import formats
@@ -199,6 +200,24 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
         means.append(mean.item())
         deviations.append(max((weights * (values - mean) ** 2).sum().sqrt().item(), 1 / 255))
     return tuple(means), tuple(deviations)
+
+
+def pooled(data: DataSet, pool: int) -> DataSet:
+    """The data set with smaller images: each pixel the mean of `pool` by `pool`; mean and std are kept as they are.
+
+    Raises:
+        DataError: `pool` is not at least 1, or larger than the images.
+    """
+    if not 1 <= pool <= min(data.input_size[1:]):
+        raise DataError(f"pool={pool!r}: must lie between 1 and the side of the images, {min(data.input_size[1:])}.")
+
+    def smaller(split: Split) -> Split:
+        images = F.avg_pool2d(split.images.permute(0, 3, 1, 2).float(), pool).round().to(torch.uint8)
+        return Split(images.permute(0, 2, 3, 1).contiguous(), split.labels)
+
+    if pool == 1:
+        return data
+    return replace(data, train=smaller(data.train), val=smaller(data.val), test=smaller(data.test))
 
 
 def _needed(root: Path | None, name: str, layout: str) -> Path:

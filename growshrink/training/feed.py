@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -84,14 +86,24 @@ class MemoryFeed:
         seed: int = 0,
         device: torch.device | str = "cpu",
         eval_batch_size: int = 512,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> MemoryFeed:
-        """Batches of `data` for one process.
+        """Batches of `data` for one process, rank `rank` of `world_size`.
 
         Raises:
             DataError: The training split is smaller than a batch.
         """
         train = TrainBatches(
-            data.train, batch_size=batch_size, mean=data.mean, std=data.std, augment=augment, seed=seed, device=device
+            data.train,
+            batch_size=batch_size,
+            mean=data.mean,
+            std=data.std,
+            augment=augment,
+            seed=seed,
+            device=device,
+            rank=rank,
+            world_size=world_size,
         )
         val, test = (
             SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test)
@@ -122,6 +134,15 @@ class MemoryFeed:
     def input_size(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return self.data.input_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels: other data have another one."""
+        digest = hashlib.blake2b(digest_size=8)
+        for split in (self.data.train, self.data.val, self.data.test):
+            for tensor in (split.images, split.labels):
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +181,8 @@ def check_model_fits(model: nn.Module, feed: Feed) -> None:
         output = replica(torch.empty(2, *feed.input_size, device="meta"))
     except Exception as error:  # any forward may fail in its own way
         raise RunError(f"the model does not run on images of size {feed.input_size}: {error}") from error
-    if tuple(output.shape) != (2, len(feed.classes)):
+    rows = 2 * getattr(feed, "nets", 1)  # several nets side by side: one row each
+    if tuple(output.shape) != (rows, len(feed.classes)):
         raise RunError(
             f"the model gives outputs of shape {tuple(output.shape)[1:]}, {feed.name} has {len(feed.classes)} classes: "
             f"make it with num_classes={len(feed.classes)}."

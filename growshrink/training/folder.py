@@ -7,13 +7,14 @@ import fcntl
 import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from growshrink.errors import RunError
 from growshrink.training.checkpoints import PARTIAL, write_atomic
+from growshrink.training.ranks import by_first, num_ranks
 
 MARKER = "run.json"
 LOCK = ".lock"
@@ -28,7 +29,7 @@ class RunFolder:
         finished: Whether the run in it had come to its end.
     """
 
-    def __init__(self, path: Path, lock: IO[str], *, fresh: bool, finished: bool) -> None:
+    def __init__(self, path: Path, lock: IO[str] | None, *, fresh: bool, finished: bool) -> None:
         self.path = path
         self.fresh = fresh
         self.finished = finished
@@ -52,6 +53,9 @@ class RunFolder:
             _refuse_foreign(path)
             if not _entries(path):
                 return RunFolder(path, lock, fresh=True, finished=False)
+            for entry in path.iterdir():
+                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote; nobody else is here
+                    entry.unlink()
             status = read_json(path / MARKER).get("status")
             if not resume:
                 state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
@@ -88,7 +92,8 @@ class RunFolder:
 
     def write_marker(self, status: str, values: Mapping[str, Any]) -> None:
         """Record what the run is; `status` is "running" or "finished"."""
-        write_json(self.path / MARKER, {"status": status, **values})
+        if self._lock is not None:
+            write_json(self.path / MARKER, {"status": status, **values})
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
@@ -96,7 +101,7 @@ class RunFolder:
 
     def release(self) -> None:
         """End the claim; a folder in which nothing was written disappears."""
-        if self._lock.closed:
+        if self._lock is None or self._lock.closed:
             return
         if self.fresh and [entry.name for entry in self.path.iterdir()] == [LOCK]:
             (self.path / LOCK).unlink()
@@ -115,15 +120,36 @@ class RunFolder:
         self.release()
 
 
+def claim_together(claim: Callable[[], RunFolder]) -> RunFolder:
+    """What `claim` returns; on several ranks rank 0 claims the folder, and the others hear of it and write nothing."""
+    if num_ranks() == 1:
+        return claim()
+    claimed: list[RunFolder] = []
+
+    def tell() -> tuple[str, bool, bool]:
+        folder = claim()
+        claimed.append(folder)
+        return str(folder.path), folder.fresh, folder.finished
+
+    path, fresh, finished = by_first(tell)
+    return claimed[0] if claimed else RunFolder(Path(path), None, fresh=fresh, finished=finished)
+
+
 def check_same(path: Path, identity: Mapping[str, Any]) -> None:
     """RunError unless the run in the folder `path` was started with `identity`, naming the first difference."""
-    written = read_json(path / MARKER)
+    if found := difference(read_json(path / MARKER), identity):
+        raise RunError(
+            f"{path}: the run in it has another {found}. "
+            "Resume with the options it was started with, or choose another folder with --out."
+        )
+
+
+def difference(written: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """The first key of `identity` that has another value in `written`, with both; None if there is none."""
     for key, value in json.loads(json.dumps(identity)).items():
         if written.get(key) != value:
-            raise RunError(
-                f"{path}: the run in it has another {key} ({_difference(written.get(key), value)}). "
-                "Resume with the options it was started with, or choose another folder with --out."
-            )
+            return f"{key} ({_difference(written.get(key), value)})"
+    return None
 
 
 def _lock(path: Path) -> IO[str]:
@@ -180,6 +206,9 @@ def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
         return f"{key}: {_difference(old.get(key), new.get(key))}"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        index = next(index for index in range(len(old)) if old[index] != new[index])
+        return f"[{index}]: {_difference(old[index], new[index])}"
     return f"{old!r} then, {new!r} now"
 
 

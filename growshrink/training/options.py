@@ -6,6 +6,7 @@ A program's `Args` is a dataclass that inherits the groups it wants and adds its
 from __future__ import annotations
 
 import ast
+import os
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -21,7 +22,8 @@ from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
 from growshrink.training.data import DataSet, load_data
 from growshrink.training.feed import Feed, MemoryFeed
-from growshrink.training.folder import RunFolder
+from growshrink.training.folder import RunFolder, claim_together
+from growshrink.training.ranks import num_ranks, this_rank
 from growshrink.training.stream import stream_data
 from growshrink.training.trainer import TrainConfig
 
@@ -34,6 +36,10 @@ class RunOptions:
     """Folder of the run; by default runs/DATA-MODEL, numbered if taken."""
     resume: bool = False
     """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
+    save_every: int | None = None
+    """Write a checkpoint after every this many updates too; by default at the ends of epochs and phases."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest."""
     seed: int = 0
     """Of initial weights, branches, widths, data order and augmentation."""
     device: str = "cpu"
@@ -108,6 +114,7 @@ class DataOptions:
 
     def load_feed(self, *, batch_size: int, seed: int, device: torch.device, progress: bool) -> Feed:
         """Batches of the data set."""
+        ranks: dict[str, Any] = {"rank": this_rank(), "world_size": num_ranks()}
         if self.stream:
             if self.image_size is None:
                 raise RunError("--stream needs --image-size.")
@@ -118,6 +125,7 @@ class DataOptions:
                 val_fraction=self.val_fraction,
                 seed=seed,
                 device=device,
+                **ranks,
             )
         data: DataSet = load_data(
             self.data,
@@ -130,7 +138,7 @@ class DataOptions:
         crop = data.input_size[1] // 8 if self.crop is None else self.crop
         flip = self.data != "digits" if self.flip is None else self.flip
         augment = Augment(crop=crop, flip=flip, cutout=self.cutout)
-        return MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=seed, device=device)
+        return MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=seed, device=device, **ranks)
 
     def make_model(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
         """The model for this data, and how to make it, and its plain form, again."""
@@ -164,15 +172,22 @@ class Options(RunOptions, TrainOptions, DataOptions):
 
     def claim(self, prefix: str = "") -> RunFolder:
         """The folder of the run, `prefix` before its name by default; claimed before anything else is done."""
-        if self.out is not None:
-            return RunFolder.claim(self.out, resume=self.resume)
-        name = f"{prefix}{Path(self.data).resolve().name}-{self.model}".replace("/", "-")
-        return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
+
+        def claim() -> RunFolder:
+            if self.out is not None:
+                return RunFolder.claim(self.out, resume=self.resume)
+            name = f"{prefix}{Path(self.data).resolve().name}-{self.model}".replace("/", "-")
+            return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
+
+        return claim_together(claim)
 
     def torch_device(self) -> torch.device:
         """The device, if it is there."""
         try:
             device = torch.device(self.device)
+            if device.type == "cuda" and device.index is None:  # torchrun's number of the process on this machine
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             raise RunError(f"--device {self.device}: not to be had here ({str(error).splitlines()[0]}).") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from growshrink.errors import DataError
+from growshrink.stopping import shield_worker
 from growshrink.training.batches import Batch, Order
 from growshrink.training.data import stratified
 from growshrink.training.folders import find_parts
 from growshrink.training.seeding import generator
 
-_OURS = frozenset(("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher"))
+_OURS = frozenset(
+    ("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher", "worker_seeding")
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +41,7 @@ class StreamedData:
         mean: that the images are normalised by.
         std: that the images are normalised by.
         input_size: (C, H, W) of every image.
+        fingerprint: of the names and labels of all images, and which of them are val: other data have another one.
     """
 
     name: str
@@ -47,6 +52,7 @@ class StreamedData:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     input_size: tuple[int, int, int]
+    fingerprint: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -113,6 +119,7 @@ def stream_data(
 
     options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
     options |= {"crop_pct": 1.0, "interpolation": "bicubic", **loader_options}  # at test as load_data's image_size
+    options |= {"worker_seeding": _start_worker}
 
     def loader(images: Any, batch_size: int, is_training: bool) -> Any:
         return create_loader(
@@ -142,7 +149,16 @@ def stream_data(
         mean=tuple(mean),
         std=tuple(std),
         input_size=size,
+        fingerprint=_fingerprint((train, test), picked),
     )
+
+
+def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
+    digest = hashlib.blake2b(picked.numpy().data, digest_size=8)
+    for part in parts:
+        for index, (_, label) in enumerate(part.reader.samples):
+            digest.update(f"{part.reader.filename(index)} {label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class StreamTrainBatches:
@@ -198,6 +214,12 @@ class StreamEvalBatches:
             batches = iter(self._open_loader())
         for images, labels in batches:
             yield _placed(images, labels, self._device)
+
+
+def _start_worker(worker: Any) -> int:
+    """Called by timm in each worker, for a seed, which `_own_randomness` makes irrelevant."""
+    shield_worker()
+    return 0
 
 
 def _placed(images: Tensor, labels: Tensor, device: torch.device) -> Batch:

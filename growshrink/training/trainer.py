@@ -21,6 +21,7 @@ from growshrink.schedules import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import distillation_loss
 from growshrink.training.feed import UpdateBatches
+from growshrink.training.ranks import average_update_
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
 #: change of structure it would be wrong for the old parameters or for the new ones.
@@ -95,6 +96,8 @@ class Trainer:
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
         optimizer: Made by timm's factory; made anew after a change of structure, see `rebuild_optimizer`.
         update: Optimizer updates done so far.
+        cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
+            call goes on with; else None.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
@@ -102,6 +105,7 @@ class Trainer:
         self.config = config
         self.batches = batches
         self.update = 0
+        self.cut_short: tuple[int, Tensor] | None = None
         self.averager = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = self._make_optimizer()
         self._lam: float | None = None
@@ -130,10 +134,12 @@ class Trainer:
         teacher: Teacher | None = None,
         task: Task | None = None,
         after_update: Callable[[], None] | None = None,
+        stop_early: Callable[[], bool] | None = None,
     ) -> Tensor:
         """Do updates until `stop` of them are done in all.
 
-        There is no host sync inside: losses are summed on the device.
+        There is no host sync inside: losses are summed on the device. On several ranks every one is to call this, with
+        batches of its own; see `growshrink.training.ranks`.
 
         Args:
             stop: Updates done at the end.
@@ -143,12 +149,14 @@ class Trainer:
             task: Computes loss and gradients in place of the trainer (a `NetAugTask` on the same model, with a teacher
                 of its own if it is to have one).
             after_update: Called after each update (a progress bar).
+            stop_early: Called after each update; where it says so, no more are done for now.
 
         Returns:
-            Mean training loss, 0-dim, still on the device.
+            Mean training loss, 0-dim, still on the device; of the call that was stopped early too, where this one
+            goes on with it.
         """
-        total = torch.zeros((), device=next(self.model.parameters()).device)
-        first = self.update
+        first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
+        self.cut_short = None
         while self.update < stop:
             images_NCHW, labels_N = self.batches.batch(self.update)
             for group in self.optimizer.param_groups:
@@ -162,6 +170,8 @@ class Trainer:
             else:
                 loss = self._loss(images_NCHW, labels_N, teacher)
                 loss.backward()
+            loss = loss.detach().clone()
+            average_update_(self.model, loss)
             if self.config.clip_grad is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
             self.optimizer.step()
@@ -169,9 +179,12 @@ class Trainer:
             if self.averager is not None:
                 self.averager.update(self.model, step=self.update)
                 self._set_lambda(lam(self.update - 1), of_ema=True)
-            total += loss.detach()
+            total += loss
             if after_update is not None:
                 after_update()
+            if stop_early is not None and stop_early() and self.update < stop:
+                self.cut_short = first, total.clone()
+                break
         return total / max(1, self.update - first)
 
     def calibrate_average(self, num_batches: int = 50) -> None:

@@ -141,7 +141,7 @@ def test_supernets_are_kept_for_the_tools(tmp_path):
 BAD = {
     "mode": ({"augment": "netog"}, "augment='netog': no such mode; did you mean netaug"),
     "exit": ({"exit": "fall"}, "exit='fall': no such exit"),
-    "exit without widths": ({"exit": "drop"}, "only a round with sampled widths"),
+    "exit without widths": ({"exit": "choose"}, "only a round with sampled widths"),
     "alpha": ({"augment": "lazy", "alpha": -1.0}, "alpha=-1.0: must not be negative"),
     "distil": ({"augment": "lazy", "inplace_distil": 2.0}, "inplace_distil=2.0: must lie in"),
     "vanish": ({"augment": "lazy", "exit": "choose", "vanish": 0.0}, "vanish=0.0: must be above 0"),

@@ -32,6 +32,19 @@ CASES["closed loop"] = {
     "model": {"dropout": 0.5},
     "config": TrainConfig(lr=0.3, ema_decay=0.9),  # so high that the loss jumps, and lam has to wait
 }
+CASES["teach"] = {
+    "plan": gs.CyclePlan(
+        rounds=(
+            gs.RoundPlan(epochs=4, init="paper", linear=True, branch=("dbb",)),
+            gs.RoundPlan(epochs=6, exit="teach", hold=0.5, vanish=0, settle=0, distil="peak"),
+            gs.RoundPlan(epochs=4, exit="drop", hold=0.5, vanish=0, settle=0),
+        ),
+        base_epochs=1,
+        restarts=(0.5,),
+    ),
+    "model": {"dropout": 0.3},
+    "config": CONFIG,
+}
 TIMES = ("seconds", "images_per_second")
 
 

@@ -5,10 +5,9 @@ import warnings
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import growshrink as gs
-from growshrink.compare import training_macs
+from growshrink.compare import flop_counter, training_macs
 from growshrink.supernet.cost import StepCost
 from nets import net
 
@@ -39,7 +38,7 @@ def counted(task, update):
     meta = copy.deepcopy(task).to("meta")
     meta.set_step(update)
     meta.train()
-    with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+    with flop_counter() as counter, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # not attached
         meta.backward(torch.empty(2, *SIZE, device="meta"), torch.zeros(2, dtype=torch.long, device="meta"))
     return counter.get_total_flops() / 4

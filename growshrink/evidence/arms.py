@@ -1,0 +1,154 @@
+"""The arms of the experiment: what is compared, as plans whose epochs are shares of a run.
+
+A new arm is one entry in `ARMS`, or one in a plan file (see `Arm.from_dict`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.errors import PlanError
+
+_ALWAYS = {"hold": 0.80, "vanish": 0.05, "settle": 0.15}  # grown to the end; lam, if alive, gone for the last 15 %
+_NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": "drop"}  # augmented to the end, fading out
+_TEACH = {"exit": "teach", "vanish": 0.0, "settle": 0.0, "distil": "peak"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to arrive at the plain net.
+
+    Attributes:
+        about: What it is, in a line, with its source.
+        base: Share of the epochs before the first round.
+        rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
+        restarts: Shares of the run at which the learning rate is led back up without a change of structure.
+        expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
+        shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
+    """
+
+    about: str
+    base: float = 0.0
+    rounds: tuple[RoundPlan, ...] = ()
+    restarts: tuple[float, ...] = field(default=())
+    expansion: int = 0
+    shrinks: bool = True
+
+    def __post_init__(self) -> None:
+        total = self.base + sum(entry.epochs for entry in self.rounds)
+        if abs(total - 1.0) > 1e-6:
+            raise PlanError(f"{self.about!r}: base and rounds are shares of a run, and sum to {total:g}, not 1.")
+
+    def plan(self, epochs: float, seed: int) -> CyclePlan:
+        """The plan of a run of so many epochs."""
+        return CyclePlan(
+            base_epochs=self.base * epochs,
+            rounds=tuple(replace(entry, epochs=entry.epochs * epochs) for entry in self.rounds),
+            restarts=tuple(share * epochs for share in self.restarts),
+            seed=seed,
+        )
+
+    def model(self, plain: str) -> str:
+        """Name of the model it starts with."""
+        return f"{plain}_x{self.expansion}" if self.expansion else plain
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Arm:
+        """From a plan file: the attributes by name, `rounds` as in a plan of grow_cycle's.
+
+        Raises:
+            PlanError: Unknown keys, values out of range, or shares that do not sum to 1.
+        """
+        known = dict(values)
+        cycle = CyclePlan.from_dict(
+            {
+                "base_epochs": known.pop("base", 0.0),
+                "rounds": known.pop("rounds", []),
+                "restarts": known.pop("restarts", []),
+            }
+        )
+        try:
+            return Arm(
+                about=str(known.pop("about", "")),
+                base=cycle.base_epochs,
+                rounds=cycle.rounds,
+                restarts=cycle.restarts,
+                **known,
+            )
+        except TypeError as error:
+            raise PlanError(f"an arm of the plan: {error}.") from error
+
+
+def _one(**values: Any) -> tuple[RoundPlan, ...]:
+    return (RoundPlan(**{"epochs": 1.0, "ratio": 2.0, **values}),)
+
+
+def _from_the_start(branch: str) -> tuple[RoundPlan, ...]:
+    return _one(branch=(branch,), linear=True, init="paper", **_ALWAYS)
+
+
+def _cycles(number: int, **values: Any) -> tuple[RoundPlan, ...]:
+    branches = (("bottleneck",), ("insert", "bottleneck"), ("insert", "bottleneck"))
+    return tuple(RoundPlan(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
+
+
+PLAIN = "plain"
+ARMS: Mapping[str, Arm] = {
+    PLAIN: Arm(about="the plain net, one long run", base=1.0),
+    "plain-restarts": Arm(
+        about="plain, the learning rate led back up wherever cycles-2 changes its structure",
+        base=1.0,
+        restarts=(0.1, 0.29, 0.55, 0.74),
+    ),
+    "distil": Arm(
+        about="plain, from scratch, taught by a grown net that is trained first and thrown away",
+        rounds=_one(hold=0.25, **_TEACH),
+    ),
+    "repvgg": Arm(
+        about="1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", rounds=_from_the_start("repvgg")
+    ),
+    "acnet": Arm(about="3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", rounds=_from_the_start("acnet")),
+    "dbb": Arm(about="diverse branches, fused once (arXiv:2103.13425)", rounds=_from_the_start("dbb")),
+    "expandnet": Arm(
+        about="1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", rounds=_from_the_start("expandnet")
+    ),
+    "one-round": Arm(
+        about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",
+        rounds=_one(hold=0.40, vanish=0.25, settle=0.05),
+    ),
+    "reducenet-x2": Arm(
+        about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_ALWAYS), expansion=2
+    ),
+    "reducenet-x4": Arm(about="the same, 4 times as wide", rounds=_one(**_ALWAYS), expansion=4),
+    "reducenet-x8": Arm(about="the same, 8 times as wide", rounds=_one(**_ALWAYS), expansion=8),
+    "netaug": Arm(
+        about="widths sampled in every update, then dropped (arXiv:2110.08890)",
+        rounds=_one(ratio=4.0, augment="netaug", **_NETAUG),
+    ),
+    "netaug-distil": Arm(
+        about="netaug, the plain net learning from the wider one in the same update",
+        rounds=_one(ratio=4.0, augment="netaug", inplace_distil=0.5, **_NETAUG),
+    ),
+    "lazy-distil": Arm(
+        about="the same in every 8th update only: our cheap mode",
+        rounds=_one(ratio=4.0, augment="lazy", inplace_distil=0.5, **_NETAUG),
+    ),
+    "cycles-2": Arm(about="two rounds of grow, vanish, fuse", base=0.1, rounds=_cycles(2)),
+    "cycles-3": Arm(about="three rounds", base=0.1, rounds=_cycles(3)),
+    "cycles-2-peak": Arm(about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, distil="peak")),
+    "cycles-2-linear": Arm(
+        about="two rounds without any activation in the branches", base=0.1, rounds=_cycles(2, linear=True)
+    ),
+    "drop-layers": Arm(
+        about="bottlenecks that keep their activations and are cut off halfway, instead of vanishing",
+        rounds=_one(hold=0.50, vanish=0.0, settle=0.0, exit="drop"),
+    ),
+    "never-shrunk": Arm(
+        about="the grown net itself: an upper bound, on the val split",
+        rounds=_one(hold=0.98, **_TEACH),
+        shrinks=False,
+    ),
+}

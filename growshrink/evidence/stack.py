@@ -1,0 +1,231 @@
+"""Several nets of one architecture as one net with grouped convolutions: all seeds of an arm in one training run.
+
+A small net does not fill a GPU, nor the vector units of a CPU: its kernels are too small and too many. S nets side by
+side are one net whose convolutions have S times the groups, and nothing else changes: batch norms, activations,
+pooling, weight decay, momentum and averages work channel by channel, so each net is trained as it would be by itself
+(same seeds, same batches; up to rounding). The stack is an ordinary model: it grows, vanishes and fuses like one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from growshrink.compare import random_images
+from growshrink.dataflow import InputSize
+from growshrink.errors import GrowShrinkError
+from growshrink.grown import PureBottleneck
+from growshrink.training.batches import Batch
+from growshrink.training.feed import Feed, ScoringBatches, UpdateBatches
+
+#: Relative difference, in float64, between a stack and its nets above which it is not the same computation.
+EXACT = 1e-10
+
+
+class StackError(GrowShrinkError):
+    """A net that cannot be trained side by side with others."""
+
+
+def stack_nets(nets: Sequence[nn.Module], input_size: InputSize) -> nn.Module:
+    """One net that computes what all of `nets` compute: `(N, S*C, H, W) -> (N*S, K)`, the nets' outputs in turn.
+
+    The gradient of a mean over its outputs is, for each net, that of the mean over its own.
+
+    Args:
+        nets: S nets of the same architecture, plain or grown alike; not modified. The stack keeps the names, modes and
+            lam of the first.
+        input_size: `(C, H, W)` of one net.
+
+    Raises:
+        StackError: The nets differ, or mix channels other than by convolutions and one linear layer at the end.
+    """
+    if not nets:
+        raise StackError("there is no net to stack.")
+    stack, count = copy.deepcopy(nets[0]), len(nets)
+    for name, module in list(stack.named_modules()):
+        peers = [_peer(net, name) for net in nets]
+        if any(type(peer) is not type(peers[0]) for peer in peers):
+            raise StackError(f"{name}: a {type(module).__name__} in the first net only.")
+        if isinstance(module, nn.Conv2d):
+            module.in_channels, module.out_channels = count * module.in_channels, count * module.out_channels
+            module.groups *= count
+        elif isinstance(module, _BatchNorm):
+            module.num_features *= count
+        elif isinstance(module, PureBottleneck):
+            module.out_channels, module.width = count * module.out_channels, count * module.width
+        elif isinstance(module, nn.Linear):
+            parent, _, child = name.rpartition(".")
+            layers = [peer for peer in peers if isinstance(peer, nn.Linear)]
+            setattr(stack.get_submodule(parent), child, _StackedLinear(layers))
+            continue
+        elif own := [key for key, _ in module.named_parameters(recurse=False)]:
+            raise StackError(f"{name}: a {type(module).__name__} with a parameter of its own ({own[0]}).")
+        _join(module, peers)
+    _check(stack, nets, input_size)
+    return stack
+
+
+def unstack_net(stack: nn.Module, like: nn.Module, count: int) -> list[nn.Module]:
+    """The nets in a stack, each a copy of `like` (of the architecture that the stack has now) with its own values."""
+    nets = []
+    for index in range(count):
+        net = copy.deepcopy(like)
+        state = stack.state_dict()
+        own = {key: state[key].chunk(count)[index] if state[key].ndim else state[key] for key in net.state_dict()}
+        net.load_state_dict(own, strict=True)
+        nets.append(net)
+    return nets
+
+
+class _StackedLinear(nn.Module):
+    """The last layer of S nets: `(N, S*I) -> (N*S, O)`."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        super().__init__()
+        self.count = len(layers)
+        self.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
+        self.bias = None
+        if layers[0].bias is not None:
+            self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Each net's part of the features through its own matrix."""
+        x_NSI = x.unflatten(-1, (self.count, -1))
+        y_NSO = torch.einsum("nsi,soi->nso", x_NSI, self.weight.unflatten(0, (self.count, -1)))
+        if self.bias is not None:
+            y_NSO = y_NSO + self.bias.unflatten(0, (self.count, -1))
+        out: Tensor = _TimesBackward.apply(y_NSO, self.count)  # a mean over N*S rows has divided by S too often
+        return out.flatten(0, 1)
+
+
+class _TimesBackward(torch.autograd.Function):
+    """The identity, whose gradient is multiplied."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.factor * grads[0], None
+
+
+@dataclass(frozen=True)
+class StackedFeed:
+    """The feeds of S nets as the feed of their stack: images side by side along the channels, labels net by net.
+
+    Scores of the stack are means over its nets.
+
+    Attributes:
+        feeds: One a net, alike in everything but the seed.
+    """
+
+    feeds: Sequence[Feed]
+
+    @property
+    def nets(self) -> int:
+        """S."""
+        return len(self.feeds)
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.feeds[0].name
+
+    @property
+    def train(self) -> UpdateBatches:
+        """Batches of all nets at once."""
+        return _StackedBatches([feed.train for feed in self.feeds])
+
+    @property
+    def val(self) -> ScoringBatches:
+        """Each net's own val split."""
+        return _StackedScoring([feed.val for feed in self.feeds])
+
+    @property
+    def test(self) -> ScoringBatches:
+        """The test split, for each net."""
+        return _StackedScoring([feed.test for feed in self.feeds])
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self.feeds[0].classes
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel."""
+        return tuple(value for feed in self.feeds for value in feed.mean)
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel."""
+        return tuple(value for feed in self.feeds for value in feed.std)
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(S*C, H, W)."""
+        channels, height, width = self.feeds[0].input_size
+        return self.nets * channels, height, width
+
+
+class _StackedBatches:
+    def __init__(self, batches: Sequence[UpdateBatches]) -> None:
+        self.batches = batches
+        self.batch_size, self.updates_per_epoch = batches[0].batch_size, batches[0].updates_per_epoch
+
+    def batch(self, update: int) -> Batch:
+        return _side_by_side([batches.batch(update) for batches in self.batches])
+
+
+class _StackedScoring:
+    def __init__(self, splits: Sequence[ScoringBatches]) -> None:
+        self.splits = splits
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batches in zip(*self.splits, strict=True):
+            yield _side_by_side(batches)
+
+
+def _side_by_side(batches: Sequence[Batch]) -> Batch:
+    images = torch.cat([images_NCHW for images_NCHW, _ in batches], 1).contiguous(memory_format=torch.channels_last)
+    return images, torch.stack([labels_N for _, labels_N in batches], 1).flatten()
+
+
+def _peer(net: nn.Module, name: str) -> nn.Module:
+    try:
+        return net.get_submodule(name)
+    except AttributeError as error:
+        raise StackError(f"{name}: not in all of the nets.") from error
+
+
+def _join(module: nn.Module, peers: Sequence[nn.Module]) -> None:
+    """Parameters and buffers of all peers along the first dimension; what has no dimension stays the first's."""
+    for key, value in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if value.ndim:
+            joined = torch.cat([getattr(peer, key).detach() for peer in peers])
+            is_parameter = isinstance(value, nn.Parameter)
+            setattr(module, key, nn.Parameter(joined, requires_grad=value.requires_grad) if is_parameter else joined)
+
+
+def _check(stack: nn.Module, nets: Sequence[nn.Module], input_size: InputSize) -> None:
+    exact = copy.deepcopy(stack).double().eval()
+    images = [random_images(input_size, 2, torch.float64, seed) for seed in range(len(nets))]
+    with torch.no_grad():
+        apart = torch.stack([copy.deepcopy(net).double().eval()(x) for net, x in zip(nets, images, strict=True)], 1)
+        try:
+            together = exact(torch.cat(images, 1)).view_as(apart)
+        except (RuntimeError, ValueError) as error:
+            raise StackError(f"the nets do not run side by side: {error}") from error
+    if not float((together - apart).abs().max()) <= EXACT * float(apart.abs().max()):
+        raise StackError("the nets mix channels in a way that does not allow them side by side.")

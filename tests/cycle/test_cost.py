@@ -1,0 +1,127 @@
+"""What a plan costs is known before it is run, to the MAC; and the ways a round may start and end."""
+
+import json
+
+import pytest
+import torch
+from small import CONFIG, SIZE, Feed, shorten_settle, small
+
+import growshrink as gs
+from growshrink.cycle.cost import planned_macs
+from growshrink.cycle.plan import Timeline
+from growshrink.errors import PlanError
+
+PLANS = {
+    "plain": [],
+    "fuse": [{}],
+    "two kinds": [{}, {"branch": ("insert", "nest")}],
+    "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
+    "drop": [{"exit": "drop", "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
+    "teach": [{"exit": "teach", "hold": 0.5, "vanish": 0.0, "settle": 0.0, "distil": "peak"}],
+    "lazy, peak": [{"augment": "lazy", "exit": "drop", "distil": "peak"}],
+    "netaug, previous": [{"augment": "netaug", "distil": "previous"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    shorten_settle(monkeypatch)
+    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+
+
+def plan_of(name, **values):
+    rounds = tuple(gs.RoundPlan(epochs=6, **entry) for entry in PLANS[name])
+    return gs.CyclePlan(rounds=rounds, base_epochs=1, **values)
+
+
+def run(path, plan, **kwargs):
+    torch.manual_seed(5)
+    return gs.run_cycle(small(outputs=4), Feed.make(), plan, out_dir=path, config=CONFIG, **kwargs)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_cost_is_known_before(tmp_path, name):
+    plan, feed = plan_of(name), Feed.make()
+    result = run(tmp_path / "run", plan)
+    timeline = Timeline(plan, feed.train.updates_per_epoch)
+    assert planned_macs(small(outputs=4), timeline, feed.train, SIZE) == result.training_macs
+    assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
+
+
+def test_a_taught_net_starts_anew_and_learns_from_the_peak(tmp_path):
+    plan = plan_of("teach")
+    timeline = Timeline(plan, 4)
+    assert [(s.phase, s.start, s.stop) for s in timeline.segments] == [
+        ("base", 0, 4),
+        ("hold", 4, 16),
+        ("tail", 16, 28),
+    ]
+    quiet = Timeline(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4)
+    assert quiet.learning_rate(16) == 1.0 and quiet.learning_rate(15) < 0.02 and quiet.learning_rate(27) < 0.02
+    assert [entry["op"] for entry in run(tmp_path / "run", plan).growth_log] == ["grow", "teach"]
+    assert "merged nothing" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_a_taught_net_begins_with_the_first_weights(tmp_path, monkeypatch):
+    seen = []
+    train = gs.cycle.run.ListeningTrainer.train
+
+    def spy(trainer, stop, **kwargs):
+        seen.append((trainer.update, kwargs["teacher"], trainer.model.conv1.weight.detach().clone()))
+        return train(trainer, stop, **kwargs)
+
+    monkeypatch.setattr(gs.cycle.run.ListeningTrainer, "train", spy)
+    run(tmp_path / "run", plan_of("teach"))
+    _, teacher, weight = next(entry for entry in seen if entry[0] == 16)
+    assert torch.equal(weight, small(outputs=4).conv1.weight)
+    assert teacher is not None and gs.get_lambda(teacher.model) and set(gs.get_lambda(teacher.model).values()) == {1.0}
+    assert all(entry[1] is None for entry in seen if entry[0] < 16)
+
+
+def test_linear_from_the_start_and_the_papers_start(tmp_path):
+    plan = plan_of("linear, as in the paper")
+    timeline = Timeline(plan, 4)
+    assert {timeline.lam(update) for update in range(timeline.total)} == {0.0}
+    log = run(tmp_path / "run", plan).growth_log
+    assert log[0]["init"] == "paper"
+
+
+def test_dropped_branches_leave_the_kernel_as_it_was_trained(tmp_path):
+    record = run(tmp_path / "run", plan_of("drop")).rounds[0]
+    assert record["top1"]["fused"] == record["top1"]["dropped"] and record["max_rel"] == 0.0
+
+
+def test_restarts_lead_the_learning_rate_back_up():
+    plan = gs.CyclePlan(rounds=(), base_epochs=10, restarts=(5.0,), rewarm=4)
+    rates = [Timeline(plan, 10).learning_rate(update) for update in range(100)]
+    assert rates[50] < rates[49] / 3 < rates[55] and rates[:50] == [
+        Timeline(gs.CyclePlan(rounds=(), base_epochs=10, rewarm=4), 10).learning_rate(update) for update in range(50)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"exit": "teach", "distil": "peak"}, "exit='teach': needs vanish=0"),
+        ({"exit": "teach", "vanish": 0.0, "settle": 0.0}, "exit='teach': needs"),
+        ({"exit": "choose"}, "exit='choose': only a round with sampled widths"),
+        ({"init": "papre"}, "init='papre'.*did you mean paper"),
+        ({"linear": True, "control": "closed_loop"}, "linear=True"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(values, words):
+    with pytest.raises(PlanError, match=words):
+        gs.RoundPlan(epochs=1, **values)
+
+
+@pytest.mark.parametrize("restarts", [(-1.0,), ("a",), [1.0]])
+def test_restarts_are_epochs(restarts):
+    with pytest.raises(PlanError, match="restarts="):
+        gs.CyclePlan(rounds=(), base_epochs=1, restarts=restarts)
+
+
+def test_a_net_grown_at_birth_has_no_pupil(tmp_path):
+    with pytest.raises(PlanError, match="teach"):
+        gs.run_cycle(small(outputs=4, born_grown=True), Feed.make(), plan_of("teach"), out_dir=tmp_path / "run")

@@ -1,0 +1,246 @@
+"""Kill a training run with SIGKILL at random moments, resume it, and see whether it ends as if nothing had happened.
+
+    python tools/kills.py                 100 kills of recipes/grow_cycle.py on digits, some minutes on one core
+    python tools/kills.py --num 10 --fresh
+
+One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
+they finish, over and over, until as many kills as asked for have landed in a process at work (one that held the folder
+of its run). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
+undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a teacher, an average,
+dropout, a round that may be undone, and a checkpoint every few updates.
+
+Start-up costs more than such a run, so by default every attempt is a fork of one process that has imported everything
+and has started no thread; --fresh starts real processes. Prints the count and leaves runs/kills/kills.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.figure  # noqa: F401 - this and the next are for the forks
+import sklearn.datasets  # noqa: F401
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.cycle.plan import Timeline
+from growshrink.cycle.result import PLAIN_FILE, versions
+from growshrink.errors import RunError
+from growshrink.program import run_program
+from growshrink.training.checkpoints import PARTIAL, find_checkpoints
+from growshrink.training.folder import LOCK, MARKER, RunFolder, read_json, write_json
+
+RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
+#: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
+OPTIONS = (
+    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--batch-size", "64", "--epochs", "9"),
+    *("--hold", "0.2", "--vanish", "0.2", "--distil", "peak", "--accept-within", "1", "--save-every", "2", "--quiet"),
+)
+#: What may differ from run to run.
+TIMES = ("seconds", "images_per_second")
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of kills."""
+
+    num: int = 100
+    """Kills."""
+    spread: float = 0.3
+    """A process is killed within this share of the time that the undisturbed run took, uniformly drawn."""
+    fresh: bool = False
+    """Start a new process for every attempt."""
+    seed: int = 0
+    """Of the moments."""
+    out: Path | None = None
+    """Folder of the log; by default runs/kills, numbered if taken."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def main(args: Args) -> int:
+    """Kill, compare, print; 1 if a run did not end as the undisturbed one."""
+    if args.num < 1 or not args.spread > 0:
+        raise RunError(f"--num {args.num} --spread {args.spread}: must be above 0.")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    tqdm.monitor_interval = 0  # a thread
+    claim = RunFolder.claim(args.out) if args.out is not None else RunFolder.claim_next(Path("runs"), "kills")
+    with claim as folder, tqdm(total=args.num, unit="kill", disable=args.quiet) as bar:
+        folder.write_marker("running", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
+        alone = Attempt(folder.path / "undisturbed", fresh=args.fresh)
+        began = alone.wait_until_at_work()
+        alone.wait()
+        whole = time.perf_counter() - began
+        expected = outcome(alone.path)
+        draw, kills = random.Random(args.seed), list[dict[str, Any]]()
+        runs: list[dict[str, Any]] = []
+        while len(kills) < args.num:
+            path = folder.path / f"run-{len(runs) + 1}"
+            mine = run_killed(path, args, bar, [draw.uniform(0, args.spread * whole) for _ in range(args.num)], kills)
+            equal = outcome(path) == expected
+            runs.append({"kills": mine, "equal": equal})
+            if equal:
+                shutil.rmtree(path)
+        survived = sum(run["kills"] for run in runs if run["equal"])
+        places = Counter(kill["place"] for kill in kills)
+        writing = sum(bool(kill["writing"]) for kill in kills)
+        result = {
+            "kills": len(kills),
+            "survived": survived,
+            "runs": runs,
+            "seconds_undisturbed": whole,
+            "places": dict(places),
+            "writing": writing,
+            "each": kills,
+            "args": {"num": args.num, "spread": args.spread, "fresh": args.fresh, "seed": args.seed},
+            "options": OPTIONS,
+            "versions": versions(),
+        }
+        write_json(folder.path / "kills.json", result)
+        folder.write_marker("finished", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
+    where = ", ".join(f"{count} {place}" for place, count in places.most_common())
+    print(f"phase of the newest checkpoint at the kill: {where}; {writing} in the middle of writing a file")
+    print(f"{survived} of {len(kills)} kills survived: final weights, growth log and history equal, {len(runs)} runs")
+    print(f"Read {folder.path / 'kills.json'}")
+    return int(survived < len(kills))
+
+
+def run_killed(path: Path, args: Args, bar: tqdm, delays: Sequence[float], kills: list[dict[str, Any]]) -> int:
+    """One run to its end, killed after each of `delays` until `args.num` kills are together; how many hit this run."""
+    before = len(kills)
+    for delay in [*delays[: args.num - len(kills)], None]:
+        attempt = Attempt(path, fresh=args.fresh)
+        attempt.wait_until_at_work()
+        if delay is None or not attempt.kill_after(delay):
+            attempt.wait()
+            break
+        kills.append({"run": path.name, "delay": delay, **state_of(path)})
+        bar.update()
+    return len(kills) - before
+
+
+class Attempt:
+    """A process that runs the recipe in the folder `path`, from the start or from where the last one was killed."""
+
+    def __init__(self, path: Path, *, fresh: bool) -> None:
+        self.path = path
+        self._code: int | None = None
+        argv = [str(RECIPE), *OPTIONS, "--resume", "--out", str(path)]
+        path.mkdir(parents=True, exist_ok=True)
+        self._log = path.parent / f"{path.name}.log"
+        with open(self._log, "ab") as log:
+            if fresh:
+                process = subprocess.Popen([sys.executable, *argv], stdout=log, stderr=log)
+                process.returncode = 0  # it is waited for here
+                self._pid = process.pid
+            else:
+                self._pid = fork(argv, log.fileno())
+
+    def wait_until_at_work(self) -> float:
+        """Return when the process has claimed its folder, or is over; that moment on the performance counter."""
+        lock = str(self.path.resolve() / LOCK)
+        while not self._over():
+            with suppress(OSError):
+                for entry in os.scandir(f"/proc/{self._pid}/fd"):
+                    with suppress(OSError):
+                        if os.readlink(entry.path) == lock:
+                            return time.perf_counter()
+            time.sleep(0.001)
+        return time.perf_counter()
+
+    def kill_after(self, seconds: float) -> bool:
+        """Kill it then; whether it was still there to be killed."""
+        end = time.perf_counter() + seconds
+        while not self._over():
+            if (rest := end - time.perf_counter()) <= 0:
+                os.kill(self._pid, signal.SIGKILL)
+                self._code = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+                return self._code == -signal.SIGKILL
+            time.sleep(min(rest, 0.05))
+        return False
+
+    def wait(self) -> None:
+        """Until it is over; RunError if it has failed."""
+        while not self._over():
+            time.sleep(0.01)
+        if self._code:
+            tail = self._log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise RunError(f"{self.path}: not resumed, exit code {self._code}: {' '.join(tail)}")
+
+    def _over(self) -> bool:
+        if self._code is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._code = os.waitstatus_to_exitcode(status)
+        return self._code is not None
+
+
+def fork(argv: list[str], output: int) -> int:
+    """Run a Python program in a fork of this process; the fork's number."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:  # their locks would be held in the fork for ever
+        raise RunError(f"{threads} threads are running here, so that forking is not safe: use --fresh.")
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code: Any = 1
+    try:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code or 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """Where a killed run was: the newest checkpoint's update and phase, and what was half written."""
+    found = find_checkpoints(path)
+    update = int(found[0].stem.split("-")[1]) if found else 0
+    place = "start"
+    if found and (rows := (path / "log.jsonl").read_text().splitlines()[:1]):
+        row, about = json.loads(rows[0]), read_json(path / MARKER)
+        timeline = Timeline(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
+        segment = timeline.segment_at(min(update, timeline.total - 1))
+        place = segment.phase if update < timeline.total else "end"
+    return {"update": update, "place": place, "writing": [p.name for p in path.iterdir() if p.name.endswith(PARTIAL)]}
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    """What a run has come to, but for the time it took."""
+    rows = map(json.loads, (path / "log.jsonl").read_text().splitlines())
+    return {
+        "weights": {
+            name: (str(tensor.dtype), tuple(tensor.shape), tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            for name, tensor in load_file(path / PLAIN_FILE).items()
+        },
+        "growth_log": read_json(path / "growth_log.json"),
+        "history": [{key: value for key, value in row.items() if key not in TIMES} for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    run_program(main, Args, __doc__)
