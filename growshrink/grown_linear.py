@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,6 +29,7 @@ class TokenConv2d(nn.Conv2d):
         return conv.train(linear.training)
 
 
+@register_notrace_module  # as an nn.Linear is: how tokens become an image depends on the shape
 class GrownLinear(Grown, nn.Linear):
     """A linear layer with branches: `y = linear(x); for each branch: y = y + branch(x, y)`.
 
