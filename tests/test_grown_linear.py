@@ -447,7 +447,7 @@ REASONS = {
 def test_what_is_left_alone_and_why():
     model = Odd()
     report = gs.growth_report(model, input_size=SIZE)
-    assert report.skipped == {**REASONS, "unbiased": f"{REASONS['unbiased']} (mul, mean)"}
+    assert report.skipped == {**REASONS, "unbiased": f"{REASONS['unbiased']} (mean, mul)"}
     assert "8->8 linear" in str(report) and "14 layers: 0 grown, 13 not eligible." in str(report)
     assert list(grown_modules(gs.grow(model, input_size=SIZE))) == ["fine"]
     assert set(grown_modules(gs.grow(model, "lora", input_size=SIZE))) == {"fine", "unbiased"}
