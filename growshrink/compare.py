@@ -197,7 +197,8 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
     """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
-    replica = copy.deepcopy(model).to("meta").eval()
+    # the counter hooks the gradients of what goes into a module, and views made without gradients have none
+    replica = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with torch.no_grad(), flop_counter() as counter:
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))

@@ -545,3 +545,15 @@ def test_a_net_of_both_kinds():
     assert {type(m) for m in grown_modules(grown).values()} == {GrownLinear, GrownConv2d}
     plain, now = gs.profile(made(convnext), SIZE), gs.profile(grown, SIZE)
     assert now.macs > 2 * plain.macs and now.params > 2 * plain.params
+
+
+def test_the_cost_of_a_net_that_passes_a_token_of_its_own_on():
+    class Token(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.linear = nn.Parameter(torch.zeros(1, 1, 4)), nn.Linear(4, 8)
+
+        def forward(self, x):
+            return self.linear(self.token.expand(len(x), -1, -1))
+
+    assert gs.profile(Token(), SIZE).macs == 32

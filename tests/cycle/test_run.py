@@ -204,7 +204,7 @@ def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, mo
     assert "![curves](curves.png)" in text and "exactly the plain net's" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
-    assert result.table().splitlines()[2].startswith("1     | bottleneck in 9 convs |")
+    assert result.table().splitlines()[2].startswith("1     | bottleneck in 9 layers |")
 
 
 def test_a_run_without_rounds_is_plain_training(tmp_path):
