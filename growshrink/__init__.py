@@ -42,6 +42,7 @@ from growshrink.errors import NotLinearError as NotLinearError
 from growshrink.errors import WidthError as WidthError
 from growshrink.grown import GrownConv2d as GrownConv2d
 from growshrink.grown import PureBottleneck as PureBottleneck
+from growshrink.grown_linear import GrownLinear as GrownLinear
 from growshrink.supernet import NetAugTask as NetAugTask
 from growshrink.supernet import choose_width as choose_width
 from growshrink.supernet import sort_channels as sort_channels

@@ -17,7 +17,7 @@ from growshrink.activations import set_lambda
 from growshrink.branches import Branch
 from growshrink.dataflow import InputSize
 from growshrink.errors import EquivalenceError
-from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.grown import Grown, grown_modules
 from growshrink.transforms import fold, fuse
 
 #: float64 relative error above which two nets are not "exactly" equal (DESIGN: rules of exactness, 2).
@@ -185,7 +185,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
     silent = copy.deepcopy(model)
     if grown_modules(silent):
         for grown in grown_modules(silent).values():
-            if isinstance(grown, GrownConv2d):
+            if isinstance(grown, Grown):
                 grown.to_plain()
             else:
                 grown.register_forward_hook(_zero_output)
@@ -198,7 +198,9 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
     """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
-    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval()  # of torch.compile, the net inside
+    # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
+    # without gradients have none
+    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with torch.no_grad(), flop_counter() as counter:
         replica(torch.empty(1, *input_size, device="meta", dtype=dtype))

@@ -8,6 +8,7 @@ memory), on a copy, in eval mode; it falls back to a real pass for models that c
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,14 +48,17 @@ class Flow:
     Attributes:
         input_size: `(C, H, W)` of the image that was passed.
         calls: How often each module ran, by dotted name.
-        output_sizes: Spatial size `(H, W)` of the last 4-D output of each module.
-        readers: Who reads the output of each module, in order.
+        output_sizes: Spatial size `(H, W)` of the last 4-D output of each module; of an `nn.Linear` `(tokens, 1)`, of
+            one image.
+        readers: Who reads the output of each module, in order. (Views of an `nn.Linear`'s output are that output.)
+        read_beside: Modules a parameter of which was read while they did not run.
     """
 
     input_size: InputSize
     calls: Mapping[str, int]
     output_sizes: Mapping[str, tuple[int, int]]
     readers: Mapping[str, tuple[Reader, ...]]
+    read_beside: frozenset[str] = frozenset()
 
     def norm_after(self, name: str) -> tuple[str | None, str]:
         """The batch norm that alone consumes the output of `name`, or None with the reason why there is none."""
@@ -133,15 +137,23 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     output_sizes: dict[str, tuple[int, int]] = {}
     recorder = _Recorder(norm_of, owner_of)
 
+    def before(module: nn.Module, args: Any) -> None:
+        recorder.running[names[id(module)]] += 1
+
     def after(module: nn.Module, args: Any, output: Any) -> None:
         name = names[id(module)]
+        recorder.running[name] -= 1
         calls[name] += 1
         if isinstance(output, Tensor):
-            recorder.produced(name, output)
-            if output.dim() == 4:
+            tokens_last = isinstance(module, nn.Linear)
+            recorder.produced(name, output, channels=output.dim() - 1 if tokens_last else None)
+            if tokens_last:
+                output_sizes[name] = (output.numel() // output.shape[-1], 1)
+            elif output.dim() == 4:
                 output_sizes[name] = (output.shape[2], output.shape[3])
 
     hooks = [module.register_forward_hook(after) for module in model.modules()]
+    hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
     try:
         with torch.no_grad(), recorder:
             output = model(_zeros(model, size))
@@ -149,7 +161,8 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for hook in hooks:
             hook.remove()
     recorder.consumed("the model's output", tree_leaves(output))
-    return Flow(size, calls, output_sizes, {name: tuple(readers) for name, readers in recorder.readers.items()})
+    readers = {name: tuple(found) for name, found in recorder.readers.items()}
+    return Flow(size, calls, output_sizes, readers, frozenset(recorder.read_beside))
 
 
 class _Recorder(TorchDispatchMode):
@@ -160,22 +173,59 @@ class _Recorder(TorchDispatchMode):
         self.norm_of = norm_of
         self.owner_of = owner_of
         self.readers: dict[str, list[Reader]] = {}
+        self.running: Counter[str] = Counter()
+        self.read_beside: set[str] = set()
         self._producers: dict[int, list[str]] = {}
+        self._channels: dict[int, int] = {}
         self._alive: list[Tensor] = []  # an id is only good while its tensor lives
 
-    def produced(self, name: str, output: Tensor) -> None:
+    def produced(self, name: str, output: Tensor, channels: int | None) -> None:
+        """`channels`: the axis they are, of an output whose views are seen through."""
         self._producers.setdefault(id(output), []).append(name)
         self._alive.append(output)
         self.readers.setdefault(name, [])
+        if channels is not None:
+            self._channels[id(output)] = channels
 
     def consumed(self, op: str, leaves: list[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), None)
-        owner = norm or next((self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of), None)
+        owners = [self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of]
+        owner = norm or next(iter(owners), None)
+        self.read_beside.update(name for name in owners if not self.running[name])
         for tensor_id in {id(t) for t in tensors}:
+            other_axis = norm is not None and self._channels.get(tensor_id, 1) != 1
+            reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner)
             for name in self._producers.get(tensor_id, ()):
-                self.readers[name].append(Reader(op, norm, owner))
+                self.readers[name].append(reader)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.consumed(func.overloadpacket.__name__, tree_leaves((args, kwargs)))
-        return func(*args, **(kwargs or {}))
+        op = func.overloadpacket.__name__
+        source = args[0] if op in _VIEWS and isinstance(args[0], Tensor) else None
+        if source is None or id(source) not in self._channels:
+            self.consumed(op, tree_leaves((args, kwargs)))
+            return func(*args, **(kwargs or {}))
+        view = func(*args, **(kwargs or {}))
+        channels = _axis_in_view(op, source, args[1:], view, self._channels[id(source)])
+        if channels is None:
+            self.consumed(op, [source])
+        else:
+            for name in tuple(self._producers[id(source)]):
+                self.produced(name, view, channels)
+        return view
+
+
+#: Operators that show every entry of a tensor once.
+_VIEWS = ("view", "_unsafe_view", "transpose", "permute")
+
+
+def _axis_in_view(op: str, source: Tensor, args: Any, view: Tensor, axis: int) -> int | None:
+    """Where `axis` of `source` is in a view of it; None if it is cut up or merged with another."""
+    if op == "transpose":
+        one, other = (dim % source.dim() for dim in args)
+        return other if axis == one else one if axis == other else axis
+    if op == "permute":
+        return [dim % source.dim() for dim in args[0]].index(axis)
+    before = math.prod(source.shape[:axis])
+    axes = (k for k, size in enumerate(view.shape) if size == source.shape[axis])
+    return next((k for k in axes if math.prod(view.shape[:k]) == before), None)

@@ -1,4 +1,4 @@
-"""Grown modules: convolutions that carry branches, and the affine map each one is once its activations are gone."""
+"""Grown modules: layers that carry branches, and the affine map each one is once its activations are gone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module
@@ -22,7 +22,57 @@ if TYPE_CHECKING:
     from growshrink.branches import Branch
 
 
-class GrownConv2d(nn.Conv2d):
+class Grown(nn.Module):
+    """A layer with branches: what `GrownConv2d` and `GrownLinear` have in common."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        branches: nn.ModuleList
+        weight: Tensor
+        bias: Any  # declared otherwise by every layer
+    plain_class: ClassVar[type[nn.Module]]
+
+    def to_plain(self) -> nn.Module:
+        """Forget the branches and be the class this module came from; returns the same object."""
+        del self.branches
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+        return self
+
+    def as_conv(self) -> nn.Conv2d:
+        """The layer without its branches, as a convolution of images with the same parameters."""
+        raise NotImplementedError
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input as kernel and branches see it: with the padding that is not in `padding`, where there is any."""
+        return x
+
+    def on_images(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
+        return self(x)
+
+    def as_convmap(self) -> ConvMap:
+        """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
+        total = ConvMap.from_conv2d(self.as_conv())
+        for index, branch in enumerate(self.branches):
+            if not branch.skipped:
+                with _named(f"branches.{index}"):
+                    total = total + cast("Branch", branch).as_convmap(total)
+        return total
+
+    def fuse(self) -> nn.Module:
+        """A plain layer computing the same, with a bias if it needs one (for timm's `reparameterize_model`).
+
+        `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
+        """
+        fused = self.as_convmap().fit(self.as_conv())
+        plain = copy.deepcopy(self)
+        with torch.no_grad():
+            plain.weight.copy_(fused.kernel.reshape(plain.weight.shape))
+        if self.bias is not None or bool((fused.bias != 0).any()):
+            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
+        return plain.to_plain()
+
+
+class GrownConv2d(Grown, nn.Conv2d):
     """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
 
     A class of convolutions with a forward of its own has a subclass here (`GROWN_CLASSES`), which is one of that class
@@ -34,9 +84,7 @@ class GrownConv2d(nn.Conv2d):
     module goes on referring to it.
     """
 
-    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
-        branches: nn.ModuleList
-    plain_class: ClassVar[type[nn.Conv2d]] = nn.Conv2d
+    plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
 
     @staticmethod
     def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:
@@ -49,15 +97,9 @@ class GrownConv2d(nn.Conv2d):
         conv.branches = nn.ModuleList(branches).train(conv.training)
         return conv
 
-    def to_plain(self) -> nn.Conv2d:
-        """Forget the branches and be the class this module came from; returns the same object."""
-        del self.branches
-        self.__class__ = self.plain_class  # type: ignore[assignment]
+    def as_conv(self) -> nn.Conv2d:
+        """See `Grown.as_conv`."""
         return self
-
-    def padded(self, x: Tensor) -> Tensor:
-        """The input as kernel and branches see it: with the padding that is not in `padding`, where there is any."""
-        return x
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
@@ -67,28 +109,6 @@ class GrownConv2d(nn.Conv2d):
             if not branch.skipped:
                 y = y + branch(x, y)
         return y
-
-    def as_convmap(self) -> ConvMap:
-        """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
-        total = ConvMap.from_conv2d(self)
-        for index, branch in enumerate(self.branches):
-            if not branch.skipped:
-                with _named(f"branches.{index}"):
-                    total = total + cast("Branch", branch).as_convmap(total)
-        return total
-
-    def fuse(self) -> nn.Conv2d:
-        """A plain convolution computing the same, with a bias if it needs one (for timm's `reparameterize_model`).
-
-        `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
-        """
-        fused = self.as_convmap().fit(self)
-        plain = copy.deepcopy(self).to_plain()
-        with torch.no_grad():
-            plain.weight.copy_(fused.kernel)
-        if self.bias is not None or bool((fused.bias != 0).any()):
-            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
-        return plain
 
 
 @register_notrace_module  # as its parent is: the sizes it computes with are not to be traced
@@ -101,7 +121,7 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
     plain_class = Conv2dSame
 
     def padded(self, x: Tensor) -> Tensor:
-        """See `GrownConv2d.padded`."""
+        """See `Grown.padded`."""
         return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
 
@@ -248,12 +268,12 @@ def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
     return out
 
 
-GROWN_TYPES = (GrownConv2d, PureBottleneck)
+GROWN_TYPES = (Grown, PureBottleneck)
 
 
-def grown_modules(model: nn.Module) -> dict[str, GrownConv2d | PureBottleneck]:
+def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:
     """The outermost grown modules of a model by dotted name (not the ones nested inside another's branch)."""
-    found: dict[str, GrownConv2d | PureBottleneck] = {}
+    found: dict[str, Grown | PureBottleneck] = {}
 
     def visit(module: nn.Module, name: str) -> None:
         if isinstance(module, GROWN_TYPES):

@@ -42,9 +42,9 @@ class Args(Options):
     """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest, expandnet, lora, ...;
     A+B attaches both. A model that is grown at birth (reducenet20_x4) is not grown again in round 1."""
     ratio: float = 4.0
-    """Middle width of a branch over the output channels of its convolution."""
+    """Middle width of a branch over the output channels of its layer."""
     where: str | None = None
-    """Regular expression on module names; by default every convolution that can be grown exactly."""
+    """Regular expression on module names; by default every convolution and linear layer that can be grown exactly."""
     hold: float = 0.20
     """Share of a round with the branches' activations alive (lam = 1)."""
     vanish: float = 0.15

@@ -77,7 +77,7 @@ def test_calls_and_sizes():
     flow = trace(ConvNet(stride=2), (3, 10, 13))
     assert flow.input_size == (3, 10, 13)
     assert flow.output_sizes["stem"] == (10, 13) and flow.output_sizes["conv"] == (5, 7)
-    assert "head" not in flow.output_sizes and flow.calls["head"] == 1
+    assert flow.output_sizes["head"] == (1, 1) and "" not in flow.output_sizes and flow.calls["head"] == 1
 
 
 @pytest.mark.parametrize(

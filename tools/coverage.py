@@ -1,4 +1,4 @@
-"""Does grow -> train -> fuse work on every convolutional net of timm, and come back as that net? A table, net by net.
+"""Does grow -> train -> fuse work on every net of timm, and come back as that net? A table, net by net.
 
     python tools/coverage.py                                        one net of each of timm's families
     python tools/coverage.py "resnet*" "mobilenetv*" --branches dbb  what matches, with other branches
@@ -6,9 +6,9 @@
 
 Each net is grown with silent branches, gets random norms (and branches that are at work), is fused, and what was fused
 is loaded, strictly, into a fresh `timm.create_model` that has to compute the same. `share` is how much of the MACs of
-the eligible convolutions was grown; eligible are all but the stem, the classifier, and those that run never or on 1x1
-maps. Nets with less than half their MACs in convolutions are left out, and counted. Exit code 1 if a net crashed or is
-not exact.
+the eligible layers (convolutions and linear ones) was grown; eligible are all but the stem, the classifier, and those
+that run never, on 1x1 maps, or on one token. Nets with less than half their MACs in layers are left out, and counted.
+Exit code 1 if a net crashed or is not exact.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from growshrink.errors import near
 from growshrink.grown import grown_modules
 from growshrink.program import run_program
 
-#: How the reasons begin that say a convolution is nobody's to grow.
-NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps")
-LEAST_CONV_SHARE = 0.5
+#: How the reasons begin that say a layer is nobody's to grow.
+NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")
+LEAST_LAYER_SHARE = 0.5
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Result:
     """What became of one net with one kind of branch."""
 
     convs: int
+    linears: int
     grown: int
     share: float
     reasons: Counter[str]
@@ -78,7 +79,8 @@ def main(args: Args) -> int:
             raise gs.GrowShrinkError(f"{pattern}: matches no model of timm{near(pattern, timm.list_models())}")
     groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
     print(
-        f"{'model':32s} {'branch':11s} {'convs':>5s} {'grown':>5s} share  float64  float32 effect seconds  left alone"
+        f"{'model':32s} {'branch':11s} {'convs':>5s} {'linears':>7s} {'grown':>5s} share  float64  float32 effect "
+        "seconds  left alone"
     )
     results: dict[tuple[str, str], Result] = {}
     num_wrong, others = 0, Counter[str]()
@@ -88,8 +90,8 @@ def main(args: Args) -> int:
             others["too large"] += 1
             continue
         size = size_for(name, args.image_size)
-        if size is None or conv_share(name, size) < LEAST_CONV_SHARE:
-            others["with most of its MACs outside convolutions"] += 1
+        if size is None or layer_share(name, size) < LEAST_LAYER_SHARE:
+            others["with most of its MACs outside convolutions and linear layers"] += 1
             continue
         for branch in args.branches:
             start = time.perf_counter()
@@ -107,9 +109,9 @@ def main(args: Args) -> int:
             reasons = ", ".join(f"{count} {reason}" for reason, count in result.reasons.most_common())
             seconds = time.perf_counter() - start
             bar.write(
-                f"{name:32s} {branch:11s} {result.convs:5d} {result.grown:5d} {result.share:5.0%} "
-                f"{result.max_rel:8.1e} {result.max_rel_float32:8.1e} {result.effect:6.2f} {seconds:7.1f}  {reasons}"
-                f"{'  NOT EXACT' if result.wrong else ''}",
+                f"{name:32s} {branch:11s} {result.convs:5d} {result.linears:7d} {result.grown:5d} "
+                f"{result.share:5.0%} {result.max_rel:8.1e} {result.max_rel_float32:8.1e} {result.effect:6.2f} "
+                f"{seconds:7.1f}  {reasons}{'  NOT EXACT' if result.wrong else ''}",
                 file=sys.stdout,
             )
     nets = len({name for name, _ in results})
@@ -132,9 +134,11 @@ def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
         macs += cost * bool(row.branches)
         eligible += cost * (not row.reason.startswith(NOT_ELIGIBLE))
     randomize_norms_(grown)
-    with torch.no_grad():  # layer scales that start at 1e-6 would hide every branch behind them
-        for parameter in grown.parameters():
-            if 0 < float(parameter.abs().max()) < 1e-3:
+    with torch.no_grad():  # scales that start at 1e-6, and kernels and norms at 0, would hide every branch before them
+        for key, parameter in grown.named_parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif float(parameter.abs().max()) < 1e-3 and (parameter.any() or key.endswith(".weight")):
                 parameter.fill_(0.5)
     gs.set_lambda(grown, 0.0)
     land = partial(_landed, name=name, size=size)
@@ -147,8 +151,10 @@ def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
     except RuntimeError:  # it makes float32 constants inside
         double, effect, wrong = float("nan"), branch_effect(grown.float(), input_size=size), False
     reasons = Counter(_brief(reason) for reason in report.skipped.values())
+    num_linear = sum(isinstance(plain.get_submodule(row.name), nn.Linear) for row in report.rows)
     return Result(
-        len(report.rows),
+        len(report.rows) - num_linear,
+        num_linear,
         len(grown_modules(grown)),
         macs / max(1, eligible),
         reasons,
@@ -184,12 +190,12 @@ def size_for(name: str, side: int) -> InputSize | None:
     return None
 
 
-def conv_share(name: str, size: InputSize) -> float:
-    """Share of a net's MACs that is in `nn.Conv2d`s."""
+def layer_share(name: str, size: InputSize) -> float:
+    """Share of a net's MACs that is in `nn.Conv2d`s and `nn.Linear`s."""
     model = _empty(name)
     flow = trace(model, size)
-    convs = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    return sum(_macs(m, flow.output_sizes.get(n)) for n, m in convs.items()) / max(1, gs.profile(model, size).macs)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    return sum(_macs(m, flow.output_sizes.get(n)) for n, m in layers.items()) / max(1, gs.profile(model, size).macs)
 
 
 def _empty(name: str) -> nn.Module:
@@ -202,7 +208,7 @@ def _empty(name: str) -> nn.Module:
 
 
 def _macs(module: nn.Module, output: tuple[int, int] | None) -> int:
-    assert isinstance(module, nn.Conv2d)
+    assert isinstance(module, (nn.Conv2d, nn.Linear))
     return module.weight.numel() * output[0] * output[1] if output else 0
 
 

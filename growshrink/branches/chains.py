@@ -11,6 +11,7 @@ from torch import nn
 
 from growshrink.branches.base import Chain, middle_width
 from growshrink.branches.geometry import ONE_TAP, like, lopsided, padding_of
+from growshrink.grown_linear import TokenConv2d
 
 
 class PointwiseConv(Chain, kind="pointwise_conv"):
@@ -64,6 +65,8 @@ class PointwiseAverage(Chain, kind="pointwise_average"):
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
         """See `Branch.reason_against`."""
+        if isinstance(conv, TokenConv2d):
+            return "it is a linear layer, there are no neighbours to average over"
         if any(d > 1 and k > 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
             return f"its dilation is {conv.dilation}, an average pool has none"
         return lopsided(conv)

@@ -37,9 +37,9 @@ class RoundPlan:
 
     Attributes:
         epochs: Length of the round.
-        branch: Branch kinds to attach to each convolution, e.g. ("bottleneck",).
+        branch: Branch kinds to attach to each layer, e.g. ("bottleneck",).
         ratio: Middle width over output channels.
-        where: Regular expression on dotted names; None for every eligible convolution.
+        where: Regular expression on dotted names; None for every eligible convolution or linear layer.
         init: How branches are born: "silent", or as in the "paper" they come from, which changes what the net computes
             and is meant for a round at the very start; see `grow`.
         linear: The activations are not there from the start: lam is 0 throughout.

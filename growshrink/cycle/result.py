@@ -136,7 +136,7 @@ def versions() -> dict[str, str]:
 
 _COLUMNS = (
     ("round", lambda r: str(r["number"])),
-    ("branches", lambda r: ", ".join(r["branch"]) + f" in {r['num_grown']} convs"),
+    ("branches", lambda r: ", ".join(r["branch"]) + f" in {r['num_grown']} layers"),
     ("before", lambda r: _percent(r["top1"].get("before"))),
     ("peak", lambda r: _percent(r["top1"].get("peak"))),
     ("vanished", lambda r: _percent(r["top1"].get("vanished"))),

@@ -14,7 +14,7 @@ from growshrink.cycle.log import apply_grow, replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.dataflow import InputSize
 from growshrink.errors import PlanError, RunError
-from growshrink.grown import GrownConv2d, grown_modules
+from growshrink.grown import Grown, grown_modules
 from growshrink.supernet import NetAugTask
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import drop, fuse, grow
@@ -62,7 +62,7 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
         RunError: The averaged net and its fused form differ.
     """
     best = copy.deepcopy(trainer.best)
-    owns_kernels = all(isinstance(module, GrownConv2d) for module in grown_modules(best).values())
+    owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
     vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
     exact = copy.deepcopy(best).double()
     max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
@@ -117,7 +117,7 @@ def _meaning_changes(model: nn.Module) -> set[str]:
     return {
         f"{name}.{key}"
         for name, module in grown_modules(model).items()
-        if isinstance(module, GrownConv2d)
+        if isinstance(module, Grown)
         and not all(getattr(branch, "parallel", False) or branch.skipped for branch in module.branches)
         for key in ("weight", "bias")
     }

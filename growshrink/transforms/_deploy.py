@@ -1,7 +1,7 @@
-"""timm's own merging hooks on modules that hold grown convolutions: branches are merged before they run.
+"""timm's own merging hooks on modules that hold grown layers: branches are merged before they run.
 
 RepVGG's and MobileOne's blocks, and those of a dozen other families, have a `fuse`, `reparameterize` or
-`switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the convolutions inside and
+`switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the layers inside and
 know nothing of branches, which would be lost without a word.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from growshrink.dataflow import Flow
 from growshrink.errors import FuseError
-from growshrink.grown import GROWN_TYPES, GrownConv2d, grown_modules
+from growshrink.grown import GROWN_TYPES, Grown, grown_modules
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -28,10 +28,10 @@ class MergeFirst:
     Args:
         owner: The module.
         hook: Name of its method.
-        convs: The grown convolutions in it, each with the batch norm that takes its bias if it has none.
+        convs: The grown layers in it, each with the batch norm that takes its bias if it has none.
     """
 
-    def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[GrownConv2d, nn.Module | None]]) -> None:
+    def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[Grown, nn.Module | None]]) -> None:
         self.owner = owner
         self.hook = hook
         self.convs = convs
@@ -39,23 +39,23 @@ class MergeFirst:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""
         for conv, norm in self.convs:
-            if isinstance(conv, GrownConv2d):  # not merged yet by the hook of a module around this one
+            if isinstance(conv, Grown):  # not merged yet by the hook of a module around this one
                 _merge(conv, norm)
         del self.owner.__dict__[self.hook]
         return getattr(self.owner, self.hook)(*args, **kwargs)
 
 
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
-    """Put a `MergeFirst` before each hook of a module that holds grown convolutions.
+    """Put a `MergeFirst` before each hook of a module that holds grown layers.
 
     Args:
         model: A grown net; guards that are there already are replaced.
         flow: The data flow of `model`.
     """
     unguard_hooks(model)
-    convs: dict[str, tuple[GrownConv2d, nn.Module | None]] = {}
+    convs: dict[str, tuple[Grown, nn.Module | None]] = {}
     for name, module in grown_modules(model).items():
-        if isinstance(module, GrownConv2d):
+        if isinstance(module, Grown):
             norm, _ = flow.norm_after(name)
             convs[name] = module, None if norm is None else model.get_submodule(norm)
     for name, module in model.named_modules():
@@ -76,11 +76,11 @@ def unguard_hooks(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _merge(conv: GrownConv2d, norm: nn.Module | None) -> None:
-    total = conv.as_convmap().fit(conv)
+def _merge(conv: Grown, norm: nn.Module | None) -> None:
+    total = conv.as_convmap().fit(conv.as_conv())
     if conv.bias is None and norm is None and bool((total.bias != 0).any()):
-        raise FuseError("a convolution has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
-    conv.weight.copy_(total.kernel)
+        raise FuseError("a layer has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
+    conv.weight.copy_(total.kernel.reshape(conv.weight.shape))
     if conv.bias is not None:
         conv.bias.copy_(total.bias)
     elif norm is not None:

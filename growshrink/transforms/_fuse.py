@@ -16,7 +16,7 @@ from growshrink.algebra import ConvMap
 from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
-from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown import Grown, PureBottleneck, grown_modules
 from growshrink.transforms._deploy import unguard_hooks
 from growshrink.widths import Width, active_width
 
@@ -36,12 +36,12 @@ class _Merge:
 def fuse(
     model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
 ) -> nn.Module:
-    """Merge every branch into its convolution: back to the plain architecture, the same keys and shapes.
+    """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
     The result computes what the grown net computes in eval mode at `width`, in whatever mode the model is now. The
     batch norm statistics are the model's: those of a width it was not trained at need `calibrate_bn` first. Kernels are
     merged in float64 and cast at the end (relative error of the net about 1e-15 in float64, 1e-6 in float32). The
-    bias of a branch goes into the convolution's own, or else into the running mean of the batch norm behind it.
+    bias of a branch goes into the layer's own, or else into the running mean of the batch norm behind it.
     A net without branches comes back as it is.
 
     Args:
@@ -95,14 +95,14 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             raise FuseError(
                 "the model is itself a PureBottleneck, which cannot be replaced: its own fuse() gives a conv."
             )
-        if isinstance(module, GrownConv2d) and module._parameters.get("weight") is None:
+        if isinstance(module, Grown) and module._parameters.get("weight") is None:
             raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
         if any(owner == name or owner.startswith(f"{name}.") for owner in shared):
             raise FuseError(f"{name} shares parameters with another module: merging would change that one too.")
         if flow.calls.get(name, 0) > 1:
             raise FuseError(f"{name} runs {flow.calls[name]} times in a forward pass: a shared module is not merged.")
         total = _map_of(name, module)
-        owns_bias = isinstance(module, GrownConv2d) and module.bias is not None
+        owns_bias = isinstance(module, Grown) and module.bias is not None
         norm = None
         if not owns_bias and bool((total.bias != 0).any()):
             norm, reason = flow.norm_after(name)
@@ -113,13 +113,13 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 
 
 @torch.no_grad()
-def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
+def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
     replica = copy.deepcopy(module).cpu().double().eval()
     try:
         total = replica.as_convmap()
-        if isinstance(replica, GrownConv2d):
-            total = total.fit(replica)
+        if isinstance(replica, Grown):
+            total = total.fit(replica.as_conv())
     except AlgebraError as error:
         raise FuseError(f"{name}.{error}" if error.module else f"{name}: {error}") from error
     if not (total.kernel.isfinite().all() and total.bias.isfinite().all()):
@@ -129,8 +129,11 @@ def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
     x = torch.randn(
         2, total.in_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    seen = replica.padded(x) if isinstance(replica, GrownConv2d) else x
-    difference = relative_error(total(seen), replica(x.clone()))
+    if isinstance(replica, Grown):
+        seen, found = replica.padded(x), replica.on_images(x.clone())
+    else:
+        seen, found = x, replica(x.clone())
+    difference = relative_error(total(seen), found)
     if not difference <= MODULE_TOLERANCE:
         raise FuseError(
             f"{name}: its forward is not the affine map of its parts (relative difference {difference:.1e}). A module "
@@ -173,8 +176,8 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     unguard_hooks(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
-        if isinstance(module, GrownConv2d):
-            module.weight.copy_(merge.map.kernel)
+        if isinstance(module, Grown):
+            module.weight.copy_(merge.map.kernel.reshape(module.weight.shape))
             if module.bias is not None:
                 module.bias.copy_(merge.map.bias)
             module.to_plain()

@@ -14,11 +14,13 @@ from torch import nn
 from growshrink.branches import Branch, BranchSpec, check_ratio, say_left_out
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import DropError, GrowError, near
-from growshrink.grown import GROWN_CLASSES, GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown import GROWN_CLASSES, GROWN_TYPES, Grown, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown_linear import GrownLinear, TokenConv2d
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
+Layer = nn.Conv2d | nn.Linear
 
 INITS = ("silent", "paper")
 
@@ -37,7 +39,9 @@ def grow(
     inplace: bool = False,
     input_size: InputSize | None = None,
 ) -> nn.Module:
-    """Attach branches to the convolutions of any model.
+    """Attach branches to the convolutions and linear layers of any model.
+
+    A linear layer is grown as the 1x1 convolution it is on its tokens: batch norms normalise over all of them.
 
     Args:
         model: A timm model or any `nn.Module`.
@@ -45,11 +49,12 @@ def grow(
             "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your own)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
-            A convolution that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
-        ratio: Middle width of a branch over the output channels of its convolution.
-        where: None for every eligible convolution, a regular expression searched in dotted names, a callable
-            `(name, module) -> bool`, or a list of exact names. The first three skip what cannot be grown (see
-            `growth_report`); a name in a list that cannot be grown is refused.
+            A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
+        ratio: Middle width of a branch over the output channels of its layer.
+        where: None for every eligible layer, a regular expression searched in dotted names, a callable
+            `(name, module) -> bool` (asked about every convolution, and the linear layers that can be grown), or a list
+            of exact names. The first three skip what cannot be grown (see `growth_report`); a name in a list that
+            cannot be grown is refused.
         init: "silent" leaves the function of the net as it is, in train and eval mode, at any lam: the last factor of
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
@@ -70,19 +75,20 @@ def grow(
     model = model if inplace else copy.deepcopy(model)
     eligibility = _Eligibility(model, input_size)
     names = _select(model, where, eligibility, specs)
-    convs = {name: model.get_submodule(name) for name in names}
-    attachments = {
-        name: [
-            spec.build(
-                conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, num_branches(conv) + position)
-            )
+    layers = _candidates(model)
+    attachments: dict[str, list[Branch]] = {}
+    for name in names:
+        conv, present = _as_conv(layers[name]), num_branches(layers[name])
+        attachments[name] = [
+            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, present + position))
             for position, spec in enumerate(_fitting(specs, conv)[0])
         ]
-        for name, conv in convs.items()
-        if isinstance(conv, nn.Conv2d)
-    }
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        GrownConv2d.from_conv(convs[name], branches)  # type: ignore[arg-type]
+        layer = layers[name]
+        if isinstance(layer, nn.Linear):
+            GrownLinear.from_linear(layer, branches)
+        else:
+            GrownConv2d.from_conv(layer, branches)
     guard_hooks(model, eligibility.flow)
     return model
 
@@ -101,7 +107,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         )
     model = model if inplace else copy.deepcopy(model)
     for module in grown_modules(model).values():
-        assert isinstance(module, GrownConv2d)
+        assert isinstance(module, Grown)
         module.to_plain()
     unguard_hooks(model)
     return model
@@ -109,7 +115,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 @dataclass(frozen=True)
 class ReportRow:
-    """One convolution in a growth report."""
+    """One layer in a growth report."""
 
     name: str
     shape: str
@@ -120,18 +126,18 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class GrowthReport:
-    """Every convolution of a model: grown, eligible, or left alone and why. Print it."""
+    """Every convolution and linear layer of a model: grown, eligible, or left alone and why. Print it."""
 
     rows: tuple[ReportRow, ...]
 
     @property
     def grown(self) -> dict[str, tuple[str, ...]]:
-        """Kinds of the branches of each grown convolution."""
+        """Kinds of the branches of each grown layer."""
         return {row.name: row.branches for row in self.rows if row.branches}
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Reason of each convolution that cannot be grown and carries no branch."""
+        """Reason of each layer that cannot be grown and carries no branch."""
         return {row.name: row.reason for row in self.rows if row.reason and not row.branches}
 
     def __str__(self) -> str:
@@ -142,7 +148,7 @@ class GrowthReport:
             return "; ".join(parts + [say_left_out(row.left_out)] * bool(row.left_out))
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
-        lines.append(f"{len(self.rows)} convolutions: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
+        lines.append(f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
         return "\n".join(lines)
 
 
@@ -154,7 +160,7 @@ def growth_report(
     Args:
         model: A plain or a grown net.
         branch: What it is to be grown with, as for `grow`: reasons against these branches count too. None takes the
-            kinds the model carries anywhere, and so tells why some convolutions lack some of them.
+            kinds the model carries anywhere, and so tells why some layers lack some of them.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
     """
     eligibility = _Eligibility(model, input_size)
@@ -164,16 +170,15 @@ def growth_report(
         asked = {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
-        shape = f"{module.in_channels}->{module.out_channels} {module.kernel_size[0]}x{module.kernel_size[1]}"
-        shape += f" s{module.stride[0]}" * (module.stride[0] > 1) + f" g{module.groups}" * (module.groups > 1)
-        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, GrownConv2d) else ()
+        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
         reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
-            reasons = {kind: cls.reason_against(module) for kind, cls in asked.items() if kind not in kinds}
+            conv = _as_conv(module)
+            reasons = {kind: cls.reason_against(conv) for kind, cls in asked.items() if kind not in kinds}
             left_out = {kind: why for kind, why in reasons.items() if why}
             reason = say_left_out(left_out) if len(left_out) == len(asked) else ""
-        rows.append(ReportRow(name, shape, kinds, reason, left_out))
+        rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
     return GrowthReport(tuple(rows))
 
 
@@ -198,60 +203,77 @@ def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchS
 
 def num_branches(module: nn.Module) -> int:
     """How many branches a module carries (0 for a plain one)."""
-    return len(module.branches) if isinstance(module, GrownConv2d) else 0
+    return len(module.branches) if isinstance(module, Grown) else 0
 
 
 class _Eligibility:
-    """Answers why a convolution cannot be grown exactly."""
+    """Answers why a layer cannot be grown exactly."""
 
     def __init__(self, model: nn.Module, input_size: InputSize | None) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
-        self.stem = _as_tuple(cfg.get("first_conv")) or tuple(_candidates(model))[:1]
+        layers = _candidates(model)
+        first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), next(iter(layers), None))
+        self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
 
-    def reason_against(self, name: str, conv: nn.Conv2d, specs: Sequence[BranchSpec]) -> str:
-        """Empty if `conv` can be grown (with `specs`, where any are given), else the reason why not."""
+    def reason_against(self, name: str, layer: Layer, specs: Sequence[BranchSpec]) -> str:
+        """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
         calls = self.flow.calls.get(name, 0)
         if name in self.stem:
             return "the stem is left alone"
         if name in self.classifier:
             return "the classifier is left alone"
-        if isinstance(conv, _STANDARDISED):
-            return f"it is a {type(conv).__name__}: its kernel is standardised, and a merged one could not be"
-        if type(conv) not in GROWN_CLASSES and not isinstance(conv, GrownConv2d):
-            return f"it is a {type(conv).__name__}, whose forward is its own"
-        if not isinstance(conv._parameters.get("weight"), nn.Parameter):
+        if isinstance(layer, _STANDARDISED):
+            return f"it is a {type(layer).__name__}: its kernel is standardised, and a merged one could not be"
+        if type(layer) not in (*GROWN_CLASSES, nn.Linear) and not isinstance(layer, Grown):
+            return f"it is a {type(layer).__name__}, whose forward is its own"
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
             return "its weight is computed by a hook, not a parameter"
         if name in self.shared:
             return "its parameters are shared with another module"
+        if name in self.flow.read_beside:
+            return "something else than its own forward reads its parameters"
         if calls != 1:
             return f"it runs {calls} times in a forward pass"
         if self.flow.output_sizes.get(name, (1, 1)) == (1, 1):
-            return "it is seen on 1x1 maps, which a batch norm cannot be trained on"
-        parts, reason = _fitting(specs, conv)
+            seen = "one token" if isinstance(layer, nn.Linear) else "1x1 maps"
+            return f"it is seen on {seen}, which a batch norm cannot be trained on"
+        parts, reason = _fitting(specs, _as_conv(layer))
         if reason:
             return reason
         biased = not specs or any(Branch.kinds[part.kind].biased for part in parts)
-        if conv.bias is None and biased:
+        if layer.bias is None and biased:
             norm, reason = self.flow.norm_after(name)
             if norm is None:
                 return f"it has no bias, and the bias of a branch finds no batch norm to go to: {reason}"
         return ""
 
 
-def _candidates(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """Every convolution that is not itself part of a branch or of a PureBottleneck."""
+def _candidates(model: nn.Module) -> dict[str, Layer]:
+    """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
         id(m) for grown in model.modules() if isinstance(grown, GROWN_TYPES) for m in grown.modules() if m is not grown
     }
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and id(m) not in inside}
+    return {n: m for n, m in model.named_modules() if isinstance(m, Layer) and id(m) not in inside}
+
+
+def _as_conv(layer: Layer) -> nn.Conv2d:
+    """What branches are built for."""
+    return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
+
+
+def _shape(layer: Layer) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"{layer.in_features}->{layer.out_features} linear"
+    shape = f"{layer.in_channels}->{layer.out_channels} {layer.kernel_size[0]}x{layer.kernel_size[1]}"
+    return shape + f" s{layer.stride[0]}" * (layer.stride[0] > 1) + f" g{layer.groups}" * (layer.groups > 1)
 
 
 def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
     candidates = _candidates(model)
-    reasons = {name: eligibility.reason_against(name, conv, specs) for name, conv in candidates.items()}
+    reasons = {name: eligibility.reason_against(name, layer, specs) for name, layer in candidates.items()}
     if isinstance(where, str):
         try:
             pattern = re.compile(where)
@@ -259,30 +281,31 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
             raise GrowError(f"{where=}: not a regular expression ({error}).") from error
         chosen = [name for name in candidates if pattern.search(name)]
         if not chosen:
-            raise GrowError(f"{where=}: matches no convolution{near(where, candidates)}")
+            raise GrowError(f"{where=}: matches no convolution and no linear layer{near(where, candidates)}")
     elif where is None:
         chosen = list(candidates)
     elif callable(where):
-        chosen = [name for name, conv in candidates.items() if where(name, conv)]
+        # not about classifiers and the like: a callable written for convolutions goes on working in nets of those
+        asked = {n: m for n, m in candidates.items() if isinstance(m, nn.Conv2d) or not reasons[n]}
+        chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
-            raise GrowError(f"the callable given as where chose none of {len(candidates)} convolutions.")
+            raise GrowError(f"the callable given as where chose none of {len(asked)} layers.")
     else:
         chosen = list(dict.fromkeys(where))
         for name in chosen:
             if name not in candidates:
-                raise GrowError(f"where names {name!r}: no such convolution{near(name, candidates)}")
+                raise GrowError(f"where names {name!r}: no such convolution or linear layer{near(name, candidates)}")
             if reasons[name]:
                 raise GrowError(f"where names {name!r}, which cannot be grown: {reasons[name]}.")
         if not chosen:
-            raise GrowError("where=[]: names no convolution.")
+            raise GrowError("where=[]: names no layer.")
         return chosen
     eligible = [name for name in chosen if not reasons[name]]
     if not eligible:
-        first = next((name for name in chosen if name not in eligibility.stem), chosen[0] if chosen else "")
-        found = f"{first}: {reasons[first]}" if chosen else "the model has no convolution"
-        raise GrowError(
-            f"none of {len(chosen)} convolutions can be grown exactly ({found}). See growshrink.growth_report."
-        )
+        ends = (*eligibility.stem, *eligibility.classifier)
+        first = next((name for name in chosen if name not in ends), chosen[0] if chosen else "")
+        found = f"{first}: {reasons[first]}" if chosen else "the model has none"
+        raise GrowError(f"none of {len(chosen)} layers can be grown exactly ({found}). See growshrink.growth_report.")
     return eligible
 
 

@@ -22,6 +22,7 @@ from small import (
     small,
     two_rounds,
 )
+from timm.models.mlp_mixer import MlpMixer
 
 import growshrink as gs
 from growshrink.cycle.log import replay
@@ -90,7 +91,7 @@ def test_two_rounds_leave_a_plain_net_a_proof_and_a_record(tmp_path):
     assert 0 <= found["val"]["top1"] <= 100 and found["val"]["loss"] > 0
     assert [record["number"] for record in found["rounds"]] == [1, 2]
     for record, kinds in zip(found["rounds"], (["bottleneck"], ["insert"]), strict=True):
-        assert record["branch"] == kinds and record["num_grown"] == 2 and record["num_skipped"] == 1
+        assert record["branch"] == kinds and record["num_grown"] == 2 and record["num_skipped"] == 2
         assert list(record["top1"]) == ["before", "peak", "vanished", "dropped", "fused", "end"]
         assert all(0 <= value <= 100 for value in record["top1"].values())
         assert record["max_rel"] <= 1e-12 and record["max_rel_float32"] <= 1e-5 and record["top1_agreement"] == 1.0
@@ -203,7 +204,7 @@ def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, mo
     assert "![curves](curves.png)" in text and "exactly the plain net's" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
-    assert result.table().splitlines()[2].startswith("1     | bottleneck in 9 convs |")
+    assert result.table().splitlines()[2].startswith("1     | bottleneck in 9 layers |")
 
 
 def test_a_run_without_rounds_is_plain_training(tmp_path):
@@ -334,3 +335,18 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
             run(tmp_path, **{**options, **change}, resume=True)
         assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
     run(tmp_path, **{**options, "about": {"model": "a", "command": "another command"}}, resume=True)
+
+
+@pytest.mark.parametrize(("augment", "exit"), [("none", "fuse"), ("netaug", "choose")])
+def test_a_cycle_of_a_net_of_linear_layers(tmp_path, augment, exit):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MlpMixer(num_classes=4, img_size=8, patch_size=2, embed_dim=8, num_blocks=1)
+    plan = two_rounds((("bottleneck", "insert"),), augment=augment, exit=exit)
+    result = run(tmp_path / "run", model, plan)
+    assert list(result.model.state_dict()) == list(model.state_dict())
+    assert {k: v.shape for k, v in result.model.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    (record,) = report(tmp_path / "run")["rounds"]
+    assert record["num_grown"] == 4 and record["max_rel"] <= 1e-12 and record["effect"] >= 0.01

@@ -10,21 +10,21 @@ def run(*args):
 
 
 def test_table_of_small_nets():
-    done = run("test_resnet", "test_nfnet", "test_vit", "--branches", "repvgg")
+    done = run("test_resnet", "test_nfnet", "test_convnext2", "gmlp_s16_224", "--branches", "repvgg")
     assert done.returncode == 0, done.stderr
-    header, grown, standardised, totals, *left_out = done.stdout.splitlines()
+    header, grown, standardised, linear, totals, *left_out = done.stdout.splitlines()
     titles = header.removesuffix("  left alone").split()
     values = dict(zip(titles, grown.split(), strict=False))
-    assert (values["model"], values["branch"], values["convs"], values["grown"]) == (
-        "test_resnet",
-        "repvgg",
-        "15",
-        "14",
-    )
-    assert values["share"] == "100%" and grown.endswith("  1 the stem is left alone")
+    counts = [values[key] for key in ("model", "branch", "convs", "linears", "grown")]
+    assert counts == ["test_resnet", "repvgg", "15", "1", "14"]
+    assert values["share"] == "100%" and grown.endswith("  1 the stem is left alone, 1 the classifier is left alone")
     assert float(values["float64"]) <= 1e-10 and float(values["float32"]) <= 1e-5 and float(values["effect"]) > 0.01
     assert standardised.startswith("test_nfnet") and "its kernel is standardised" in standardised
-    assert totals == "1 nets, 1 grown and fused, 0 wrong; median share of eligible MACs 100.0%"
+    values = dict(zip(titles, linear.split(), strict=False))
+    counts = [values[key] for key in ("model", "convs", "linears", "grown", "share")]
+    assert counts == ["test_convnext2", "8", "9", "12", "86%"]  # the rest are 2x2, which has no middle
+    assert float(values["float64"]) <= 1e-10 and float(values["float32"]) <= 1e-5 and float(values["effect"]) > 0.01
+    assert totals.startswith("2 nets, 2 grown and fused, 0 wrong; median share of eligible MACs 9")
     assert len(left_out) == 2
 
 

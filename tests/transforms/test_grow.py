@@ -215,13 +215,13 @@ def test_where(where, names):
 NO_BIAS_NO_NORM = "it has no bias, and the bias of a branch finds no batch norm to go to"
 WRONG = {
     "regex": ({"where": "stages.("}, "where='stages.*': not a regular expression"),
-    "regex without match": ({"where": "stagess"}, "matches no convolution; "),
-    "regex of the stem": ({"where": "^stem"}, r"none of 1 convolutions can be grown exactly \(stem.conv: the stem"),
-    "callable that takes none": ({"where": lambda n, m: False}, "chose none of 10 convolutions"),
+    "regex without match": ({"where": "stagess"}, "matches no convolution and no linear layer; "),
+    "regex of the stem": ({"where": "^stem"}, r"none of 1 layers can be grown exactly \(stem.conv: the stem"),
+    "callable that takes none": ({"where": lambda n, m: False}, "chose none of 10 layers"),
     "empty list": ({"where": []}, r"where=\[\]"),
     "unknown name": (
         {"where": ["stages.0.0.con"]},
-        "'stages.0.0.con': no such convolution; did you mean .*stages.0.0.conv",
+        "'stages.0.0.con': no such convolution or linear layer; did you mean .*stages.0.0.conv",
     ),
     "name of no conv": ({"where": ["stages.0.0.bn"]}, "no such convolution"),
     "name that is skipped": (
@@ -322,6 +322,7 @@ REASONS = {
     "read_twice": f"{NO_BIAS_NO_NORM}: its output is read 2 times (read_twice_bn, add)",
     "behind_pool": "it is seen on 1x1 maps",
     "biased": "",
+    "head": "it is seen on one token",
 }
 
 
@@ -338,7 +339,7 @@ def test_report_gives_every_reason(odd):
     for row in report.rows:
         assert row.reason.startswith(REASONS[row.name]) and bool(row.reason) == bool(REASONS[row.name]), row
     assert set(report.skipped) == {name for name, reason in REASONS.items() if reason}
-    assert "14 convolutions: 0 grown, 12 not eligible." in str(report)
+    assert "15 layers: 0 grown, 13 not eligible." in str(report)
 
 
 @pytest.mark.parametrize("name", [n for n, r in REASONS.items() if r])
@@ -361,18 +362,18 @@ def test_the_classifier_is_left_alone():
     model = ConvNet(bias=True, norm=False, head=False)
     model.pretrained_cfg = {"first_conv": "stem", "classifier": "conv"}
     assert gs.growth_report(model).skipped == {"stem": "the stem is left alone", "conv": "the classifier is left alone"}
-    with pytest.raises(GrowError, match="none of 2 convolutions"):
+    with pytest.raises(GrowError, match="none of 2 layers"):
         gs.grow(model)
 
 
-def test_a_model_without_convolutions():
-    with pytest.raises(GrowError, match="the model has no convolution"):
-        gs.grow(nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2)), input_size=(3, 8, 8))
+def test_a_model_without_layers():
+    with pytest.raises(GrowError, match="none of 0 layers can be grown exactly .the model has none"):
+        gs.grow(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(3 * 8 * 8)), input_size=(3, 8, 8))
 
 
-def test_grown_at_birth_has_only_its_stem_left():
+def test_grown_at_birth_has_only_its_stem_and_its_classifier_left():
     report = gs.growth_report(net("reducenet20_x2"))
-    assert report.skipped == {"stem.conv": "the stem is left alone"} and len(report.rows) == 1
+    assert set(report.skipped) == {"stem.conv", "head.fc"} and len(report.rows) == 2
     with pytest.raises(GrowError, match="stem.conv"):
         gs.grow(net("reducenet20_x2"))
 
