@@ -349,4 +349,5 @@ def test_a_cycle_of_a_net_of_linear_layers(tmp_path, augment, exit):
         k: v.shape for k, v in model.state_dict().items()
     }
     (record,) = report(tmp_path / "run")["rounds"]
-    assert record["num_grown"] == 4 and record["max_rel"] <= 1e-12 and record["effect"] >= 0.01
+    assert record["num_grown"] == 4 and record["max_rel"] <= 1e-12
+    assert exit == "choose" or record["effect"] >= 0.01  # it may choose the base, in which nothing is merged
