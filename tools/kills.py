@@ -48,7 +48,7 @@ from growshrink.training.folder import LOCK, MARKER, RunFolder, read_json, write
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
 OPTIONS = (
-    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--batch-size", "64", "--epochs", "9"),
+    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--batch-size", "64", "--epochs", "10"),
     *("--hold", "0.2", "--vanish", "0.2", "--distil", "peak", "--accept-within", "1", "--save-every", "2", "--quiet"),
 )
 #: What may differ from run to run.

@@ -62,6 +62,7 @@ def undisturbed(tmp_path_factory):
 
 # ---- a kill at every kind of event, before it and after it
 
+#: All of round 1 (no checkpoint is written between its fuse and its end), and of the end of the run.
 EVENTS = (
     "run.snapshot",
     "run.grow_nets",
@@ -71,7 +72,7 @@ EVENTS = (
     "run.ListeningTrainer.calibrate_average",
     "run.fuse_nets",
     "surgery.fuse",
-    "surgery.verify",  # between this and the next no checkpoint is written, so that each is met in round 1 and again in 2
+    "surgery.verify",
     "run.undo",
     "run.save_plain",
     "result.write_json",

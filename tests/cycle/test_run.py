@@ -320,8 +320,8 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
     ]
     real = gs.cycle.run.save_run
 
-    def save_and_fail_at_4(folder, segment, state, trainer, teacher):
-        real(folder, segment, state, trainer, teacher)
+    def save_and_fail_at_4(folder, segment, state, trainer, **kwargs):
+        real(folder, segment, state, trainer, **kwargs)
         if trainer.update == 4:
             raise Interrupt
 
