@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,8 +48,9 @@ from growshrink.training.folder import LOCK, MARKER, RunFolder, read_json, write
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
 OPTIONS = (
-    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--batch-size", "64", "--epochs", "10"),
-    *("--hold", "0.2", "--vanish", "0.2", "--distil", "peak", "--accept-within", "1", "--save-every", "2", "--quiet"),
+    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--where", "2.conv", "--batch-size", "64"),
+    *("--epochs", "8", "--hold", "0.15", "--vanish", "0.1", "--distil", "peak", "--accept-within", "1"),
+    *("--save-every", "5", "--quiet"),
 )
 #: What may differ from run to run.
 TIMES = ("seconds", "images_per_second")
@@ -61,8 +62,9 @@ class Args:
 
     num: int = 100
     """Kills."""
-    spread: float = 0.3
-    """A process is killed within this share of the time that the undisturbed run took, uniformly drawn."""
+    spread: float = 0.2
+    """A process is killed within this share of the time that the undisturbed run took, from the moment on that it is at
+    work; uniformly drawn."""
     fresh: bool = False
     """Start a new process for every attempt."""
     seed: int = 0
@@ -83,56 +85,49 @@ def main(args: Args) -> int:
     claim = RunFolder.claim(args.out) if args.out is not None else RunFolder.claim_next(Path("runs"), "kills")
     with claim as folder, tqdm(total=args.num, unit="kill", disable=args.quiet) as bar:
         folder.write_marker("running", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
-        alone = Attempt(folder.path / "undisturbed", fresh=args.fresh)
-        began = alone.wait_until_at_work()
-        alone.wait()
+        with Attempt(folder.path / "undisturbed", fresh=args.fresh) as alone:
+            began = alone.wait_until_at_work()
+            alone.wait()
         whole = time.perf_counter() - began
         expected = outcome(alone.path)
-        draw, kills = random.Random(args.seed), list[dict[str, Any]]()
-        runs: list[dict[str, Any]] = []
+        draw, kills, runs = random.Random(args.seed), list[dict[str, Any]](), list[dict[str, Any]]()
         while len(kills) < args.num:
             path = folder.path / f"run-{len(runs) + 1}"
-            mine = run_killed(path, args, bar, [draw.uniform(0, args.spread * whole) for _ in range(args.num)], kills)
+            before = len(kills)
+            for kill in run_killed(path, args.fresh, lambda: draw.uniform(0, args.spread * whole), args.num - before):
+                kills.append(kill)
+                bar.update()
             equal = outcome(path) == expected
-            runs.append({"kills": mine, "equal": equal})
+            runs.append({"kills": len(kills) - before, "equal": equal})
             if equal:
                 shutil.rmtree(path)
-        survived = sum(run["kills"] for run in runs if run["equal"])
-        places = Counter(kill["place"] for kill in kills)
-        writing = sum(bool(kill["writing"]) for kill in kills)
-        result = {
-            "kills": len(kills),
-            "survived": survived,
-            "runs": runs,
-            "seconds_undisturbed": whole,
-            "places": dict(places),
-            "writing": writing,
-            "each": kills,
-            "args": {"num": args.num, "spread": args.spread, "fresh": args.fresh, "seed": args.seed},
-            "options": OPTIONS,
-            "versions": versions(),
-        }
-        write_json(folder.path / "kills.json", result)
-        folder.write_marker("finished", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
-    where = ", ".join(f"{count} {place}" for place, count in places.most_common())
+            survived = sum(run["kills"] for run in runs if run["equal"])
+            figures = {"kills": len(kills), "survived": survived, "seconds_undisturbed": whole}
+            about = {"spread": args.spread, "fresh": args.fresh, "seed": args.seed, "options": OPTIONS}
+            write_json(
+                folder.path / "kills.json", {**figures, "runs": runs, "each": kills, **about, "versions": versions()}
+            )
+        folder.write_marker("finished", about)
+    where = ", ".join(f"{count} {place}" for place, count in Counter(kill["place"] for kill in kills).most_common())
+    writing = sum(bool(kill["writing"]) for kill in kills)
     print(f"phase of the newest checkpoint at the kill: {where}; {writing} in the middle of writing a file")
     print(f"{survived} of {len(kills)} kills survived: final weights, growth log and history equal, {len(runs)} runs")
     print(f"Read {folder.path / 'kills.json'}")
     return int(survived < len(kills))
 
 
-def run_killed(path: Path, args: Args, bar: tqdm, delays: Sequence[float], kills: list[dict[str, Any]]) -> int:
-    """One run to its end, killed after each of `delays` until `args.num` kills are together; how many hit this run."""
-    before = len(kills)
-    for delay in [*delays[: args.num - len(kills)], None]:
-        attempt = Attempt(path, fresh=args.fresh)
-        attempt.wait_until_at_work()
-        if delay is None or not attempt.kill_after(delay):
-            attempt.wait()
-            break
-        kills.append({"run": path.name, "delay": delay, **state_of(path)})
-        bar.update()
-    return len(kills) - before
+def run_killed(path: Path, fresh: bool, delay: Callable[[], float], most: int) -> Iterator[dict[str, Any]]:
+    """One run to its end, killed at most so many times after a delay each; where it was when it was."""
+    for _ in range(most):
+        with Attempt(path, fresh=fresh) as attempt:
+            attempt.wait_until_at_work()
+            seconds = delay()
+            if not attempt.kill_after(seconds):
+                attempt.wait()
+                return
+        yield {"run": path.name, "delay": seconds, **state_of(path)}
+    with Attempt(path, fresh=fresh) as attempt:
+        attempt.wait()
 
 
 class Attempt:
@@ -151,6 +146,15 @@ class Attempt:
                 self._pid = process.pid
             else:
                 self._pid = fork(argv, log.fileno())
+
+    def __enter__(self) -> Attempt:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave no process behind."""
+        if not self._over():
+            self.kill_after(0)
 
     def wait_until_at_work(self) -> float:
         """Return when the process has claimed its folder, or is over; that moment on the performance counter."""

@@ -318,7 +318,7 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
         ({"augment": Augment(crop=1, flip=False)}, r"another augment \(crop: 0 then, 1 now\)"),
         ({"model": other_model}, "checkpoint-000000004.*of another model"),
     ]
-    real = gs.cycle.run.save_run
+    real = gs.cycle.execution.save_run
 
     def save_and_fail_at_4(folder, segment, state, trainer, **kwargs):
         real(folder, segment, state, trainer, **kwargs)
@@ -326,7 +326,7 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
             raise Interrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr("growshrink.cycle.run.save_run", save_and_fail_at_4)
+        patch.setattr("growshrink.cycle.execution.save_run", save_and_fail_at_4)
         run(tmp_path, **options)
     before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
     for change, words in changes:
