@@ -208,7 +208,8 @@ def _difference(old: Any, new: Any) -> str:
         return f"{key}: {_difference(old.get(key), new.get(key))}"
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         index = next(index for index in range(len(old)) if old[index] != new[index])
-        return f"[{index}]: {_difference(old[index], new[index])}"
+        if isinstance(old[index], dict):
+            return f"[{index}]: {_difference(old[index], new[index])}"
     return f"{old!r} then, {new!r} now"
 
 
