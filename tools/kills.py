@@ -4,8 +4,8 @@
     python tools/kills.py --num 10 --fresh
 
 One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
-they finish, over and over, until as many kills as asked for have landed in a process at work (one that held the folder
-of its run). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
+they finish, over and over, until as many kills as asked for have landed in a process at work (past its start-up, and
+past reading its checkpoint). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
 undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a teacher, an average,
 dropout, a round that may be undone, and a checkpoint every few updates.
 
@@ -43,7 +43,7 @@ from growshrink.cycle.result import PLAIN_FILE, versions
 from growshrink.errors import RunError
 from growshrink.program import run_program
 from growshrink.training.checkpoints import PARTIAL, find_checkpoints
-from growshrink.training.folder import LOCK, MARKER, RunFolder, read_json, write_json
+from growshrink.training.folder import MARKER, RunFolder, read_json, write_json
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
@@ -138,6 +138,8 @@ class Attempt:
         self._code: int | None = None
         argv = [str(RECIPE), *OPTIONS, "--resume", "--out", str(path)]
         path.mkdir(parents=True, exist_ok=True)
+        self._file = path / ("log.jsonl" if (path / MARKER).exists() else MARKER)
+        self._inode = inode(self._file)
         self._log = path.parent / f"{path.name}.log"
         with open(self._log, "ab") as log:
             if fresh:
@@ -157,14 +159,11 @@ class Attempt:
             self.kill_after(0)
 
     def wait_until_at_work(self) -> float:
-        """Return when the process has claimed its folder, or is over; that moment on the performance counter."""
-        lock = str(self.path.resolve() / LOCK)
-        while not self._over():
-            with suppress(OSError):
-                for entry in os.scandir(f"/proc/{self._pid}/fd"):
-                    with suppress(OSError):
-                        if os.readlink(entry.path) == lock:
-                            return time.perf_counter()
+        """Return when the process trains, or is over; that moment on the performance counter.
+
+        A run that begins writes its marker then, and one that goes on writes its history anew.
+        """
+        while not self._over() and inode(self._file) in (None, self._inode):
             time.sleep(0.001)
         return time.perf_counter()
 
@@ -193,6 +192,13 @@ class Attempt:
             if pid:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code is not None
+
+
+def inode(path: Path) -> int | None:
+    """The number of a file, which is another one once it was replaced; None if there is none."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None
 
 
 def fork(argv: list[str], output: int) -> int:
