@@ -4,6 +4,8 @@
     python recipes/grow_cycle.py --data cifar10 --data-dir D --model reducenet20 --epochs 60 --amp
     python recipes/grow_cycle.py --data D --model mobilenetv3_small_050 --branches bottleneck insert+bottleneck
     python recipes/grow_cycle.py --augment lazy --exit choose       with middle widths sampled, as NetAug does
+    torchrun --nproc-per-node 2 --max-restarts 3 recipes/grow_cycle.py --resume --out DIR ...      on several processes,
+                                                                    started again where one of them dies
 
 Leaves runs/NAME/ with report.md (read this), report.json, curves.png, plain.safetensors (the net to deploy, the keys
 and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json (options, versions, seeds).
@@ -26,6 +28,7 @@ from growshrink.program import run_program
 from growshrink.supernet.passes import MODES
 from growshrink.training.folder import read_json
 from growshrink.training.options import Options
+from growshrink.training.ranks import joined, this_rank
 
 
 @dataclass(kw_only=True)
@@ -71,8 +74,7 @@ class Args(Options):
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    folder = args.claim()
-    with folder:
+    with joined(args.device), args.claim() as folder:
         if folder.finished:
             print(f"{folder.path} is finished: {folder.path / 'report.md'}")
             return
@@ -93,12 +95,18 @@ def main(args: Args) -> None:
             save_every=args.save_every,
             keep=args.keep,
         )
+        if this_rank() == 0:
+            tell(result)
+
+
+def tell(result: gs.CycleResult) -> None:
+    """The rounds, and what came out, on the screen."""
     if result.rounds:
         print(result.table())
     print(
         f"test top-1 {result.final['top1']:.2f} %, {result.deployed['params']:,} parameters "
         f"(the plain net has {result.plain['params']:,}), training cost "
-        f"{result.to_dict()['training']['cost']:.2f} times the plain net's.\nRead {folder.path / 'report.md'}"
+        f"{result.to_dict()['training']['cost']:.2f} times the plain net's.\nRead {result.out_dir / 'report.md'}"
     )
 
 

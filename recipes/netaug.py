@@ -66,31 +66,33 @@ def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     folder = args.claim("netaug-")
     with folder:
-        if folder.finished:
+        summary_file = folder.path / "netaug.json"
+        if folder.finished and summary_file.exists():
             print(f"{folder.path} is finished: {folder.path / 'report.md'}")
             return
         device = args.torch_device()
         torch.manual_seed(args.seed)
         feed = args.make_feed(device)
         model, about = args.make_model(feed)
-        gs.run_cycle(
-            model,
-            feed,
-            make_plan(args),
-            out_dir=folder,
-            config=args.train_config(),
-            device=device,
-            progress=not args.quiet,
-            tensorboard=args.tensorboard,
-            about=args.about(about),
-            save_every=args.save_every,
-            keep=args.keep,
-        )
+        if not folder.finished:  # else it was stopped between the training and its summary
+            gs.run_cycle(
+                model,
+                feed,
+                make_plan(args),
+                out_dir=folder,
+                config=args.train_config(),
+                device=device,
+                progress=not args.quiet,
+                tensorboard=args.tensorboard,
+                about=args.about(about),
+                save_every=args.save_every,
+                keep=args.keep,
+            )
         report = read_json(folder.path / "report.json")
         cost = cost_of_a_step(args, feed, folder.path, about) if args.steps_to_time else None
         summary = {**summarise(report), "seconds_of_a_step": cost}
-        write_json(folder.path / "netaug.json", summary)
         draw(folder.path, summary)
+        write_json(summary_file, summary)
     print(text(summary))
     print(f"Read {folder.path / 'report.md'}, look at {folder.path / 'netaug.png'}")
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import json
 import math
 import shlex
 import sys
@@ -59,6 +58,7 @@ from growshrink.program import run_program
 from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
+from growshrink.training.folder import write_json
 from paired import Bench, OneBatch, channels_last, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
@@ -120,11 +120,9 @@ def main(args: Args) -> int:
     about |= {"seconds": time.perf_counter() - began, "load_after": load()}
     print(table(bench.rows, about))
     if args.out is not None:
-        try:
-            with open(args.out, "x", encoding="utf-8") as file:
-                file.write(json.dumps({**about, **asdict(bench)}, indent=1) + "\n")
-        except OSError as error:
-            raise RunError(f"--out {args.out}: {error.strerror}.") from error
+        if args.out.exists():
+            raise RunError(f"--out {args.out}: File exists.")
+        write_json(args.out, {**about, **asdict(bench)})
     return int(args.strict and any(row.verdict == "MISSED" for row in bench.rows))
 
 

@@ -4,8 +4,8 @@
     python tools/kills.py --num 10 --fresh
 
 One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
-they finish, over and over, until as many kills as asked for have landed in a process at work (one that held the folder
-of its run). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
+they finish, over and over, until as many kills as asked for have landed in a process at work (past its start-up, and
+past reading its checkpoint). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
 undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a teacher, an average,
 dropout, a round that may be undone, and a checkpoint every few updates.
 
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +43,14 @@ from growshrink.cycle.result import PLAIN_FILE, versions
 from growshrink.errors import RunError
 from growshrink.program import run_program
 from growshrink.training.checkpoints import PARTIAL, find_checkpoints
-from growshrink.training.folder import LOCK, MARKER, RunFolder, read_json, write_json
+from growshrink.training.folder import MARKER, RunFolder, read_json, write_json
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
 OPTIONS = (
-    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--batch-size", "64", "--epochs", "9"),
-    *("--hold", "0.2", "--vanish", "0.2", "--distil", "peak", "--accept-within", "1", "--save-every", "2", "--quiet"),
+    *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--where", "2.conv", "--batch-size", "64"),
+    *("--epochs", "8", "--hold", "0.15", "--vanish", "0.1", "--distil", "peak", "--accept-within", "1"),
+    *("--save-every", "5", "--quiet"),
 )
 #: What may differ from run to run.
 TIMES = ("seconds", "images_per_second")
@@ -61,8 +62,9 @@ class Args:
 
     num: int = 100
     """Kills."""
-    spread: float = 0.3
-    """A process is killed within this share of the time that the undisturbed run took, uniformly drawn."""
+    spread: float = 0.2
+    """A process is killed within this share of the time that the undisturbed run took, from the moment on that it is at
+    work; uniformly drawn."""
     fresh: bool = False
     """Start a new process for every attempt."""
     seed: int = 0
@@ -83,56 +85,49 @@ def main(args: Args) -> int:
     claim = RunFolder.claim(args.out) if args.out is not None else RunFolder.claim_next(Path("runs"), "kills")
     with claim as folder, tqdm(total=args.num, unit="kill", disable=args.quiet) as bar:
         folder.write_marker("running", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
-        alone = Attempt(folder.path / "undisturbed", fresh=args.fresh)
-        began = alone.wait_until_at_work()
-        alone.wait()
+        with Attempt(folder.path / "undisturbed", fresh=args.fresh) as alone:
+            began = alone.wait_until_at_work()
+            alone.wait()
         whole = time.perf_counter() - began
         expected = outcome(alone.path)
-        draw, kills = random.Random(args.seed), list[dict[str, Any]]()
-        runs: list[dict[str, Any]] = []
+        draw, kills, runs = random.Random(args.seed), list[dict[str, Any]](), list[dict[str, Any]]()
         while len(kills) < args.num:
             path = folder.path / f"run-{len(runs) + 1}"
-            mine = run_killed(path, args, bar, [draw.uniform(0, args.spread * whole) for _ in range(args.num)], kills)
+            before = len(kills)
+            for kill in run_killed(path, args.fresh, lambda: draw.uniform(0, args.spread * whole), args.num - before):
+                kills.append(kill)
+                bar.update()
             equal = outcome(path) == expected
-            runs.append({"kills": mine, "equal": equal})
+            runs.append({"kills": len(kills) - before, "equal": equal})
             if equal:
                 shutil.rmtree(path)
-        survived = sum(run["kills"] for run in runs if run["equal"])
-        places = Counter(kill["place"] for kill in kills)
-        writing = sum(bool(kill["writing"]) for kill in kills)
-        result = {
-            "kills": len(kills),
-            "survived": survived,
-            "runs": runs,
-            "seconds_undisturbed": whole,
-            "places": dict(places),
-            "writing": writing,
-            "each": kills,
-            "args": {"num": args.num, "spread": args.spread, "fresh": args.fresh, "seed": args.seed},
-            "options": OPTIONS,
-            "versions": versions(),
-        }
-        write_json(folder.path / "kills.json", result)
-        folder.write_marker("finished", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
-    where = ", ".join(f"{count} {place}" for place, count in places.most_common())
+            survived = sum(run["kills"] for run in runs if run["equal"])
+            figures = {"kills": len(kills), "survived": survived, "seconds_undisturbed": whole}
+            about = {"spread": args.spread, "fresh": args.fresh, "seed": args.seed, "options": OPTIONS}
+            write_json(
+                folder.path / "kills.json", {**figures, "runs": runs, "each": kills, **about, "versions": versions()}
+            )
+        folder.write_marker("finished", about)
+    where = ", ".join(f"{count} {place}" for place, count in Counter(kill["place"] for kill in kills).most_common())
+    writing = sum(bool(kill["writing"]) for kill in kills)
     print(f"phase of the newest checkpoint at the kill: {where}; {writing} in the middle of writing a file")
     print(f"{survived} of {len(kills)} kills survived: final weights, growth log and history equal, {len(runs)} runs")
     print(f"Read {folder.path / 'kills.json'}")
     return int(survived < len(kills))
 
 
-def run_killed(path: Path, args: Args, bar: tqdm, delays: Sequence[float], kills: list[dict[str, Any]]) -> int:
-    """One run to its end, killed after each of `delays` until `args.num` kills are together; how many hit this run."""
-    before = len(kills)
-    for delay in [*delays[: args.num - len(kills)], None]:
-        attempt = Attempt(path, fresh=args.fresh)
-        attempt.wait_until_at_work()
-        if delay is None or not attempt.kill_after(delay):
-            attempt.wait()
-            break
-        kills.append({"run": path.name, "delay": delay, **state_of(path)})
-        bar.update()
-    return len(kills) - before
+def run_killed(path: Path, fresh: bool, delay: Callable[[], float], most: int) -> Iterator[dict[str, Any]]:
+    """One run to its end, killed at most so many times after a delay each; where it was when it was."""
+    for _ in range(most):
+        with Attempt(path, fresh=fresh) as attempt:
+            attempt.wait_until_at_work()
+            seconds = delay()
+            if not attempt.kill_after(seconds):
+                attempt.wait()
+                return
+        yield {"run": path.name, "delay": seconds, **state_of(path)}
+    with Attempt(path, fresh=fresh) as attempt:
+        attempt.wait()
 
 
 class Attempt:
@@ -143,6 +138,8 @@ class Attempt:
         self._code: int | None = None
         argv = [str(RECIPE), *OPTIONS, "--resume", "--out", str(path)]
         path.mkdir(parents=True, exist_ok=True)
+        self._file = path / ("log.jsonl" if (path / MARKER).exists() else MARKER)
+        self._inode = inode(self._file)
         self._log = path.parent / f"{path.name}.log"
         with open(self._log, "ab") as log:
             if fresh:
@@ -152,15 +149,21 @@ class Attempt:
             else:
                 self._pid = fork(argv, log.fileno())
 
+    def __enter__(self) -> Attempt:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave no process behind."""
+        if not self._over():
+            self.kill_after(0)
+
     def wait_until_at_work(self) -> float:
-        """Return when the process has claimed its folder, or is over; that moment on the performance counter."""
-        lock = str(self.path.resolve() / LOCK)
-        while not self._over():
-            with suppress(OSError):
-                for entry in os.scandir(f"/proc/{self._pid}/fd"):
-                    with suppress(OSError):
-                        if os.readlink(entry.path) == lock:
-                            return time.perf_counter()
+        """Return when the process trains, or is over; that moment on the performance counter.
+
+        A run that begins writes its marker then, and one that goes on writes its history anew.
+        """
+        while not self._over() and inode(self._file) in (None, self._inode):
             time.sleep(0.001)
         return time.perf_counter()
 
@@ -189,6 +192,13 @@ class Attempt:
             if pid:
                 self._code = os.waitstatus_to_exitcode(status)
         return self._code is not None
+
+
+def inode(path: Path) -> int | None:
+    """The number of a file, which is another one once it was replaced; None if there is none."""
+    with suppress(FileNotFoundError):
+        return path.stat().st_ino
+    return None
 
 
 def fork(argv: list[str], output: int) -> int:

@@ -153,6 +153,8 @@ class RoundPlan:
             raise PlanError("exit='choose': only a round with sampled widths (augment) has it.")
         if self.exit == "teach" and (self.vanish or self.settle or self.distil != "peak" or self.augment != "none"):
             raise PlanError("exit='teach': needs vanish=0, settle=0, distil='peak' and no augment.")
+        if self.exit == "teach" and self.accept_within is not None:
+            raise PlanError("exit='teach': merges nothing that accept_within could undo.")
 
 
 @dataclass(frozen=True, kw_only=True)

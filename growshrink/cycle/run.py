@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,38 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.compare import profile, training_macs
-from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
-from growshrink.cycle.control import LamControl
-from growshrink.cycle.divergence import check_finite
-from growshrink.cycle.identity import check_identity, identity_of
-from growshrink.cycle.journal import Journal
-from growshrink.cycle.log import replay, shapes_of
-from growshrink.cycle.plan import CyclePlan, RoundPlan, Segment, Timeline
-from growshrink.cycle.result import CycleResult, save_plain, versions
+from growshrink.cycle.execution import Execution
+from growshrink.cycle.plan import CyclePlan, Timeline
+from growshrink.cycle.result import CycleResult
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.state import (
-    RunState,
-    load_values,
-    newest_run,
-    save_run,
-    set_values,
-    snapshot,
-    undo,
-)
-from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
+from growshrink.cycle.surgery import check_rounds
 from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment
 from growshrink.training.data import DataSet
-from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.training.folder import RunFolder, claim_together
-from growshrink.training.listening import ListeningTrainer
-from growshrink.training.ranks import by_first, num_ranks, same_nets_, this_rank
-from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import growth_report
-from growshrink.widths import set_width, width_space
+from growshrink.training.ranks import num_ranks, this_rank
+from growshrink.training.trainer import TrainConfig
 
 
 def run_cycle(
@@ -120,347 +98,16 @@ def run_cycle(
     with claim as folder:
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
-        run = _Run(model, feed, timeline, config or TrainConfig(), folder, torch.device(device), progress, tensorboard)
-        return run.execute(about, Saving(save_every, keep, torch.device(device)))
-
-
-class _Run:
-    """One execution of a plan."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        feed: Feed,
-        timeline: Timeline,
-        config: TrainConfig,
-        folder: RunFolder,
-        device: torch.device,
-        progress: bool,
-        tensorboard: bool,
-    ) -> None:
-        self.initial = copy.deepcopy(model)
-        self.feed = feed
-        self.timeline = timeline
-        self.plan = timeline.plan
-        self.config = config
-        self.folder = folder
-        self.device = device
-        self.state = RunState()
-        self.before: Mapping[str, Any] | None = None  # a snapshot, in a round that may be undone
-        self.teacher: nn.Module | None = None
-        self.model_about: Mapping[str, Any] = {}
-        self.size = feed.input_size
-        self.images_per_update = feed.train.batch_size * num_ranks()
-        self._augmentations = Augmentations(timeline, feed.input_size)
-        self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
-        self.lam = LamControl(timeline)
-        self.trainer = self._make_trainer(self.initial)
-        self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
-
-    # ---- the run
-
-    def execute(self, about: dict[str, Any], saving: Saving) -> CycleResult:
-        self.saving = saving
-        self.model_about = about.get("model", {})
-        command = {"command": about.pop("command", " ".join(sys.argv))}
-        self.identity = identity = identity_of(self.feed, self.timeline, self.config, about)
-        record = {**command, **identity, "versions": versions()}
-        with closing(self.journal), saving:
-            first = 0
-            if self.folder.fresh:
-                self.folder.write_marker("running", record)
-            else:
-                by_first(lambda: self.folder.check_same(identity))
-                first = self._restore()
-            if not self.trainer.update:
-                same_nets_(self.trainer.nets)
-                if this_rank():  # a dropout of its own
-                    torch.manual_seed(torch.initial_seed() + this_rank())
-            for index, segment in enumerate(self.timeline.segments):
-                if index < first:
-                    continue
-                if self.trainer.update == segment.start:
-                    self._enter(segment)
-                self._train(index, segment)
-                self._leave(segment)
-                self._checkpoint(index + 1)
-            return self._finish(record)
-
-    def _train(self, index: int, segment: Segment) -> None:
-        """The updates of a segment, in pieces that end at every epoch."""
-        per_epoch = self.feed.train.updates_per_epoch
-        self.journal.enter(segment)
-        while self.trainer.update < segment.stop:
-            start = self.trainer.update
-            stop = min(segment.stop, (start // per_epoch + 1) * per_epoch)
-            second = segment.start + 2  # by then every new parameter must have a gradient
-            if segment.phase == "hold" and start < second:
-                stop = min(stop, second)
-            augmentation = self._augmentation_of(segment)
-            began = time.perf_counter()
-            loss = float(
-                self.trainer.train(
-                    stop,
-                    learning_rate=self.timeline.learning_rate,
-                    lam=self.lam,
-                    teacher=self._teacher_of(segment),
-                    task=augmentation.task if augmentation else None,
-                    after_update=self.journal.updated,
-                    stop_early=lambda: self.saving.due(self.trainer.update),
-                )
-            )
-            seconds = time.perf_counter() - began
-            check_finite(self.trainer, loss, segment=segment, start=start, folder=self.folder.path)
-            done = self.trainer.update
-            self.state.seconds += seconds
-            macs = augmentation.macs(start, done) if augmentation else (done - start) * self._macs_per_image(segment)
-            self.state.macs_spent += self.images_per_update * macs
-            if segment.phase == "hold" and done == second and not augmentation:
-                self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
-            if done % per_epoch == 0 or done == segment.stop:
-                self._log_row(segment, start, loss, seconds)
-            if done < segment.stop and (done % per_epoch == 0 or self.saving.due(done)):
-                self._checkpoint(index)
-
-    def _enter(self, segment: Segment) -> None:
-        if segment.phase != "hold":
-            return
-        plan = self.plan.rounds[segment.round - 1]
-        before = self._score()
-        net = profile(self.trainer.model, self.size)
-        born_grown = bool(grown_modules(self.trainer.model))
-        if plan.distil == "previous":
-            self._set_teacher(self.trainer.best)
-        seed = self.plan.seed + 1000 * segment.round
-        entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
-        if plan.accept_within is not None:
-            self.before = snapshot(self.trainer)
-        if not born_grown:
-            entry = grow_nets(self.trainer, plan, seed, self.size)
-        same_nets_(self.trainer.nets)
-        self._log("grow", segment, **entry, shapes=shapes_of(self.trainer.model))
-        if plan.augment != "none":
-            self._save_supernet("init", segment)
-        grown = profile(self.trainer.model, self.size)
-        self.state.rounds.append(
-            {
-                "number": segment.round,
-                "branch": ["born grown"] if born_grown else list(plan.branch),
-                "ratio": plan.ratio,
-                "augment": plan.augment,
-                "distil": plan.distil,
-                "num_grown": len(grown_modules(self.trainer.model)),
-                "num_skipped": len(growth_report(self.trainer.model, input_size=self.size).skipped),
-                "tail_share": self.timeline.tail_share(segment.round),
-                "top1": {"before": None if born_grown else before.top1},
-                "params": {"plain": net.params, "grown": grown.params},
-                "macs": {"plain": net.macs, "grown": grown.macs},
-                "plain_step_macs": training_macs(replay(self.initial, [{"op": "fuse"}], self.size), self.size),
-                "training_macs_start": self.state.macs_spent,
-            }
+        place = torch.device(device)
+        run = Execution(
+            model,
+            feed,
+            timeline,
+            config or TrainConfig(),
+            folder,
+            Saving(save_every, keep, place),
+            device=place,
+            progress=progress,
+            tensorboard=tensorboard,
         )
-
-    def _leave(self, segment: Segment) -> None:
-        if segment.round == 0:
-            return
-        record = self.state.rounds[-1]
-        plan = self.plan.rounds[segment.round - 1]
-        augmentation = self._augmentation_of(segment)
-        if segment.phase == "hold":
-            peak = augmentation.full_net(self.trainer) if augmentation else self.trainer.best
-            record["top1"]["peak"] = self._score(peak).top1
-            if not augmentation:
-                record["gradients_at_peak"] = gradients(self.trainer)
-            if plan.distil == "peak":
-                self._set_teacher(peak)
-        if self.timeline.last_grown(segment):
-            if plan.exit == "teach":
-                update, self.trainer = self.trainer.update, self._make_trainer(self.initial)
-                self.trainer.update = update
-                self._log("teach", segment)
-            else:
-                record.update(self._merge(segment, plan, augmentation))
-                self._judge(segment, record["top1"]["before"], record["top1"]["fused"])
-        if segment.stop == max(s.stop for s in self.timeline.segments if s.round == segment.round):
-            record["top1"]["end"] = self._score().top1
-            record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
-            self.teacher, self.state.teacher_log = None, None
-            self.journal.end_round(record)
-
-    def _merge(self, segment: Segment, plan: RoundPlan, augmentation: Augmentation | None) -> dict[str, Any]:
-        """Back to the plain structure; what the round's record says of it."""
-        self.trainer.calibrate_average()
-        left: dict[str, Any] = {}
-        top1 = dict(self.state.rounds[-1]["top1"])
-        if augmentation:
-            self._save_supernet("supernet", segment)
-            top1["base"] = self._score().top1
-            left["left_by"] = {
-                **augmentation.describe(*self.timeline.grown_span(segment.round)),
-                **augmentation.leave(self.trainer, plan, self._top1, self.size),
-            }
-            self._augmentations.close()
-        elif plan.exit == "drop":
-            for net in self.trainer.nets:
-                set_width(net, width_space(net).base)
-        same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
-        merged = fuse_nets(self.trainer, self._top1, self.size)
-        top1.update(merged.pop("top1"))
-        self._log("fuse", segment, max_rel=merged["max_rel"], effect=merged["effect"])
-        return {**left, **merged, "top1": top1, "retention": retention(top1)}
-
-    def _judge(self, segment: Segment, before: float, fused: float) -> None:
-        """Undo the round if it is one that can be, and has cost too much."""
-        if self.before is None:
-            return
-        most = self.plan.rounds[segment.round - 1].accept_within
-        assert most is not None
-        self.state.rounds[-1]["undone"] = undone = before - fused > most
-        if undone:
-            undo(self.trainer, self.before)
-            self._log("undo", segment, before=before, fused=fused, accept_within=most)
-        self.before = None
-
-    # ---- teachers, scores, costs
-
-    def _log(self, op: str, segment: Segment, **values: Any) -> None:
-        self.state.log.append({"op": op, "update": self.trainer.update, "round": segment.round, **values})
-        self._cost = None
-
-    def _set_teacher(self, net: nn.Module) -> None:
-        self.teacher = copy.deepcopy(net).eval().requires_grad_(False)
-        self.state.teacher_log = len(self.state.log)
-        self._cost = None
-
-    def _teacher_of(self, segment: Segment) -> Teacher | None:
-        if self.teacher is None or segment.phase == "hold":
-            return None
-        plan = self.plan.rounds[segment.round - 1]
-        return Teacher(self.teacher, plan.distil_weight, plan.temperature)
-
-    def _augmentation_of(self, segment: Segment) -> Augmentation | None:
-        return self._augmentations.of(segment, self.trainer, self._teacher_of(segment))
-
-    def _save_supernet(self, name: str, segment: Segment) -> None:
-        entry = next(e for e in reversed(self.state.log) if e["op"] == "grow")
-        number = f"-{segment.round}" if len(self.plan.rounds) > 1 else ""
-        save_net(
-            self.folder.path / f"{name}{number}.safetensors", self.trainer.best, self.model_about, entry, self.size
-        )
-
-    def _top1(self, model: nn.Module) -> float:
-        return self._score(model).top1
-
-    def _score(self, model: nn.Module | None = None) -> Score:
-        return by_first(lambda: evaluate(model or self.trainer.best, self.feed.val))
-
-    def _macs_per_image(self, segment: Segment) -> int:
-        """Forward and backward of the graph that runs now, and the teacher's forward."""
-        if self._cost is None:
-            teacher = profile(self.teacher, self.size).macs if self.teacher is not None else 0
-            self._cost = training_macs(self.trainer.model, self.size), teacher
-        return self._cost[0] + (self._cost[1] if self._teacher_of(segment) is not None else 0)
-
-    def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
-        last = self.trainer.update - 1
-        score = self._score(self._augmentations.judged(self.trainer))
-        row = {
-            "update": self.trainer.update,
-            "epoch": self.trainer.update / self.feed.train.updates_per_epoch,
-            "round": segment.round,
-            "phase": segment.phase,
-            "train_loss": loss,
-            "val_top1": score.top1,
-            "val_loss": score.loss,
-            "lr": self.config.lr * self.timeline.learning_rate(last),
-            "lam": self.lam(last) if grown_modules(self.trainer.model) else None,
-            "training_macs": self.state.macs_spent,
-            "images_per_second": (self.trainer.update - start) * self.images_per_update / seconds,
-            "seconds": self.state.seconds,
-        }
-        self.state.history.append(row)
-        self.journal.add(row)
-
-    # ---- checkpoints
-
-    def _checkpoint(self, next_segment: int) -> None:
-        """Save; and leave, if that was asked for."""
-        update = self.trainer.update
-        self.state.lam = self.lam.state_dict()
-        save_run(
-            self.folder.path,
-            next_segment,
-            self.state,
-            self.trainer,
-            identity=self.identity,
-            teacher=self.teacher,
-            before=self.before,
-            keep=self.saving.keep,
-        )
-        if update < self.timeline.total:
-            self.saving.leave_if_asked(f"after update {update} of {self.timeline.total}, saved in {self.folder.path}")
-
-    def _restore(self) -> int:
-        """Load the newest checkpoint that is whole; the number of the segment to go on with."""
-        newest = newest_run(self.folder.path, self.journal.warn)
-        if newest is None:  # killed before the first checkpoint: start again
-            self.journal.restart([], 0)
-            return 0
-        path, saved = newest
-        try:
-            check_identity(saved["identity"], self.identity)
-            self._take_over(saved)
-        except (RunError, KeyError) as error:
-            raise RunError(f"{path}: {error}") from error
-        self.journal.restart(self.state.history, self.trainer.update)
-        return int(saved["next_segment"])
-
-    def _take_over(self, saved: Mapping[str, Any]) -> None:
-        self.state = RunState(**saved["run"])
-        self.lam.load_state_dict(self.state.lam)
-        self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
-        self.trainer.update = saved["update"]
-        if "cut_short" in saved:
-            first, total = saved["cut_short"]
-            self.trainer.cut_short = first, total.to(self.device)
-        self.before = saved.get("before")
-        if self.state.teacher_log is not None:
-            teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
-            load_values(teacher, saved["teacher"])
-            self.teacher = self._placed(teacher).eval().requires_grad_(False)
-        set_values(self.trainer, saved)
-
-    def _make_trainer(self, model: nn.Module) -> Trainer:
-        trainer = ListeningTrainer(self._placed(copy.deepcopy(model)), self.config, self.feed.train)
-        trainer.listener = self.lam.observe
-        return trainer
-
-    def _placed(self, model: nn.Module) -> nn.Module:
-        return model.to(self.device).to(memory_format=torch.channels_last)
-
-    # ---- the end
-
-    def _finish(self, record: dict[str, Any]) -> CycleResult:
-        best = self.trainer.best.eval()
-        plain = replay(self.initial, [{"op": "fuse"}], self.size)
-        result = CycleResult(
-            out_dir=self.folder.path,
-            model=best,
-            rounds=self.state.rounds,
-            history=self.state.history,
-            growth_log=self.state.log,
-            timeline=self.timeline,
-            val=asdict(self._score()),
-            final=asdict(by_first(lambda: evaluate(best, self.feed.test))),
-            plain=asdict(profile(plain, self.size)),
-            deployed=asdict(profile(best, self.size)),
-            training_macs=self.state.macs_spent,
-            plain_training_macs=self.timeline.total * self.images_per_update * training_macs(plain, self.size),
-            seconds=self.state.seconds,
-            about=record,
-        )
-        if this_rank() == 0:
-            save_plain(result, plain, self.feed)
-            result.write()
-        self.folder.write_marker("finished", record)
-        return result
+        return run.execute(about)

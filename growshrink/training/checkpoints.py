@@ -24,7 +24,7 @@ from torch import Tensor
 from growshrink.errors import RunError
 
 PARTIAL = ".partial"
-_FORMAT = "growshrink-checkpoint-1"
+_FORMAT = "growshrink-checkpoint-2"
 _TENSOR = "__tensor__"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 

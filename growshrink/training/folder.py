@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import os
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +153,19 @@ def difference(written: Mapping[str, Any], identity: Mapping[str, Any]) -> str |
     return None
 
 
+#: The locks this process holds. Forked children (workers of a data loader) would hold them too, and for a while after
+#: it was killed, so that nobody could take the run over.
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
 def _lock(path: Path) -> IO[str]:
     """The lock file of a folder, open and locked; RunError if another process has it."""
     while True:
@@ -159,6 +173,7 @@ def _lock(path: Path) -> IO[str]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                _locks.add(lock)
                 return lock
         except BlockingIOError as error:
             lock.close()
@@ -208,7 +223,8 @@ def _difference(old: Any, new: Any) -> str:
         return f"{key}: {_difference(old.get(key), new.get(key))}"
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         index = next(index for index in range(len(old)) if old[index] != new[index])
-        return f"[{index}]: {_difference(old[index], new[index])}"
+        if isinstance(old[index], dict):
+            return f"[{index}]: {_difference(old[index], new[index])}"
     return f"{old!r} then, {new!r} now"
 
 

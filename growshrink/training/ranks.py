@@ -33,16 +33,16 @@ def this_rank() -> int:
 
 
 @contextmanager
-def joined(device_type: str) -> Iterator[None]:
+def joined(device: str) -> Iterator[None]:
     """Be a rank for as long as this lasts, if torchrun started the process; else nothing.
 
     Args:
-        device_type: "cuda" joins by NCCL, all else by gloo.
+        device: Where it trains; GPUs join by NCCL, all else by gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
     finally:

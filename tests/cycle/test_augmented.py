@@ -45,6 +45,7 @@ def run(path, case, *, fail_at=None, resume=False, plan=None):
         out_dir=path,
         config=CONFIG,
         resume=resume,
+        save_every=None if fail_at is None and not resume else 3,
     )
 
 

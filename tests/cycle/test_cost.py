@@ -66,13 +66,13 @@ def test_a_taught_net_starts_anew_and_learns_from_the_peak(tmp_path):
 
 def test_a_taught_net_begins_with_the_first_weights(tmp_path, monkeypatch):
     seen = []
-    train = gs.cycle.run.ListeningTrainer.train
+    train = gs.cycle.execution.ListeningTrainer.train
 
     def spy(trainer, stop, **kwargs):
         seen.append((trainer.update, kwargs["teacher"], trainer.model.conv1.weight.detach().clone()))
         return train(trainer, stop, **kwargs)
 
-    monkeypatch.setattr(gs.cycle.run.ListeningTrainer, "train", spy)
+    monkeypatch.setattr(gs.cycle.execution.ListeningTrainer, "train", spy)
     run(tmp_path / "run", plan_of("teach"))
     _, teacher, weight = next(entry for entry in seen if entry[0] == 16)
     assert torch.equal(weight, small(outputs=4).conv1.weight)

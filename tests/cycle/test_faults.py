@@ -3,19 +3,21 @@
 import errno
 import importlib
 import math
+import multiprocessing
 import os
 import signal
 
 import pytest
 import torch
+from PIL import Image
 from small import CONFIG, Feed, Interrupt, data, shorten_settle, small, two_rounds
 from test_resume import outcome
 
 import growshrink as gs
-from growshrink.cycle import run as run_module
+from growshrink.cycle import execution
 from growshrink.errors import PlanError, RunError
 from growshrink.stopping import Stopped, handled
-from growshrink.training import Augment, MemoryFeed, TrainConfig
+from growshrink.training import Augment, MemoryFeed, TrainConfig, stream_data
 from growshrink.training import checkpoints as checkpoints_module
 from growshrink.training.checkpoints import find_checkpoints, load_checkpoint
 from growshrink.training.trainer import Trainer
@@ -33,12 +35,12 @@ def _short(monkeypatch):
 @pytest.fixture
 def judged(monkeypatch):
     """Rounds are judged by a score that says: worse after round 1, better after round 2; all other scores are true."""
-    real = run_module._Run._judge
+    real = execution.Execution._judge
 
     def judge(self, segment, before, fused):
         real(self, segment, 50.0, 49.9 if segment.round == 1 else 50.1)
 
-    monkeypatch.setattr(run_module._Run, "_judge", judge)
+    monkeypatch.setattr(execution.Execution, "_judge", judge)
 
 
 def run(path, plan=UNDONE, *, fail_at=None, config=CONFIG, model=None, feed=None, **kwargs):
@@ -62,18 +64,19 @@ def undisturbed(tmp_path_factory):
 
 # ---- a kill at every kind of event, before it and after it
 
+#: All of round 1 (no checkpoint is written between its fuse and its end), and of the end of the run.
 EVENTS = (
-    "run.snapshot",
-    "run.grow_nets",
-    "run.gradients",
+    "execution.snapshot",
+    "execution.grow_nets",
+    "execution.gradients",
     "journal.json_line",
-    "run.save_run",
-    "run.ListeningTrainer.calibrate_average",
-    "run.fuse_nets",
+    "execution.save_run",
+    "execution.ListeningTrainer.calibrate_average",
+    "execution.fuse_nets",
     "surgery.fuse",
-    "surgery.verify",  # between this and the next no checkpoint is written: met in both rounds
-    "run.undo",
-    "run.save_plain",
+    "surgery.verify",
+    "execution.undo",
+    "execution.save_plain",
     "result.write_json",
 )
 
@@ -157,12 +160,60 @@ def test_checkpoints_in_between_change_nothing_and_as_many_as_asked_for_are_kept
             run(tmp_path / "x", **{name: 0})
 
 
+@pytest.fixture
+def images(tmp_path):
+    """A folder of 32 and 12 images, 8 pixels a side."""
+    pixels = data()
+    for part, images in (("train", pixels.train), ("test", pixels.test)):
+        for index, (image, label) in enumerate(zip(images.images, images.labels, strict=True)):
+            folder = tmp_path / "images" / part / "abcd"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(folder / f"{index}.png")
+    return tmp_path / "images"
+
+
+def test_a_stream_goes_on_in_the_middle_of_an_epoch_whoever_of_its_workers_was_asked_to_stop(tmp_path, images):
+    """The whole process group gets the signal, as torchrun and terminals send it: workers have a batch to finish."""
+    plan = two_rounds((("bottleneck",),), epochs=4, settle=0.2)
+
+    def stream():
+        return stream_data(images, batch_size=5, image_size=8, val_fraction=0.25, num_workers=1)
+
+    def stopped(feed):
+        real, sent = feed.train.batch, []
+
+        def batch(update):
+            found = real(update)
+            if update == 5 and not sent:
+                sent.append(update)
+                workers = multiprocessing.active_children()
+                assert len(workers) == 1
+                for pid in (workers[0].pid, os.getpid()):
+                    os.kill(pid, signal.SIGTERM)
+                real(6)  # the worker lives
+            return found
+
+        feed.train.batch = batch
+        return feed
+
+    expected = outcome(tmp_path / "a", run(tmp_path / "a", plan, feed=stream()))
+    with handled(), pytest.raises(Stopped, match="after update 6 of 19"):
+        run(tmp_path / "b", plan, feed=stopped(stream()))
+    assert outcome(tmp_path / "b", run(tmp_path / "b", plan, feed=stream(), resume=True)) == expected
+    (images / "train" / "a" / "0.png").rename(images / "train" / "a" / "00.png")
+    with pytest.raises(RunError, match="another data .fingerprint"):
+        (tmp_path / "b" / "run.json").write_text(
+            (tmp_path / "b" / "run.json").read_text().replace("finished", "running")
+        )
+        run(tmp_path / "b", plan, feed=stream(), resume=True)
+
+
 # ---- a growth that makes things worse
 
 
 def test_a_round_that_costs_too_much_is_undone_bit_for_bit(tmp_path, judged, monkeypatch):
     states = {}
-    real_snapshot, real_undo = run_module.snapshot, run_module.undo
+    real_snapshot, real_undo = execution.snapshot, execution.undo
 
     def keep(trainer):
         states["before", trainer.update] = bits(trainer)
@@ -173,8 +224,8 @@ def test_a_round_that_costs_too_much_is_undone_bit_for_bit(tmp_path, judged, mon
         real_undo(trainer, before)
         states["undone", trainer.update] = bits(trainer)
 
-    monkeypatch.setattr(run_module, "snapshot", keep)
-    monkeypatch.setattr(run_module, "undo", undo)
+    monkeypatch.setattr(execution, "snapshot", keep)
+    monkeypatch.setattr(execution, "undo", undo)
     result = run(tmp_path)
     (before, _), (undone,), (grown,) = (
         [state for (name, _), state in states.items() if name == kind] for kind in ("before", "undone", "grown")
@@ -198,8 +249,8 @@ def bits(trainer):
 
 @pytest.mark.parametrize("cost", [0.0, 0.5, 0.6])
 def test_the_tolerance_is_in_points_and_inclusive(tmp_path, monkeypatch, cost):
-    real = run_module._Run._judge
-    monkeypatch.setattr(run_module._Run, "_judge", lambda self, segment, *_: real(self, segment, 50.0, 50.0 - cost))
+    real = execution.Execution._judge
+    monkeypatch.setattr(execution.Execution, "_judge", lambda self, segment, *_: real(self, segment, 50.0, 50.0 - cost))
     result = run(tmp_path, two_rounds((("bottleneck",),), accept_within=0.5))
     assert result.rounds[0]["undone"] is (cost > 0.5)
 

@@ -124,7 +124,12 @@ def test_the_closed_loop_of_these_runs_has_waited(undisturbed):
 
 @pytest.mark.parametrize(
     "place",
-    ["surgery.fuse", "run.save_run", "run.save_plain", "result.write_json"],  # in a surgery, at its end, at the end
+    [
+        "surgery.fuse",
+        "execution.save_run",
+        "execution.save_plain",
+        "result.write_json",
+    ],  # in a surgery, at its end, at the end
 )
 def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
     expected = undisturbed("peak")
@@ -134,7 +139,7 @@ def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
 
     def die(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2 if place in ("surgery.fuse", "run.save_run") else 1):
+        if len(calls) == (2 if place in ("surgery.fuse", "execution.save_run") else 1):
             raise Interrupt(place)
         return real(*args, **kwargs)
 

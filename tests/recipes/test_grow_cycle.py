@@ -1,6 +1,7 @@
 """recipes/grow_cycle.py as its users run it."""
 
 import ast
+import errno
 import json
 import os
 import runpy
@@ -21,7 +22,7 @@ import growshrink.training.options
 from growshrink.activations import set_lambda
 from growshrink.cycle import CyclePlan
 from growshrink.errors import RunError
-from growshrink.training import RunFolder
+from growshrink.training import RunFolder, TrainBatches
 from growshrink.transforms import fuse
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "grow_cycle.py"
@@ -105,6 +106,21 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, cap
     assert main("--out", path, *SMALL, "--crop", "2", "--resume") == 2
     assert "another options (crop: None then, 2 now)" in capsys.readouterr().err
     assert main("--out", path, *SMALL, "--seed", "1", "--resume") == 2
+    for number, update, code, line in (
+        (signal.SIGTERM, 45, 143, "stopped by SIGTERM after update 46 of 110, saved in"),
+        (signal.SIGINT, 60, 130, "stopped by SIGINT after update 61 of 110, saved in"),
+        (None, 70, 2, "cannot be written (No space left on device"),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            sends_or_fills(patch, number, update)
+            capsys.readouterr()
+            assert main("--out", path, *SMALL, "--resume") == code
+        err = capsys.readouterr().err
+        assert err.startswith("grow_cycle: ") and err.count("\n") == 1 and line in err
+        assert err.endswith(
+            "; --resume goes on from there.\n" if number else "older checkpoints are kept; make room.\n"
+        )
+        assert not list(path.glob(".*.partial"))
     assert main("--out", path, *SMALL, "--resume") == 0
     expected = load_file(undisturbed / "plain.safetensors")
     found = load_file(path / "plain.safetensors")
@@ -120,6 +136,25 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, cap
     assert main("--out", path, *SMALL) == 2
     assert "holds a finished run. Nothing is overwritten" in capsys.readouterr().err
     assert contents(path) == before
+
+
+def sends_or_fills(patch, number, update):
+    """At an update: send this process a signal, or where `number` is None fill the disk."""
+    real, sent = TrainBatches.batch, []
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def batch(self, asked):
+        if asked == update and not sent:
+            sent.append(1)
+            if number is None:
+                patch.setattr(os, "fsync", full)
+            else:
+                os.kill(os.getpid(), number)
+        return real(self, asked)
+
+    patch.setattr(TrainBatches, "batch", batch)
 
 
 def test_a_plan_comes_from_a_file_of_its_own_or_from_a_run(tmp_path):
@@ -300,7 +335,7 @@ def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch,
     def press(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("growshrink.cycle.run.evaluate", press)
+    monkeypatch.setattr("growshrink.cycle.execution.evaluate", press)
     assert main("--out", tmp_path / "run", *SMALL) == 130
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(RunError, match="unfinished run"):
