@@ -4,8 +4,8 @@ import torch
 # The workers of pytest-xdist share the cores; more threads than cores make every one of them slower.
 torch.set_num_threads(1)
 
-# --doctest-modules would import it, and importing it changes timm's registry.
-collect_ignore = ["conformance/timm_shim.py"]
+# --doctest-modules would import them: one changes timm's registry, the other is a program.
+collect_ignore = ["conformance/timm_shim.py", "cycle/ranks_worker.py"]
 
 
 @pytest.fixture(autouse=True)
