@@ -116,7 +116,8 @@ def _candidate_sizes(model: nn.Module) -> list[InputSize]:
 
 def _zeros(model: nn.Module, size: InputSize) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+    # two images: a norm without running statistics refuses one value per channel, in eval mode too
+    return torch.zeros(2, *size, device=like.device, dtype=like.dtype)
 
 
 def _observe(model: nn.Module, size: InputSize) -> Flow:
