@@ -13,18 +13,17 @@ Leaves runs/NAME/ with report.md, report.json, lam.png and run.json.
 from __future__ import annotations
 
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
-import tyro
 from scipy.stats import t as student
 
 import growshrink as gs
 from growshrink.cycle.result import versions
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.training import evaluate, fit
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.comparison import ComparisonOptions
@@ -152,11 +151,4 @@ def draw(path: Path, curves: list[dict[int, float]], cosine: dict[int, float]) -
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"closed_loop: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("closed_loop: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -12,7 +12,6 @@ and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +22,7 @@ import tyro
 import growshrink as gs
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
+from growshrink.program import run_program
 from growshrink.supernet.passes import MODES
 from growshrink.training.folder import read_json
 from growshrink.training.options import Options
@@ -134,11 +134,4 @@ def make_plan(args: Args) -> gs.CyclePlan:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"grow_cycle: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("grow_cycle: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="--resume goes on from there")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.cycle.plan import EXITS
 from growshrink.errors import PlanError
+from growshrink.program import run_program
 from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import Feed, Trainer
@@ -217,11 +217,4 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"netaug: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whatever is quoted in it
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("netaug: interrupted; --resume goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="--resume goes on from there")

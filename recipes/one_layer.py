@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import timm
 import torch
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,6 +32,7 @@ import growshrink as gs
 from growshrink.activations import VanishingReLU, vanishing
 from growshrink.cycle.result import versions
 from growshrink.errors import PlanError, RunError, near
+from growshrink.program import run_program
 from growshrink.training import MemoryFeed, evaluate, fit
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.comparison import ComparisonOptions
@@ -257,11 +256,4 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"one_layer: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("one_layer: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -21,12 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
 
-import growshrink as gs
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.analysis.rank import jsonable
@@ -36,6 +34,7 @@ from growshrink.analysis.trained import num_updates
 from growshrink.compare import training_macs
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.program import run_program
 from growshrink.training import MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -220,11 +219,4 @@ def _of(states: Mapping[str, torch.Tensor], moment: str) -> dict[str, torch.Tens
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"prune_retrain: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("prune_retrain: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="the same command goes on from here")

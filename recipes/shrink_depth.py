@@ -37,6 +37,7 @@ from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan
 from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, near
+from growshrink.program import run_program
 from growshrink.schedules import Schedule
 from growshrink.training import Feed, evaluate, fit
 from growshrink.training.checkpoints import write_atomic
@@ -270,11 +271,4 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"shrink_depth: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("shrink_depth: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

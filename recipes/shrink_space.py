@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.program import run_program
 from growshrink.training import MemoryFeed
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -259,11 +259,4 @@ def text(summary: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"shrink_space: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("shrink_space: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="the same command goes on from here")

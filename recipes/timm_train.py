@@ -27,6 +27,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
+from growshrink.program import guarded
 from growshrink.supernet.passes import MODES
 
 
@@ -91,11 +92,8 @@ def split(argv: list[str]) -> tuple[list[str], Path, list[str]]:
 
 if __name__ == "__main__":
     ours, script, theirs = split(sys.argv[1:])
-    try:
+    with guarded("timm's --resume CHECKPOINT goes on"):
         args = tyro.cli(Args, args=ours, description=__doc__)
         if not script.name:
             raise RunError("name timm's train.py, behind our options and before its own.")
         main(args, script, theirs)
-    except gs.GrowShrinkError as error:
-        print(f"timm_train: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

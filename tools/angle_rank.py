@@ -30,7 +30,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from tqdm import tqdm
 
@@ -44,6 +43,7 @@ from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.analysis.truth import Truth, read_truth, subnet_name
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.program import run_program
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
 from growshrink.training.checkpoints import write_atomic
@@ -350,10 +350,4 @@ def options(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"angle_rank: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import timm
 import torch
-import tyro
 from torch import nn
 
 import growshrink as gs
@@ -27,6 +25,7 @@ from growshrink.analysis.angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
 from growshrink.errors import AnalysisError, RunError, near
 from growshrink.grown import grown_modules
+from growshrink.program import run_program
 from growshrink.timing import machine, seconds_of
 from paired import Bench, load
 
@@ -148,10 +147,4 @@ def _kept(side: Side | None, width: Mapping[str, int]) -> slice:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except gs.GrowShrinkError as error:
-        print(f"angle_speed: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -55,6 +55,7 @@ from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import versions
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.errors import RunError
+from growshrink.program import run_program
 from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
 from growshrink.training.batches import fill_colour
@@ -367,11 +368,4 @@ def random_batch(size: int) -> Batch:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except gs.GrowShrinkError as error:
-        print(f"benchmark: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("benchmark: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -32,6 +32,7 @@ from growshrink.compare import EXACT_FLOAT32, branch_effect, randomize_norms_
 from growshrink.dataflow import InputSize, trace
 from growshrink.errors import near
 from growshrink.grown import grown_modules
+from growshrink.program import run_program
 
 #: How the reasons begin that say a convolution is nobody's to grow.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps")
@@ -69,7 +70,8 @@ class Result:
 
 
 def main(args: Args) -> int:
-    """Print the table and its totals; the number of nets that crashed or are not exact."""
+    """Print the table and its totals; 1 if a net crashed or is not exact."""
+    torch.manual_seed(0)
     names = [name for pattern in args.models for name in timm.list_models(pattern)]
     for pattern in args.models:
         if not timm.list_models(pattern):
@@ -115,7 +117,7 @@ def main(args: Args) -> int:
     print(f"{nets} nets, {len(results)} grown and fused, {num_wrong} wrong; median share of eligible MACs {median:.1%}")
     for what, count in others.items():
         print(f"left out: {count} {what}")
-    return num_wrong
+    return int(num_wrong > 0)
 
 
 def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
@@ -210,9 +212,4 @@ def _brief(reason: str) -> str:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    try:
-        sys.exit(min(1, main(tyro.cli(Args, description=__doc__))))
-    except gs.GrowShrinkError as error:
-        print(f"coverage: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, Args, __doc__)

@@ -12,7 +12,6 @@ code 1 if a prediction is further off than --tolerance.
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,7 +22,8 @@ import tyro
 import growshrink  # noqa: F401 - registers the models
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut
-from growshrink.errors import GrowShrinkError, PlanError, near
+from growshrink.errors import PlanError, near
+from growshrink.program import run_program
 
 
 @dataclass
@@ -92,11 +92,4 @@ def draw_cuts(latencies: Latencies, number: int, draw: random.Random) -> list[Cu
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except GrowShrinkError as error:
-        print(f"depth_latency: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("depth_latency: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -20,17 +19,19 @@ from typing import Any
 
 import timm
 import torch
-import tyro
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.schedules import cosine, rewarm
 from growshrink.supernet.cost import StepCost
 from growshrink.training import Augment, DataSet, MemoryFeed, Split, TrainConfig, Trainer, load_data
+from growshrink.training.checkpoints import write_atomic
 from growshrink.training.evaluate import evaluate
+from growshrink.training.folder import json_line
 
 #: Arguments of NetAugTask; a number is a plain net trained that many times as long.
 ARMS: dict[str, dict[str, Any] | float] = {
@@ -87,6 +88,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Run what is missing, print the table."""
+    warnings.simplefilter("ignore")
     for arm in args.arms:
         if arm not in ARMS:
             raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
@@ -100,8 +102,7 @@ def main(args: Args) -> None:
                 continue
             result = {"arm": arm, "seed": seed, **train(args, data, arm, seed), "settings": settings}
             done.append(result)
-            with open(args.out, "a") as file:
-                file.write(json.dumps(result) + "\n")
+            write_atomic(args.out, "".join(map(json_line, done)).encode())
     print(table([r for r in done if r["settings"] == settings and r["arm"] in args.arms]))
 
 
@@ -184,9 +185,4 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"netaug_modes: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run_program(main, Args, __doc__, go_on="the same command goes on from here")

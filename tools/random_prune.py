@@ -51,6 +51,7 @@ from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, RunError, near
+from growshrink.program import run_program
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import Feed, MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
@@ -372,11 +373,4 @@ def progress(args: Args, results: Results, keys: list[str]) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except gs.GrowShrinkError as error:
-        print(f"random_prune: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("random_prune: interrupted; the same command goes on from here.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__, go_on="the same command goes on from here")

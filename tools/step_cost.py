@@ -11,18 +11,17 @@ that augments in every k-th update only is timed over k updates at once.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
-import tyro
 
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.supernet.cost import StepCost
 from growshrink.timing import machine
 from growshrink.training import TrainConfig, Trainer
@@ -124,11 +123,4 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except gs.GrowShrinkError as error:
-        print(f"step_cost: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("step_cost: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)
