@@ -63,7 +63,9 @@ class BranchSpec:
         """
         if reason := Branch.kinds[self.kind].reason_against(conv):
             raise GrowError(f"branch={self.kind!r} does not fit this convolution: {reason}.")
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # on the CPU, so that the weights are the same anywhere; a net without memory gets branches without
+        device = torch.device("meta" if conv.weight.is_meta else "cpu")
+        with torch.random.fork_rng(devices=[]), device:
             torch.default_generator.manual_seed(generator_seed)
             branch = Branch.kinds[self.kind](conv, self.ratio or ratio)
         if init == "silent":

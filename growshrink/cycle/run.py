@@ -18,13 +18,14 @@ from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
 from growshrink.cycle.journal import Journal
-from growshrink.cycle.log import replay, shapes_of
+from growshrink.cycle.log import check_log, replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.state import RunState, newest_run, save_run
 from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
+from growshrink.reading import reason
 from growshrink.training.batches import Augment
 from growshrink.training.checkpoints import find_checkpoints, set_random_state
 from growshrink.training.data import DataSet
@@ -351,14 +352,27 @@ class _Run:
             return 0
         path, saved = newest
         try:
+            first = self._position(saved)
             self._take_over(saved)
-        except (RunError, RuntimeError) as error:  # PyTorch's own, for other keys or shapes
-            raise RunError(f"{path}: of another model ({str(error).splitlines()[0]}).") from error
-        self.journal.restart(self.state.history, self.trainer.update)
-        return int(saved["next_segment"])
+            self.journal.restart(self.state.history, self.trainer.update)
+        except Exception as error:  # it is what was written, but anybody may have written it
+            raise RunError(f"{path}: of another model or plan ({reason(error)}).") from error
+        return first
+
+    def _position(self, saved: Mapping[str, Any]) -> int:
+        """The number of the phase a checkpoint is in; RunError if it is nowhere in the plan."""
+        first, update, segments = saved["next_segment"], saved["update"], self.timeline.segments
+        starts = [*(segment.start for segment in segments), self.timeline.total]
+        stops = [*(segment.stop for segment in segments), self.timeline.total + 1]
+        if not (
+            type(first) is type(update) is int and 0 <= first < len(starts) and starts[first] <= update < stops[first]
+        ):
+            raise RunError(f"update {update!r} is not in phase {first!r} of {len(segments)}")
+        return first
 
     def _take_over(self, saved: Mapping[str, Any]) -> None:
         self.state = RunState(**saved["run"])
+        check_log(self.state.log, self.plan)
         self.lam.load_state_dict(self.state.lam)
         self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
         self.trainer.update = saved["update"]
