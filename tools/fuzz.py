@@ -13,20 +13,26 @@ does anything but read it or say in one line what it is about: another exception
 
 from __future__ import annotations
 
+import logging
+import resource
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.fuzzing.architectures import Outcome, check_architecture
+from growshrink.fuzzing.commands import check_command
+from growshrink.fuzzing.files import check_file
+from growshrink.program import run_program
 
 
 @dataclass
@@ -55,13 +61,17 @@ class Files:
     """No progress bar."""
 
 
-def main(args: Architectures | Files) -> int:
-    """Run the cases, print what was found; the number of wrong ones."""
+Which = Architectures | Files
+
+
+def main(args: Which) -> int:
+    """Run the cases, print what was found; 1 if any was wrong."""
     if args.count < 1 or args.seed < 0:
         raise gs.GrowShrinkError(f"--count {args.count} --seed {args.seed}: at least 1 case, numbered from 0 on.")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch's, about even kernels with padding="same"
-    return run_architectures(args) if isinstance(args, Architectures) else run_files(args)
+    wrong = run_architectures(args) if isinstance(args, Architectures) else run_files(args)
+    return min(1, wrong)
 
 
 def run_architectures(args: Architectures) -> int:
@@ -107,14 +117,35 @@ def summary_of_nets(outcomes: list[Outcome]) -> str:
 
 def run_files(args: Files) -> int:
     """Files number `seed` to `seed + count - 1`."""
-    raise NotImplementedError
+    logging.disable()  # timm's, a line for each image that it skips
+    began = time.perf_counter()
+    found: Counter[tuple[str, str]] = Counter()
+    bar = tqdm(range(args.seed, args.seed + args.count), unit="file", disable=args.quiet)
+    with keep_quiet():
+        for number in bar:
+            case = check_command(number) if args.commands else check_file(number)
+            found[case.target, case.outcome] += 1
+            if case.outcome == "wrong":
+                bar.write(f"WRONG --seed {number}: {case.target}, {case.words}", file=sys.stdout)
+    print(f"{'kind of file':40s} {'files':>6s} {'read':>6s} {'refused':>8s} {'wrong':>6s}")
+    for target in dict.fromkeys(name for name, _ in sorted(found)):
+        read, refused, wrong = (found[target, outcome] for outcome in ("read", "refused", "wrong"))
+        print(f"{target:40s} {read + refused + wrong:6d} {read:6d} {refused:8d} {wrong:6d}")
+    num_wrong = sum(count for (_, outcome), count in found.items() if outcome == "wrong")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{args.count} files, {num_wrong} wrong, {time.perf_counter() - began:.0f} s, at most {most:.0f} MiB")
+    return num_wrong
+
+
+@contextmanager
+def keep_quiet() -> Iterator[None]:
+    """Without the interpreter's notes on files that timm's reader leaves open."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda note: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(min(1, main(tyro.cli(Architectures | Files, description=__doc__))))
-    except gs.GrowShrinkError as error:
-        print(f"fuzz: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_program(main, Which, __doc__)  # type: ignore[arg-type]

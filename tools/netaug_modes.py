@@ -94,6 +94,8 @@ def main(args: Args) -> None:
     for arm in args.arms:
         if arm not in ARMS:
             raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
+    if not 0 < args.epochs < math.inf or args.pool < 1:
+        raise RunError(f"--epochs {args.epochs}, --pool {args.pool}: must be a number above 0, and at least 1.")
     data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}
@@ -138,7 +140,8 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
     net = timm.create_model(args.model, width=args.width, num_classes=len(data.classes), in_chans=data.input_size[0])
     plain_cost = training_macs(net, feed.input_size)
     options = ARMS[arm]
-    updates = round(args.epochs * feed.train.updates_per_epoch * (options if isinstance(options, float) else 1.0))
+    factor = options if isinstance(options, float) else 1.0
+    updates = max(1, round(args.epochs * feed.train.updates_per_epoch * factor))
     task, cost = None, float(plain_cost)
     if not isinstance(options, float):
         gs.grow(net, ratio=args.ratio, seed=seed, inplace=True, input_size=feed.input_size)
