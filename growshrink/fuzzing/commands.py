@@ -62,6 +62,7 @@ def _cifar() -> dict[str, bytes]:
     return cifar_files(10)
 
 
+_MODES = "tools/netaug_modes.py --out out.jsonl --arms plain-x1 --epochs 0.02 --quiet"
 _GROW = "recipes/grow_cycle.py --out out"
 _ANGLE = "tools/angle_rank.py --init supernet.safetensors --trained supernet.safetensors --out out --quiet"
 _PRUNE = (
