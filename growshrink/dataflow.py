@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growshrink.arguments import check_model, check_size
 from growshrink.errors import GrowShrinkError
 
 InputSize = tuple[int, int, int]
@@ -79,6 +80,9 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
         input_size: `(C, H, W)`; None takes that of timm's `pretrained_cfg`, with the channels of the first convolution,
             or tries the usual ones.
     """
+    check_model(model)
+    if input_size is not None:
+        check_size(input_size)
     sizes = [input_size] if input_size else _candidate_sizes(model)
     last_error: Exception | None = None
     for device in ("meta", None):

@@ -15,7 +15,8 @@ from torch.func import functional_call
 
 from growshrink.activations import VanishingReLU
 from growshrink.algebra import ConvMap
-from growshrink.errors import AlgebraError
+from growshrink.arguments import check_model
+from growshrink.errors import AlgebraError, GrowError
 
 if TYPE_CHECKING:
     from growshrink.branches import Branch
@@ -43,6 +44,9 @@ class GrownConv2d(nn.Conv2d):
         if isinstance(conv, GrownConv2d):
             conv.branches.extend(branches)
             return conv
+        if type(conv) not in GROWN_CLASSES:
+            known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
+            raise GrowError(f"a {type(conv).__name__} cannot carry branches, only {known}.")
         conv.__class__ = GROWN_CLASSES[type(conv)]
         assert isinstance(conv, GrownConv2d)
         conv.branches = nn.ModuleList(branches).train(conv.training)
@@ -245,6 +249,7 @@ GROWN_TYPES = (GrownConv2d, PureBottleneck)
 
 def grown_modules(model: nn.Module) -> dict[str, GrownConv2d | PureBottleneck]:
     """The outermost grown modules of a model by dotted name (not the ones nested inside another's branch)."""
+    check_model(model)
     found: dict[str, GrownConv2d | PureBottleneck] = {}
 
     def visit(module: nn.Module, name: str) -> None:

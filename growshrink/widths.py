@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from growshrink.arguments import check_model
 from growshrink.branches import Branch, middle_width
 from growshrink.errors import WidthError, near
 from growshrink.grown import PureBottleneck
@@ -65,6 +66,7 @@ class Slots:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model)
         self._slots: dict[str, _Slot] = {}
         bodies: set[int] = set()
         for name, module in model.named_modules():

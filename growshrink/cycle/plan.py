@@ -7,6 +7,7 @@ timeline, the learning rate and lam at any update follow from the plan and the n
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,7 @@ DISTIL = ("none", "peak", "previous")
 PEAK_ANNEAL = 0.5
 #: hold + vanish at most: the rest of a round is linear.
 MOST_ALIVE = 0.85
+MOST_UPDATES = 10**12
 _SLACK = 1e-9  # 0.45 + 0.4 is 0.8500000000000001
 
 
@@ -295,7 +297,10 @@ class Timeline:
         return schedule
 
     def _updates(self, epochs: float) -> int:
-        return round(epochs * self.updates_per_epoch)
+        updates = epochs * self.updates_per_epoch
+        if updates > MOST_UPDATES:
+            raise PlanError(f"{epochs:g} epochs of {self.updates_per_epoch} updates: nobody will see the end of it.")
+        return round(updates)
 
 
 def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
@@ -311,5 +316,6 @@ def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
 def _check_numbers(plan: object, *names: str) -> None:
     for name in names:
         value = getattr(plan, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        # an int may be larger than any float
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise PlanError(f"{name}={value!r}: must be a finite number.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -21,6 +23,7 @@ from growshrink.training.data import stratified
 from growshrink.training.folders import find_parts
 from growshrink.training.seeding import generator
 
+_RETRIES = 50
 _OURS = frozenset(("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher"))
 
 
@@ -217,8 +220,20 @@ class _Part(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        image, label = self.dataset[int(self.indices[position])]
+        image, label = self._readable(position)
         return (image if self.transform is None else self.transform(image)), label
+
+    def _readable(self, position: int) -> tuple[Any, int]:
+        """The image at a position, or the next one that can be read: timm skips only those that raise an OSError."""
+        for offset in range(_RETRIES):
+            index = int(self.indices[(position + offset) % len(self)])
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    return self.dataset[index]
+            except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
+                last = error
+        raise DataError(f"{_RETRIES} images in a row cannot be read, the last because of {type(last).__name__}: {last}")
 
 
 class _Endless(IterableDataset[tuple[Any, int]]):
