@@ -151,6 +151,8 @@ class PureBottleneck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if type(mid_channels) is not int or mid_channels < 1 or mid_channels % groups:
+            raise GrowError(f"{mid_channels=}: must be a whole number above 0, divisible by {groups=}.")
         self.out_channels = out_channels
         self.width = mid_channels  # how many middle channels are active; see growshrink.set_width
         self.conv = nn.Conv2d(

@@ -122,6 +122,9 @@ def soak(args: Args) -> Iterator[Round]:
         watched = [weakref.ref(m) for m in net.modules() if isinstance(m, gs.Branch)]
         difference = relative(before, outputs(net, x))
         train(net, size, args.updates, seed=args.seed + number)
+        for module in net.modules():
+            if isinstance(module, gs.Branch):
+                module.silence_()  # the few updates leave a factor next to 0 where there is no norm: it is drawn anew
         randomize_norms_(net, args.seed + number)
         gs.set_lambda(net.eval(), 0.0)
         grown, silenced = outputs(net, x), outputs(gs.drop(net), x)

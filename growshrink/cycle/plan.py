@@ -150,6 +150,8 @@ class CyclePlan:
 
     def __post_init__(self) -> None:
         _check_numbers(self, "base_epochs")
+        if not (isinstance(self.rounds, tuple) and all(isinstance(entry, RoundPlan) for entry in self.rounds)):
+            raise PlanError(f"rounds={self.rounds!r}: must be a tuple of RoundPlan.")
         for name in ("rewarm", "seed"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be a whole number.")

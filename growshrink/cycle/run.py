@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growshrink.arguments import check_model
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
@@ -23,7 +24,7 @@ from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.state import RunState, newest_run, save_run
 from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
-from growshrink.errors import RunError
+from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.reading import reason
 from growshrink.training.batches import Augment
@@ -77,7 +78,12 @@ def run_cycle(
             stays).
         PlanError: The plan does not fit the data or the model.
     """
+    check_model(model)
+    if not isinstance(plan, CyclePlan):
+        raise PlanError(f"{plan=}: must be a CyclePlan.")
     about = dict(about or {})
+    if not isinstance(data, DataSet) and not hasattr(data, "input_size"):
+        raise RunError(f"a {type(data).__name__} is no data set, and no feed of batches.")
     if isinstance(data, DataSet):
         feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device)
         about["augment"] = asdict(augment)
