@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = parse_json(read_bytes(path))
     except ValueError as error:
         if isinstance(error, RunError):
-            raise
+            raise RunError(f"{error} It should be JSON.") from error
         raise RunError(f"{path}: not readable as JSON ({error}).") from error
     if not isinstance(value, dict):
         raise RunError(f"{path}: not a JSON object.")
@@ -69,14 +69,14 @@ def read_tensors(path: Path, check: Callable[[dict[str, str]], None] = lambda he
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MOST_HEADER:
-            raise RunError(f"{path}: not a safetensors file (a header of {length:,} bytes).")
+            raise RunError(f"{path}: damaged, not a safetensors file (a header of {length:,} bytes).")
         with safe_open(path, framework="pt") as file:
             check(file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except RunError:
         raise
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, OverflowError) as error:
-        raise RunError(f"{path}: not a whole safetensors file ({reason(error)}).") from error
+        raise RunError(f"{path}: damaged, not a whole safetensors file ({reason(error)}).") from error
 
 
 def load_weights(model: nn.Module, path: Path, prefix: str = "") -> None:

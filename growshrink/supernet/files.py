@@ -58,8 +58,8 @@ def load_supernet(
         WidthError: Its width space is none, or of another model.
     """
     header: dict[str, str] = {}
-    tensors = read_tensors(path, header.update)
     try:
+        tensors = read_tensors(path, header.update)
         if header.get("format") == _FORMAT:
             about = _checked(parse_json(header["about"]))
         elif name is None:
@@ -74,7 +74,10 @@ def load_supernet(
         model.load_state_dict(tensors)
         space_json = header["width_space"] if "about" in header else None
     except RunError as error:
-        raise RunError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+        said = str(error).removeprefix(f"{path}: ")
+        raise RunError(
+            f"{path}: {said}" if said.startswith("not a ") else f"{path}: not a whole supernet, {said}"
+        ) from error
     except Exception as error:  # what a model makes of arguments that a file names is the model's affair
         raise RunError(f"{path}: not a whole supernet ({reason(error)}).") from error
     space = width_space(model) if space_json is None else WidthSpace.from_json(space_json)
@@ -95,8 +98,8 @@ def _checked(about: Any) -> dict[str, Any]:
         raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_PIXELS}.")
     growth = about.get("grow")
     if growth is not None:
-        if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed"}:
-            raise RunError(f"a supernet grown by {growth!r}: needs branch, ratio, where and seed.")
+        if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed", "init"}:
+            raise RunError(f"a supernet grown by {growth!r}: needs branch, ratio, where, seed and init.")
         if isinstance(growth.get("where"), str):
             raise RunError(f"a supernet grown where {growth['where']!r} matches: needs a list of names.")
     return about
