@@ -9,6 +9,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.arguments import check_model
+from growshrink.errors import GrowShrinkError
+
 
 @register_notrace_module  # stays a module in timm's fx feature extractors, where set_lambda then finds it
 class VanishingReLU(nn.Module):
@@ -71,14 +74,15 @@ class VanishingReLU(nn.Module):
 
 
 def check_lambda(value: float) -> float:
-    """`value` if it is a legal lam; ValueError otherwise (NaN included)."""
+    """`value` if it is a legal lam; GrowShrinkError otherwise (NaN included)."""
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"lam={value!r}: must lie in [0, 1] (1 = ReLU, 0 = identity).")
+        raise GrowShrinkError(f"lam={value!r}: must lie in [0, 1] (1 = ReLU, 0 = identity).")
     return float(value)
 
 
 def vanishing(model: nn.Module) -> Iterator[tuple[str, VanishingReLU]]:
     """The vanishing activations of a model with their dotted names."""
+    check_model(model)
     for name, module in model.named_modules():
         if isinstance(module, VanishingReLU):
             yield name, module

@@ -58,6 +58,9 @@ class ClosedLoop:
         final: float = 0.1,
         every: int = 10,
     ) -> None:
+        for name, value in (("deadline", deadline), ("hold", hold), ("fall", fall), ("every", every)):
+            if type(value) is not int and not (name == "fall" and value is None):
+                raise PlanError(f"{name}={value!r}: updates, must be a whole number.")
         if not 0 <= hold < deadline:
             raise PlanError(f"{hold=}: must not be negative, and below {deadline=}.")
         fall = max(1, (deadline - hold) // 2) if fall is None else fall

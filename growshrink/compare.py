@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.activations import set_lambda
+from growshrink.arguments import check_model, check_size
 from growshrink.branches import Branch
 from growshrink.dataflow import InputSize
 from growshrink.errors import EquivalenceError
@@ -153,6 +154,7 @@ def verify(
         EquivalenceError: The effect is about 0, so nothing was proven. A large error is reported, not raised.
     """
     transform = partial(transform, input_size=input_size) if transform in (fuse, fold) else transform
+    check_model(model)
     model = copy.deepcopy(model).eval()
     set_lambda(model, 0.0)
     if randomize_norms:
@@ -198,6 +200,8 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 
 def profile(model: nn.Module, input_size: InputSize) -> Profile:
     """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
+    check_model(model)
+    check_size(input_size)
     # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
     # without gradients have none
     replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
@@ -272,12 +276,16 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
 
 def random_images(input_size: InputSize, num_inputs: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Standard normal images `(num_inputs, C, H, W)` on the CPU, a function of the seed only."""
+    check_size(input_size)
+    if type(num_inputs) is not int or num_inputs < 1:
+        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_inputs, *input_size, dtype=torch.float64, generator=generator).to(dtype)
 
 
 @torch.no_grad()
 def _run(model: nn.Module, x: Tensor) -> Tensor:
+    check_model(model)
     replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
     device = next((p.device for p in replica.parameters()), x.device)
     return replica(x.to(device)).cpu()

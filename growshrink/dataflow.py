@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growshrink.arguments import check_model, check_size
 from growshrink.errors import GrowShrinkError
 
 InputSize = tuple[int, int, int]
@@ -83,6 +84,9 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
         input_size: `(C, H, W)`; None takes that of timm's `pretrained_cfg`, with the channels of the first convolution,
             or tries the usual ones.
     """
+    check_model(model)
+    if input_size is not None:
+        check_size(input_size)
     sizes = [input_size] if input_size else _candidate_sizes(model)
     last_error: Exception | None = None
     for device in ("meta", None):
@@ -120,7 +124,8 @@ def _candidate_sizes(model: nn.Module) -> list[InputSize]:
 
 def _zeros(model: nn.Module, size: InputSize) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(1, *size, device=like.device, dtype=like.dtype)
+    # two images: a norm without running statistics refuses one value per channel, in eval mode too
+    return torch.zeros(2, *size, device=like.device, dtype=like.dtype)
 
 
 def _observe(model: nn.Module, size: InputSize) -> Flow:

@@ -9,16 +9,24 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+#: Characters of a message at most: what it quotes may come from a file, and be of any length.
+LONGEST = 1000
+
 
 def near(word: str, known: Iterable[str]) -> str:
     """`"; did you mean ...?"`, or the list of what there is, to end a message about an unknown name."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(word[:100], names, n=4, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(names[:12])}."
 
 
 class GrowShrinkError(ValueError):
-    """Base of every error that growshrink raises for something its user did."""
+    """Base of every error that growshrink raises for something its user did; a long message loses its middle."""
+
+    def __init__(self, message: str = "") -> None:
+        if len(message) > LONGEST:
+            message = f"{message[: LONGEST * 2 // 3]} ... {message[-LONGEST // 4 :]}"
+        super().__init__(message)
 
 
 class AlgebraError(GrowShrinkError):

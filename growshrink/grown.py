@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from growshrink.activations import VanishingReLU
 from growshrink.algebra import ConvMap
-from growshrink.errors import AlgebraError
+from growshrink.arguments import check_model
+from growshrink.errors import AlgebraError, GrowError
 
 if TYPE_CHECKING:
     from growshrink.branches import Branch
@@ -92,6 +93,9 @@ class GrownConv2d(Grown, nn.Conv2d):
         if isinstance(conv, GrownConv2d):
             conv.branches.extend(branches)
             return conv
+        if type(conv) not in GROWN_CLASSES:
+            known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
+            raise GrowError(f"a {type(conv).__name__} cannot carry branches, only {known}.")
         conv.__class__ = GROWN_CLASSES[type(conv)]
         assert isinstance(conv, GrownConv2d)
         conv.branches = nn.ModuleList(branches).train(conv.training)
@@ -168,6 +172,8 @@ class PureBottleneck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if type(mid_channels) is not int or mid_channels < 1 or mid_channels % groups:
+            raise GrowError(f"{mid_channels=}: must be a whole number above 0, divisible by {groups=}.")
         self.out_channels = out_channels
         self.width = mid_channels  # how many middle channels are active; see growshrink.set_width
         self.conv = nn.Conv2d(
@@ -273,6 +279,7 @@ GROWN_TYPES = (Grown, PureBottleneck)
 
 def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:
     """The outermost grown modules of a model by dotted name (not the ones nested inside another's branch)."""
+    check_model(model)
     found: dict[str, Grown | PureBottleneck] = {}
 
     def visit(module: nn.Module, name: str) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from growshrink.arguments import check_model
 from growshrink.branches import Branch, middle_width
 from growshrink.errors import WidthError, near
 from growshrink.grown import PureBottleneck
+from growshrink.reading import parse_json
 
 Width = Mapping[str, int]
 """Active middle channels by name of the slot: a branch (`layer1.0.conv1.branches.0`) or a `PureBottleneck` that is a
@@ -64,6 +66,7 @@ class Slots:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_model(model)
         self._slots: dict[str, _Slot] = {}
         bodies: set[int] = set()
         for name, module in model.named_modules():
@@ -207,11 +210,11 @@ class WidthSpace:
     def from_json(text: str) -> WidthSpace:
         """The inverse of `to_json`; WidthError if `text` is something else."""
         try:
-            values: Any = json.loads(text)
+            values: Any = parse_json(text)
             choices = {str(name): tuple(map(_whole, widths)) for name, widths in values["choices"].items()}
             factor = None if values["factor"] is None else float(values["factor"])
             space = WidthSpace(choices, factor, _whole(values["diversity"]), _whole(values["divisor"]))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise WidthError(f"not the JSON of a width space ({type(error).__name__}: {error}).") from error
         if not choices or not all(values and values == tuple(sorted(set(values))) for values in choices.values()):
             raise WidthError("not the JSON of a width space: every branch needs a rising list of widths.")

@@ -25,8 +25,8 @@ import growshrink as gs
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
 from growshrink.program import run_program
+from growshrink.reading import read_json
 from growshrink.supernet.passes import MODES
-from growshrink.training.folder import read_json
 from growshrink.training.options import Options
 from growshrink.training.ranks import joined, this_rank
 
@@ -114,7 +114,10 @@ def make_plan(args: Args) -> gs.CyclePlan:
     """The plan in --plan, or the one the options describe."""
     if args.plan is not None:
         values = read_json(args.plan)
-        return gs.CyclePlan.from_dict(values.get("plan", values))
+        try:
+            return gs.CyclePlan.from_dict(values.get("plan", values))
+        except PlanError as error:
+            raise PlanError(f"--plan {args.plan}: {error}") from error
     if not 0 < args.epochs < math.inf:
         raise PlanError(f"--epochs {args.epochs}: must be a number above 0.")
     if args.rounds < 0:

@@ -30,11 +30,12 @@ import growshrink as gs
 from growshrink.cycle.plan import EXITS
 from growshrink.errors import PlanError
 from growshrink.program import run_program
+from growshrink.reading import read_json
 from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import Feed, Trainer
 from growshrink.training.checkpoints import save_picture
-from growshrink.training.folder import read_json, write_json
+from growshrink.training.folder import write_json
 from growshrink.training.options import Options
 
 

@@ -13,6 +13,7 @@ processes with the same --out share the work. The comparison is in DIR/prune_ret
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -35,6 +36,7 @@ from growshrink.compare import training_macs
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
 from growshrink.program import run_program
+from growshrink.reading import load_weights, read_tensors
 from growshrink.training import MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -199,7 +201,7 @@ def dense_net(args: Args, options: Options, results: Results, feed: MemoryFeed, 
             }
             write_atomic(path, save(tensors))
         if f"seed {seed}, dense" not in results.done():
-            model.load_state_dict(_of(load_file(path), "trained"))
+            load_weights(model, path, prefix="trained/")
             updates = num_updates(feed, args.epochs)
             results.append(
                 {
@@ -210,7 +212,9 @@ def dense_net(args: Args, options: Options, results: Results, feed: MemoryFeed, 
                     "training_macs": updates * args.batch_size * training_macs(model, feed.input_size),
                 }
             )
-    states = load_file(path)
+    states = read_tensors(path)
+    for moment in moments:
+        load_weights(copy.deepcopy(model), path, prefix=f"{moment}/")  # whatever an arm begins with has to fit
     return model, Dense(*(_of(states, moment) for moment in moments))
 
 

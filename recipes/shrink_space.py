@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -40,6 +40,7 @@ from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
 from growshrink.program import run_program
+from growshrink.reading import load_weights
 from growshrink.training import MemoryFeed
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -213,7 +214,7 @@ def first_stage(
                     after_update=bar.update,
                 )
             write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-    model.load_state_dict(load_file(path))
+    load_weights(model, path)
     return init, model, space
 
 

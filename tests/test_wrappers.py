@@ -10,8 +10,8 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.errors import FuseError
+from growshrink.reading import clean_keys
 from growshrink.supernet import load_supernet
-from growshrink.training.weights import clean_keys
 from nets import ConvNet, images, net, randomized, rel, train_a_bit
 
 SIZE = (3, 16, 16)

@@ -10,6 +10,7 @@ read. One line of JSON per run is appended to --out; runs that are there already
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 import warnings
@@ -25,6 +26,7 @@ import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
 from growshrink.program import run_program
+from growshrink.reading import parse_json, read_bytes
 from growshrink.schedules import cosine, rewarm
 from growshrink.supernet.cost import StepCost
 from growshrink.training import Augment, DataSet, MemoryFeed, TrainConfig, Trainer, load_data
@@ -92,10 +94,12 @@ def main(args: Args) -> None:
     for arm in args.arms:
         if arm not in ARMS:
             raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
+    if not 0 < args.epochs < math.inf or args.pool < 1:
+        raise RunError(f"--epochs {args.epochs}, --pool {args.pool}: must be a number above 0, and at least 1.")
     data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = read_results(args.out) if args.out.exists() else []
     for seed in args.seeds:
         for arm in args.arms:
             if any(r["arm"] == arm and r["seed"] == seed and r["settings"] == settings for r in done):
@@ -104,6 +108,21 @@ def main(args: Args) -> None:
             done.append(result)
             write_atomic(args.out, "".join(map(json_line, done)).encode())
     print(table([r for r in done if r["settings"] == settings and r["arm"] in args.arms]))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The runs that are there already; RunError if a line is not one of them."""
+    done = []
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        try:
+            result = parse_json(line)
+            numbers = [float(result[key]) for key in ("top1", "loss", "cost", "updates", "seconds", "seed")]
+            if not (all(map(math.isfinite, numbers)) and result["arm"] in ARMS and "settings" in result):
+                raise ValueError("not a run of these arms")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise RunError(f"{path}, line {number}: not a result of netaug_modes ({error}); take it out.") from error
+        done.append(result)
+    return done
 
 
 OF_A_RUN = ("data", "pool", "model", "width", "ratio", "epochs", "batch_size", "lr", "amp")
@@ -121,7 +140,8 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
     net = timm.create_model(args.model, width=args.width, num_classes=len(data.classes), in_chans=data.input_size[0])
     plain_cost = training_macs(net, feed.input_size)
     options = ARMS[arm]
-    updates = round(args.epochs * feed.train.updates_per_epoch * (options if isinstance(options, float) else 1.0))
+    factor = options if isinstance(options, float) else 1.0
+    updates = max(1, round(args.epochs * feed.train.updates_per_epoch * factor))
     task, cost = None, float(plain_cost)
     if not isinstance(options, float):
         gs.grow(net, ratio=args.ratio, seed=seed, inplace=True, input_size=feed.input_size)

@@ -34,8 +34,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
@@ -52,12 +51,12 @@ from growshrink.analysis.trained import as_supernet, num_updates, train_net, tra
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, RunError, near
 from growshrink.program import run_program
+from growshrink.reading import load_weights
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import Feed, MemoryFeed, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
 from growshrink.training.options import Options
-from growshrink.training.weights import clean_keys
 
 SPACES = ("channels", "widths")
 
@@ -264,10 +263,7 @@ def plain_net(args: Args, options: Options, results: Results, feed: Feed, number
             with training_bar(args, feed, number) as advance:
                 train_net(model, feed, epochs=args.epochs, config=options.train_config(), after_update=advance)
             write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-    try:
-        model.load_state_dict(clean_keys(load_file(path)))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path}: not the weights of this model ({str(error).splitlines()[0]}).") from error
+    load_weights(model, path)
     return model
 
 

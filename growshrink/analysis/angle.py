@@ -313,6 +313,8 @@ def supernet_table(
         input_size: `(C, H, W)`, for the MACs.
         order: See `AngleTable`.
     """
+    if not isinstance(space, WidthSpace):
+        raise AnalysisError(f"{space=}: must be a WidthSpace, see growshrink.width_space.")
     space.check(init)
     states = [dict(net.named_parameters()) for net in ([trained] if isinstance(trained, nn.Module) else trained)]
     return AngleTable(

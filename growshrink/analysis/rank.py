@@ -153,8 +153,11 @@ def rank(
     Raises:
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
     """
-    measured = [np.asarray(column, dtype=np.float64) for column in (truth if np.ndim(truth) > 1 else [truth])]
-    columns = {name: np.asarray(column, dtype=np.float64) for name, column in scores.items()}
+    try:
+        measured = [np.asarray(column, dtype=np.float64) for column in (truth if np.ndim(truth) > 1 else [truth])]
+        columns = {name: np.asarray(column, dtype=np.float64) for name, column in scores.items()}
+    except (ValueError, AttributeError) as error:
+        raise AnalysisError(f"scores must be numbers by name, and truth numbers: {error}.") from error
     for name in (*baselines, "macs"):
         if name not in columns:
             raise AnalysisError(f"{name}: no such score; what a score adds is judged against {', '.join(baselines)}.")

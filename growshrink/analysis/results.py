@@ -9,7 +9,7 @@ has done and nobody is doing. Nothing is done twice, and a killed run goes on wh
 from __future__ import annotations
 
 import fcntl
-import json
+import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +19,12 @@ from types import TracebackType
 from typing import Any
 
 from growshrink.errors import RunError
-from growshrink.training.folder import LOCK, MARKER, check_same, json_line, read_json, write_json
+from growshrink.reading import parse_json, read_json
+from growshrink.training.folder import LOCK, MARKER, check_same, json_line, write_json
 
 FILE = "results.jsonl"
+#: Of the rest of a line, in the line.
+DIGEST = "digest"
 #: Numbers of locks beyond those of records.
 _APPEND, _SETUP = 2**40, 2**41
 #: Seconds between two looks at what others are doing.
@@ -37,7 +40,8 @@ class Results:
 
     Attributes:
         path: The folder.
-        damaged: Lines that could not be read: a process, or the machine, died in the middle of one.
+        damaged: Lines that are not what was written: a process, or the machine, died in the middle of one. What they
+            said is computed again.
 
     Raises:
         RunError: The folder holds something else, or a run with another identity.
@@ -72,22 +76,26 @@ class Results:
         try:
             with open(self.path / FILE, "rb") as file:
                 file.seek(self._read_to)
-                text = file.read()
+                text = file.read(max(0, os.fstat(file.fileno()).st_size - self._read_to))
         except FileNotFoundError:
             return self._done
+        except OSError as error:
+            raise RunError(f"{self.path / FILE}: not readable ({error.strerror}).") from error
         whole = text[: text.rfind(b"\n") + 1]
         self._read_to += len(whole)
         for line in whole.splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
+                if record.pop(DIGEST) != _digest(record):
+                    raise ValueError("not what was written")
                 self._done[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self.damaged += 1
         return self._done
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record, which has a "key"; it is on the disk when this returns."""
-        line = json_line(record).encode()
+        line = json_line({**record, DIGEST: _digest(record)}).encode()
         with self._locked(_APPEND):
             with open(self.path / FILE, "a+b") as file:
                 end = file.seek(0, os.SEEK_END)
@@ -156,3 +164,7 @@ class Results:
     ) -> None:
         """Close."""
         self.close()
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json_line(record).encode(), digest_size=8).hexdigest()

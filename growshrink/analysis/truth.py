@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from growshrink.analysis.angle import AngleTable, Floats, Index
-from growshrink.errors import AnalysisError
+from growshrink.errors import AnalysisError, RunError
+from growshrink.reading import read_bytes
+
+#: Bytes of a file of measured subnets at most.
+MOST = 64 << 20
+_WHOLE = re.compile(r"[0-9]{1,9}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +46,14 @@ def read_truth(path: Path, table: AngleTable) -> Truth:
             value that is no finite number. (Equal values are no error: ties are what tau-b is for.)
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.reader(read_bytes(path, MOST).decode("utf-8").splitlines(keepends=True)))
+    except (RunError, UnicodeDecodeError, csv.Error) as error:
         raise AnalysisError(f"{path}: not readable as CSV ({error}).") from error
     if not rows or rows[0][:1] != ["subnet"] or len(rows[0]) < 2:
         raise AnalysisError(f"{path}: the first line must be subnet,NAME[,NAME...], and a number under each name.")
     names, widths, values = rows[0][1:], [], []
+    if len(set(names)) < len(names):
+        raise AnalysisError(f"{path}: the first line has a name twice: {','.join(names)}.")
     seen: dict[str, int] = {}
     for number, row in enumerate(rows[1:], start=2):
         if not row:
@@ -72,7 +79,7 @@ def read_truth(path: Path, table: AngleTable) -> Truth:
 
 def _width(text: str, table: AngleTable, where: str) -> dict[str, int]:
     parts = text.split("-")
-    if len(parts) != len(table.names) or not all(part.isdigit() for part in parts):
+    if len(parts) != len(table.names) or not all(_WHOLE.fullmatch(part) for part in parts):
         raise AnalysisError(
             f"{where}: {text!r} is no subnet of this space: needs {len(table.names)} widths joined by '-'."
         )

@@ -33,11 +33,13 @@ class _Small(Chain, kind=""):
 
     def __init__(self, conv: nn.Conv2d, ratio: float, kernel_size: Pair) -> None:
         margin = _margin(conv, kernel_size)
+        # where "same" is lopsided (2x5, and 2x1 beside it) no number of pixels on both sides is the same
+        padding = "same" if conv.padding == "same" else (max(0, margin[0]), max(0, margin[1]))
         super().__init__(
             conv,
             ratio,
             crop=(max(0, -margin[0]), max(0, -margin[1])),
-            conv=like(conv, kernel_size=kernel_size, padding=(max(0, margin[0]), max(0, margin[1]))),
+            conv=like(conv, kernel_size=kernel_size, padding=padding),
             norm=nn.BatchNorm2d(conv.out_channels),
         )
 

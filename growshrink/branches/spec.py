@@ -12,6 +12,7 @@ from torch import nn
 from growshrink.branches.base import Branch
 from growshrink.errors import GrowError, near
 
+MOST_RATIO = 10_000
 #: Blocks of the literature that have several branches: preset -> kinds. A convolution gets those that fit it.
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "repvgg": ("pointwise", "identity"),
@@ -63,7 +64,9 @@ class BranchSpec:
         """
         if reason := Branch.kinds[self.kind].reason_against(conv):
             raise GrowError(f"branch={self.kind!r} does not fit this convolution: {reason}.")
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        # on the CPU, so that the weights are the same anywhere; a net without memory gets branches without
+        device = torch.device("meta" if conv.weight.is_meta else "cpu")
+        with torch.random.fork_rng(devices=[]), device:
             torch.default_generator.manual_seed(generator_seed)
             branch = Branch.kinds[self.kind](conv, self.ratio or ratio)
         if init == "silent":
@@ -81,6 +84,8 @@ def say_left_out(reasons: Mapping[str, str]) -> str:
 
 
 def check_ratio(ratio: float) -> None:
-    """GrowError unless `ratio` is a finite number above 0."""
-    if not (math.isfinite(ratio) and ratio > 0):
-        raise GrowError(f"{ratio=}: the middle width over the output channels must be a number above 0.")
+    """GrowError unless `ratio` is a number above 0, of a size that any memory could hold."""
+    if not (math.isfinite(ratio) and 0 < ratio <= MOST_RATIO):
+        raise GrowError(
+            f"{ratio=}: the middle width over the output channels must be a number above 0, at most {MOST_RATIO}."
+        )

@@ -19,7 +19,7 @@ from growshrink.cycle.control import LamControl
 from growshrink.cycle.divergence import check_finite
 from growshrink.cycle.identity import check_identity, identity_of
 from growshrink.cycle.journal import Journal
-from growshrink.cycle.log import replay, shapes_of
+from growshrink.cycle.log import check_log, replay, shapes_of
 from growshrink.cycle.plan import RoundPlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.saving import Saving
@@ -35,6 +35,7 @@ from growshrink.cycle.state import (
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
+from growshrink.reading import reason
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed
 from growshrink.training.folder import RunFolder
@@ -346,14 +347,29 @@ class Execution:
         path, saved = newest
         try:
             check_identity(saved["identity"], self.identity)
+            first = self._position(saved)
             self._take_over(saved)
-        except (RunError, KeyError) as error:
+            self.journal.restart(self.state.history, self.trainer.update)
+        except RunError as error:
             raise RunError(f"{path}: {error}") from error
-        self.journal.restart(self.state.history, self.trainer.update)
-        return int(saved["next_segment"])
+        except Exception as error:  # it is what was written, but anybody may have written it
+            raise RunError(f"{path}: of another model or plan ({reason(error)}).") from error
+        return first
+
+    def _position(self, saved: Mapping[str, Any]) -> int:
+        """The number of the phase a checkpoint is in; RunError if it is nowhere in the plan."""
+        first, update, segments = saved["next_segment"], saved["update"], self.timeline.segments
+        starts = [*(segment.start for segment in segments), self.timeline.total]
+        stops = [*(segment.stop for segment in segments), self.timeline.total + 1]
+        if not (
+            type(first) is type(update) is int and 0 <= first < len(starts) and starts[first] <= update < stops[first]
+        ):
+            raise RunError(f"update {update!r} is not in phase {first!r} of {len(segments)}")
+        return first
 
     def _take_over(self, saved: Mapping[str, Any]) -> None:
         self.state = RunState(**saved["run"])
+        check_log(self.state.log, self.plan)
         self.lam.load_state_dict(self.state.lam)
         self.trainer = self._make_trainer(replay(self.initial, self.state.log, self.size))
         self.trainer.update = saved["update"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from growshrink.activations import set_lambda
 from growshrink.branches import BranchSpec
+from growshrink.cycle.plan import CyclePlan
 from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
@@ -50,6 +51,19 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
         else:
             raise RunError(f"the growth log has an unknown operation {entry['op']!r}.")
     return model
+
+
+def check_log(log: Sequence[Entry], plan: CyclePlan) -> None:
+    """RunError unless what was grown in `log` is what `plan` grows: a file may not ask for branches of any size."""
+    for entry in log:
+        if entry["op"] == "grow" and entry["names"]:
+            wanted = plan.rounds[entry["round"] - 1]
+            if entry["branches"] != [{"kind": kind, "ratio": wanted.ratio} for kind in wanted.branch]:
+                raise RunError(f"its round {entry['round']} has grown {entry['branches']!r}, which is not in the plan.")
+            if not isinstance(entry["names"], list):
+                raise RunError(
+                    f"its round {entry['round']} was grown at {entry['names']!r}, which is no list of names."
+                )
 
 
 def shapes_of(model: nn.Module) -> dict[str, list[int]]:

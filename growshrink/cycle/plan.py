@@ -7,6 +7,7 @@ timeline, the learning rate and lam at any update follow from the plan and the n
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -28,6 +29,7 @@ DISTIL = ("none", "peak", "previous")
 PEAK_ANNEAL = 0.5
 #: hold + vanish at most: the rest of a round is linear.
 MOST_ALIVE = 0.85
+MOST_UPDATES = 10**12
 _SLACK = 1e-9  # 0.45 + 0.4 is 0.8500000000000001
 
 
@@ -179,6 +181,8 @@ class CyclePlan:
         _check_numbers(self, "base_epochs")
         if not (isinstance(self.restarts, tuple) and all(_is_number(at) and at >= 0 for at in self.restarts)):
             raise PlanError(f"restarts={self.restarts!r}: must be a list of epochs, none negative.")
+        if not (isinstance(self.rounds, tuple) and all(isinstance(entry, RoundPlan) for entry in self.rounds)):
+            raise PlanError(f"rounds={self.rounds!r}: must be a tuple of RoundPlan.")
         for name in ("rewarm", "seed"):
             if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), int):
                 raise PlanError(f"{name}={getattr(self, name)!r}: must be a whole number.")
@@ -346,7 +350,10 @@ class Timeline:
         return schedule
 
     def _updates(self, epochs: float) -> int:
-        return round(epochs * self.updates_per_epoch)
+        updates = epochs * self.updates_per_epoch
+        if updates > MOST_UPDATES:
+            raise PlanError(f"{epochs:g} epochs of {self.updates_per_epoch} updates: nobody will see the end of it.")
+        return round(updates)
 
 
 def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
@@ -367,4 +374,5 @@ def _check_numbers(plan: object, *names: str) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # an int may be larger than any float
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growshrink.arguments import check_model
 from growshrink.cycle.execution import Execution
 from growshrink.cycle.plan import CyclePlan, Timeline
 from growshrink.cycle.result import CycleResult
@@ -77,10 +78,15 @@ def run_cycle(
         PlanError: The plan does not fit the data or the model, or an argument is out of range.
         Stopped: A signal was handled.
     """
+    check_model(model)
+    if not isinstance(plan, CyclePlan):
+        raise PlanError(f"{plan=}: must be a CyclePlan.")
     for name, number in (("save_every", save_every), ("keep", keep)):
         if number is not None and number < 1:
             raise PlanError(f"{name}={number!r}: must be at least 1.")
     about = dict(about or {})
+    if not isinstance(data, DataSet) and not hasattr(data, "input_size"):
+        raise RunError(f"a {type(data).__name__} is no data set, and no feed of batches.")
     if isinstance(data, DataSet):
         ranks = {"rank": this_rank(), "world_size": num_ranks()}
         feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device, **ranks)

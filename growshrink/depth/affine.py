@@ -38,7 +38,7 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
         input_size: `(C, H, W)`; None takes the model's own.
         seed: Of the images.
     """
-    size = input_size or trace(model).input_size
+    size = trace(model, input_size).input_size
     replica = copy.deepcopy(model).cpu().double().eval()
     return _defect(replica, (random_images(size, 4, torch.float64, seed),), {}, seed)
 
@@ -55,7 +55,7 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
         input_size: `(C, H, W)`; None takes the model's own.
         seed: Of the probes.
     """
-    size = input_size or trace(model).input_size
+    size = trace(model, input_size).input_size
     replica = copy.deepcopy(model).cpu().double().eval()
     images = random_images(size, 2, torch.float64, seed)
     if _defect(replica, (images,), {}, seed) <= EXACT_FLOAT64:

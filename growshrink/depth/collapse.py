@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.activations import vanishing
+from growshrink.arguments import check_model
 from growshrink.compare import EXACT_FLOAT64, random_images
 from growshrink.dataflow import InputSize, trace
 from growshrink.depth.affine import affinity_defect, nonaffine_modules
@@ -36,6 +37,8 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
     Raises:
         NotLinearError: The net is not affine; names the first module that is not.
     """
+    check_model(model)
+    trace(model, input_size)  # says what is wrong with an image that the net does not take
     replica = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     x = random_images(input_size, 8, torch.float64, seed=0)
     expected = replica(x.clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -28,10 +29,11 @@ from growshrink.depth.segments import (
     stages_of,
     vanish_cut,
 )
+from growshrink.errors import RunError
+from growshrink.reading import read_json
 from growshrink.timing import in_turns, machine
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.data import CACHE
-from growshrink.training.folder import read_json
 from growshrink.transforms import fold
 
 #: Whole cuts that are timed beside the nets with one segment merged.
@@ -92,7 +94,7 @@ def measure_latencies(
     table: dict[str, Any] = {"hardware": hardware, "nets": {}}
     path = None if cache is None else cache.expanduser() / f"{re.sub(r'[^A-Za-z0-9.]+', '-', hardware)}.json"
     if path is not None and path.exists():
-        table = read_json(path)
+        table = read_table(path)
     shape = _shape(model, input_size, batch_size)
     kinds = {segment: _kind(model, segment) for segment in segments if segment.length > 1}
     known = table["nets"].get(shape)
@@ -111,6 +113,19 @@ def measure_latencies(
             write_atomic(path, (json.dumps(table, indent=1) + "\n").encode())
     changes = {segment: known["change_ms"][kinds[segment]] if segment in kinds else 0.0 for segment in segments}
     return Latencies(hardware, known["net_ms"], changes, cached)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What `measure_latencies` left on the disk; RunError if it is something else."""
+    table = read_json(path)
+    nets = table.get("nets")
+    entries: list[Any] = list(nets.values()) if isinstance(nets, dict) else [None]
+    for entry in entries:
+        whole = isinstance(entry, dict) and isinstance(entry.get("change_ms"), dict)
+        numbers: list[Any] = [entry.get("net_ms"), *entry["change_ms"].values()] if whole else [None]
+        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            raise RunError(f"{path}: not a table of latencies; delete it, to measure anew.")
+    return table
 
 
 def _fit(merged: Sequence[Counter[str]], ms: Sequence[float]) -> dict[str, Any]:

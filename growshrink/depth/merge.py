@@ -218,6 +218,11 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[str, ...]] | None]:
     """The names in `where` if it is a list of names, and the runs in it if it is a list of runs."""
+    if isinstance(where, str):
+        try:
+            re.compile(where)
+        except re.error as error:
+            raise MergeError(f"{where=}: not a regular expression ({error}).") from error
     if where is None or isinstance(where, str) or callable(where):
         return None, None
     entries = list(where)

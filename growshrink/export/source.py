@@ -18,10 +18,10 @@ from growshrink.cycle.result import PLAIN_FILE
 from growshrink.dataflow import InputSize
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.grown import grown_modules
+from growshrink.reading import clean_keys
 from growshrink.supernet.files import about_weights, load_supernet
 from growshrink.training.folder import read_json
 from growshrink.training.options import plain_form
-from growshrink.training.weights import clean_keys
 from growshrink.transforms import drop, fuse, grow
 
 EXITS = ("fuse", "drop")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,17 +10,21 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from growshrink.errors import RunError, near
+from growshrink.reading import clean_keys, parse_json, read_tensors, reason
 from growshrink.training.checkpoints import write_atomic
-from growshrink.training.weights import clean_keys
 from growshrink.transforms import grow
 from growshrink.widths import WidthSpace, width_space
 
 _FORMAT = "growshrink-supernet-1"
+#: Pixels along a side at most.
+MOST_PIXELS = 4096
+#: Arguments of timm's that fetch weights from elsewhere begin so.
+_FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf", "features_only", "scriptable")
 
 
 def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mapping[str, Any]) -> None:
@@ -52,12 +57,11 @@ def load_supernet(
         RunError: The file is no such file, is damaged, or does not fit the net it says it is of.
         WidthError: Its width space is none, or of another model.
     """
+    header: dict[str, str] = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        tensors = read_tensors(path, header.update)
         if header.get("format") == _FORMAT:
-            about = json.loads(header["about"])
+            about = _checked(parse_json(header["about"]))
         elif name is None:
             raise RunError(
                 f"{path}: not a supernet of this version of growshrink, nor is it said which model it is of."
@@ -66,20 +70,75 @@ def load_supernet(
             tensors = clean_keys(tensors)
             about = about_weights(name, tensors, kwargs or {})
         with torch.random.fork_rng([]):  # weights that the file replaces
-            model = timm.create_model(about["name"], **about["kwargs"])
-        if about.get("grow") is not None:
-            grow(model, **about["grow"], inplace=True, input_size=tuple(about["input_size"]))
+            _check_shapes(about, tensors)
+            model = _make(about)
         model.load_state_dict(tensors)
         space_json = header["width_space"] if "about" in header else None
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, RunError):
-            raise
+    except RunError as error:
+        said = str(error).removeprefix(f"{path}: ")
         raise RunError(
-            f"{path}: not a whole supernet ({(str(error) or type(error).__name__).splitlines()[0]})."
+            f"{path}: {said}" if said.startswith("not a ") else f"{path}: not a whole supernet, {said}"
         ) from error
+    except Exception as error:  # what a model makes of arguments that a file names is the model's affair
+        raise RunError(f"{path}: not a whole supernet ({reason(error)}).") from error
     space = width_space(model) if space_json is None else WidthSpace.from_json(space_json)
     space.check(model)
     return model, space, about
+
+
+def _checked(about: Any) -> dict[str, Any]:
+    """What a file says about its net, as far as it may be followed: RunError for anything but a model and its shape."""
+    if not (isinstance(about, dict) and isinstance(about["kwargs"], dict) and isinstance(about["name"], str)):
+        raise RunError(f"a supernet of {about!r}: needs a name, and kwargs.")
+    if not timm.is_model(about["name"]):
+        raise RunError(f"a supernet of {about['name']!r}: timm knows no such model.")
+    if foreign := [key for key in about["kwargs"] if key.startswith(_FOREIGN)]:
+        raise RunError(f"a supernet of {about['name']} with {foreign[0]}: weights come from the file, and no other.")
+    size = about["input_size"]
+    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_PIXELS for n in size)):
+        raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_PIXELS}.")
+    growth = about.get("grow")
+    if growth is not None:
+        if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed", "init"}:
+            raise RunError(f"a supernet grown by {growth!r}: needs branch, ratio, where, seed and init.")
+        if isinstance(growth.get("where"), str):
+            raise RunError(f"a supernet grown where {growth['where']!r} matches: needs a list of names.")
+    return about
+
+
+def _make(about: Mapping[str, Any]) -> nn.Module:
+    model = timm.create_model(about["name"], **about["kwargs"])
+    if about.get("grow") is not None:
+        grow(model, **about["grow"], inplace=True, input_size=tuple(about["input_size"]))
+    return model
+
+
+def _check_shapes(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """RunError unless the net would have these tensors; made without memory, so a file cannot ask for more than it has.
+
+    Its modules are counted while it is made: there are few without a tensor for each of them.
+    """
+    most, found = 1000 + 10 * len(tensors), itertools.count()
+
+    def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+        if next(found) > most:
+            raise RunError(f"a net of {about['name']} with more than {most} modules, for {len(tensors)} tensors.")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model = _make(about)
+    except NotImplementedError:  # a model that looks at its own values while it is made
+        return
+    finally:
+        hook.remove()
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    for key in [*expected, *tensors]:
+        there = tuple(tensors[key].shape) if key in tensors else "nothing"
+        if there != expected.get(key, "nothing"):
+            raise RunError(
+                f"{key}: {there} in the file, {expected.get(key, 'nothing')} in the net it is said to be of."
+            )
 
 
 def about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from growshrink.arguments import check_model
 from growshrink.errors import WidthError
 from growshrink.grown import PureBottleneck
 from growshrink.supernet.middle import Axis, axes
@@ -42,6 +43,7 @@ def sort_channels(
 
     Source: Cai et al., Once for All (arXiv:1908.09791, section 3.3), which has no gamma in it.
     """
+    check_model(model)
     nets = [dict(unwrap_model(net).named_modules()) for net in also]
     orders: dict[str, Tensor] = {}
     moves: list[tuple[Axis, Tensor, Tensor]] = []

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from growshrink.arguments import check_model
+from growshrink.errors import GrowShrinkError
+
 
 @torch.no_grad()
 def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -22,18 +25,19 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
         batches: Images `(N, C, H, W)`, at least one batch.
 
     Raises:
-        ValueError: There is no batch; the statistics are then as they were.
+        GrowShrinkError: There is no batch; the statistics are then as they were.
 
     Source: Yu and Huang, Universally Slimmable Networks (arXiv:1903.05134), section 3.3.
     """
+    check_model(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     counts = [_statistics(norm)[2].clone() for norm in norms]
     remaining = iter(batches)
     first = next(remaining, None)
-    if first is None:
-        raise ValueError("calibrate_bn needs at least one batch.")
+    if not isinstance(first, Tensor):
+        raise GrowShrinkError(f"calibrate_bn needs at least one batch of images, got {first!r}.")
     model.eval()
     try:
         for norm in norms:

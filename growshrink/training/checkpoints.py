@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from growshrink.errors import RunError
+from growshrink.reading import parse_json, read_tensors
 
 PARTIAL = ".partial"
 _FORMAT = "growshrink-checkpoint-2"
@@ -86,17 +86,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         RunError: The file is damaged or something else.
     """
+    metadata: dict[str, str] = {}
+
+    def check(header: dict[str, str]) -> None:
+        if header.get("format") != _FORMAT:
+            raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
+        metadata.update(header)
+
+    tensors = read_tensors(path, check)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         if _digest(metadata["state"], tensors) != metadata["digest"]:
             raise RunError(f"{path}: damaged (it is not what was written).")
-        return _unflatten(json.loads(metadata["state"]), tensors)
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: damaged ({error}).") from error
+        state = _unflatten(parse_json(metadata["state"]), tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{path}: damaged ({type(error).__name__}: {error}).") from error
+    if not isinstance(state, dict):
+        raise RunError(f"{path}: damaged (its state is no object).")
+    return state
 
 
 def find_checkpoints(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from growshrink.errors import RunError
+from growshrink.reading import read_json
 from growshrink.training.checkpoints import PARTIAL, write_atomic
 from growshrink.training.ranks import by_first, num_ranks
 
@@ -196,17 +197,6 @@ def _refuse_foreign(path: Path) -> None:
         raise RunError(f"{path}: not empty and not the folder of a run ({found[0]} is in it).")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; RunError if it is none."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: not readable as JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: not a JSON object.")
-    return value
-
-
 def json_line(value: Mapping[str, Any]) -> str:
     """One line of a JSONL file."""
     return json.dumps(value) + "\n"
@@ -219,7 +209,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        missing = object()  # a key that is not there, and one that is null
+        key = next(key for key in {**old, **new} if old.get(key, missing) != new.get(key, missing))
         return f"{key}: {_difference(old.get(key), new.get(key))}"
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         index = next(index for index in range(len(old)) if old[index] != new[index])

@@ -20,6 +20,8 @@ from growshrink.training.memory import check_fits
 LAYOUT = "train/CLASS/*.png and test/CLASS/*.png (or val/ or validation/ in place of test/; jpg and others too)"
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
 
+#: Pixels of an image at most: a file of a few bytes may claim any number.
+MOST_PIXELS = 1 << 26
 _NAMED = 3  # how many offending files a message names
 _FILES_A_TASK = 64
 
@@ -152,6 +154,8 @@ def _decode(path: Path, image_size: int | None, grey: bool) -> np.ndarray | str:
     try:
         with Image.open(path) as file:
             image: Image.Image = file
+            if too_large := _too_large(image.size, image_size):
+                return too_large
             if image.mode.startswith(("I", "F")):
                 return f"mode {image.mode} has more than 8 bits a channel"
             if "transparency" in image.info:
@@ -164,6 +168,16 @@ def _decode(path: Path, image_size: int | None, grey: bool) -> np.ndarray | str:
     except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
         return f"{type(error).__name__}: {error}"
     return array.reshape(*array.shape[:2], -1)
+
+
+def _too_large(size: tuple[int, int], side: int | None) -> str:
+    """Why an image is not decoded: it says that it has, or resized it would have, more pixels than any photograph."""
+    width, height = size
+    if width * height > MOST_PIXELS:
+        return f"{width}x{height} are more than {MOST_PIXELS:,} pixels"
+    if side is not None and side * side * max(size) > MOST_PIXELS * min(size):
+        return f"{width}x{height} are too long and thin to be resized to {side}"
+    return ""
 
 
 def _resize(image: Image.Image, side: int) -> Image.Image:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from growshrink.errors import DataError
+from growshrink.reading import read_bytes
 from growshrink.training.memory import check_fits
 
 Arrays = tuple[Tensor, Tensor]
@@ -120,7 +121,7 @@ def read_cifar_binary(base: Path, num_classes: int) -> tuple[Arrays, Arrays, tup
     classes = CIFAR10_CLASSES if num_classes == 10 else tuple(map(str, range(num_classes)))
     names = base / "fine_label_names.txt"
     if num_classes == 100 and names.is_file():
-        found = tuple(names.read_text(encoding="utf-8").split())
+        found = tuple(read_bytes(names).decode("utf-8", "replace").split())
         if len(found) != num_classes:
             raise DataError(f"{names} has {len(found)} names, not {num_classes}.")
         classes = found

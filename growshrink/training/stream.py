@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -26,6 +28,7 @@ from growshrink.training.seeding import generator
 _OURS = frozenset(
     ("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher", "worker_seeding")
 )
+_RETRIES = 50
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,8 +242,20 @@ class _Part(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        image, label = self.dataset[int(self.indices[position])]
+        image, label = self._readable(position)
         return (image if self.transform is None else self.transform(image)), label
+
+    def _readable(self, position: int) -> tuple[Any, int]:
+        """The image at a position, or the next one that can be read: timm skips only those that raise an OSError."""
+        for offset in range(_RETRIES):
+            index = int(self.indices[(position + offset) % len(self)])
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    return self.dataset[index]
+            except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
+                last = error
+        raise DataError(f"{_RETRIES} images in a row cannot be read, the last because of {type(last).__name__}: {last}")
 
 
 class _Endless(IterableDataset[tuple[Any, int]]):

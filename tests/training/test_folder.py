@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from growshrink.errors import RunError
-from growshrink.training.folder import MARKER, RunFolder, read_json, write_json
+from growshrink.reading import read_json
+from growshrink.training.folder import MARKER, RunFolder, write_json
 
 #: Another process of ours, without the seconds that importing torch takes; recipes/ tests run two real ones.
 CLAIM = """

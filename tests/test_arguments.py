@@ -1,0 +1,172 @@
+"""Every public name, given what it cannot take: a GrowShrinkError, or Python's own TypeError, that says what is wrong.
+
+The table names each public name of growshrink; a test proves that it does.
+"""
+
+import types
+
+import pytest
+from torch import nn
+
+import growshrink as gs
+from nets import images, net
+
+NAN, INF = float("nan"), float("inf")
+SIZE = (3, 16, 16)
+NO_SIZES = (None, 3, (3, 16), (3, -1, 16), "3x16x16")
+NO_NETS = (None, 3, "resnet18", [1])
+
+
+def plain():
+    return net("reducenet20")
+
+
+def grown(**options):
+    return gs.grow(plain(), input_size=SIZE, **options)
+
+
+def each(function, values, **options):
+    """One call for each value of the first argument."""
+    return [lambda value=value: function(value, **options) for value in values]
+
+
+def option(function, name, values, *makers, **options):
+    """One call for each value of an option, on fresh nets."""
+    return [lambda v=value: function(*(make() for make in makers), **options, **{name: v}) for value in values]
+
+
+BAD = {
+    "VanishingReLU": each(gs.VanishingReLU, (-0.1, 1.1, NAN, INF, None, "1", [])),
+    "set_lambda": each(gs.set_lambda, NO_NETS, value=0.5)
+    + each(lambda v: gs.set_lambda(grown(), v), (-0.1, 2, NAN, INF, None, "0", [])),
+    "get_lambda": each(gs.get_lambda, NO_NETS),
+    "ConvMap": [lambda: gs.ConvMap(), lambda: gs.ConvMap.identity(2).then(gs.ConvMap.identity(3))],
+    "AngleTable": [lambda: gs.AngleTable(), lambda: gs.AngleTable({}, {}, 3)],
+    "angle": [
+        lambda: gs.angle(plain(), plain(), None, [], input_size=SIZE),
+        lambda: gs.angle(None, None, gs.width_space(grown()), [], input_size=SIZE),
+        lambda: gs.angle(grown(), plain(), gs.width_space(grown()), [{}], input_size=SIZE),
+        lambda: gs.angle(grown(), grown(), gs.width_space(grown()), [{"x": 1}], input_size=SIZE),
+    ],
+    "random_prune": option(gs.random_prune, "macs", (0, -1, NAN, INF, 2.0, None, "half"), plain, input_size=SIZE)
+    + option(gs.random_prune, "criterion", ("l3", None, 3), plain, macs=0.5, input_size=SIZE)
+    + option(gs.random_prune, "tolerance", (-1, NAN, "x"), plain, macs=0.5, input_size=SIZE),
+    "rank": [
+        lambda: gs.rank({}, []),
+        lambda: gs.rank({"a": [1.0, 2.0]}, [1.0]),
+        lambda: gs.rank({"a": [NAN, 1.0, 2.0]}, [1.0, 2.0, 3.0]),
+        lambda: gs.rank({"a": [1.0, 2.0, 3.0]}, [1.0, NAN, 3.0]),
+        lambda: gs.rank(None, None),
+        lambda: gs.rank({"a": ["x", "y", "z"]}, [1.0, 2.0, 3.0]),
+    ],
+    "Branch": [lambda: gs.Branch(nn.Conv2d(1, 1, 1), 1.0)],
+    "BranchSpec": each(lambda kind: gs.BranchSpec(kind=kind), ("bottlneck", "", None, 3, []))
+    + each(lambda ratio: gs.BranchSpec(kind="lora", ratio=ratio), (0, -1, NAN, INF, "2", [])),
+    "ClosedLoop": each(gs.ClosedLoop, (0, -1, NAN, None, "9", 1.5))
+    + [lambda k=k, v=v: gs.ClosedLoop(9, **{k: v}) for k in ("hold", "fall", "tolerance", "smoothing", "final", "every")
+       for v in (-1, NAN, "x", INF)],
+    "assert_equivalent": [lambda: gs.assert_equivalent(plain(), None, input_size=SIZE)]
+    + option(gs.assert_equivalent, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
+    "compare": each(lambda a: gs.compare(a, plain(), input_size=SIZE), NO_NETS)
+    + option(gs.compare, "input_size", (*NO_SIZES, (3, 0, 16), (3, NAN, 16)), plain, plain)
+    + option(gs.compare, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
+    "profile": each(lambda m: gs.profile(m, SIZE), NO_NETS)
+    + each(lambda size: gs.profile(plain(), size), (None, 3, (3, 16), (3, -1, 16), "3x16x16")),
+    "verify": each(lambda m: gs.verify(m, input_size=SIZE), NO_NETS)
+    + option(gs.verify, "input_size", (None, (3, 16), (1, 16, 16)), grown)
+    + [lambda: gs.verify(grown(), "fuse", input_size=SIZE)],
+    "CyclePlan": each(lambda v: gs.CyclePlan(rounds=(), base_epochs=v), (0, -1, NAN, INF, None, "1"))
+    + each(lambda v: gs.CyclePlan(rounds=(), base_epochs=1, rewarm=v), (-1, 0.5, NAN, None, "1"))
+    + each(lambda v: gs.CyclePlan(rounds=v), (None, 3, "x", (3,), ({},), []))
+    + each(gs.CyclePlan.from_dict, (None, 3, [], {}, {"round": []}, {"rounds": 3})),
+    "CycleResult": [lambda: gs.CycleResult()],
+    "RoundPlan": [lambda: gs.RoundPlan()]
+    + [lambda k=k, v=v: gs.RoundPlan(**{"epochs": 5.0, k: v})
+       for k in ("epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
+       for v in (-1, NAN, INF, None, "1", [])]
+    + [lambda k=k, v=v: gs.RoundPlan(epochs=5.0, **{k: v})
+       for k in ("branch", "control", "augment", "exit", "distil") for v in ("x", None, 3, [], ("x",))],
+    "run_cycle": [
+        lambda: gs.run_cycle(None, None, None, out_dir="never"),
+        lambda: gs.run_cycle(plain(), None, gs.CyclePlan(rounds=(), base_epochs=1), out_dir="never"),
+        lambda: gs.run_cycle(plain(), plain(), gs.CyclePlan(rounds=(), base_epochs=1), out_dir="never"),
+    ],
+    "MergeReport": [lambda: gs.MergeReport()],
+    "affinity_defect": each(gs.affinity_defect, NO_NETS, input_size=SIZE)
+    + each(lambda size: gs.affinity_defect(plain(), input_size=size), ((3, 16), (1, 16, 16), "x")),
+    "collapse": each(lambda m: gs.collapse(m, SIZE), NO_NETS)
+    + each(lambda size: gs.collapse(net("reducenet20", linear=True), size), (3, (3, 16), (1, 16, 16), (3, -1, 3))),
+    "merge_report": each(gs.merge_report, NO_NETS)
+    + each(lambda d: gs.merge_report(plain(), dearer=d), ("maybe", None, 3)),
+    "merge_runs": each(gs.merge_runs, NO_NETS)
+    + each(lambda d: gs.merge_runs(plain(), dearer=d), ("maybe", None, 3))
+    + each(lambda w: gs.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
+    "nonaffine_modules": each(lambda m: gs.nonaffine_modules(m, input_size=SIZE), NO_NETS),
+    "GrownConv2d": [lambda: gs.GrownConv2d.from_conv(None, []), lambda: gs.GrownConv2d.from_conv(nn.Linear(1, 1), [])],
+    "PureBottleneck": each(lambda v: gs.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
+    + [lambda: gs.PureBottleneck(4, 4, 4, groups=3)],
+    "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)
+    + [lambda k=k, v=v: gs.NetAugTask(grown(), verbose=False, **{k: v})
+       for k, vs in {"mode": ("x", None, 3), "alpha": (-1, NAN, INF, "x"), "inplace_distil": (-1, 2, NAN, "x"),
+                     "every": (0, -1, 0.5, "x")}.items() for v in vs],
+    "choose_width": each(lambda m: gs.choose_width(m, [], lambda n: 0.0), NO_NETS),
+    "sort_channels": each(gs.sort_channels, NO_NETS),
+    "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
+    + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
+    "drop": each(gs.drop, NO_NETS) + [lambda: gs.drop(net("reducenet20_x2"))],
+    "fold": each(gs.fold, NO_NETS) + [lambda: gs.fold(grown()), lambda: gs.fold(plain(), input_size=(1, 8, 8))],
+    "fuse": each(gs.fuse, NO_NETS) + [lambda: gs.fuse(grown())]
+    + each(lambda w: gs.fuse(grown(), width=w), ({}, {"x": 1}, 3, "base", [])),
+    "grow": each(gs.grow, NO_NETS)
+    + each(lambda b: gs.grow(plain(), b), ("bottlneck", "", [], None, 3, [3], ["lora", "x"]))
+    + each(lambda r: gs.grow(plain(), ratio=r), (0, -1, NAN, INF, None, "2", [], 1e300))
+    + each(lambda w: gs.grow(plain(), where=w), ("nothing", "(", [], ["x"], ["stem.conv"], 3, [3], lambda n, m: False))
+    + each(lambda i: gs.grow(plain(), init=i), ("silence", None, 3))
+    + each(lambda s: gs.grow(plain(), input_size=s), ((3, 16), (1, 16, 16), (3, -1, 16), "x", 3)),
+    "growth_report": each(gs.growth_report, NO_NETS)
+    + each(lambda b: gs.growth_report(plain(), b), ("bottlneck", [], 3)),
+    "WidthSpace": each(gs.WidthSpace.from_json, ("", "{}", "[]", "null", None, 3, "[" * 10**5))
+    + each(lambda s: gs.width_space(grown()).level(s), (-1, 2, NAN, None, "x"))
+    + each(lambda m: gs.width_space(grown()).check(m), (*NO_NETS, plain())),
+    "active_width": [lambda w=w: gs.active_width(grown(), w).__enter__() for w in ({}, {"x": 1}, None, 3, "base")],
+    "get_width": each(gs.get_width, (*NO_NETS, plain())),
+    "set_width": each(lambda w: gs.set_width(grown(), w), ({}, {"x": 1}, None, 3, "base"))
+    + each(lambda v: gs.set_width(grown(), dict.fromkeys(gs.get_width(grown()), v)), (-1, 10**9, NAN, 1.5, None, "8")),
+    "width_space": each(gs.width_space, (*NO_NETS, plain()))
+    + [lambda k=k, v=v: gs.width_space(grown(), **{k: v})
+       for k in ("factor", "diversity", "divisor") for v in (0, -1, NAN, INF, "x", [])],
+}  # fmt: skip
+#: Modules: what is in them has tests of its own.
+NOT_CALLED = {"models", "schedules"}
+
+
+def public_names():
+    modules = {name for name, value in vars(gs).items() if isinstance(value, types.ModuleType)} - NOT_CALLED
+    return {name for name in vars(gs) if not name.startswith("_")} - modules
+
+
+def test_the_table_names_every_public_name():
+    errors = {
+        name
+        for name in public_names()
+        if isinstance(getattr(gs, name), type) and issubclass(getattr(gs, name), Exception)
+    }
+    assert public_names() - errors - NOT_CALLED == BAD.keys()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_taken_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong = []
+    for number, call in enumerate(BAD[name]):
+        try:
+            call()
+            wrong.append(f"{number}: accepted")
+        except (gs.GrowShrinkError, TypeError) as error:
+            if not str(error) or "\n" in str(error):
+                wrong.append(f"{number}: says {error!r}")
+        except Exception as error:
+            wrong.append(f"{number}: {type(error).__name__}: {error}"[:300])
+    assert wrong == []
+    assert list(tmp_path.iterdir()) == []

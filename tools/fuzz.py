@@ -1,0 +1,151 @@
+"""What breaks it? Random nets grown and fused, and damaged files read, by the thousand; every case has a number.
+
+    python tools/fuzz.py architectures --count 5000        nets of every geometry and wiring: grown, trained, fused
+    python tools/fuzz.py architectures --seed 351 --count 1  one of them again
+    python tools/fuzz.py files --count 10000               every kind of file that is read, damaged in every way
+    python tools/fuzz.py files --count 50 --commands       files given to the programs, as a user gives them
+
+A net is wrong if growing or fusing breaks a promise (see growshrink/fuzzing/architectures.py: equal outputs, equal
+keys, refusals whose reason is true, in float64 and against a convolution done by hand). A file is wrong if its reader
+does anything but read it or say in one line what it is about: another exception, more than 10 seconds, or more than
+256 MiB. Exit code 1 if anything was wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from random import Random
+
+import torch
+from tqdm import tqdm
+
+import growshrink as gs
+from growshrink.fuzzing.architectures import Outcome, check_architecture
+from growshrink.fuzzing.commands import check_command
+from growshrink.fuzzing.files import check_file
+from growshrink.program import run_program
+
+
+@dataclass
+class Architectures:
+    """Grow, train and fuse random nets."""
+
+    count: int = 5000
+    """How many nets."""
+    seed: int = 0
+    """Number of the first; they are numbered on from there."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+@dataclass
+class Files:
+    """Give damaged files to their readers."""
+
+    count: int = 10000
+    """How many files."""
+    seed: int = 0
+    """Number of the first; they are numbered on from there."""
+    commands: bool = False
+    """Through the programs, each in a process of its own (seconds a file), not through the package's readers."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+Which = Architectures | Files
+
+
+def main(args: Which) -> int:
+    """Run the cases, print what was found; 1 if any was wrong."""
+    if args.count < 1 or args.seed < 0:
+        raise gs.GrowShrinkError(f"--count {args.count} --seed {args.seed}: at least 1 case, numbered from 0 on.")
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # torch's, about even kernels with padding="same"
+    wrong = run_architectures(args) if isinstance(args, Architectures) else run_files(args)
+    return min(1, wrong)
+
+
+def run_architectures(args: Architectures) -> int:
+    """Nets number `seed` to `seed + count - 1`."""
+    began = time.perf_counter()
+    wrong, crashed, outcomes = 0, 0, []
+    bar = tqdm(range(args.seed, args.seed + args.count), unit="net", disable=args.quiet)
+    for number in bar:
+        torch.manual_seed(number)
+        try:
+            outcome = check_architecture(Random(number))
+        except Exception as error:  # of any kind: that is what is looked for
+            crashed += 1
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            outcome = Outcome(wrong=[f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"])
+        outcomes.append(outcome)
+        if outcome.wrong:
+            wrong += 1
+            bar.write(f"WRONG --seed {number}: {'; '.join(outcome.wrong)}", file=sys.stdout)
+            bar.set_postfix(wrong=wrong)
+    print(summary_of_nets(outcomes))
+    print(f"{wrong} wrong ({crashed} of them crashed), {time.perf_counter() - began:.0f} s")
+    return wrong
+
+
+def summary_of_nets(outcomes: list[Outcome]) -> str:
+    """How many were grown, what spoke against the others, and how close the fused nets are."""
+    grown = [outcome for outcome in outcomes if outcome.grown]
+    proven = [outcome for outcome in grown if outcome.effect > 1e-6]
+    convs, eligible = sum(o.convs for o in outcomes), sum(o.eligible for o in outcomes)
+    causes: Counter[str] = sum((o.causes for o in outcomes), Counter())
+    kinds: Counter[str] = sum((o.kinds for o in outcomes), Counter())
+    lines = [
+        f"{len(outcomes)} nets with {convs} convolutions: {len(grown)} nets grown and fused "
+        f"({len(grown) / len(outcomes):.0%}), {eligible} convolutions eligible ({eligible / max(1, convs):.0%})",
+        f"largest difference of grown and fused in float64: {max((o.max_rel for o in grown), default=0.0):.1e}; "
+        f"the branches were at work in {len(proven)} of {len(grown)}",
+        "left alone: " + ", ".join(f"{count} {cause}" for cause, count in causes.most_common()),
+        "nets grown with: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
+    ]
+    return "\n".join(lines)
+
+
+def run_files(args: Files) -> int:
+    """Files number `seed` to `seed + count - 1`."""
+    logging.disable()  # timm's, a line for each image that it skips
+    began = time.perf_counter()
+    found: Counter[tuple[str, str]] = Counter()
+    bar = tqdm(range(args.seed, args.seed + args.count), unit="file", disable=args.quiet)
+    with keep_quiet():
+        for number in bar:
+            case = check_command(number) if args.commands else check_file(number)
+            found[case.target, case.outcome] += 1
+            if case.outcome == "wrong":
+                bar.write(f"WRONG --seed {number}: {case.target}, {case.words}", file=sys.stdout)
+    print(f"{'kind of file':40s} {'files':>6s} {'read':>6s} {'refused':>8s} {'wrong':>6s}")
+    for target in dict.fromkeys(name for name, _ in sorted(found)):
+        read, refused, wrong = (found[target, outcome] for outcome in ("read", "refused", "wrong"))
+        print(f"{target:40s} {read + refused + wrong:6d} {read:6d} {refused:8d} {wrong:6d}")
+    num_wrong = sum(count for (_, outcome), count in found.items() if outcome == "wrong")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"{args.count} files, {num_wrong} wrong, {time.perf_counter() - began:.0f} s, at most {most:.0f} MiB")
+    return num_wrong
+
+
+@contextmanager
+def keep_quiet() -> Iterator[None]:
+    """Without the interpreter's notes on files that timm's reader leaves open."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda note: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+if __name__ == "__main__":
+    run_program(main, Which, __doc__)  # type: ignore[arg-type]
