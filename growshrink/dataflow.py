@@ -25,6 +25,8 @@ from growshrink.errors import GrowShrinkError
 InputSize = tuple[int, int, int]
 
 _SIZES_TO_TRY = (32, 64, 224, 28, 8)
+#: A norm without running statistics refuses one value per channel, in eval mode too.
+_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,7 @@ def _candidate_sizes(model: nn.Module) -> list[InputSize]:
 
 def _zeros(model: nn.Module, size: InputSize) -> Tensor:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    # two images: a norm without running statistics refuses one value per channel, in eval mode too
-    return torch.zeros(2, *size, device=like.device, dtype=like.dtype)
+    return torch.zeros(_IMAGES, *size, device=like.device, dtype=like.dtype)
 
 
 def _observe(model: nn.Module, size: InputSize) -> Flow:
@@ -153,7 +154,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
             tokens_last = isinstance(module, nn.Linear)
             recorder.produced(name, output, channels=output.dim() - 1 if tokens_last else None)
             if tokens_last:
-                output_sizes[name] = (output.numel() // output.shape[-1], 1)
+                output_sizes[name] = (output.numel() // output.shape[-1] // _IMAGES, 1)
             elif output.dim() == 4:
                 output_sizes[name] = (output.shape[2], output.shape[3])
 

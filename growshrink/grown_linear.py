@@ -9,6 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.errors import GrowError
 from growshrink.grown import Grown
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class GrownLinear(Grown, nn.Linear):
         if isinstance(linear, GrownLinear):
             linear.branches.extend(branches)
             return linear
-        assert type(linear) is nn.Linear, f"a {type(linear).__name__} may have a forward of its own"
+        if type(linear) is not nn.Linear:
+            raise GrowError(f"a {type(linear).__name__} cannot carry branches as a linear layer, only an nn.Linear.")
         linear.__class__ = GrownLinear
         assert isinstance(linear, GrownLinear)
         linear.branches = nn.ModuleList(branches).train(linear.training)

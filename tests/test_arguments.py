@@ -102,6 +102,10 @@ BAD = {
     + each(lambda d: gs.merge_runs(plain(), dearer=d), ("maybe", None, 3))
     + each(lambda w: gs.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.nonaffine_modules(m, input_size=SIZE), NO_NETS),
+    "GrownLinear": [
+        lambda: gs.GrownLinear.from_linear(None, []),
+        lambda: gs.GrownLinear.from_linear(nn.Conv2d(1, 1, 1), []),
+    ],
     "GrownConv2d": [lambda: gs.GrownConv2d.from_conv(None, []), lambda: gs.GrownConv2d.from_conv(nn.Linear(1, 1), [])],
     "PureBottleneck": each(lambda v: gs.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.PureBottleneck(4, 4, 4, groups=3)],

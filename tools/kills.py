@@ -6,8 +6,8 @@
 One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
 they finish, over and over, until as many kills as asked for have landed in a process at work (past its start-up, and
 past reading its checkpoint). A kill counts as survived if the run it hit ends with the weights, the growth log and the
-history of the undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a teacher, an average,
-dropout, a round that may be undone, and a checkpoint every few updates.
+history of the undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a
+teacher, an average, dropout, a round that may be undone, and a checkpoint every few updates.
 
 Start-up costs more than such a run, so by default every attempt is a fork of one process that has imported everything
 and has started no thread; --fresh starts real processes. Prints the count and leaves runs/kills/kills.json.

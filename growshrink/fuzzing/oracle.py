@@ -32,21 +32,25 @@ SHARED = Cause("shared parameters", ("shared with another module",))
 TWICE = Cause("runs twice", ("it runs 2 times",))
 NEVER = Cause("never runs", ("it runs 0 times",))
 ONE_PIXEL = Cause("seen on 1x1 maps", ("seen on 1x1 maps",))
+HEAD = Cause("sees one token", ("it is seen on one token", "the classifier"))
 NO_NORM = Cause("no norm for its bias", ("finds no batch norm to go to",))
 GEOMETRY = Cause("geometry does not fit the kind", ("no middle", "cross", "lopsided", "dilation", "stack of 3x3"))
 SHAPE = Cause("shape does not fit the kind", ("become", "stride", "larger than its input", "no middle"))
 
 
 def causes_against(net: RandomNet, kinds: Sequence[str]) -> dict[str, list[Cause]]:
-    """For every convolution of `net` all that speaks against growing it with `kinds`; an empty list where nothing does.
+    """For every convolution and linear layer of `net` all that speaks against growing it; an empty list for nothing.
 
     By the modules the net was put together from, and one real forward pass.
     """
     calls, sizes = _observed(net, net.input_size)
-    convs = {name: module for name, module in net.named_modules() if isinstance(module, nn.Conv2d)}
-    weights = Counter(id(conv.weight) for conv in convs.values())
+    layers = {name: module for name, module in net.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    weights = Counter(id(layer.weight) for layer in layers.values())
     found: dict[str, list[Cause]] = {}
-    for name, conv in convs.items():
+    for name, conv in layers.items():
+        if isinstance(conv, nn.Linear):
+            found[name] = [HEAD]
+            continue
         causes = [STEM] * (name == "stem")
         causes += [SHARED] * (weights[id(conv.weight)] > 1)
         causes += [TWICE] * (calls[name] == 2) + [NEVER] * (calls[name] == 0)

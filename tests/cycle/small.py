@@ -68,8 +68,8 @@ class Feed(MemoryFeed):
         return feed
 
 
-class Interrupt(Exception):
-    pass
+class Interrupt(BaseException):
+    """Like a signal, not like an error: nothing may take it for one."""
 
 
 class _Train:
