@@ -49,12 +49,14 @@ class Flow:
         calls: How often each module ran, by dotted name.
         output_sizes: Spatial size `(H, W)` of the last 4-D output of each module.
         readers: Who reads the output of each module, in order.
+        input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
     """
 
     input_size: InputSize
     calls: Mapping[str, int]
     output_sizes: Mapping[str, tuple[int, int]]
     readers: Mapping[str, tuple[Reader, ...]]
+    input_sizes: Mapping[str, tuple[int, int]]
 
     def norm_after(self, name: str) -> tuple[str | None, str]:
         """The batch norm that alone consumes the output of `name`, or None with the reason why there is none."""
@@ -130,12 +132,15 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
     }
     calls: Counter[str] = Counter()
+    input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
     recorder = _Recorder(norm_of, owner_of)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         name = names[id(module)]
         calls[name] += 1
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            input_sizes[name] = (args[0].shape[2], args[0].shape[3])
         if isinstance(output, Tensor):
             recorder.produced(name, output)
             if output.dim() == 4:
@@ -149,7 +154,8 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for hook in hooks:
             hook.remove()
     recorder.consumed("the model's output", tree_leaves(output))
-    return Flow(size, calls, output_sizes, {name: tuple(readers) for name, readers in recorder.readers.items()})
+    readers = {name: tuple(found) for name, found in recorder.readers.items()}
+    return Flow(size, calls, output_sizes, readers, input_sizes)
 
 
 class _Recorder(TorchDispatchMode):

@@ -67,9 +67,9 @@ class GrownConv2d(nn.Conv2d):
                 y = y + branch(x, y)
         return y
 
-    def as_convmap(self) -> ConvMap:
+    def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
-        total = ConvMap.from_conv2d(self)
+        total = ConvMap.from_conv2d(self, dtype)
         for index, branch in enumerate(self.branches):
             if not branch.skipped:
                 with _named(f"branches.{index}"):
@@ -195,12 +195,12 @@ class PureBottleneck(nn.Module):
         return self.pointwise._conv_forward(mid, kernel, None)
 
     @torch.jit.ignore
-    def as_convmap(self) -> ConvMap:
+    def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
-        total = convmap_of(self.conv, "conv")
+        total = convmap_of(self.conv, "conv", dtype=dtype)
         for name in ("bn", "act"):
-            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
-        last = convmap_of(self.pointwise, "pointwise")
+            total = total.then(convmap_of(getattr(self, name), name, total.out_channels, dtype))
+        last = convmap_of(self.pointwise, "pointwise", dtype=dtype)
         if self.width != self.conv.out_channels:
             groups = self.conv.groups
             total = replace(
@@ -258,26 +258,41 @@ def grown_modules(model: nn.Module) -> dict[str, GrownConv2d | PureBottleneck]:
     return found
 
 
-def convmap_of(module: nn.Module, name: str, channels: int = 0) -> ConvMap:
+def convmap_of(
+    module: nn.Module,
+    name: str,
+    channels: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> ConvMap:
     """The affine map of a module inside a branch; AlgebraError naming it if it is not affine.
 
     Types are compared exactly: a subclass may compute something else.
+
+    Args:
+        module: A part of the branch.
+        name: Its name in messages.
+        channels: How many go in, for a module that does not know.
+        dtype: Of the map.
+        device: Of the map, for a module without parameters.
     """
     with _named(name):
         if isinstance(module, GROWN_TYPES):
-            return module.as_convmap()
+            return module.as_convmap(dtype)
         if type(module) is nn.Conv2d:
-            return ConvMap.from_conv2d(module)
+            return ConvMap.from_conv2d(module, dtype)
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return ConvMap.from_bn(module)  # type: ignore[arg-type]
+            return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
         if type(module) is VanishingReLU:
-            if (lam := float(module.lam)) != 0.0:
-                raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
-            return ConvMap.identity(channels, device=module.lam.device)
+            # a training step must not wait for a device, nor a compiled graph break, to read what is known
+            if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):
+                if (lam := float(module.lam)) != 0.0:
+                    raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+            return ConvMap.identity(channels, dtype, module.lam.device)
         if type(module) is nn.AvgPool2d:
-            return ConvMap.from_avg_pool(module, channels)
+            return ConvMap.from_avg_pool(module, channels, dtype, device)
         if type(module) is nn.Identity:
-            return ConvMap.identity(channels)
+            return ConvMap.identity(channels, dtype, device)
         raise AlgebraError(f"{type(module).__name__} is not known to be affine.")
 
 

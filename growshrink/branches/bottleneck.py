@@ -43,7 +43,8 @@ class Bottleneck(Branch, kind="bottleneck"):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        return convmap_of(self.body, "body").then(convmap_of(self.norm, "norm"))
+        dtype = kernel.kernel.dtype
+        return convmap_of(self.body, "body", dtype=dtype).then(convmap_of(self.norm, "norm", dtype=dtype))
 
 
 class Nest(Bottleneck, kind="nest"):
@@ -82,5 +83,5 @@ class Insert(Branch, kind="insert"):
         """See `Branch.as_convmap`."""
         total = kernel
         for name in ("act", "pointwise", "norm"):
-            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
+            total = total.then(convmap_of(getattr(self, name), name, total.out_channels, total.kernel.dtype))
         return total

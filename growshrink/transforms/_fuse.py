@@ -16,7 +16,8 @@ from growshrink.algebra import ConvMap
 from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
-from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown import GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.online import expand_online
 from growshrink.widths import Width, active_width
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
@@ -114,7 +115,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 @torch.no_grad()
 def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
-    replica = copy.deepcopy(module).cpu().double().eval()
+    replica = expand_online(module).cpu().double().eval()  # a merged kernel would be compared with itself
+    assert isinstance(replica, GROWN_TYPES)
     try:
         total = replica.as_convmap()
         if isinstance(replica, GrownConv2d):
@@ -123,11 +125,7 @@ def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
         raise FuseError(f"{name}.{error}" if error.module else f"{name}: {error}") from error
     if not (total.kernel.isfinite().all() and total.bias.isfinite().all()):
         raise FuseError(f"{name}: its merged kernel has NaN or infinite values.")
-    # large enough that the kernel moves, and that reflection has something to reflect
-    height, width = (extent + 2 + max(1, *sides) for extent, sides in zip(total.extent, total.padding, strict=True))
-    x = torch.randn(
-        2, total.in_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    x = probe(total)
     seen = replica.padded(x) if isinstance(replica, GrownConv2d) else x
     difference = relative_error(total(seen), replica(x.clone()))
     if not difference <= MODULE_TOLERANCE:
@@ -136,6 +134,14 @@ def _map_of(name: str, module: GrownConv2d | PureBottleneck) -> ConvMap:
             "inside computes something else than its class says, perhaps in place."
         )
     return total
+
+
+def probe(map_: ConvMap) -> Tensor:
+    """A random float64 input to tell a map by."""
+    # large enough that the kernel moves, and that reflection has something to reflect
+    height, width = (extent + 2 + max(1, *sides) for extent, sides in zip(map_.extent, map_.padding, strict=True))
+    size = (2, map_.in_channels, height, width)
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
