@@ -11,6 +11,7 @@ Background: Ding et al., Diverse Branch Block (arXiv:2103.13425), section 3; the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -343,8 +344,21 @@ class ConvMap:
             ((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in zip(padding, self.padding, dilation, strict=True)
         ]
         (top, bottom), (left, right) = margins
-        kernel = F.pad(_spread(self.kernel, _grid_steps(self.dilation, dilation)), (left, right, top, bottom))
+        kernel = _spread(self.kernel, _grid_steps(self.dilation, dilation))
+        if margins != [(0, 0), (0, 0)]:
+            kernel = F.pad(kernel, (left, right, top, bottom))
         return replace(self, kernel=kernel, padding=padding, dilation=dilation)
+
+
+def compose(maps: Sequence[ConvMap]) -> ConvMap:
+    """The map that applies `maps` one after another, multiplied out in an order that takes little work."""
+    left = list(maps)
+    while len(left) > 1:
+        # O * M * I * taps of a product without groups; a norm goes into the smaller of its neighbours
+        work = [a.kernel.numel() * b.kernel.numel() // a.out_channels for a, b in zip(left, left[1:], strict=False)]
+        at = work.index(min(work))
+        left[at : at + 2] = [left[at].then(left[at + 1])]
+    return left[0]
 
 
 def _pair(value: object) -> Pair:

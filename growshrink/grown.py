@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from growshrink.activations import VanishingReLU
-from growshrink.algebra import ConvMap
+from growshrink.algebra import ConvMap, compose
 from growshrink.errors import AlgebraError
 
 if TYPE_CHECKING:
@@ -197,17 +197,19 @@ class PureBottleneck(nn.Module):
     @torch.jit.ignore
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
-        total = convmap_of(self.conv, "conv", dtype=dtype)
-        for name in ("bn", "act"):
-            total = total.then(convmap_of(getattr(self, name), name, total.out_channels, dtype))
-        last = convmap_of(self.pointwise, "pointwise", dtype=dtype)
-        if self.width != self.conv.out_channels:
+        channels = self.conv.out_channels
+        first, norm, act, last = (
+            convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "act", "pointwise")
+        )
+        if self.width != channels:
             groups = self.conv.groups
-            total = replace(
-                total, kernel=prefix(total.kernel, self.width, groups), bias=prefix(total.bias, self.width, groups)
+            first, norm, act = (
+                replace(m, kernel=prefix(m.kernel, self.width, groups), bias=prefix(m.bias, self.width, groups))
+                for m in (first, norm, act)
             )
+            norm, act = (replace(m, groups=self.width) for m in (norm, act))
             last = replace(last, kernel=last.kernel[:, : self.width // groups])
-        return total.then(last)
+        return compose([first, norm, act, last])
 
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from growshrink.activations import vanishing
 from growshrink.algebra import ConvMap
+from growshrink.errors import CollapseError
 from growshrink.grown import GrownConv2d, GrownConv2dSame, PureBottleneck
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class OnlineModule(nn.Module):
         return self
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # TorchScript knows no maps
-        return expand_online(self)
+        raise CollapseError("merged kernels are no TorchScript: growshrink.expand_online comes before TorchScript.")
 
 
 @register_notrace_module  # the kernel is made from parameters, whose values are not to be traced

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from growshrink.algebra import ConvMap, Pair
+from growshrink.algebra import ConvMap, Pair, compose
 from growshrink.grown import convmap_of
 
 
@@ -108,12 +108,11 @@ class Chain(Branch, kind=""):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        total, like = None, kernel.kernel
+        maps: list[ConvMap] = []
         for name, part in self.path.named_children():
-            channels = total.out_channels if total else kernel.in_channels
-            step = convmap_of(part, f"path.{name}", channels, like.dtype, like.device)
-            total = total.then(step) if total else step
-        assert total is not None
+            channels = maps[-1].out_channels if maps else kernel.in_channels
+            maps.append(convmap_of(part, f"path.{name}", channels, kernel.kernel.dtype, kernel.kernel.device))
+        total = compose(maps)
         (top, bottom), (left, right) = total.padding
         vertical, horizontal = self.crop
         return replace(total, padding=((top - vertical, bottom - vertical), (left - horizontal, right - horizontal)))

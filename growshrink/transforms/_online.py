@@ -232,6 +232,7 @@ def _online_copy(model: nn.Module, name: str, reasons: list[str]) -> OnlineModul
 def _go_online(module: nn.Module, reasons: list[str]) -> OnlineModule:
     if isinstance(module, GrownConv2d):
         for branch, why in zip(module.branches, reasons, strict=True):
+            assert isinstance(branch, Branch)
             branch.merged = not why
     go_online(module)
     assert isinstance(module, OnlineModule)
@@ -242,6 +243,12 @@ def _go_online(module: nn.Module, reasons: list[str]) -> OnlineModule:
 def _prove(name: str, module: OnlineModule) -> None:
     """CollapseError unless the merged kernel computes in float64 what the branches do; changes `module`."""
     module.cpu().double().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():  # of a silent branch nothing could be told
+        parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    for part in module.modules():
+        if isinstance(part, Branch):
+            part.skipped = False
     x = probe(ConvMap.from_conv2d(_conv_of(module)))
     once = module(x.clone())
     module.collapsed = False
@@ -274,7 +281,7 @@ def _measure(module: OnlineModule, size: tuple[int, int], batch_size: int, round
     layout = (
         torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format
     )
-    x = torch.randn(batch_size, conv.in_channels, *size, device=conv.weight.device, dtype=conv.weight.dtype)
+    x = torch.randn(batch_size, conv.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(conv.weight)
     x = x.contiguous(memory_format=layout).requires_grad_()
     inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
 
