@@ -287,11 +287,14 @@ class ConvMap:
 
     def _of_constant(self, value_I: Tensor) -> Tensor:
         """The output `(O,)` for an image that holds `value_I` everywhere."""
-        sums_OI = self.kernel.sum((2, 3))
+        sums_OI = self.kernel.flatten(1) if self._is_pointwise else self.kernel.sum((2, 3))
         if self._is_depthwise:
-            return self.bias + sums_OI[:, 0] * value_I
-        sums_GOI = sums_OI.unflatten(0, (self.groups, -1))
-        return self.bias + (sums_GOI @ value_I.view(self.groups, -1, 1)).flatten()
+            value_O = sums_OI.flatten() * value_I
+        elif self.groups == 1:
+            value_O = sums_OI @ value_I
+        else:
+            value_O = (sums_OI.unflatten(0, (self.groups, -1)) @ value_I.view(self.groups, -1, 1)).flatten()
+        return value_O + self.bias if self.biased else value_O
 
     @property
     def _shrinkage(self) -> Pair:
@@ -395,6 +398,8 @@ def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
         scales_GMHW = first.kernel.reshape(second.groups, 1, -1, *first.kernel.shape[2:])
         return (second.kernel.unflatten(0, (second.groups, -1)) * scales_GMHW).flatten(0, 1)
     first, second = first.regroup(groups), second.regroup(groups)
+    if groups == 1 and first._is_pointwise and second._is_pointwise:
+        return (second.kernel.flatten(1) @ first.kernel.flatten(1))[:, :, None, None]
     # channels last: where the weights are so too, this is one product without copies
     first_GMHWI = first.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
     second_GOHWM = second.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
