@@ -63,6 +63,9 @@ class Args(Options):
     """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
+    online: bool = False
+    """Train linear branches as part of their kernels, at about plain cost, with frozen norms: dbb, expandnet, ... from
+    the start, all others while they settle."""
     plan: Path | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
@@ -127,6 +130,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
             inplace_distil=args.inplace_distil,
             exit=args.exit,
             distil=args.distil,
+            online=args.online,
         )
         for number in range(args.rounds)
     )

@@ -13,7 +13,7 @@ from growshrink.branches import BranchSpec
 from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
-from growshrink.transforms import fuse, grow
+from growshrink.transforms import collapse_online, fuse, grow
 
 Entry = Mapping[str, Any]
 
@@ -40,6 +40,9 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
             found = shapes_of(model)
             if found != {name: list(shape) for name, shape in entry["shapes"].items()}:
                 raise RunError("the growth log is of another model: its shapes differ.")
+        elif entry["op"] == "collapse":
+            set_lambda(model, entry["lam"])
+            collapse_online(model, choose=entry["names"], inplace=True)
         elif entry["op"] == "fuse":
             set_lambda(model, 0.0)
             fuse(model, inplace=True, input_size=input_size)

@@ -57,6 +57,8 @@ class RoundPlan:
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+        online: Train linear branches as part of their kernels (see `collapse_online`): from the start those without
+            activations, in the settle phase all. Their norms' statistics are taken anew then, and frozen.
     """
 
     epochs: float
@@ -74,6 +76,7 @@ class RoundPlan:
     distil: str = "none"
     distil_weight: float = 0.5
     temperature: float = 3.0
+    online: bool = False
 
     def __post_init__(self) -> None:
         _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
@@ -93,6 +96,10 @@ class RoundPlan:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
         self._check_augment()
+        if not isinstance(self.online, bool):
+            raise PlanError(f"online={self.online!r}: must be true or false.")
+        if self.online and self.augment != "none":
+            raise PlanError("online=True: branches with sampled widths (augment) are not merged in training.")
         if self.control not in CONTROLS:
             raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
         if self.control == "closed_loop" and self.augment != "none":

@@ -22,9 +22,10 @@ from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, Segment, Timeline
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.state import RunState, newest_run, save_run
-from growshrink.cycle.surgery import check_rounds, fuse_nets, gradients, grow_nets, retention
+from growshrink.cycle.surgery import check_rounds, collapse_net, fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
+from growshrink.online import expand_online
 from growshrink.training.batches import Augment
 from growshrink.training.checkpoints import find_checkpoints, set_random_state
 from growshrink.training.data import DataSet
@@ -210,8 +211,13 @@ class _Run:
                 self._checkpoint(index)
 
     def _enter(self, segment: Segment) -> None:
-        if segment.phase != "hold":
-            return
+        if segment.phase == "hold":
+            self._grow(segment)
+        if segment.phase in ("hold", "settle") and self.plan.rounds[segment.round - 1].online:
+            if entry := collapse_net(self.trainer, self.lam(segment.start)):
+                self._log("collapse", segment, **entry)
+
+    def _grow(self, segment: Segment) -> None:
         plan = self.plan.rounds[segment.round - 1]
         before = self._score()
         net = profile(self.trainer.model, self.size)
@@ -284,7 +290,7 @@ class _Run:
         self._cost = None
 
     def _set_teacher(self, net: nn.Module) -> None:
-        self.teacher = copy.deepcopy(net).eval().requires_grad_(False)
+        self.teacher = expand_online(net).eval().requires_grad_(False)
         self.state.teacher_log = len(self.state.log)
         self._cost = None
 
@@ -314,7 +320,8 @@ class _Run:
         """Forward and backward of the graph that runs now, and the teacher's forward."""
         if self._cost is None:
             teacher = profile(self.teacher, self.size).macs if self.teacher is not None else 0
-            self._cost = training_macs(self.trainer.model, self.size), teacher
+            batch_size = self.feed.train.batch_size
+            self._cost = training_macs(self.trainer.model, self.size, batch_size), teacher
         return self._cost[0] + (self._cost[1] if self._teacher_of(segment) is not None else 0)
 
     def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
@@ -364,10 +371,10 @@ class _Run:
         self.trainer.update = saved["update"]
         self.trainer.model.load_state_dict(saved["model"])
         if self.trainer.ema is not None:
-            self.trainer.ema.load_state_dict(saved["ema"])
+            expand_online(self.trainer.ema, inplace=True).load_state_dict(saved["ema"])
         self.trainer.load_optimizer_state(saved["optimizer"])
         if self.state.teacher_log is not None:
-            teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
+            teacher = expand_online(replay(self.initial, self.state.log[: self.state.teacher_log], self.size))
             teacher.load_state_dict(saved["teacher"])
             self.teacher = self._placed(teacher).eval().requires_grad_(False)
         set_random_state(saved["random"])

@@ -32,6 +32,11 @@ CASES["closed loop"] = {
     "model": {"dropout": 0.5},
     "config": TrainConfig(lr=0.3, ema_decay=0.9),  # so high that the loss jumps, and lam has to wait
 }
+CASES["online"] = {
+    "plan": two_rounds((("pointwise_conv", "expandnet", "insert"), ("bottleneck",)), online=True, distil="peak"),
+    "model": {"dropout": 0.3},
+    "config": CONFIG,
+}
 TIMES = ("seconds", "images_per_second")
 
 
