@@ -42,8 +42,9 @@ def collapse_online(
     A branch is linear once every lam in it is 0, or from the start where it has no activation (those of the
     literature). What each convolution then computes, and the gradient of every parameter, are those of the branches
     run one by one with their norms in eval mode, to rounding; the kernel is merged in float32 at least, under autocast
-    too. Branches with a live activation go on running beside the kernel. Names and values of the state_dict stay,
-    `fuse`, `drop`, `grow`, copies and widths work as before; `expand_online` is the way back.
+    too. Branches with a live activation go on running beside the kernel, until this is called again with their lam at
+    0. Names and values of the state_dict stay, `fuse`, `drop`, `grow`, copies and widths work as before;
+    `expand_online` is the way back.
 
     The norms inside linear branches are frozen: they keep their running statistics (so each is a scale and a shift,
     which still learn), in train mode too, in every linear branch, merged or not. Fresh norms know nothing of the data:
