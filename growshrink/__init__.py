@@ -32,6 +32,7 @@ from growshrink.depth import merge_runs as merge_runs
 from growshrink.depth import nonaffine_modules as nonaffine_modules
 from growshrink.errors import AlgebraError as AlgebraError
 from growshrink.errors import AnalysisError as AnalysisError
+from growshrink.errors import CollapseError as CollapseError
 from growshrink.errors import DropError as DropError
 from growshrink.errors import EquivalenceError as EquivalenceError
 from growshrink.errors import FuseError as FuseError
@@ -43,10 +44,14 @@ from growshrink.errors import WidthError as WidthError
 from growshrink.grown import GrownConv2d as GrownConv2d
 from growshrink.grown import PureBottleneck as PureBottleneck
 from growshrink.grown_linear import GrownLinear as GrownLinear
+from growshrink.online import expand_online as expand_online
 from growshrink.supernet import NetAugTask as NetAugTask
 from growshrink.supernet import choose_width as choose_width
 from growshrink.supernet import sort_channels as sort_channels
 from growshrink.training import calibrate_bn as calibrate_bn
+from growshrink.transforms import CollapseReport as CollapseReport
+from growshrink.transforms import collapse_online as collapse_online
+from growshrink.transforms import collapse_report as collapse_report
 from growshrink.transforms import drop as drop
 from growshrink.transforms import fold as fold
 from growshrink.transforms import fuse as fuse

@@ -33,6 +33,9 @@ class VanishingReLU(nn.Module):
     Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
     """
 
+    #: `lam` is 0 and stays so: a map may be taken of it without reading it (see growshrink.collapse_online).
+    held = False
+
     def __init__(self, lam: float = 1.0, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.lam: Tensor  # declared here: TorchScript cannot read an annotation of the class
@@ -89,13 +92,21 @@ def vanishing(model: nn.Module) -> Iterator[tuple[str, VanishingReLU]]:
 
 
 def set_lambda(model: nn.Module, value: float) -> int:
-    """Set `lam` of every vanishing activation in `model`; returns how many there were (0 in a plain net)."""
+    """Set `lam` of every vanishing activation in `model`; returns how many there were (0 in a plain net).
+
+    Raises:
+        ValueError: `value` is not in [0, 1], or is not 0 and the branches are collapsed. Nothing was set.
+    """
     value = check_lambda(value)
-    num_set = 0
-    for _, act in vanishing(model):
+    found = list(vanishing(model))
+    if value and (held := [name for name, act in found if act.held]):
+        raise ValueError(
+            f"lam={value!r}: {held[0]} is part of a kernel, so its lam is 0 (growshrink.collapse_online). "
+            "growshrink.expand_online makes it an activation again."
+        )
+    for _, act in found:
         act.lam.fill_(value)
-        num_set += 1
-    return num_set
+    return len(found)
 
 
 def get_lambda(model: nn.Module) -> dict[str, float]:

@@ -11,6 +11,7 @@ Background: Ding et al., Diverse Branch Block (arXiv:2103.13425), section 3; the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,7 @@ class ConvMap:
         dilation: `(vertical, horizontal)`.
         groups: Number of groups; channels are grouped in contiguous blocks as in `nn.Conv2d`.
         padding_mode: What the padded pixels hold: `zeros`, `reflect`, `replicate` or `circular`.
+        biased: False promises that the bias is zero, and saves the work and the looking.
     """
 
     kernel: Tensor
@@ -46,6 +48,7 @@ class ConvMap:
     dilation: Pair = (1, 1)
     groups: int = 1
     padding_mode: str = "zeros"
+    biased: bool = True
 
     # ---- where maps come from
 
@@ -62,9 +65,10 @@ class ConvMap:
         else:
             padding = tuple((p, p) for p in conv.padding)
         kernel_OIHW = conv.weight.to(dtype)
+        biased = conv.bias is not None
         bias_O = kernel_OIHW.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.to(dtype)
         mode = conv.padding_mode if padding != NO_PADDING else "zeros"
-        return ConvMap(kernel_OIHW, bias_O, _pair(conv.stride), padding, dilation, conv.groups, mode)  # type: ignore[arg-type]
+        return ConvMap(kernel_OIHW, bias_O, _pair(conv.stride), padding, dilation, conv.groups, mode, biased)  # type: ignore[arg-type]
 
     @staticmethod
     def from_bn(bn: nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> ConvMap:
@@ -83,10 +87,12 @@ class ConvMap:
     def identity(channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> ConvMap:
         """`x -> x` on `channels` channels, a depthwise 1x1."""
         ones = torch.ones(channels, 1, 1, 1, dtype=dtype, device=device)
-        return ConvMap(ones, ones.new_zeros(channels), groups=channels)
+        return ConvMap(ones, ones.new_zeros(channels), groups=channels, biased=False)
 
     @staticmethod
-    def from_avg_pool(pool: nn.AvgPool2d, channels: int, dtype: torch.dtype = torch.float64) -> ConvMap:
+    def from_avg_pool(
+        pool: nn.AvgPool2d, channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None
+    ) -> ConvMap:
         """An average pool as a depthwise kernel of equal weights.
 
         Refused with `ceil_mode` (windows may hang over the edge) and, where it pads and no `divisor_override` is
@@ -100,9 +106,9 @@ class ConvMap:
                 "a padded average pool with count_include_pad=False divides by a number that depends on position."
             )
         divisor = pool.divisor_override or kernel_size[0] * kernel_size[1]
-        kernel = torch.full((channels, 1, *kernel_size), 1.0 / divisor, dtype=dtype)
-        padding_sides = ((padding[0], padding[0]), (padding[1], padding[1]))
-        return ConvMap(kernel, kernel.new_zeros(channels), _pair(pool.stride), padding_sides, groups=channels)
+        kernel = torch.full((channels, 1, *kernel_size), 1.0 / divisor, dtype=dtype, device=device)
+        sides = ((padding[0], padding[0]), (padding[1], padding[1]))
+        return ConvMap(kernel, kernel.new_zeros(channels), _pair(pool.stride), sides, groups=channels, biased=False)
 
     # ---- what a map is
 
@@ -147,26 +153,29 @@ class ConvMap:
             raise AlgebraError(f"cannot compose: {self.out_channels} channels come out, {second.in_channels} go in.")
         padding_mode = self._mode_before(second)
         groups = math.gcd(self.groups, second.groups)
-        first, second = self.regroup(groups), second.regroup(groups)
+        first = self
         # Along an axis tap u of the first and tap v of the second meet at offset d1 * u + s1 * d2 * v.
         spread = (first.stride[0] * second.dilation[0], first.stride[1] * second.dilation[1])
         sizes = zip(first.kernel.shape[2:], second.kernel.shape[2:], first.dilation, spread, strict=True)
         dilation = _both([d2 if k1 == 1 else d1 if k2 == 1 else math.gcd(d1, d2) for k1, k2, d1, d2 in sizes])
-        images_IMHW = _spread(first.kernel, _grid_steps(first.dilation, dilation)).transpose(0, 1)
-        kernel_IOHW = F.conv_transpose2d(
-            images_IMHW,
-            _transpose_in_groups(second.kernel, groups),
-            groups=groups,
-            dilation=_grid_steps(spread, dilation),
-        )
-        sums_OM = second.kernel.sum((2, 3)).reshape(groups, -1, second.kernel.shape[1])
-        bias_O = second.bias + torch.einsum("gom,gm->go", sums_OM, first.bias.reshape(groups, -1)).reshape(-1)
+        if first._is_pointwise or second._is_pointwise:
+            kernel_OIHW = _product(first, second, groups)
+        else:
+            first, second = first.regroup(groups), second.regroup(groups)
+            kernel_OIHW = F.conv_transpose2d(
+                _spread(first.kernel, _grid_steps(first.dilation, dilation)).transpose(0, 1),
+                _transpose_in_groups(second.kernel, groups),
+                groups=groups,
+                dilation=_grid_steps(spread, dilation),
+            ).transpose(0, 1)
+        bias_O = second._of_constant(first.bias) if first.biased else second.bias
         padding = tuple(
             (a1 + s1 * a2, b1 + s1 * b2)
             for (a1, b1), (a2, b2), s1 in zip(first.padding, second.padding, first.stride, strict=True)
         )
         stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
-        return ConvMap(kernel_IOHW.transpose(0, 1), bias_O, stride, padding, dilation, groups, padding_mode)  # type: ignore[arg-type]
+        biased = first.biased or second.biased
+        return ConvMap(kernel_OIHW, bias_O, stride, padding, dilation, groups, padding_mode, biased)  # type: ignore[arg-type]
 
     def __add__(self, other: ConvMap) -> ConvMap:
         """The map `x -> self(x) + other(x)`; both must give outputs of one shape for every input size."""
@@ -192,7 +201,11 @@ class ConvMap:
         padding = ((before[0], after[0]), (before[1], after[1]))
         dilation = _both([a._common_dilation(b, axis) for axis in (0, 1)])
         a, b = a._widen(padding, dilation), b._widen(padding, dilation)
-        return replace(a, kernel=a.kernel + b.kernel, bias=a.bias + b.bias, padding_mode=modes.pop())
+        # where one has no bias there is none to add, in training not even zeros
+        bias_O = a.bias + b.bias if a.biased and b.biased else b.bias if b.biased else a.bias
+        return replace(
+            a, kernel=a.kernel + b.kernel, bias=bias_O, padding_mode=modes.pop(), biased=a.biased or b.biased
+        )
 
     def scale(self, factor_O: Tensor) -> ConvMap:
         """The map `x -> factor * self(x)`, `factor` a scalar or `(O,)`."""
@@ -223,7 +236,7 @@ class ConvMap:
         target = ConvMap.from_conv2d(conv, self.kernel.dtype)
         if target.groups != math.gcd(self.groups, target.groups):
             raise AlgebraError(f"a map of {self.groups} group(s) does not fit a convolution of {target.groups}.")
-        zero = replace(target, kernel=self.kernel.new_zeros(target.kernel.shape), bias=torch.zeros_like(self.bias))
+        zero = replace(target, kernel=self.kernel.new_zeros(target.kernel.shape), biased=False)
         fitted = self + zero
         for field in ("padding", "dilation"):
             if getattr(fitted, field) != getattr(target, field):
@@ -265,6 +278,25 @@ class ConvMap:
     # ---- details
 
     @property
+    def _is_pointwise(self) -> bool:
+        return self.kernel.shape[2:] == (1, 1)
+
+    @property
+    def _is_depthwise(self) -> bool:
+        return self.groups == self.in_channels == self.out_channels
+
+    def _of_constant(self, value_I: Tensor) -> Tensor:
+        """The output `(O,)` for an image that holds `value_I` everywhere."""
+        sums_OI = self.kernel.flatten(1) if self._is_pointwise else self.kernel.sum((2, 3))
+        if self._is_depthwise:
+            value_O = sums_OI.flatten() * value_I
+        elif self.groups == 1:
+            value_O = sums_OI @ value_I
+        else:
+            value_O = (sums_OI.unflatten(0, (self.groups, -1)) @ value_I.view(self.groups, -1, 1)).flatten()
+        return value_O + self.bias if self.biased else value_O
+
+    @property
     def _shrinkage(self) -> Pair:
         return _both([e - a - b for e, (a, b) in zip(self.extent, self.padding, strict=True)])
 
@@ -294,7 +326,7 @@ class ConvMap:
                     f"the second map pads ({name}) what the first, {extent} pixels wide, would fill with other values "
                     "at the border: put all padding into the first."
                 )
-            if bool((self.bias != 0).any()):
+            if self.biased and bool((self.bias != 0).any()):
                 raise AlgebraError(
                     "the second map pads with zeros where the first would give its bias: wrong at the border. Pad in "
                     "the first map, or leave its bias out."
@@ -315,8 +347,21 @@ class ConvMap:
             ((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in zip(padding, self.padding, dilation, strict=True)
         ]
         (top, bottom), (left, right) = margins
-        kernel = F.pad(_spread(self.kernel, _grid_steps(self.dilation, dilation)), (left, right, top, bottom))
+        kernel = _spread(self.kernel, _grid_steps(self.dilation, dilation))
+        if margins != [(0, 0), (0, 0)]:
+            kernel = F.pad(kernel, (left, right, top, bottom))
         return replace(self, kernel=kernel, padding=padding, dilation=dilation)
+
+
+def compose(maps: Sequence[ConvMap]) -> ConvMap:
+    """The map that applies `maps` one after another, multiplied out in an order that takes little work."""
+    left = list(maps)
+    while len(left) > 1:
+        # O * M * I * taps of a product without groups; a norm goes into the smaller of its neighbours
+        work = [a.kernel.numel() * b.kernel.numel() // a.out_channels for a, b in zip(left, left[1:], strict=False)]
+        at = work.index(min(work))
+        left[at : at + 2] = [left[at].then(left[at + 1])]
+    return left[0]
 
 
 def _pair(value: object) -> Pair:
@@ -343,6 +388,26 @@ def _spread(kernel_OIHW: Tensor, factors: Pair) -> Tensor:
     wide = kernel_OIHW.new_zeros(out_ch, in_ch, factors[0] * (kh - 1) + 1, factors[1] * (kw - 1) + 1)
     wide[:, :, :: factors[0], :: factors[1]] = kernel_OIHW
     return wide
+
+
+def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
+    """The kernel of `second` after `first` where one of the two is pointwise: products of matrices, tap by tap."""
+    if second._is_depthwise:
+        return second.kernel * first.kernel
+    if first._is_depthwise:
+        scales_GMHW = first.kernel.reshape(second.groups, 1, -1, *first.kernel.shape[2:])
+        return (second.kernel.unflatten(0, (second.groups, -1)) * scales_GMHW).flatten(0, 1)
+    first, second = first.regroup(groups), second.regroup(groups)
+    if groups == 1 and first._is_pointwise and second._is_pointwise:
+        return (second.kernel.flatten(1) @ first.kernel.flatten(1))[:, :, None, None]
+    # channels last: where the weights are so too, this is one product without copies
+    first_GMHWI = first.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
+    second_GOHWM = second.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
+    if first._is_pointwise:
+        kernel_GOHWI = (second_GOHWM.flatten(1, 3) @ first_GMHWI.flatten(1, 3)).unflatten(1, second_GOHWM.shape[1:4])
+    else:
+        kernel_GOHWI = (second_GOHWM.flatten(1, 3) @ first_GMHWI.flatten(2)).unflatten(2, first_GMHWI.shape[2:])
+    return kernel_GOHWI.flatten(0, 1).permute(0, 3, 1, 2)
 
 
 def _transpose_in_groups(kernel_OMHW: Tensor, groups: int) -> Tensor:

@@ -211,13 +211,17 @@ def profile(model: nn.Module, input_size: InputSize) -> Profile:
     return Profile(counter.get_total_flops() // 2, sum(p.numel() for p in replica.parameters()))
 
 
-def training_macs(model: nn.Module, input_size: InputSize) -> int:
-    """MACs of one image forward and backward through the graph that training runs, on the meta device."""
+def training_macs(model: nn.Module, input_size: InputSize, batch_size: int = 2) -> int:
+    """MACs of one image forward and backward through the graph that training runs, on the meta device.
+
+    What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
+    """
+    batch_size = max(2, batch_size)  # batch norm refuses one value per channel
     replica = copy.deepcopy(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-    with flop_counter() as counter:  # two images: batch norm refuses one value per channel
-        replica(torch.empty(2, *input_size, device="meta", dtype=dtype)).sum().backward()
-    return counter.get_total_flops() // 4
+    with flop_counter() as counter:
+        replica(torch.empty(batch_size, *input_size, device="meta", dtype=dtype)).sum().backward()
+    return counter.get_total_flops() // (2 * batch_size)
 
 
 def flop_counter() -> FlopCounterMode:

@@ -55,12 +55,14 @@ class Flow:
             one image.
         readers: Who reads the output of each module, in order. (Views of an `nn.Linear`'s output are that output.)
         read_beside: Modules a parameter of which was read while they did not run.
+        input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
     """
 
     input_size: InputSize
     calls: Mapping[str, int]
     output_sizes: Mapping[str, tuple[int, int]]
     readers: Mapping[str, tuple[Reader, ...]]
+    input_sizes: Mapping[str, tuple[int, int]]
     read_beside: frozenset[str] = frozenset()
 
     def norm_after(self, name: str) -> tuple[str | None, str]:
@@ -140,6 +142,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
     }
     calls: Counter[str] = Counter()
+    input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
     recorder = _Recorder(norm_of, owner_of)
 
@@ -150,6 +153,8 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         name = names[id(module)]
         recorder.running[name] -= 1
         calls[name] += 1
+        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
+            input_sizes[name] = (args[0].shape[2], args[0].shape[3])
         if isinstance(output, Tensor):
             tokens_last = isinstance(module, nn.Linear)
             recorder.produced(name, output, channels=output.dim() - 1 if tokens_last else None)
@@ -168,7 +173,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
             hook.remove()
     recorder.consumed("the model's output", tree_leaves(output))
     readers = {name: tuple(found) for name, found in recorder.readers.items()}
-    return Flow(size, calls, output_sizes, readers, frozenset(recorder.read_beside))
+    return Flow(size, calls, output_sizes, readers, input_sizes, frozenset(recorder.read_beside))
 
 
 class _Recorder(TorchDispatchMode):

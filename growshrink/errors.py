@@ -52,6 +52,10 @@ class DropError(GrowShrinkError):
     """A grown module has nothing left once its branches are dropped."""
 
 
+class CollapseError(GrowShrinkError):
+    """No branch of a grown net can run as part of its convolution's kernel, or not those that were asked for."""
+
+
 class MergeError(GrowShrinkError):
     """Convolutions that were asked for cannot be merged exactly, or merging them would make the net dearer."""
 

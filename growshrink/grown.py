@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from growshrink.activations import VanishingReLU
-from growshrink.algebra import ConvMap
+from growshrink.algebra import ConvMap, compose
 from growshrink.arguments import check_model
 from growshrink.errors import AlgebraError, GrowError
 
@@ -50,9 +50,9 @@ class Grown(nn.Module):
         """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
         return self(x)
 
-    def as_convmap(self) -> ConvMap:
+    def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
-        total = ConvMap.from_conv2d(self.as_conv())
+        total = ConvMap.from_conv2d(self.as_conv(), dtype)
         for index, branch in enumerate(self.branches):
             if not branch.skipped:
                 with _named(f"branches.{index}"):
@@ -222,19 +222,21 @@ class PureBottleneck(nn.Module):
         return self.pointwise._conv_forward(mid, kernel, None)
 
     @torch.jit.ignore
-    def as_convmap(self) -> ConvMap:
+    def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
-        total = convmap_of(self.conv, "conv")
-        for name in ("bn", "act"):
-            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
-        last = convmap_of(self.pointwise, "pointwise")
-        if self.width != self.conv.out_channels:
+        channels = self.conv.out_channels
+        first, norm, act, last = (
+            convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "act", "pointwise")
+        )
+        if self.width != channels:
             groups = self.conv.groups
-            total = replace(
-                total, kernel=prefix(total.kernel, self.width, groups), bias=prefix(total.bias, self.width, groups)
+            first, norm, act = (
+                replace(m, kernel=prefix(m.kernel, self.width, groups), bias=prefix(m.bias, self.width, groups))
+                for m in (first, norm, act)
             )
+            norm, act = (replace(m, groups=self.width) for m in (norm, act))
             last = replace(last, kernel=last.kernel[:, : self.width // groups])
-        return total.then(last)
+        return compose([first, norm, act, last])
 
     @torch.jit.ignore
     def fuse(self) -> nn.Conv2d:
@@ -293,26 +295,41 @@ def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:
     return found
 
 
-def convmap_of(module: nn.Module, name: str, channels: int = 0) -> ConvMap:
+def convmap_of(
+    module: nn.Module,
+    name: str,
+    channels: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> ConvMap:
     """The affine map of a module inside a branch; AlgebraError naming it if it is not affine.
 
     Types are compared exactly: a subclass may compute something else.
+
+    Args:
+        module: A part of the branch.
+        name: Its name in messages.
+        channels: How many go in, for a module that does not know.
+        dtype: Of the map.
+        device: Of the map, for a module without parameters.
     """
     with _named(name):
         if isinstance(module, GROWN_TYPES):
-            return module.as_convmap()
+            return module.as_convmap(dtype)
         if type(module) is nn.Conv2d:
-            return ConvMap.from_conv2d(module)
+            return ConvMap.from_conv2d(module, dtype)
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return ConvMap.from_bn(module)  # type: ignore[arg-type]
+            return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
         if type(module) is VanishingReLU:
-            if (lam := float(module.lam)) != 0.0:
-                raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
-            return ConvMap.identity(channels, device=module.lam.device)
+            # a training step must not wait for a device, nor a compiled graph break, to read what is known
+            if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):
+                if (lam := float(module.lam)) != 0.0:
+                    raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+            return ConvMap.identity(channels, dtype, module.lam.device)
         if type(module) is nn.AvgPool2d:
-            return ConvMap.from_avg_pool(module, channels)
+            return ConvMap.from_avg_pool(module, channels, dtype, device)
         if type(module) is nn.Identity:
-            return ConvMap.identity(channels)
+            return ConvMap.identity(channels, dtype, device)
         raise AlgebraError(f"{type(module).__name__} is not known to be affine.")
 
 

@@ -68,6 +68,9 @@ class Args(Options):
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
     accept_within: float | None = None
     """Undo a round, bit for bit, that costs more than this many points of val top-1; by default none is undone."""
+    online: bool = False
+    """Train linear branches as part of their kernels, at about plain cost, with frozen norms: dbb, expandnet, ... from
+    the start, all others while they settle."""
     plan: Path | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
@@ -143,6 +146,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
             exit=args.exit,
             distil=args.distil,
             accept_within=args.accept_within,
+            online=args.online,
         )
         for number in range(args.rounds)
     )

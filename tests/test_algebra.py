@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from growshrink.algebra import NO_PADDING, ConvMap
+from growshrink.algebra import NO_PADDING, ConvMap, compose
 from growshrink.errors import AlgebraError
 
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
@@ -306,6 +306,41 @@ def test_composition_is_associative_and_has_an_identity():
     one = ConvMap.identity(4)
     for same in (a.then(one), one.then(a)):
         assert torch.equal(same.kernel, a.kernel) and torch.equal(same.bias, a.bias)
+
+
+@quick
+@given(data=st.data())
+def test_a_chain_multiplied_out_in_whatever_order(data):
+    chain = [data.draw(maps())]
+    for _ in range(data.draw(st.integers(1, 4))):
+        kind = data.draw(st.sampled_from(["pointwise", "scale", "depthwise", "any"]))
+        channels = chain[-1].out_channels
+        if kind in ("scale", "depthwise"):
+            taps = (1, 1) if kind == "scale" else (2, 3)
+            seed = data.draw(st.integers(0, 9))
+            kernel = randn(channels, 1, *taps, seed=seed)
+            chain.append(ConvMap(kernel, randn(channels, seed=seed + 1), data.draw(pairs), groups=channels))
+        else:
+            chain.append(data.draw(maps(in_channels=channels, padded=False, pointwise=kind == "pointwise", largest=2)))
+    total = compose(chain)
+    for x in inputs_for(*chain, sizes=2):
+        expected = x
+        for m in chain:
+            expected = m(expected)
+        assert_equal(total(x), expected)
+
+
+def test_a_map_that_promises_no_bias_keeps_it_through_all_operations():
+    conv, bn = nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4)
+    free, other = ConvMap.from_conv2d(conv), ConvMap.from_conv2d(nn.Conv2d(4, 4, 1, bias=False))
+    norm = ConvMap.from_bn(bn)
+    pool, one = ConvMap.from_avg_pool(nn.AvgPool2d(2), 4), ConvMap.identity(4)
+    unbiased = [free, pool, one, free.then(other), free + free, free.scale(torch.tensor(2.0)), free.then(pool)]
+    for m in unbiased:
+        assert not m.biased and not m.bias.any()
+    biased = [norm, ConvMap.from_conv2d(nn.Conv2d(4, 4, 1)), free.then(norm), norm.then(free), free + free.then(norm)]
+    assert all(m.biased for m in biased)
+    assert torch.equal((free + free.then(norm)).bias, free.then(norm).bias)
 
 
 # --- sums ---

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from growshrink.algebra import ConvMap, Pair
+from growshrink.algebra import ConvMap, Pair, compose
 from growshrink.grown import convmap_of
 
 
@@ -45,6 +45,7 @@ class Branch(nn.Module, ABC):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__()
         self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
+        self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
@@ -65,7 +66,11 @@ class Branch(nn.Module, ABC):
 
     @abstractmethod
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """What the branch adds, as an affine map of x; `kernel` is the map of the convolution so far (x to y)."""
+        """What the branch adds, as an affine map of x, differentiable in its parameters.
+
+        Args:
+            kernel: The map of the convolution so far (x to y); its dtype is the one to compute in.
+        """
 
     def silence_(self) -> None:
         """Make the branch add exactly 0, in train and eval mode, while every weight but this one can learn."""
@@ -103,9 +108,11 @@ class Chain(Branch, kind=""):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        total = ConvMap.identity(kernel.in_channels, device=kernel.kernel.device)
+        maps: list[ConvMap] = []
         for name, part in self.path.named_children():
-            total = total.then(convmap_of(part, f"path.{name}", total.out_channels))
+            channels = maps[-1].out_channels if maps else kernel.in_channels
+            maps.append(convmap_of(part, f"path.{name}", channels, kernel.kernel.dtype, kernel.kernel.device))
+        total = compose(maps)
         (top, bottom), (left, right) = total.padding
         vertical, horizontal = self.crop
         return replace(total, padding=((top - vertical, bottom - vertical), (left - horizontal, right - horizontal)))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from growshrink.activations import VanishingReLU
-from growshrink.algebra import ConvMap
+from growshrink.algebra import ConvMap, compose
 from growshrink.branches.base import Branch, middle_width
 from growshrink.grown import GrownConv2d, PureBottleneck, convmap_of, he_fan_out_
 
@@ -43,7 +43,8 @@ class Bottleneck(Branch, kind="bottleneck"):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        return convmap_of(self.body, "body").then(convmap_of(self.norm, "norm"))
+        dtype = kernel.kernel.dtype
+        return convmap_of(self.body, "body", dtype=dtype).then(convmap_of(self.norm, "norm", dtype=dtype))
 
 
 class Nest(Bottleneck, kind="nest"):
@@ -80,7 +81,5 @@ class Insert(Branch, kind="insert"):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        total = kernel
-        for name in ("act", "pointwise", "norm"):
-            total = total.then(convmap_of(getattr(self, name), name, total.out_channels))
-        return total
+        names, channels, dtype = ("act", "pointwise", "norm"), kernel.out_channels, kernel.kernel.dtype
+        return compose([kernel, *(convmap_of(getattr(self, name), name, channels, dtype) for name in names)])

@@ -32,8 +32,8 @@ class _Kernels(Branch, kind=""):
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
-        own = self.kernel(torch.float64)
-        return replace(ConvMap.from_conv2d(self.conv), kernel=own, bias=own.new_zeros(len(own)))
+        own = self.kernel(kernel.kernel.dtype)
+        return replace(ConvMap.from_conv2d(self.conv, own.dtype), kernel=own, bias=own.new_zeros(len(own)))
 
 
 class Mixture(_Kernels, kind="mixture"):
@@ -96,6 +96,5 @@ class Orepa(_Kernels, kind="orepa"):
         behind_GOMHW = self.behind.weight.to(dtype).unflatten(0, (groups, -1))
         chain_OIHW = torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)
         average_OIHW = self.average.weight.to(dtype).expand_as(own_OIHW) / (height * width)
-        scale_POIHW = self.scale.to(dtype)[:, :, None, None, None]
-        paths_POIHW = torch.stack([own_OIHW, pointwise_OIHW, chain_OIHW, average_OIHW])
-        return (scale_POIHW * paths_POIHW).sum(0)
+        own, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
+        return own * own_OIHW + pointwise * pointwise_OIHW + chain * chain_OIHW + average * average_OIHW

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from growshrink.activations import set_lambda
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.log import replay
@@ -16,7 +17,7 @@ from growshrink.dataflow import InputSize
 from growshrink.grown import grown_modules
 from growshrink.training.feed import UpdateBatches
 from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import grow
+from growshrink.transforms import collapse_online, collapse_report, grow
 
 
 class PlanCost:
@@ -63,7 +64,9 @@ class PlanCost:
                 teacher = grown if plan.distil == "peak" else self._plain
                 if plan.distil == "previous" and segment.round == 1:
                     teacher = self._first
-            if segment.grown and plan.augment != "none":
+            if segment.grown and plan.online:
+                total += updates * self._online(grown, timeline.lam(segment.start), teacher)
+            elif segment.grown and plan.augment != "none":
                 total += self._augmented(grown, plan, timeline, segment.round, teacher)(segment.start, segment.stop)
             else:
                 own = grown.train if segment.grown else self._plain.train
@@ -84,6 +87,15 @@ class PlanCost:
         )
         augmentation.task.detach()
         return augmentation.macs
+
+    def _online(self, grown: _Net, lam: float, teacher: _Net | None) -> int:
+        """An update while the branches that are linear at `lam`, where the phase begins, run merged."""
+        net = copy.deepcopy(grown.net)
+        set_lambda(net, lam)
+        if any(row.merged for row in collapse_report(net).rows):
+            collapse_online(net, choose="always", inplace=True)
+        own = training_macs(net, self._size, self._batches.batch_size)
+        return own + (teacher.forward if teacher else 0)
 
     def _net(self, net: nn.Module) -> _Net:
         return _Net(net, training_macs(net, self._size), profile(net, self._size).macs)

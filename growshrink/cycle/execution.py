@@ -32,9 +32,10 @@ from growshrink.cycle.state import (
     snapshot,
     undo,
 )
-from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
+from growshrink.cycle.surgery import collapse_net, fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
+from growshrink.online import expand_online
 from growshrink.reading import reason
 from growshrink.training.evaluate import Score, evaluate
 from growshrink.training.feed import Feed
@@ -160,8 +161,14 @@ class Execution:
                 self._checkpoint(index)
 
     def _enter(self, segment: Segment) -> None:
-        if segment.phase != "hold":
-            return
+        if segment.phase == "hold":
+            self._grow(segment)
+        if segment.phase in ("hold", "settle") and self.plan.rounds[segment.round - 1].online:
+            if entry := collapse_net(self.trainer, self.lam(segment.start)):
+                same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
+                self._log("collapse", segment, **entry)
+
+    def _grow(self, segment: Segment) -> None:
         plan = self.plan.rounds[segment.round - 1]
         before = self._score()
         net = profile(self.trainer.model, self.size)
@@ -266,7 +273,7 @@ class Execution:
         self._cost = None
 
     def _set_teacher(self, net: nn.Module) -> None:
-        self.teacher = copy.deepcopy(net).eval().requires_grad_(False)
+        self.teacher = expand_online(net).eval().requires_grad_(False)
         self.state.teacher_log = len(self.state.log)
         self._cost = None
 
@@ -296,7 +303,7 @@ class Execution:
         """Forward and backward of the graph that runs now, and the teacher's forward."""
         if self._cost is None:
             teacher = profile(self.teacher, self.size).macs if self.teacher is not None else 0
-            self._cost = training_macs(self.trainer.model, self.size), teacher
+            self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size), teacher
         return self._cost[0] + (self._cost[1] if self._teacher_of(segment) is not None else 0)
 
     def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
@@ -378,9 +385,11 @@ class Execution:
             self.trainer.cut_short = first, total.to(self.device)
         self.before = saved.get("before")
         if self.state.teacher_log is not None:
-            teacher = replay(self.initial, self.state.log[: self.state.teacher_log], self.size)
+            teacher = expand_online(replay(self.initial, self.state.log[: self.state.teacher_log], self.size))
             load_values(teacher, saved["teacher"])
             self.teacher = self._placed(teacher).eval().requires_grad_(False)
+        if self.trainer.ema is not None:
+            expand_online(self.trainer.ema, inplace=True)  # only the net in training is ever collapsed
         set_values(self.trainer, saved)
 
     def _make_trainer(self, model: nn.Module) -> Trainer:

@@ -14,7 +14,7 @@ from growshrink.cycle.plan import CyclePlan
 from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
-from growshrink.transforms import fuse, grow
+from growshrink.transforms import collapse_online, fuse, grow
 
 Entry = Mapping[str, Any]
 
@@ -43,6 +43,9 @@ def replay(model: nn.Module, log: Sequence[Entry], input_size: InputSize) -> nn.
                 raise RunError("the growth log is of another model: its shapes differ.")
         elif entry["op"] == "teach":
             model = copy.deepcopy(plain)
+        elif entry["op"] == "collapse":
+            set_lambda(model, entry["lam"])
+            collapse_online(model, choose=entry["names"], inplace=True)
         elif entry["op"] == "fuse":
             set_lambda(model, 0.0)
             fuse(model, inplace=True, input_size=input_size)

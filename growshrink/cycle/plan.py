@@ -68,6 +68,8 @@ class RoundPlan:
         accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
             than this against the net that was grown, the round is undone: net, average, optimizer and random states
             are those from before the growth again, bit for bit, and the tail goes on from there. None accepts all.
+        online: Train linear branches as part of their kernels (see `collapse_online`): from the start those without
+            activations, in the settle phase all. Their norms' statistics are taken anew then, and frozen.
     """
 
     epochs: float
@@ -88,6 +90,7 @@ class RoundPlan:
     distil_weight: float = 0.5
     temperature: float = 3.0
     accept_within: float | None = None
+    online: bool = False
 
     def __post_init__(self) -> None:
         _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
@@ -107,6 +110,10 @@ class RoundPlan:
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: a share of the round, must lie in [0, 1].")
         self._check_augment()
+        if not isinstance(self.online, bool):
+            raise PlanError(f"online={self.online!r}: must be true or false.")
+        if self.online and self.augment != "none":
+            raise PlanError("online=True: branches with sampled widths (augment) are not merged in training.")
         if self.control not in CONTROLS:
             raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
         if self.control == "closed_loop" and self.augment != "none":

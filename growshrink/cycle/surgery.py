@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from growshrink.activations import set_lambda
 from growshrink.compare import EXACT_FLOAT64, branch_effect, compare, verify
 from growshrink.cycle.log import apply_grow, replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, RoundPlan
@@ -16,9 +17,13 @@ from growshrink.dataflow import InputSize
 from growshrink.errors import PlanError, RunError
 from growshrink.grown import Grown, grown_modules
 from growshrink.supernet import NetAugTask
+from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Trainer
-from growshrink.transforms import drop, fuse, grow
+from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
 from growshrink.widths import get_width
+
+#: For the statistics of norms that are then frozen.
+CALIBRATION_BATCHES = 20
 
 
 def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
@@ -44,6 +49,22 @@ def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSiz
         apply_grow(trainer.ema, entry, input_size)
     trainer.structure_changed()
     return entry
+
+
+def collapse_net(trainer: Trainer, lam: float) -> dict[str, Any] | None:
+    """Merge the branches of the model (not of its average) that are linear at `lam` into kernels, for training.
+
+    Whatever the clock would say: a run is to be the same on every machine. Returns what the growth log needs; None
+    where no branch is linear.
+    """
+    model = trainer.model
+    set_lambda(model, lam)
+    if not any(row.merged for row in collapse_report(model).rows):
+        return None
+    begin = trainer.update
+    calibrate_bn(model, (trainer.batches.batch(update)[0] for update in range(begin, begin + CALIBRATION_BATCHES)))
+    collapse_online(model, choose="always", inplace=True)
+    return {"lam": lam, "names": collapse_report(model).collapsed}
 
 
 def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size: InputSize) -> dict[str, Any]:

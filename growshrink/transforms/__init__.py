@@ -7,3 +7,6 @@ from growshrink.transforms._grow import branch_specs as branch_specs
 from growshrink.transforms._grow import drop as drop
 from growshrink.transforms._grow import grow as grow
 from growshrink.transforms._grow import growth_report as growth_report
+from growshrink.transforms._online import CollapseReport as CollapseReport
+from growshrink.transforms._online import collapse_online as collapse_online
+from growshrink.transforms._online import collapse_report as collapse_report

@@ -16,7 +16,8 @@ from growshrink.algebra import ConvMap
 from growshrink.branches import Branch
 from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
-from growshrink.grown import Grown, PureBottleneck, grown_modules
+from growshrink.grown import GROWN_TYPES, Grown, PureBottleneck, grown_modules
+from growshrink.online import expand_online
 from growshrink.transforms._deploy import unguard_hooks
 from growshrink.widths import Width, active_width
 
@@ -115,7 +116,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 @torch.no_grad()
 def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
-    replica = copy.deepcopy(module).cpu().double().eval()
+    replica = expand_online(module).cpu().double().eval()  # a merged kernel would be compared with itself
+    assert isinstance(replica, GROWN_TYPES)
     try:
         total = replica.as_convmap()
         if isinstance(replica, Grown):
@@ -124,11 +126,7 @@ def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
         raise FuseError(f"{name}.{error}" if error.module else f"{name}: {error}") from error
     if not (total.kernel.isfinite().all() and total.bias.isfinite().all()):
         raise FuseError(f"{name}: its merged kernel has NaN or infinite values.")
-    # large enough that the kernel moves, and that reflection has something to reflect
-    height, width = (extent + 2 + max(1, *sides) for extent, sides in zip(total.extent, total.padding, strict=True))
-    x = torch.randn(
-        2, total.in_channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    x = probe(total)
     if isinstance(replica, Grown):
         seen, found = replica.padded(x), replica.on_images(x.clone())
     else:
@@ -140,6 +138,14 @@ def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
             "inside computes something else than its class says, perhaps in place."
         )
     return total
+
+
+def probe(map_: ConvMap) -> Tensor:
+    """A random float64 input to tell a map by."""
+    # large enough that the kernel moves, and that reflection has something to reflect
+    height, width = (extent + 2 + max(1, *sides) for extent, sides in zip(map_.extent, map_.padding, strict=True))
+    size = (2, map_.in_channels, height, width)
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()

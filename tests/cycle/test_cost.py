@@ -17,6 +17,8 @@ PLANS = {
     "fuse": [{}],
     "two kinds": [{}, {"branch": ("insert", "nest")}],
     "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
+    "online": [{"branch": ("expandnet", "insert"), "online": True}],
+    "online, linear": [{"branch": ("dbb",), "online": True, "linear": True, "distil": "peak"}],
     "drop": [{"exit": "drop", "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
     "teach": [{"exit": "teach", "hold": 0.5, "vanish": 0.0, "settle": 0.0, "distil": "peak"}],
     "lazy, peak": [{"augment": "lazy", "exit": "drop", "distil": "peak"}],

@@ -45,6 +45,11 @@ CASES["teach"] = {
     "model": {"dropout": 0.3},
     "config": CONFIG,
 }
+CASES["online"] = {
+    "plan": two_rounds((("pointwise_conv", "expandnet", "insert"), ("bottleneck",)), online=True, distil="peak"),
+    "model": {"dropout": 0.3},
+    "config": CONFIG,
+}
 TIMES = ("seconds", "images_per_second")
 
 

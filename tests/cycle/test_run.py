@@ -171,6 +171,39 @@ def test_any_branches_in_any_net(tmp_path, branches, model):
     assert all(record["max_rel"] <= 1e-12 and record["effect"] >= 0.1 for record in result.rounds)
 
 
+@pytest.mark.parametrize("average", [0.9, 0.0])
+def test_linear_branches_can_be_trained_online(tmp_path, average):
+    plan = (("pointwise_conv", "expandnet"), ("bottleneck",))
+    outcomes = [
+        run(
+            tmp_path / str(online), plan=two_rounds(plan, online=online), config=TrainConfig(lr=0.05, ema_decay=average)
+        )
+        for online in (True, False)
+    ]
+    entries = [(e["op"], e["round"], e["update"]) for e in outcomes[0].growth_log]
+    assert entries == [
+        ("grow", 1, 3),
+        ("collapse", 1, 3),
+        ("collapse", 1, 13),
+        ("fuse", 1, 17),
+        ("grow", 2, 27),
+        ("collapse", 2, 37),  # with a live activation there is nothing to merge before
+        ("fuse", 2, 41),
+    ]
+    assert all(e["names"] == ["conv1", "conv2"] for e in outcomes[0].growth_log if e["op"] == "collapse")
+    online = replay(small(outputs=4), outcomes[0].growth_log[:6], SIZE)
+    assert all(branch.merged for conv in (online.conv1, online.conv2) for branch in conv.branches)
+    costs = (
+        [outcome.history[0]["training_macs"] for outcome in outcomes],
+        [{row["update"]: row["training_macs"] for row in outcome.history} for outcome in outcomes],
+    )
+    assert costs[0][0] == costs[0][1]
+    cheap, dear = ((by[17] - by[13]) / (4 * BATCH) for by in costs[1])
+    # forward and backward of the plain net but for the stem's input, and what merging costs a batch
+    assert 3 * FORWARD_PLAIN - STEM < cheap < 1.1 * (3 * FORWARD_PLAIN - STEM) < 0.7 * dear
+    assert not grown_modules(outcomes[0].model) and all(entry["max_rel"] < 1e-10 for entry in outcomes[0].rounds)
+
+
 def test_a_net_born_grown_lives_until_its_first_round_ends(tmp_path):
     model = small(born_grown=True, outputs=4)
     result = run(tmp_path, model)

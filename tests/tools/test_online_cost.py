@@ -1,0 +1,49 @@
+"""tools/online_cost.py as its users run it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "online_cost.py"
+
+
+def run(*options):
+    return subprocess.run(
+        [sys.executable, str(TOOL), "--quiet", *map(str, options)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_every_branch_of_every_net_gets_a_row_and_every_convolution_its_times():
+    options = ("--nets", "reducenet20@8", "--branches", "dbb", "lora", "--ratio", 0.25, "--batch-size", 4)
+    result = run("--quick", "--report", *options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = r"^reducenet20@8 +(\w+) +[\d.]+  +([\d.]+) \(.*?\) +([\d.]+) \(.*?\) +(\d) of 9(.*)$"
+    rows = {m[1]: m.groups()[1:] for m in re.finditer(found, result.stdout, re.M)}
+    assert list(rows) == ["dbb", "lora"]
+    assert rows["dbb"][3].strip() in ("ok", "MISSED") and rows["lora"][3] == ""
+    assert len(re.findall(r"^stages\.\d\.\d\.conv +[\d.]+ ms -> +[\d.]+ ms  (?:one|branch)", result.stdout, re.M)) == 18
+    assert "load average" in result.stdout and ("MISSED (at most 1.3)" in result.stdout) == (
+        "  MISSED" in result.stdout
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--nets", "resnet81@32"), "--nets resnet81@32: timm knows no model 'resnet81'; did you mean"),
+        (("--nets", "resnet18"), "--nets resnet18: write MODEL@PIXELS"),
+        (("--nets", "reducenet20@32", "--branches", "ddb"), "'ddb': no such branch; did you mean dbb"),
+    ],
+)
+def test_bad_options_are_refused(options, words):
+    result = run("--quick", *options)
+    assert result.returncode == 2 and words in result.stderr
+    assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr

@@ -1,0 +1,169 @@
+"""What a training step of linear branches costs: plain net, branch by branch, and merged online, timed in pairs.
+
+    python tools/online_cost.py                                  every default, about 10 minutes on 2 cores
+    python tools/online_cost.py --nets reducenet20@32 --branches dbb expandnet --strict
+    python tools/online_cost.py --nets resnet50@128 --batch-size 32 --report     and each convolution's own times
+
+Every net is grown with every kind of branch, given frozen statistics and collapsed (gs.collapse_online). An update of
+SGD (forward, backward, step) of the grown net and one of the plain net take turns; each pair of turns gives a ratio,
+and the table shows their medians and quartiles. Target: DBB and ExpandNet, collapsed, at most 1.3 plain steps.
+Merging costs nothing per image, but what it costs per update is spread over few pixels where maps and batches are
+small and channels many: there the ratio rises, and `--choose measured` leaves to the branches what they do faster.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Literal
+
+import timm
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import growshrink as gs
+from growshrink.errors import RunError, near
+from growshrink.timing import Call, machine
+from paired import Bench, Row, channels_last, load
+
+AT_MOST = 1.3
+#: The branches the target is for.
+TARGETS = ("dbb", "expandnet")
+
+
+@dataclass(kw_only=True)
+class Args:
+    """Options of online_cost."""
+
+    nets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL@PIXELS ...")] = (
+        "reducenet20@32",
+        "mobilenetv2_050@96",
+        "resnet18@64",
+        "resnet18@128",
+    )
+    """timm models, and the side of the images each is trained on."""
+    branches: tuple[str, ...] = TARGETS
+    """Kinds or presets: dbb, expandnet, repvgg, acnet, mobileone, orepa, lora, mixture, ..."""
+    ratio: float = 2.0
+    """Middle width of a branch over the output channels of its convolution."""
+    batch_size: int = 128
+    """Images per update."""
+    choose: Annotated[Literal["measured", "always"], tyro.conf.arg(metavar="measured|always")] = "measured"
+    """Which convolutions run merged: those where that is measured to be faster, or all."""
+    seconds: float = 6.0
+    """To spend on each comparison, longer if that is needed for 5 pairs."""
+    threads: int | None = None
+    """Of torch; by default all it takes by itself, the physical cores."""
+    report: bool = False
+    """Also print what every convolution costs either way."""
+    quick: bool = False
+    """A smoke run: very few repeats, times that mean nothing."""
+    strict: bool = False
+    """Exit 1 if a target is missed."""
+    quiet: bool = False
+    """No progress bar."""
+
+
+def main(args: Args) -> int:
+    """Measure and print; the exit status."""
+    if not (math.isfinite(args.seconds) and args.seconds > 0):
+        raise RunError(f"--seconds {args.seconds}: must be above 0.")
+    if args.batch_size < 2:
+        raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
+    if args.threads is not None and args.threads < 1:
+        raise RunError(f"--threads {args.threads}: must be at least 1.")
+    nets = [parse(net) for net in args.nets]
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds, 5)
+    bench.progress = not args.quiet
+    before = load()
+    print(f"{'net':22s} {'branches':16s} {'plain ms':>9s}  {'branch by branch':24s} {'merged':24s} merged in")
+    for name, pixels in nets:
+        for branch in args.branches:
+            grown, collapsed, report = measure(bench, args, name, pixels, branch)
+            print(
+                f"{f'{name}@{pixels}':22s} {branch:16s} {collapsed.b:9.1f}  {ratio(grown):24s} {ratio(collapsed):24s} "
+                f"{len(report.collapsed)} of {len(report.rows)}  {collapsed.verdict}".rstrip(),
+                flush=True,
+            )
+            if args.report:
+                print(report)
+    about = machine()
+    print(
+        f"\nOver an update of the plain net; batch {args.batch_size}, ratio {args.ratio:g}; {about['threads']} threads "
+        f"on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average {before} before, "
+        f"{load()} after."
+    )
+    missed = sum(row.verdict == "MISSED" for row in bench.rows)
+    if missed:
+        print(f"{missed} of {sum(bool(row.verdict) for row in bench.rows)} targets MISSED (at most {AT_MOST}).")
+    return int(args.strict and missed > 0)
+
+
+def parse(net: str) -> tuple[str, int]:
+    """`MODEL@PIXELS`."""
+    name, _, pixels = net.partition("@")
+    if not timm.is_model(name):
+        raise RunError(f"--nets {net}: timm knows no model {name!r}{near(name, timm.list_models())}")
+    if not (pixels.isdecimal() and int(pixels) > 0):
+        raise RunError(f"--nets {net}: write MODEL@PIXELS, for example resnet18@64.")
+    return name, int(pixels)
+
+
+def measure(bench: Bench, args: Args, name: str, pixels: int, branch: str) -> tuple[Row, Row, gs.CollapseReport]:
+    """The step of the grown net over that of the plain one, branch by branch and collapsed, and what was collapsed."""
+    torch.manual_seed(0)
+    size = (3, pixels, pixels)
+    images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (args.batch_size,))
+    plain = channels_last(timm.create_model(name, num_classes=10)).train()
+    grown = channels_last(gs.grow(plain, branch, ratio=args.ratio, input_size=size))
+    collapsed = gs.collapse_online(
+        grown,
+        choose=args.choose,
+        batch_size=args.batch_size,
+        input_size=size,
+        rounds=2 if args.quick else 5,
+        progress=bench.progress,
+    )
+    target = AT_MOST if branch in TARGETS else math.inf
+    step = update(plain, images, labels)
+    what = f"{name}@{pixels}: {branch}"
+    return (
+        bench.compare(f"{what}, branch by branch / plain", update(grown, images, labels), step),
+        bench.compare(f"{what}, merged / plain", update(collapsed, images, labels), step, at_most=target),
+        gs.collapse_report(collapsed),
+    )
+
+
+def update(net: nn.Module, images: Tensor, labels: Tensor) -> Call:
+    """One update of SGD, as a call."""
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    return partial(_update, net, optimizer, images, labels)
+
+
+def _update(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    F.cross_entropy(net(images), labels).backward()
+    optimizer.step()
+
+
+def ratio(row: Row) -> str:
+    """Median and quartiles."""
+    return f"{row.ratio:5.2f} ({row.q1:.2f} .. {row.q3:.2f})"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(tyro.cli(Args, description=__doc__)))
+    except gs.GrowShrinkError as error:
+        print(f"online_cost: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("online_cost: interrupted.", file=sys.stderr)
+        sys.exit(130)
