@@ -5,9 +5,9 @@
 
 One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
 they finish, over and over, until as many kills as asked for have landed in a process at work (past its start-up, and
-past reading its checkpoint). A kill counts as survived if the run it hit ends with the weights, the growth log and the history of the
-undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a teacher, an average,
-dropout, a round that may be undone, and a checkpoint every few updates.
+past reading its checkpoint). A kill counts as survived if the run it hit ends with the weights, the growth log and the
+history of the undisturbed one, bit for bit. The run is small but has all of it: two rounds, vanishing, fuses, a
+teacher, an average, dropout, a round that may be undone, and a checkpoint every few updates.
 
 Start-up costs more than such a run, so by default every attempt is a fork of one process that has imported everything
 and has started no thread; --fresh starts real processes. Prints the count and leaves runs/kills/kills.json.
@@ -230,8 +230,8 @@ def state_of(path: Path) -> dict[str, Any]:
     """Where a killed run was: the newest checkpoint's update and phase, and what was half written."""
     found = find_checkpoints(path)
     update = int(found[0].stem.split("-")[1]) if found else 0
-    place = "start"
-    if found and (rows := (path / "log.jsonl").read_text().splitlines()[:1]):
+    place, history = "base", path / "log.jsonl"
+    if found and history.exists() and (rows := history.read_text().splitlines()[:1]):  # else the first epoch
         row, about = json.loads(rows[0]), read_json(path / MARKER)
         timeline = Timeline(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
         segment = timeline.segment_at(min(update, timeline.total - 1))
