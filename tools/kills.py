@@ -230,8 +230,8 @@ def state_of(path: Path) -> dict[str, Any]:
     """Where a killed run was: the newest checkpoint's update and phase, and what was half written."""
     found = find_checkpoints(path)
     update = int(found[0].stem.split("-")[1]) if found else 0
-    place = "start"
-    if found and (rows := (path / "log.jsonl").read_text().splitlines()[:1]):
+    place, history = "base", path / "log.jsonl"
+    if found and history.exists() and (rows := history.read_text().splitlines()[:1]):  # else the first epoch
         row, about = json.loads(rows[0]), read_json(path / MARKER)
         timeline = Timeline(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
         segment = timeline.segment_at(min(update, timeline.total - 1))

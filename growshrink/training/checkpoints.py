@@ -51,7 +51,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror}, {len(content):,} bytes).") from error
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}, {len(content):,} bytes).") from error
 
 
 def save_picture(figure: Any, path: Path, dpi: int = 110) -> None:

@@ -109,6 +109,7 @@ class RunFolder:
             (self.path / LOCK).unlink()
             with contextlib.suppress(OSError):  # somebody else has just put something there
                 self.path.rmdir()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked this moment may not have let go of it yet
         self._lock.close()
 
     def __enter__(self) -> RunFolder:

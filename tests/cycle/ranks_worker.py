@@ -65,7 +65,7 @@ def equals_one_process_with_all_the_images():
     expected = alone.train(6, learning_rate=one, lam=one)
     gs.training.trainer.average_update_ = kept
     pairs = zip(together.best.parameters(), alone.best.parameters(), strict=True)
-    return max(float((a - b).abs().max()) for a, b in pairs), float((loss - expected).abs())
+    return max(float((a - b).detach().abs().max()) for a, b in pairs), float((loss - expected).abs())
 
 
 with joined("cpu"):

@@ -107,8 +107,8 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, cap
     assert "another options (crop: None then, 2 now)" in capsys.readouterr().err
     assert main("--out", path, *SMALL, "--seed", "1", "--resume") == 2
     for number, update, code, line in (
-        (signal.SIGTERM, 45, 143, "stopped by SIGTERM after update 46 of 110, saved in"),
-        (signal.SIGINT, 60, 130, "stopped by SIGINT after update 61 of 110, saved in"),
+        (signal.SIGTERM, 45, 143, "stopped by SIGTERM after update 46 of 100, saved in"),
+        (signal.SIGINT, 60, 130, "stopped by SIGINT after update 61 of 100, saved in"),
         (None, 70, 2, "cannot be written (No space left on device"),
     ):
         with pytest.MonkeyPatch.context() as patch:

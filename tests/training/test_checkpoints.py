@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomic(path, b"old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"file: cannot be written .disk full, 3 bytes"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     monkeypatch.undo()

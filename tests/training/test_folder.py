@@ -211,15 +211,19 @@ def test_what_is_no_json_object_is_refused(tmp_path, content):
 
 def test_a_child_that_outlives_the_process_does_not_hold_the_folder(tmp_path):
     """A worker of a data loader notices after seconds that its parent was killed."""
-    ready, go = os.pipe()
+    wait, go = os.pipe()
+    ready, up = os.pipe()
     folder = RunFolder.claim(tmp_path / "run")
     folder.write_marker("running", {})
     if not (child := os.fork()):
-        os.read(ready, 1)
+        os.close(go)  # so that it ends with this process
+        os.write(up, b".")
+        os.read(wait, 1)
         os._exit(0)
+    os.read(ready, 1)
     with pytest.raises(RunError, match="in use by another run"):  # letting go there is not letting go here
         RunFolder.claim(tmp_path / "run", resume=True)
-    folder.release()
+    folder._lock.close()  # what a kill does
     with RunFolder.claim(tmp_path / "run", resume=True):
         os.write(go, b".")
         os.waitpid(child, 0)
