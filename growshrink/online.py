@@ -76,7 +76,7 @@ class OnlineConv2d(OnlineModule, GrownConv2d):
 
     def to_plain(self) -> nn.Conv2d:
         """See `GrownConv2d.to_plain`."""
-        return cast(GrownConv2d, expand_online(self, inplace=True)).to_plain()
+        return cast(nn.Conv2d, cast(GrownConv2d, expand_online(self, inplace=True)).to_plain())
 
     def _map(self, dtype: torch.dtype) -> ConvMap:
         total = ConvMap.from_conv2d(self, dtype)

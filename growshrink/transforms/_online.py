@@ -16,7 +16,7 @@ from growshrink.algebra import ConvMap
 from growshrink.branches import Branch
 from growshrink.dataflow import InputSize, trace
 from growshrink.errors import AlgebraError, CollapseError, near
-from growshrink.grown import GROWN_TYPES, GrownConv2d, PureBottleneck, grown_modules
+from growshrink.grown import GROWN_TYPES, Grown, GrownConv2d, PureBottleneck, grown_modules
 from growshrink.online import ONLINE_CLASSES, OnlineModule, expand_online, go_online
 from growshrink.timing import in_turns
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
@@ -167,12 +167,13 @@ def collapse_report(model: nn.Module) -> CollapseReport:
 
 
 @torch.no_grad()
-def _reasons(module: GrownConv2d | PureBottleneck, freeze: bool) -> list[str]:
+def _reasons(module: Grown | PureBottleneck, freeze: bool) -> list[str]:
     """Why each branch (of a PureBottleneck: it itself) cannot be part of the kernel; empty where it can."""
     if type(module) not in ONLINE_CLASSES:
         return [f"it is part of a {type(module).__name__}, whose forward is its own"] * len(_parts(module))
     if isinstance(module, PureBottleneck):
         return [_reason(module, None, freeze)]
+    assert isinstance(module, GrownConv2d)
     reasons: list[str] = []
     output_read = False  # by a branch that stays, which must find in the output what it finds there now
     for branch in module.branches:
@@ -202,14 +203,14 @@ def _reason(part: Branch | PureBottleneck, conv: nn.Conv2d | None, freeze: bool)
     return ""
 
 
-def _expanded(module: nn.Module) -> GrownConv2d | PureBottleneck:
+def _expanded(module: nn.Module) -> Grown | PureBottleneck:
     module = expand_online(module)
     assert isinstance(module, GROWN_TYPES)
     return module
 
 
-def _parts(module: GrownConv2d | PureBottleneck) -> list[nn.Module]:
-    return list(module.branches) if isinstance(module, GrownConv2d) else [module]
+def _parts(module: Grown | PureBottleneck) -> list[nn.Module]:
+    return list(module.branches) if isinstance(module, Grown) else [module]
 
 
 def _kind(part: nn.Module) -> str:
