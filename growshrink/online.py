@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from growshrink.activations import vanishing
 from growshrink.algebra import ConvMap
+from growshrink.arguments import check_model
 from growshrink.errors import CollapseError
 from growshrink.grown import GrownConv2d, GrownConv2dSame, PureBottleneck
 
@@ -141,6 +142,7 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         model: A grown net.
         inplace: Work on `model` itself; otherwise on a deep copy.
     """
+    check_model(model)
     model = model if inplace else copy.deepcopy(model)
     for module in list(model.modules()):
         if isinstance(module, OnlineModule):

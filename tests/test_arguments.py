@@ -25,6 +25,10 @@ def grown(**options):
     return gs.grow(plain(), input_size=SIZE, **options)
 
 
+def linear():
+    return gs.grow(plain(), "expandnet", input_size=SIZE)
+
+
 def each(function, values, **options):
     """One call for each value of the first argument."""
     return [lambda value=value: function(value, **options) for value in values]
@@ -118,6 +122,14 @@ BAD = {
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
     "drop": each(gs.drop, NO_NETS) + [lambda: gs.drop(net("reducenet20_x2"))],
+    "collapse_online": each(gs.collapse_online, NO_NETS)
+    + [lambda: gs.collapse_online(plain()), lambda: gs.collapse_online(linear(), choose="x")]
+    + each(lambda b: gs.collapse_online(linear(), batch_size=b), (0, -1, NAN, None, "2"))
+    + each(lambda r: gs.collapse_online(linear(), rounds=r), (0, -1, NAN, None))
+    + each(lambda c: gs.collapse_online(linear(), choose=c), (["x"], 3, None)),
+    "expand_online": each(gs.expand_online, NO_NETS),
+    "collapse_report": each(gs.collapse_report, NO_NETS),
+    "CollapseReport": [lambda: gs.CollapseReport()],
     "fold": each(gs.fold, NO_NETS) + [lambda: gs.fold(grown()), lambda: gs.fold(plain(), input_size=(1, 8, 8))],
     "fuse": each(gs.fuse, NO_NETS) + [lambda: gs.fuse(grown())]
     + each(lambda w: gs.fuse(grown(), width=w), ({}, {"x": 1}, 3, "base", [])),

@@ -23,11 +23,11 @@ from typing import Annotated
 import torch
 import tyro
 
-from growshrink.errors import GrowShrinkError
 from growshrink.export import ExportOptions, export, read_source
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.report import summary
 from growshrink.export.source import EXITS, Recipe, Source
+from growshrink.program import run_program
 from growshrink.training.data import DataSet, load_data
 from growshrink.training.folder import RunFolder
 from growshrink.training.options import parse_kwargs
@@ -137,11 +137,4 @@ def claim(args: Args) -> RunFolder:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except GrowShrinkError as error:
-        print(f"export: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("export: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

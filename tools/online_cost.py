@@ -14,7 +14,6 @@ small and channels many: there the ratio rises, and `--choose measured` leaves t
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.errors import RunError, near
+from growshrink.program import run_program
 from growshrink.timing import Call, machine
 from paired import Bench, Row, channels_last, load
 
@@ -159,11 +159,4 @@ def ratio(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except gs.GrowShrinkError as error:
-        print(f"online_cost: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("online_cost: interrupted.", file=sys.stderr)
-        sys.exit(130)
+    run_program(main, Args, __doc__)

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from growshrink.algebra import ConvMap
+from growshrink.arguments import check_model
 from growshrink.branches import Branch
 from growshrink.dataflow import InputSize, trace
 from growshrink.errors import AlgebraError, CollapseError, near
@@ -70,12 +71,15 @@ def collapse_online(
         CollapseError: No branch is linear, a name is not that of such a convolution, or a branch computes something
             else than its map. The model is then as it was.
     """
+    check_model(model)
+    if not isinstance(choose, Iterable):
+        raise CollapseError(f"{choose=!r}: must be one of {', '.join(WAYS)}, or names.")
     names: list[str] | None = None if isinstance(choose, str) else list(choose)
     if names is None and choose not in WAYS:
         raise CollapseError(f"{choose=}: no such way to choose{near(str(choose), WAYS)}")
     for key, value in (("batch_size", batch_size), ("rounds", rounds)):
-        if value < 2:
-            raise CollapseError(f"{key}={value}: must be at least 2.")
+        if type(value) is not int or value < 2:
+            raise CollapseError(f"{key}={value!r}: must be a whole number, at least 2.")
     expanded = expand_online(model)
     reasons = {name: _reasons(module, freeze) for name, module in grown_modules(expanded).items()}
     online = {name: why for name, why in reasons.items() if not all(why)}

@@ -264,9 +264,9 @@ BAD = {
     "size": (["--image-size", "16"], "works for class folders only"),
     "mode": (["--augment", "netog"], "augment='netog': no such mode; did you mean netaug"),
     "exit": (["--augment", "lazy", "--exit", "fall"], "exit='fall': no such exit"),
-    "exit of what": (["--exit", "drop"], "only a round with sampled widths"),
+    "exit of what": (["--exit", "choose"], "only a round with sampled widths"),
     "alpha": (["--augment", "lazy", "--alpha=-1"], "alpha=-1.0: must not be negative"),
-    "no plan": (["--plan", "nowhere.json"], "nowhere.json: not readable as JSON"),
+    "no plan": (["--plan", "nowhere.json"], "nowhere.json: not readable (No such file or directory)"),
     "nan": (["--lr", "1e9", "--epochs", "20"], "the loss is nan in round 0, phase base, between updates 0 and "),
 }
 
