@@ -26,6 +26,8 @@ from growshrink.errors import RunError, near
 
 #: Where nothing else limits a number, this does: nothing is ever done so often, or so long.
 MANY = 10**9
+#: What `growshrink.training.load_data` knows by name.
+DATA_SETS = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder")
 
 
 @runtime_checkable
@@ -192,6 +194,7 @@ NotAll = Annotated[float, Within(0, 1, below=True)]
 ModelName = Annotated[str, Known("model of timm's", timm.list_models, timm.is_model)]
 OptimizerName = Annotated[str, Known("optimizer", list_optimizers)]
 Device = Annotated[str, DeviceName()]
+DataName = Annotated[str, Known("data set, nor is it a folder", lambda: DATA_SETS, lambda name: _is_data(name))]
 Argument = Annotated[str, KeyValue()]
 Regex = Annotated[str, Pattern()]
 BranchName = Annotated[str, Known("branch", lambda: [*Branch.kinds, *PRESETS], joined=True)]
@@ -201,6 +204,10 @@ InFolder = Annotated[Path, There(folder=True)]
 OutFile = Annotated[Path, Writable(file=True)]
 OutFolder = Annotated[Path, Writable()]
 Checkpoint = Annotated[Path, There(file=True, folder=True)]
+
+
+def _is_data(name: str) -> bool:
+    return name in DATA_SETS or Path(name).expanduser().is_dir()
 
 
 def check_limits(args: Any) -> None:

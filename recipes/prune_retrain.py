@@ -39,6 +39,7 @@ from growshrink.limits import (
     Argument,
     BatchSize,
     Count,
+    DataName,
     Device,
     InFolder,
     ModelName,
@@ -78,7 +79,7 @@ class Args:
     """Which of the arms."""
 
     # ---- training
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""

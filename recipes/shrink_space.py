@@ -43,6 +43,7 @@ from growshrink.limits import (
     Argument,
     BatchSize,
     Count,
+    DataName,
     Device,
     InFolder,
     ModelName,
@@ -85,7 +86,7 @@ class Args:
     """Any timm model; one that is not grown at birth is grown with bottlenecks."""
     model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model."""
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""

@@ -40,13 +40,14 @@ from growshrink.analysis.rank import Ranking, jsonable
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
-from growshrink.analysis.truth import Truth, read_truth, subnet_name
+from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
 from growshrink.limits import (
     Argument,
     BatchSize,
     Count,
+    DataName,
     Device,
     InFile,
     InFolder,
@@ -103,7 +104,7 @@ class Args:
     """Of the bootstrap."""
 
     # ---- data: for training and for --also
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""
@@ -117,7 +118,7 @@ class Args:
     """Peak learning rate of SGD."""
     weight_decay: NotNegative = 5e-4
     """Of SGD; it moves angles too."""
-    mode: Annotated[str, Known("mode", MODES)] = "single"
+    mode: Annotated[str, Known("mode", tuple(MODES))] = "single"
     """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
@@ -142,6 +143,8 @@ def main(args: Args) -> None:
         raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
     if args.random_labels and args.init is not None:
         raise AnalysisError("--random-labels is about training: it goes without --init and --trained.")
+    if args.truth is not None:
+        read_rows(args.truth)  # before anything is trained
     began = time.monotonic()
     with claim(args) as folder:
         feed = make_feed(args) if args.init is None or args.also else None

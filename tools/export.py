@@ -33,6 +33,7 @@ from growshrink.limits import (
     BranchName,
     Checkpoint,
     Count,
+    DataName,
     InFolder,
     ModelName,
     Pixels,
@@ -79,7 +80,7 @@ class Args:
     """Write a program of torch.export."""
     int8: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *GRANULARITIES)))] = "none"
     """Quantise too (static, after training), one scale per output channel or per layer, and take its test accuracy."""
-    data: str | None = None
+    data: DataName | None = None
     """For --int8: digits, cifar10, ..., or a folder; by default what the run was trained on."""
     data_dir: InFolder | None = None
     """Where it lies."""

@@ -25,7 +25,18 @@ from tqdm import tqdm
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
-from growshrink.limits import BatchSize, Count, InFolder, ModelName, Multiplier, OutFile, Positive, Ratio, Seed
+from growshrink.limits import (
+    BatchSize,
+    Count,
+    DataName,
+    InFolder,
+    ModelName,
+    Multiplier,
+    OutFile,
+    Positive,
+    Ratio,
+    Seed,
+)
 from growshrink.program import run_program
 from growshrink.reading import parse_json, read_bytes
 from growshrink.schedules import cosine, rewarm
@@ -59,7 +70,7 @@ ARMS: dict[str, dict[str, Any] | float] = {
 class Args:
     """Options of netaug_modes."""
 
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder of class folders."""
     data_dir: InFolder | None = None
     """Where the data set lies."""

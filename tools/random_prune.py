@@ -54,6 +54,7 @@ from growshrink.limits import (
     Argument,
     BatchSize,
     Count,
+    DataName,
     Device,
     InFile,
     InFolder,
@@ -118,7 +119,7 @@ class Args:
     """Training batches that batch norm statistics are taken from."""
 
     # ---- data and training
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""

@@ -36,6 +36,7 @@ class ComparisonOptions(TrainOptions, DataOptions):
 
     def check(self, *, least_seeds: int = 1, **shares: float) -> None:
         """PlanError unless there are enough seeds and epochs, and each of the shares lies between 0 and 1."""
+        self.train_config()
         if self.seeds < least_seeds:
             raise PlanError(f"--seeds {self.seeds}: must be at least {least_seeds}.")
         if not self.epochs > 0:

@@ -24,6 +24,7 @@ from growshrink.limits import (
     Argument,
     BatchSize,
     Count,
+    DataName,
     Device,
     InFolder,
     ModelName,
@@ -107,7 +108,7 @@ class TrainOptions:
 class DataOptions:
     """What is trained on what."""
 
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
