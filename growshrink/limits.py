@@ -70,7 +70,7 @@ class Known:
     """A name that is known.
 
     Attributes:
-        what: What is named.
+        what: What to say of a name that is not.
         names: The names, or what tells them when they are needed.
         known: Whether a name is known; by default those in `names` are.
         joined: Split the value at plus signs: each part is a name.
@@ -86,7 +86,7 @@ class Known:
         names = list(self.names() if callable(self.names) else self.names)
         for name in value.split("+") if self.joined else [value]:
             if not (self.known(name) if self.known is not None else name in names):
-                return f"no such {self.what}{near(name, names)}"
+                return f"{self.what}{near(name, names)}"
         return None
 
 
@@ -191,13 +191,13 @@ SomeOrAll = Annotated[float, Within(0, 1, above=True)]
 PartOf = Annotated[float, Within(0, 1, above=True, below=True)]
 """A share that is neither nothing nor all."""
 NotAll = Annotated[float, Within(0, 1, below=True)]
-ModelName = Annotated[str, Known("model of timm's", timm.list_models, timm.is_model)]
-OptimizerName = Annotated[str, Known("optimizer", list_optimizers)]
+ModelName = Annotated[str, Known("timm knows no such model", timm.list_models, timm.is_model)]
+OptimizerName = Annotated[str, Known("timm knows no such optimizer", list_optimizers)]
 Device = Annotated[str, DeviceName()]
-DataName = Annotated[str, Known("data set, nor is it a folder", lambda: DATA_SETS, lambda name: _is_data(name))]
+DataName = Annotated[str, Known("no such data set, nor is it a folder", lambda: DATA_SETS, lambda name: _is_data(name))]
 Argument = Annotated[str, KeyValue()]
 Regex = Annotated[str, Pattern()]
-BranchName = Annotated[str, Known("branch", lambda: [*Branch.kinds, *PRESETS], joined=True)]
+BranchName = Annotated[str, Known("no such branch", lambda: [*Branch.kinds, *PRESETS], joined=True)]
 """A+B for both."""
 InFile = Annotated[Path, There(file=True)]
 InFolder = Annotated[Path, There(folder=True)]

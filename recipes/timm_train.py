@@ -42,7 +42,7 @@ class Args:
     """Middle width of the widest net over the output channels."""
     where: Regex | None = None
     """Regular expression on module names; by default every convolution that can be grown exactly."""
-    mode: Annotated[str, Known("mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
+    mode: Annotated[str, Known("no such mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
     """How widths are sampled; see NetAugTask."""
     alpha: NotNegative | None = None
     """Weight of the augmented net's loss, averaged over updates."""

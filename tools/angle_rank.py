@@ -118,7 +118,7 @@ class Args:
     """Peak learning rate of SGD."""
     weight_decay: NotNegative = 5e-4
     """Of SGD; it moves angles too."""
-    mode: Annotated[str, Known("mode", tuple(MODES))] = "single"
+    mode: Annotated[str, Known("no such mode", tuple(MODES))] = "single"
     """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
