@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from program import run
 
 from growshrink.analysis import scores
 from growshrink.training import load_data
+from program import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RETRAIN = ["--epochs", "0.2", "--seeds", "2", "--lrs", "0.1", "--tolerance", "0.2"]

@@ -15,7 +15,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from program import run
 from safetensors.torch import load_file
 
 import growshrink.training.options
@@ -24,6 +23,7 @@ from growshrink.cycle import CyclePlan
 from growshrink.errors import RunError
 from growshrink.training import RunFolder, TrainBatches
 from growshrink.transforms import fuse
+from program import run
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "grow_cycle.py"
 FILES = {"curves.png", "growth_log.json", "log.jsonl", "plain.safetensors", "report.json", "report.md", "run.json"}

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from program import run
 from safetensors.torch import load_file
 
 import growshrink as gs
 from growshrink.supernet import load_supernet
+from program import run
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "netaug.py"
 FILES = {"report.md", "report.json", "netaug.json", "netaug.png", "curves.png", "plain.safetensors", "run.json"}
