@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
 
-from growshrink.errors import GrowShrinkError
+from growshrink.errors import GrowShrinkError, RunError
+from growshrink.limits import check_limits
 from growshrink.stopping import Stopped, handled
 
 T = TypeVar("T")
@@ -38,7 +41,38 @@ def run_program(
         go_on: How an interrupted run is continued, for the line.
     """
     with guarded(go_on):
-        sys.exit(main(tyro.cli(args, description=doc)) or 0)
+        sys.exit(main(read_options(args, doc)) or 0)
+
+
+def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] | None = None) -> T:
+    """The options of a command line, all within their limits.
+
+    Args:
+        args: A dataclass of the options.
+        doc: What --help says.
+        words: The command line, by default this process's own.
+
+    Raises:
+        RunError: It is not a command line of this program, or an option lies beyond its limits.
+    """
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            options = tyro.cli(args, description=doc, args=words)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise RunError(_one_line(complaint.getvalue())) from end
+    check_limits(options)
+    return options
+
+
+def _one_line(box: str) -> str:
+    """What tyro says is wrong, out of its box and without the help that follows."""
+    lines = [line.strip("│| ") for line in box.splitlines() if line[:1] in "│|"]
+    wrong = itertools.takewhile(lambda line: not line.startswith(("Argument helptext", "For full helptext")), lines)
+    text = " ".join(line for line in wrong if line.strip("─-"))
+    return f"{text or ' '.join(box.split())} (--help has the options)"
 
 
 @contextmanager

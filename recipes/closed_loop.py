@@ -23,6 +23,7 @@ from scipy.stats import t as student
 import growshrink as gs
 from growshrink.cycle.result import versions
 from growshrink.errors import RunError, near
+from growshrink.limits import Argument, Count, ModelName, NotNegative, PartOf
 from growshrink.program import run_program
 from growshrink.training import evaluate, fit
 from growshrink.training.checkpoints import save_picture, write_atomic
@@ -34,15 +35,15 @@ from growshrink.training.folder import write_json
 class Args(ComparisonOptions):
     """Options of closed_loop."""
 
-    model: str = "reducenet20_x2"
+    model: ModelName = "reducenet20_x2"
     """A net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
-    model_kwargs: tuple[str, ...] = ("width=0.5",)
+    model_kwargs: tuple[Argument, ...] = ("width=0.5",)
     """KEY=VALUE arguments for timm.create_model."""
-    deadline: float = 0.7
+    deadline: PartOf = 0.7
     """Share of the training after which lam is 0, for both."""
-    tolerance: float = 0.05
+    tolerance: NotNegative = 0.05
     """Of the closed loop: how far the smoothed loss may be above its lowest, relatively."""
-    seeds: int = 5
+    seeds: Count = 5
     """How many pairs; at least 2."""
 
 

@@ -32,6 +32,7 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, Job, chosen_lr, jobs_of, read_scores, run_job, trials_of
 from growshrink.evidence.table import rows_of, verdict, write_table
+from growshrink.limits import Device, InFile, InFolder, OutFolder, Threads
 from growshrink.program import run_program
 from growshrink.training.folder import read_json, write_json
 
@@ -40,17 +41,17 @@ from growshrink.training.folder import read_json, write_json
 class Args:
     """Options of compare."""
 
-    plan: Annotated[Path | None, tyro.conf.Positional] = None
+    plan: Annotated[InFile | None, tyro.conf.Positional] = None
     """A JSON file: the experiment."""
-    out: Path | None = None
+    out: OutFolder | None = None
     """Folder of the results; by default recipes/results/ and the plan's name."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies."""
-    workers: int = 1
+    workers: Threads = 1
     """Runs at a time, each in a process with its share of the cores."""
     stack: bool = True
     """Train all seeds of an arm side by side, as one net with grouped convolutions."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1."""
     list: bool = False
     """Only print the arms."""
@@ -94,7 +95,7 @@ def main(args: Args) -> None:
     print(f"Read {out / 'README.md'}")
 
 
-def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, what: str) -> None:
+def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: OutFolder, what: str) -> None:
     """All jobs, `workers` at a time."""
     missing = [job for job in jobs if not read_scores(out, job)]
     do = partial(run_job, experiment, out=out, data_dir=args.data_dir, device=args.device)

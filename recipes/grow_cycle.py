@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -24,6 +23,7 @@ import tyro
 import growshrink as gs
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
+from growshrink.limits import BranchName, InFile, NotNegative, Positive, Ratio, Regex, Share, Whole
 from growshrink.program import run_program
 from growshrink.reading import read_json
 from growshrink.supernet.passes import MODES
@@ -35,48 +35,49 @@ from growshrink.training.ranks import joined, this_rank
 class Args(Options):
     """Options of grow_cycle."""
 
-    epochs: float = 60.0
+    epochs: Positive = 60.0
     """Of the whole run: --base, then rounds of equal length."""
-    rounds: int = 2
+    rounds: Whole = 2
     """How many times to grow and fuse."""
-    base: float = 0.1
+    base: Share = 0.1
     """Share of the epochs before the first round."""
-    branches: tuple[str, ...] = ("bottleneck", "insert")
+    branches: tuple[BranchName, ...] = ("bottleneck", "insert")
     """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest, expandnet, lora, ...;
     A+B attaches both. A model that is grown at birth (reducenet20_x4) is not grown again in round 1."""
-    ratio: float = 4.0
+    ratio: Ratio = 4.0
     """Middle width of a branch over the output channels of its layer."""
-    where: str | None = None
+    where: Regex | None = None
     """Regular expression on module names; by default every convolution and linear layer that can be grown exactly."""
-    hold: float = 0.20
+    hold: Share = 0.20
     """Share of a round with the branches' activations alive (lam = 1)."""
-    vanish: float = 0.15
+    vanish: Share = 0.15
     """Share of a round in which lam falls to 0."""
-    settle: float = 0.08
+    settle: Share = 0.08
     """Share of a round at lam = 0 before the fuse (at least 50 updates). The rest is trained at plain cost."""
     control: Annotated[str, tyro.conf.arg(metavar="|".join(CONTROLS))] = "schedule"
     """How lam falls: by a schedule, or in a closed_loop as fast as the training loss allows, in the same time."""
     augment: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *MODES)))] = "none"
     """Sample the middle widths while the net is grown (NetAug), in one of these ways; none trains at full width."""
-    alpha: float | None = None
+    alpha: NotNegative | None = None
     """Weight of the augmented net's loss, averaged over updates; by default that of the base's where it is there."""
-    inplace_distil: float | None = None
+    inplace_distil: Share | None = None
     """Share of the base net's loss that comes from the augmented net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
     """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
-    accept_within: float | None = None
+    accept_within: NotNegative | None = None
     """Undo a round, bit for bit, that costs more than this many points of val top-1; by default none is undone."""
     online: bool = False
     """Train linear branches as part of their kernels, at about plain cost, with frozen norms: dbb, expandnet, ... from
     the start, all others while they settle."""
-    plan: Path | None = None
+    plan: InFile | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
+    plan, config = make_plan(args), args.train_config()  # before there is a folder, or data are decoded
     with joined(args.device), args.claim() as folder:
         if folder.finished:
             print(f"{folder.path} is finished: {folder.path / 'report.md'}")
@@ -88,9 +89,9 @@ def main(args: Args) -> None:
         result = gs.run_cycle(
             model,
             feed,
-            make_plan(args),
+            plan,
             out_dir=folder,
-            config=args.train_config(),
+            config=config,
             device=device,
             progress=not args.quiet,
             tensorboard=args.tensorboard,

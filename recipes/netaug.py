@@ -29,6 +29,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.cycle.plan import EXITS
 from growshrink.errors import PlanError
+from growshrink.limits import NotNegative, Positive, Ratio, Share, Whole
 from growshrink.program import run_program
 from growshrink.reading import read_json
 from growshrink.supernet import load_supernet
@@ -43,28 +44,29 @@ from growshrink.training.options import Options
 class Args(Options):
     """Options of netaug."""
 
-    epochs: float = 40.0
+    epochs: Positive = 40.0
     """Of the whole run."""
     mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
     """netaug: base and one wider net in every update. lazy: in every 8th. suffix: only the blocks from a random one on
     are widened, the others run once for both. single: one random net, no base. sandwich: widest, random, base."""
-    ratio: float = 4.0
+    ratio: Ratio = 4.0
     """r: middle width of the widest net over the output channels."""
-    alpha: float | None = None
+    alpha: NotNegative | None = None
     """Weight of the wider net's loss, averaged over updates; by default that of the base's where it is there."""
-    inplace_distil: float | None = None
+    inplace_distil: Share | None = None
     """Share of the base net's loss that comes from the wider net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "drop"
     """drop: the base net alone, NetAug's own way. fuse: the branches go linear and are merged at full width. choose: at
     the best of several widths."""
-    hold: float | None = None
+    hold: Share | None = None
     """Share of the run with activations alive; by default all of it before a drop, and half of it before a fuse."""
-    steps_to_time: int = 20
+    steps_to_time: Whole = 20
     """Pairs of steps that the cost in time is measured by; 0 leaves it out."""
 
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
+    plan, config = make_plan(args), args.train_config()  # before there is a folder, or data are decoded
     folder = args.claim("netaug-")
     with folder:
         summary_file = folder.path / "netaug.json"
@@ -79,9 +81,9 @@ def main(args: Args) -> None:
             gs.run_cycle(
                 model,
                 feed,
-                make_plan(args),
+                plan,
                 out_dir=folder,
-                config=args.train_config(),
+                config=config,
                 device=device,
                 progress=not args.quiet,
                 tensorboard=args.tensorboard,

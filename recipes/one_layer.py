@@ -32,6 +32,7 @@ import growshrink as gs
 from growshrink.activations import VanishingReLU, vanishing
 from growshrink.cycle.result import versions
 from growshrink.errors import PlanError, RunError, near
+from growshrink.limits import ModelName, PartOf, Positive, Whole
 from growshrink.program import run_program
 from growshrink.training import MemoryFeed, evaluate, fit
 from growshrink.training.checkpoints import save_picture, write_atomic
@@ -57,13 +58,13 @@ class InplaceBug(VanishingReLU):
 class Args(ComparisonOptions):
     """Options of one_layer."""
 
-    model: str = "reducenet20_x2"
+    model: ModelName = "reducenet20_x2"
     """A ReduceNet that is grown at birth: reducenet20_x1, _x2, ..."""
-    epochs: float = 40.0
+    epochs: Positive = 40.0
     """Of each net."""
-    vanish: float = 0.6
+    vanish: PartOf = 0.6
     """Share of the training after which lam is 0."""
-    crop: int | None = 0
+    crop: Whole | None = 0
     """None here: nets and classifiers are to see the same pixels."""
     flip: bool | None = False
     """None here either."""

@@ -35,6 +35,20 @@ from growshrink.analysis.trained import num_updates
 from growshrink.compare import training_macs
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    Count,
+    DataName,
+    Device,
+    InFolder,
+    ModelName,
+    NotNegative,
+    PartOf,
+    Positive,
+    Seed,
+    SomeOrAll,
+)
 from growshrink.program import run_program
 from growshrink.reading import load_weights, read_tensors
 from growshrink.training import MemoryFeed, evaluate
@@ -51,13 +65,13 @@ class Args:
     """Options of prune_retrain."""
 
     # ---- what is pruned, and how
-    model: str = "reducenet20"
+    model: ModelName = "reducenet20"
     """Any timm model of convolutions."""
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model."""
-    macs: float = 0.5
+    macs: SomeOrAll = 0.5
     """Of the pruned net over the dense one's."""
-    tolerance: float = 0.05
+    tolerance: PartOf = 0.05
     """Relative, of that."""
     criterion: str = "l1"
     """l1, l2, bn_scale, fpgm, taylor."""
@@ -65,33 +79,33 @@ class Args:
     """Which of the arms."""
 
     # ---- training
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""
-    epochs: float = 10.0
+    epochs: Positive = 10.0
     """Of the dense net and of every arm."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate of the dense net."""
-    lrs: tuple[float, ...] = (0.1, 0.03, 0.01)
+    lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
     """Peak learning rates that each arm is tuned over."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Of SGD."""
     amp: bool = False
     """bfloat16 autocast."""
 
     # ---- the run
-    seeds: int = 5
+    seeds: Count = 5
     """How many are measured: with 5 no p value can be below 0.0625."""
-    tuning_seeds: int = 1
+    tuning_seeds: Count = 1
     """How many learning rates are tuned on; none of them is measured."""
     out: Path | None = None
     """Folder of the run, which may be a run with the same options already; by default runs/retrain-DATA-MODEL."""
-    seed: int = 0
+    seed: Seed = 0
     """The first of the seeds."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1, mps."""
     quiet: bool = False
     """No progress bar."""

@@ -27,6 +27,7 @@ from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, Job, feed_of, read_scores, run_job
 from growshrink.evidence.scan import BOUNDS, Entry, candidates_of, front, halve
+from growshrink.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
 from growshrink.program import run_program
 from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.folder import read_json, write_json
@@ -36,25 +37,25 @@ from growshrink.training.folder import read_json, write_json
 class Args:
     """Options of scan."""
 
-    plan: Annotated[Path, tyro.conf.Positional]
+    plan: Annotated[InFile, tyro.conf.Positional]
     """A JSON file: the experiment, as for compare (its model must be a ReduceNet; its budget and arms are not used)."""
-    out: Path = Path("runs/scan")
+    out: OutFolder = Path("runs/scan")
     """Folder of the results."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies."""
     bound: Annotated[Literal["macs", "params", "ms"], tyro.conf.arg(metavar="|".join(BOUNDS))] = "macs"
     """What is bounded, of the plain net: MACs or milliseconds an image, or parameters."""
-    at_most: float = 1e6
+    at_most: Operations = 1e6
     """The bound."""
-    widths: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5)
+    widths: tuple[Multiplier, ...] = (0.125, 0.25, 0.375, 0.5)
     """Channel multipliers of the grid."""
-    depths: tuple[int, ...] = (1, 2, 3)
+    depths: tuple[Count, ...] = (1, 2, 3)
     """Blocks per stage of the grid."""
     arm: str = "one-round"
     """What the nets are filled with: an arm of compare's."""
-    budget: float = 5.0
+    budget: Positive = 5.0
     """Of the first rung, in epochs of each plain net."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1."""
     quiet: bool = False
     """No progress bars."""

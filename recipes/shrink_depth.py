@@ -37,6 +37,7 @@ from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan
 from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, near
+from growshrink.limits import BatchSize, Count, ModelName, PartOf, Positive
 from growshrink.program import run_program
 from growshrink.schedules import Schedule
 from growshrink.training import Feed, evaluate, fit
@@ -50,23 +51,23 @@ from growshrink.training.folder import write_json
 class Args(ComparisonOptions):
     """Options of shrink_depth."""
 
-    model: str = "reducenet20"
+    model: ModelName = "reducenet20"
     """A plain ReduceNet: reducenet20, 32, 44, 56, 110, 18 or 34."""
-    targets: tuple[float, ...] = (0.9, 0.8, 0.65, 0.5)
+    targets: tuple[PartOf, ...] = (0.9, 0.8, 0.65, 0.5)
     """Latencies to reach, as shares of the net's own."""
-    latency_batch: int = 1
+    latency_batch: BatchSize = 1
     """Images at a time when latencies are measured."""
-    longest: int = 4
+    longest: Count = 4
     """Most blocks that become one."""
-    epochs: float = 30.0
+    epochs: Positive = 30.0
     """Of the net that all cuts start from."""
-    shrink_epochs: float = 20.0
+    shrink_epochs: Positive = 20.0
     """Of the training in which activations vanish; lam is 0 from the share --vanish of it on. From half of --lr."""
-    vanish: float = 0.5
+    vanish: PartOf = 0.5
     """Share of the shrinking after which lam is 0."""
     schedule: Annotated[Literal["cosine", "closed-loop"], tyro.conf.arg(metavar="cosine|closed-loop")] = "cosine"
     """How lam falls."""
-    rounds: int = 200
+    rounds: Count = 200
     """Turns every net takes when latencies are measured."""
     fresh: bool = False
     """Measure latencies even where this machine has been measured before, and do not keep them."""

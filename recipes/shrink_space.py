@@ -39,6 +39,20 @@ from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    Count,
+    DataName,
+    Device,
+    InFolder,
+    ModelName,
+    NotNegative,
+    PartOf,
+    Positive,
+    Seed,
+    Whole,
+)
 from growshrink.program import run_program
 from growshrink.reading import load_weights
 from growshrink.training import MemoryFeed
@@ -54,47 +68,47 @@ class Args:
     # ---- the loop
     drivers: tuple[str, ...] = ("angle", "null", "supernet_accuracy", "random")
     """What choices are dropped by."""
-    first_epochs: float = 10.0
+    first_epochs: Positive = 10.0
     """Before the first drop."""
-    later_epochs: float = 2.0
+    later_epochs: Positive = 2.0
     """After each drop."""
-    samples: int = 50
+    samples: Count = 50
     """Subnets sampled for each choice."""
-    drop: int = 3
+    drop: Count = 3
     """Choices dropped at a time."""
-    stop_size: int = 1000
+    stop_size: Count = 1000
     """Stop once this many subnets are left, or fewer."""
-    rebase_after: int = 12
+    rebase_after: Whole = 12
     """Measure angles from the weights of then, once, when more choices than this are gone; 0 is never."""
 
     # ---- data and training
-    model: str = "reducenet20_x4"
+    model: ModelName = "reducenet20_x4"
     """Any timm model; one that is not grown at birth is grown with bottlenecks."""
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model."""
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""
-    val_fraction: float = 0.3
+    val_fraction: PartOf = 0.3
     """Share of the training images that accuracy as a driver is taken on."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate of each stage."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Of SGD."""
 
     # ---- the run
-    seeds: int = 3
+    seeds: Count = 3
     """How many."""
-    judged: int = 50
+    judged: Count = 50
     """Subnets of the final space that are evaluated."""
     out: Path | None = None
     """Folder of the run, which may be a run with the same options already; by default runs/shrink-DATA-MODEL."""
-    seed: int = 0
+    seed: Seed = 0
     """The first of the seeds."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1, mps."""
     quiet: bool = False
     """No progress bar."""

@@ -27,7 +27,8 @@ from torch import nn
 import growshrink as gs
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
-from growshrink.program import guarded
+from growshrink.limits import BranchName, Known, NotNegative, Ratio, Regex, Seed, Share
+from growshrink.program import guarded, read_options
 from growshrink.supernet.passes import MODES
 
 
@@ -35,19 +36,19 @@ from growshrink.supernet.passes import MODES
 class Args:
     """Options of timm_train; they come before TRAIN_PY."""
 
-    branch: tuple[str, ...] = ("bottleneck",)
+    branch: tuple[BranchName, ...] = ("bottleneck",)
     """What to attach to every convolution: bottleneck, insert, nest."""
-    ratio: float = 4.0
+    ratio: Ratio = 4.0
     """Middle width of the widest net over the output channels."""
-    where: str | None = None
+    where: Regex | None = None
     """Regular expression on module names; by default every convolution that can be grown exactly."""
-    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
+    mode: Annotated[str, Known("no such mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
     """How widths are sampled; see NetAugTask."""
-    alpha: float | None = None
+    alpha: NotNegative | None = None
     """Weight of the augmented net's loss, averaged over updates."""
-    inplace_distil: float | None = None
+    inplace_distil: Share | None = None
     """Share of the base's loss that comes from the augmented net's logits."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the branches and the widths."""
 
 
@@ -93,7 +94,7 @@ def split(argv: list[str]) -> tuple[list[str], Path, list[str]]:
 if __name__ == "__main__":
     ours, script, theirs = split(sys.argv[1:])
     with guarded("timm's --resume CHECKPOINT goes on"):
-        args = tyro.cli(Args, args=ours, description=__doc__)
+        args = read_options(Args, __doc__, ours)
         if not script.name:
             raise RunError("name timm's train.py, behind our options and before its own.")
         main(args, script, theirs)

@@ -26,7 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -40,11 +40,26 @@ from growshrink.analysis.rank import Ranking, jsonable
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
-from growshrink.analysis.truth import Truth, read_truth, subnet_name
+from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, near
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    Count,
+    DataName,
+    Device,
+    InFile,
+    InFolder,
+    Known,
+    ModelName,
+    NotNegative,
+    Positive,
+    Seed,
+)
 from growshrink.program import run_program
 from growshrink.supernet import load_supernet, save_supernet
+from growshrink.supernet.passes import MODES
 from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import write_json
@@ -61,49 +76,49 @@ class Args:
     """Options of angle_rank."""
 
     # ---- which supernet
-    model: str | None = None
+    model: ModelName | None = None
     """With --init and --trained the model they are of, needed where they are state_dicts alone; without, what is
     trained (reducenet20_x4)."""
-    init: Path | None = None
+    init: InFile | None = None
     """The supernet before training: init.safetensors of recipes/netaug.py or of this tool, or a state_dict alone
     (.safetensors) of a net that is grown at birth."""
-    trained: Path | None = None
+    trained: InFile | None = None
     """The same supernet, trained."""
 
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model, where it is trained here or a state_dict alone, e.g. width=0.5."""
 
     # ---- which subnets, and how they are judged
-    num: int | None = None
+    num: Count | None = None
     """Rank this many, drawn at random; by default all there are, up to 2,000,000."""
     all: bool = False
     """Rank all of them, however many."""
-    truth: Path | None = None
+    truth: InFile | None = None
     """CSV file with accuracies of some subnets; see above."""
     also: tuple[str, ...] = ()
     """More scores, of the subnets in --truth, or without it of those that are ranked: naswot, grad_norm,
     supernet_accuracy. These run the net for every subnet."""
     sort: str = "angle"
     """What the table is sorted by: angle, excess, null, params, macs, or one of --also without --truth."""
-    resamples: int = 1000
+    resamples: Count = 1000
     """Of the bootstrap."""
 
     # ---- data: for training and for --also
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
 
     # ---- training, where there is no --init and --trained
-    epochs: float = 20.0
+    epochs: Positive = 20.0
     """Of the supernet."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate of SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Of SGD; it moves angles too."""
-    mode: str = "single"
+    mode: Annotated[str, Known("no such mode", tuple(MODES))] = "single"
     """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
@@ -111,9 +126,9 @@ class Args:
     # ---- the run
     out: Path | None = None
     """Folder of the results; by default runs/angle-MODEL, numbered if taken."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, widths, batches, labels, subnets and bootstrap."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1, mps: for training and for --also; angles are taken on the CPU."""
     quiet: bool = False
     """No progress bars."""
@@ -128,6 +143,8 @@ def main(args: Args) -> None:
         raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
     if args.random_labels and args.init is not None:
         raise AnalysisError("--random-labels is about training: it goes without --init and --trained.")
+    if args.truth is not None:
+        read_rows(args.truth)  # before anything is trained
     began = time.monotonic()
     with claim(args) as folder:
         feed = make_feed(args) if args.init is None or args.also else None

@@ -25,6 +25,7 @@ from growshrink.analysis.angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
 from growshrink.errors import AnalysisError, RunError, near
 from growshrink.grown import grown_modules
+from growshrink.limits import Count, ModelName, Pixels, Positive
 from growshrink.program import run_program
 from growshrink.timing import machine, seconds_of
 from paired import Bench, load
@@ -39,15 +40,15 @@ MANY = 1_000_000
 class Args:
     """Options of angle_speed."""
 
-    model: str = "reducenet20_x4"
+    model: ModelName = "reducenet20_x4"
     """timm model that is grown at birth, without grouped convolutions."""
-    image_size: int = 32
+    image_size: Pixels = 32
     """Side of the images in pixels, for the MACs."""
-    num: int = 100_000
+    num: Count = 100_000
     """Subnets of a turn by look-up."""
-    few: int = 20
+    few: Count = 20
     """Subnets of a turn by slicing, and those that are compared."""
-    seconds: float = 10.0
+    seconds: Positive = 10.0
     """To spend."""
     quick: bool = False
     """A smoke run: very few repeats, times that mean nothing (the difference is right)."""

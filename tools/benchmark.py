@@ -54,6 +54,7 @@ from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import versions
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.errors import RunError
+from growshrink.limits import Positive, Threads
 from growshrink.program import run_program
 from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
@@ -75,9 +76,9 @@ class Args:
 
     only: Annotated[tuple[Section, ...], tyro.conf.arg(metavar="{" + ",".join(SECTIONS) + "} ...")] = SECTIONS
     """Sections to run."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Of torch; by default all it takes by itself, the physical cores."""
-    seconds: float = 4.0
+    seconds: Positive = 4.0
     """To spend on each comparison, longer if that is needed for 15 pairs (a round takes what it takes)."""
     quick: bool = False
     """A smoke run of seconds: very few repeats, numbers that mean nothing."""

@@ -42,6 +42,7 @@ from growshrink.compare import (
 from growshrink.dataflow import InputSize, trace
 from growshrink.errors import near
 from growshrink.grown import grown_modules
+from growshrink.limits import BranchName, Pixels, Positive, Ratio
 from growshrink.program import run_program
 
 #: How the reasons begin that say a layer is nobody's to grow.
@@ -58,13 +59,13 @@ class Args:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of timm models, with wildcards. By default the first net of each family that the limit lets through."""
-    branches: tuple[str, ...] = ("bottleneck", "insert", "dbb")
+    branches: tuple[BranchName, ...] = ("bottleneck", "insert", "dbb")
     """What to grow with, one net each; A+B attaches both."""
-    ratio: float = 0.5
+    ratio: Ratio = 0.5
     """Middle width over the output channels."""
-    max_params: float = 10.0
+    max_params: Positive = 10.0
     """Largest net, in millions of parameters."""
-    image_size: int = 64
+    image_size: Pixels = 64
     """Pixels, where the net runs on so few; else its own."""
 
 

@@ -23,6 +23,7 @@ import growshrink  # noqa: F401 - registers the models
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut
 from growshrink.errors import PlanError, near
+from growshrink.limits import BatchSize, Count, ModelName, Multiplier, NotNegative, Pixels, Seed, Threads
 from growshrink.program import run_program
 
 
@@ -30,25 +31,25 @@ from growshrink.program import run_program
 class Args:
     """Options of depth_latency."""
 
-    model: Annotated[str, tyro.conf.Positional] = "reducenet20"
+    model: Annotated[ModelName, tyro.conf.Positional] = "reducenet20"
     """A plain ReduceNet."""
-    width: float = 1.0
+    width: Multiplier = 1.0
     """Multiplier of its channels."""
-    image_size: int = 32
+    image_size: Pixels = 32
     """Pixels."""
-    batch_size: int = 1
+    batch_size: BatchSize = 1
     """Images at a time."""
-    longest: int = 4
+    longest: Count = 4
     """Most blocks that become one."""
-    cuts: int = 12
+    cuts: Count = 12
     """How many cuts to draw."""
-    rounds: int = 200
+    rounds: Count = 200
     """Turns every net takes."""
-    tolerance: float = 0.15
+    tolerance: NotNegative = 0.15
     """Of a prediction, relatively to what is measured."""
-    threads: int = 1
+    threads: Threads = 1
     """Of torch."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the cuts."""
     quiet: bool = False
     """No progress bars."""

@@ -25,6 +25,7 @@ import growshrink as gs
 from growshrink.compare import randomize_norms_
 from growshrink.errors import near
 from growshrink.grown import grown_modules
+from growshrink.limits import BranchName, Pixels
 from growshrink.program import run_program
 
 COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
@@ -36,9 +37,9 @@ class Args:
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """timm models; plain ones are grown first. By default every ReduceNet that is grown at birth."""
-    branch: str = "bottleneck"
+    branch: BranchName = "bottleneck"
     """What plain models are grown with; A+B attaches both."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Pixels; by default the model's own, at most 64."""
 
 

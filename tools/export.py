@@ -27,6 +27,23 @@ from growshrink.export import ExportOptions, export, read_source
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.report import summary
 from growshrink.export.source import EXITS, Recipe, Source
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    BranchName,
+    Checkpoint,
+    Count,
+    DataName,
+    InFolder,
+    ModelName,
+    Pixels,
+    Positive,
+    Ratio,
+    Seed,
+    Share,
+    Threads,
+    Whole,
+)
 from growshrink.program import run_program
 from growshrink.training.data import DataSet, load_data
 from growshrink.training.folder import RunFolder
@@ -37,25 +54,25 @@ from growshrink.training.options import parse_kwargs
 class Args:
     """Options of export."""
 
-    checkpoint: Annotated[Path, tyro.conf.Positional]
+    checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or a file with weights."""
     out: Path | None = None
     """Folder to make."""
-    model: str | None = None
+    model: ModelName | None = None
     """timm model that a state_dict alone is of. Classes and input channels are read off the weights."""
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model, e.g. width=0.5."""
-    branches: tuple[str, ...] = ()
+    branches: tuple[BranchName, ...] = ()
     """What a grown state_dict alone was grown with: bottleneck, dbb, ..."""
-    ratio: float = 2.0
+    ratio: Ratio = 2.0
     """The ratio it was grown with."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
     """Of a grown net: merge its branches, or leave them out."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Pixels of the images, where they are not those of the checkpoint or of the model's default."""
-    mean: tuple[float, ...] = ()
+    mean: tuple[Share, ...] = ()
     """Per channel, of images in [0, 1]: how those of a state_dict alone were normalised; by default as timm says."""
-    std: tuple[float, ...] = ()
+    std: tuple[Positive, ...] = ()
     """Per channel, in the same unit."""
     onnx: bool = True
     """Write ONNX (needs the extra growshrink[onnx])."""
@@ -63,19 +80,19 @@ class Args:
     """Write a program of torch.export."""
     int8: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *GRANULARITIES)))] = "none"
     """Quantise too (static, after training), one scale per output channel or per layer, and take its test accuracy."""
-    data: str | None = None
+    data: DataName | None = None
     """For --int8: digits, cifar10, ..., or a folder; by default what the run was trained on."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where it lies."""
-    calibration: int = 256
+    calibration: Count = 256
     """Training images that activations are calibrated with."""
-    rounds: int = 50
+    rounds: Whole = 50
     """Turns of each net in the timing; 0 leaves it out."""
-    batch_size: int = 1
+    batch_size: BatchSize = 1
     """Images at a time in the timing."""
-    threads: int = 1
+    threads: Threads = 1
     """Of torch and onnxruntime."""
-    seed: int = 0
+    seed: Seed = 0
     """Of random inputs and calibration images."""
     quiet: bool = False
     """No progress bars."""

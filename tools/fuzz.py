@@ -32,6 +32,7 @@ import growshrink as gs
 from growshrink.fuzzing.architectures import Outcome, check_architecture
 from growshrink.fuzzing.commands import check_command
 from growshrink.fuzzing.files import check_file
+from growshrink.limits import Count, Seed
 from growshrink.program import run_program
 
 
@@ -39,9 +40,9 @@ from growshrink.program import run_program
 class Architectures:
     """Grow, train and fuse random nets."""
 
-    count: int = 5000
+    count: Count = 5000
     """How many nets."""
-    seed: int = 0
+    seed: Seed = 0
     """Number of the first; they are numbered on from there."""
     quiet: bool = False
     """No progress bar."""
@@ -51,9 +52,9 @@ class Architectures:
 class Files:
     """Give damaged files to their readers."""
 
-    count: int = 10000
+    count: Count = 10000
     """How many files."""
-    seed: int = 0
+    seed: Seed = 0
     """Number of the first; they are numbered on from there."""
     commands: bool = False
     """Through the programs, each in a process of its own (seconds a file), not through the package's readers."""

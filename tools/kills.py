@@ -41,6 +41,7 @@ import growshrink as gs
 from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import PLAIN_FILE, versions
 from growshrink.errors import RunError
+from growshrink.limits import Count, Positive, Seed
 from growshrink.program import run_program
 from growshrink.training.checkpoints import PARTIAL, find_checkpoints
 from growshrink.training.folder import MARKER, RunFolder, read_json, write_json
@@ -60,14 +61,14 @@ TIMES = ("seconds", "images_per_second")
 class Args:
     """Options of kills."""
 
-    num: int = 100
+    num: Count = 100
     """Kills."""
-    spread: float = 0.2
+    spread: Positive = 0.2
     """A process is killed within this share of the time that the undisturbed run took, from the moment on that it is at
     work; uniformly drawn."""
     fresh: bool = False
     """Start a new process for every attempt."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the moments."""
     out: Path | None = None
     """Folder of the log; by default runs/kills, numbered if taken."""

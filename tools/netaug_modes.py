@@ -25,6 +25,18 @@ from tqdm import tqdm
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
+from growshrink.limits import (
+    BatchSize,
+    Count,
+    DataName,
+    InFolder,
+    ModelName,
+    Multiplier,
+    OutFile,
+    Positive,
+    Ratio,
+    Seed,
+)
 from growshrink.program import run_program
 from growshrink.reading import parse_json, read_bytes
 from growshrink.schedules import cosine, rewarm
@@ -58,31 +70,31 @@ ARMS: dict[str, dict[str, Any] | float] = {
 class Args:
     """Options of netaug_modes."""
 
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder of class folders."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies."""
-    pool: int = 1
+    pool: Count = 1
     """Average this many pixels by as many into one first: cheaper images."""
-    model: str = "reducenet20"
+    model: ModelName = "reducenet20"
     """A ReduceNet."""
-    width: float = 0.5
+    width: Multiplier = 0.5
     """Multiplier of its channels."""
-    ratio: float = 4.0
+    ratio: Ratio = 4.0
     """Middle width of the widest net over the output channels."""
-    epochs: float = 20.0
+    epochs: Positive = 20.0
     """Of every arm but the longer plain ones."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images per update."""
-    lr: float = 0.2
+    lr: Positive = 0.2
     """Peak learning rate, after a short warmup; the same for all arms."""
     arms: tuple[str, ...] = tuple(ARMS)
     """Which of them to run, in this order."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     """Of weights, data order and widths."""
     amp: bool = False
     """bfloat16 autocast."""
-    out: Path = Path("runs/netaug_modes.jsonl")
+    out: OutFile = Path("runs/netaug_modes.jsonl")
     """Results; appended to."""
     quiet: bool = False
     """No progress bars."""

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.errors import RunError, near
+from growshrink.limits import BatchSize, BranchName, Positive, Ratio, Threads
 from growshrink.program import run_program
 from growshrink.timing import Call, machine
 from paired import Bench, Row, channels_last, load
@@ -46,17 +47,17 @@ class Args:
         "resnet18@128",
     )
     """timm models, and the side of the images each is trained on."""
-    branches: tuple[str, ...] = TARGETS
+    branches: tuple[BranchName, ...] = TARGETS
     """Kinds or presets: dbb, expandnet, repvgg, acnet, mobileone, orepa, lora, mixture, ..."""
-    ratio: float = 2.0
+    ratio: Ratio = 2.0
     """Middle width of a branch over the output channels of its convolution."""
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     """Images per update."""
     choose: Annotated[Literal["measured", "always"], tyro.conf.arg(metavar="measured|always")] = "measured"
     """Which convolutions run merged: those where that is measured to be faster, or all."""
-    seconds: float = 6.0
+    seconds: Positive = 6.0
     """To spend on each comparison, longer if that is needed for 5 pairs."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Of torch; by default all it takes by itself, the physical cores."""
     report: bool = False
     """Also print what every convolution costs either way."""

@@ -50,6 +50,22 @@ from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
 from growshrink.cycle.result import versions
 from growshrink.errors import AnalysisError, RunError, near
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    Count,
+    DataName,
+    Device,
+    InFile,
+    InFolder,
+    ModelName,
+    NotNegative,
+    PartOf,
+    Positive,
+    Seed,
+    SomeOrAll,
+    Whole,
+)
 from growshrink.program import run_program
 from growshrink.reading import load_weights
 from growshrink.supernet import load_supernet, save_supernet
@@ -68,62 +84,62 @@ class Args:
     # ---- what is pruned
     space: Annotated[str, tyro.conf.arg(metavar="|".join(SPACES))] = "channels"
     """channels: the deployed channels of any timm model. widths: those of a supernet."""
-    model: str | None = None
+    model: ModelName | None = None
     """timm model; by default reducenet20, or for --space widths reducenet20_x4."""
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model, e.g. width=0.5."""
-    weights: Path | None = None
+    weights: InFile | None = None
     """A trained net (a state_dict as .safetensors; for --space widths a supernet.safetensors), instead of training."""
-    init: Path | None = None
+    init: InFile | None = None
     """For --space widths with --weights: the supernet before training (init.safetensors), without which nothing but
     params can pick."""
-    seeds: int = 3
+    seeds: Count = 3
     """How many nets are trained; 1 with --weights."""
-    least: float = 0.1
+    least: SomeOrAll = 0.1
     """Smallest share of its channels that a layer keeps."""
-    round_to: int = 1
+    round_to: Count = 1
     """Channels are kept in multiples of this."""
 
     # ---- how
-    macs: float = 0.5
+    macs: SomeOrAll = 0.5
     """Budget: MACs over those of the full net."""
-    tolerance: float = 0.05
+    tolerance: PartOf = 0.05
     """Relative, of the budget; a threshold common to few, wide groups of channels cannot be met more closely."""
-    num: int = 200
+    num: Count = 200
     """Random subnets of each net."""
     criteria: tuple[str, ...] | None = None
     """By default l1 l2 bn_scale fpgm taylor random for channels; angle excess null params naswot grad_norm for widths,
     where each picks the best of as many draws as there are random subnets."""
-    null_draws: int = 10
+    null_draws: Whole = 10
     """Subnets with a criterion's widths and random channels."""
-    alone: float = 0.0
+    alone: NotNegative = 0.0
     """For --space widths: train every subnet by itself for this many epochs, from the weights that the supernet started
     with; 0 judges it with the supernet's weights."""
-    calibration: int = 8
+    calibration: Count = 8
     """Training batches that batch norm statistics are taken from."""
 
     # ---- data and training
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies (digits need none)."""
-    val_fraction: float = 0.3
+    val_fraction: PartOf = 0.3
     """Share of the training images that subnets are judged by: with few, many subnets tie."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
-    epochs: float = 15.0
+    epochs: Positive = 15.0
     """Of each net."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate of SGD."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Of SGD."""
 
     # ---- the run
     out: Path | None = None
     """Folder of the run, which may be a run with the same options already; by default runs/prune-DATA-MODEL."""
-    seed: int = 0
+    seed: Seed = 0
     """Of nets, draws and data."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1, mps."""
     quiet: bool = False
     """No progress bars."""

@@ -31,6 +31,7 @@ import growshrink as gs
 from growshrink.compare import randomize_norms_
 from growshrink.errors import RunError, near
 from growshrink.grown import grown_modules
+from growshrink.limits import Count, ModelName, OutFile, Pixels, Positive, Seed
 from growshrink.program import run_program
 
 MOST_DRIFT = 1e-9
@@ -42,19 +43,19 @@ BRANCHES = ("bottleneck", "insert", "nest", "dbb", "repvgg", "acnet", "expandnet
 class Args:
     """Options of soak."""
 
-    rounds: int = 50
+    rounds: Count = 50
     """How many."""
-    model: str = "reducenet20"
+    model: ModelName = "reducenet20"
     """A plain timm model."""
-    image_size: int = 16
+    image_size: Pixels = 16
     """Pixels."""
-    updates: int = 5
+    updates: Count = 5
     """Of training in each round."""
-    most_growth: float = 16.0
+    most_growth: Positive = 16.0
     """MiB that the process may grow by over the second half of the rounds: allocators keep some."""
-    log: Path | None = None
+    log: OutFile | None = None
     """A new file for a line of JSON per round."""
-    seed: int = 0
+    seed: Seed = 0
     """Of weights, branches, norms and inputs."""
     quiet: bool = False
     """No progress bar."""

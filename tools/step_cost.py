@@ -21,6 +21,7 @@ import torch
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
+from growshrink.limits import BatchSize, Pixels, Positive, Ratio, Threads
 from growshrink.program import run_program
 from growshrink.supernet.cost import StepCost
 from growshrink.timing import machine
@@ -49,15 +50,15 @@ class Args:
 
     models: tuple[str, ...] = ("reducenet20", "reducenet20_x4")
     """timm models; plain ones are grown."""
-    ratio: float = 4.0
+    ratio: Ratio = 4.0
     """Middle width of the widest net over the output channels."""
-    image_size: int = 32
+    image_size: Pixels = 32
     """Side of the images in pixels."""
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
-    seconds: float = 6.0
+    seconds: Positive = 6.0
     """To spend on each mode."""
-    threads: int | None = None
+    threads: Threads | None = None
     """Of torch."""
     quick: bool = False
     """A smoke run: very few repeats, times that mean nothing (the MACs are right)."""

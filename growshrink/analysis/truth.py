@@ -38,6 +38,17 @@ def subnet_name(table: AngleTable, row: Sequence[int] | Index) -> str:
     return "-".join(str(width) for width in table.width(row).values())
 
 
+def read_rows(path: Path) -> list[list[str]]:
+    """The fields of the lines of a truth file; AnalysisError if it is not readable, or its header is another."""
+    try:
+        rows = list(csv.reader(read_bytes(path, MOST).decode("utf-8").splitlines(keepends=True)))
+    except (RunError, UnicodeDecodeError, csv.Error) as error:
+        raise AnalysisError(f"{path}: not readable as CSV ({error}).") from error
+    if not rows or rows[0][:1] != ["subnet"] or len(rows[0]) < 2:
+        raise AnalysisError(f"{path}: the first line must be subnet,NAME[,NAME...], and a number under each name.")
+    return rows
+
+
 def read_truth(path: Path, table: AngleTable) -> Truth:
     """A CSV file with the header `subnet,NAME[,NAME...]`: a subnet's name, and a number for each seed.
 
@@ -45,12 +56,7 @@ def read_truth(path: Path, table: AngleTable) -> Truth:
         AnalysisError: The file is not readable, knows a subnet that the space does not have, names one twice, or has a
             value that is no finite number. (Equal values are no error: ties are what tau-b is for.)
     """
-    try:
-        rows = list(csv.reader(read_bytes(path, MOST).decode("utf-8").splitlines(keepends=True)))
-    except (RunError, UnicodeDecodeError, csv.Error) as error:
-        raise AnalysisError(f"{path}: not readable as CSV ({error}).") from error
-    if not rows or rows[0][:1] != ["subnet"] or len(rows[0]) < 2:
-        raise AnalysisError(f"{path}: the first line must be subnet,NAME[,NAME...], and a number under each name.")
+    rows = read_rows(path)
     names, widths, values = rows[0][1:], [], []
     if len(set(names)) < len(names):
         raise AnalysisError(f"{path}: the first line has a name twice: {','.join(names)}.")

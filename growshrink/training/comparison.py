@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from growshrink.errors import PlanError
+from growshrink.limits import Count, NotAll, Positive, Threads
 from growshrink.training.feed import Feed
 from growshrink.training.folder import RunFolder
 from growshrink.training.options import DataOptions, TrainOptions
@@ -20,13 +21,13 @@ from growshrink.training.options import DataOptions, TrainOptions
 class ComparisonOptions(TrainOptions, DataOptions):
     """Data, training, seeds, and where the comparison goes; it runs on the CPU."""
 
-    epochs: float = 30.0
+    epochs: Positive = 30.0
     """Of each training."""
-    ema_decay: float = 0.0
+    ema_decay: NotAll = 0.0
     """Of the averaged weights, which are then what is compared; 0 for none."""
-    seeds: int = 1
+    seeds: Count = 1
     """How many times to train everything."""
-    threads: int = 1
+    threads: Threads = 1
     """Of torch."""
     out: Path | None = None
     """Folder of the run; by default runs/DATA-MODEL-PROGRAM, numbered if taken."""
@@ -35,6 +36,7 @@ class ComparisonOptions(TrainOptions, DataOptions):
 
     def check(self, *, least_seeds: int = 1, **shares: float) -> None:
         """PlanError unless there are enough seeds and epochs, and each of the shares lies between 0 and 1."""
+        self.train_config()
         if self.seeds < least_seeds:
             raise PlanError(f"--seeds {self.seeds}: must be at least {least_seeds}.")
         if not self.epochs > 0:

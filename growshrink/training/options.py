@@ -20,6 +20,22 @@ from torch import nn
 
 from growshrink.errors import RunError, near
 from growshrink.grown import grown_modules
+from growshrink.limits import (
+    Argument,
+    BatchSize,
+    Count,
+    DataName,
+    Device,
+    InFolder,
+    ModelName,
+    NotAll,
+    NotNegative,
+    OptimizerName,
+    Pixels,
+    Positive,
+    Seed,
+    Whole,
+)
 from growshrink.training.batches import Augment
 from growshrink.training.data import DataSet, load_data
 from growshrink.training.feed import Feed, MemoryFeed
@@ -37,13 +53,13 @@ class RunOptions:
     """Folder of the run; by default runs/DATA-MODEL, numbered if taken."""
     resume: bool = False
     """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
-    save_every: int | None = None
+    save_every: Count | None = None
     """Write a checkpoint after every this many updates too; by default at the ends of epochs and phases."""
-    keep: int = 2
+    keep: Count = 2
     """How many checkpoints are kept, the newest."""
-    seed: int = 0
+    seed: Seed = 0
     """Of initial weights, branches, widths, data order and augmentation."""
-    device: str = "cpu"
+    device: Device = "cpu"
     """cpu, cuda, cuda:1, mps."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
@@ -55,21 +71,21 @@ class RunOptions:
 class TrainOptions:
     """How to train."""
 
-    batch_size: int = 64
+    batch_size: BatchSize = 64
     """Images per update."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """Peak learning rate."""
-    optimizer: str = "sgd"
+    optimizer: OptimizerName = "sgd"
     """Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron, adahessian)."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Not applied to norms and biases."""
-    momentum: float = 0.9
+    momentum: NotAll = 0.9
     """Of SGD."""
-    label_smoothing: float = 0.0
+    label_smoothing: NotAll = 0.0
     """In [0, 1)."""
-    ema_decay: float = 0.998
+    ema_decay: NotAll = 0.998
     """Of the averaged weights, which are what is judged and deployed; 0 for none."""
-    clip_grad: float | None = None
+    clip_grad: Positive | None = None
     """Largest norm of the gradient."""
     amp: bool = False
     """bfloat16 autocast: about twice as fast where the machine has it."""
@@ -92,25 +108,25 @@ class TrainOptions:
 class DataOptions:
     """What is trained on what."""
 
-    data: str = "digits"
+    data: DataName = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: Path | None = None
+    data_dir: InFolder | None = None
     """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
-    model: str = "reducenet20"
+    model: ModelName = "reducenet20"
     """Any timm model."""
-    model_kwargs: tuple[str, ...] = ()
+    model_kwargs: tuple[Argument, ...] = ()
     """KEY=VALUE arguments for timm.create_model, e.g. width=0.5 drop_path_rate=0.05."""
-    image_size: int | None = None
+    image_size: Pixels | None = None
     """Resize the images of a folder to this many pixels."""
     stream: bool = False
     """Decode a folder that does not fit into memory as it is needed, with timm's loader (needs --image-size)."""
-    val_fraction: float = 0.1
+    val_fraction: NotAll = 0.1
     """Share of the training images that rounds are judged by; the test set is read once, at the end."""
-    crop: int | None = None
+    crop: Whole | None = None
     """Pad by this many pixels and crop at random; by default an eighth of the image."""
     flip: bool | None = None
     """Mirror at random; by default except for digits."""
-    cutout: int = 0
+    cutout: Whole = 0
     """Side in pixels of a square blanked at random."""
 
     def load_feed(self, *, batch_size: int, seed: int, device: torch.device, progress: bool) -> Feed:

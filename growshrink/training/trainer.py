@@ -60,6 +60,8 @@ class TrainConfig:
         for name in ("momentum", "label_smoothing", "ema_decay"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: must lie in [0, 1).")
+        if self.optimizer in ("sgd", "nesterov") and not self.momentum:
+            raise PlanError(f"momentum=0: optimizer {self.optimizer!r} is Nesterov's; without any, take 'momentum'.")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise PlanError(f"clip_grad={self.clip_grad!r}: must be above 0.")
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import timm
-from program import run
 from safetensors.torch import load_file
 from torch import nn
 
 import growshrink as gs
 from growshrink.depth import latency
 from growshrink.depth.segments import Segment, merge_cut, vanish_cut
+from program import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BRIEF = ["--model-kwargs", "width=0.25", "--quiet", "--epochs"]
@@ -99,7 +99,7 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         ("shrink_depth", ["--model", "resnet18"], "not a plain ReduceNet"),
         ("shrink_depth", ["--model", "reducent20"], "did you mean reducenet20"),
         ("shrink_depth", ["--data", "digts"], "did you mean 'digits'"),
-        ("shrink_depth", ["--vanish", "1.5"], "between 0 and 1"),
+        ("shrink_depth", ["--vanish", "1.5"], "must be above 0 and below 1"),
         ("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0"),
         ("one_layer", ["--flip", "True"], "see the same pixels"),
         ("one_layer", ["--model-kwargs", "wdth=2"], "wdth"),

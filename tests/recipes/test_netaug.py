@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from program import run
 from safetensors.torch import load_file
 
 import growshrink as gs
 from growshrink.supernet import load_supernet
+from program import run
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "netaug.py"
 FILES = {"report.md", "report.json", "netaug.json", "netaug.png", "curves.png", "plain.safetensors", "run.json"}
@@ -81,7 +81,7 @@ BAD = {
     "alpha": (["--alpha=-1"], "alpha=-1.0: must not be negative"),
     "distil": (["--inplace-distil", "2"], "inplace_distil=2.0"),
     "hold": (["--hold", "2"], "hold=2.0"),
-    "epochs": (["--epochs", "0"], "--epochs 0.0: must be above 0"),
+    "epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
     "no blocks": (["--model", "selecsls42", "--mode", "suffix"], "SelecSls carry branches"),
 }
 

@@ -141,7 +141,7 @@ def test_truth_tables_that_are_wrong(run, tmp_path, capsys, text, message):
         (["--also", "nasswot"], "nasswot: no such score; did you mean naswot?"),
         (["--num", "1", *TINY], "--num needs at least 2"),
         (["--model", "reducenet21"], "timm knows no such model"),
-        (["--epochs", "0"], "--epochs 0.0: must be above 0"),
+        (["--epochs", "0"], "--epochs 0: must be above 0"),
     ],
 )
 def test_options_that_are_wrong(tmp_path, capsys, args, message):
