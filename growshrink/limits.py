@@ -61,8 +61,8 @@ class Within:
             self.above and value == self.low or self.below and value == self.high
         ):
             return None
-        least = f"must be {'above' if self.above else 'at least'} {self.low:,g}"
-        return f"{least} and {'below' if self.below else 'at most'} {self.high:,g}."
+        least = f"must be {'above' if self.above else 'at least'} {self.low:,}"
+        return f"{least} and {'below' if self.below else 'at most'} {self.high:,}."
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ Threads = Annotated[int, Within(1, 1024)]
 Pixels = Annotated[int, Within(1, 65536)]
 Positive = Annotated[float, Within(0, above=True)]
 Multiplier = Annotated[float, Within(0, 100, above=True)]
-Operations = Annotated[float, Within(0, 1e15, above=True)]
+Operations = Annotated[float, Within(0, 10**15, above=True)]
 NotNegative = Annotated[float, Within(0)]
 Ratio = Annotated[float, Within(0, MOST_RATIO, above=True)]
 Share = Annotated[float, Within(0, 1)]

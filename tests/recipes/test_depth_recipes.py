@@ -98,7 +98,7 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         ("closed_loop", ["--model", "resnet18"], "no net that is grown at birth"),
         ("shrink_depth", ["--model", "resnet18"], "not a plain ReduceNet"),
         ("shrink_depth", ["--model", "reducent20"], "did you mean reducenet20"),
-        ("shrink_depth", ["--data", "digts"], "did you mean 'digits'"),
+        ("shrink_depth", ["--data", "digts"], "did you mean digits"),
         ("shrink_depth", ["--vanish", "1.5"], "must be above 0 and below 1"),
         ("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0"),
         ("one_layer", ["--flip", "True"], "see the same pixels"),

@@ -36,7 +36,9 @@ def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
     assert "another plan (budget differs)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("args", "words"), [((), "name a plan file"), (("--workers", "0", "x"), "--workers 0")])
+@pytest.mark.parametrize(
+    ("args", "words"), [((), "name a plan file"), (("--workers", "0", "recipes/plans/digits.json"), "--workers 0")]
+)
 def test_bad_options(args, words, capsys):
     assert run("recipes/compare.py", *args) == 2
     assert words in capsys.readouterr().err

@@ -78,9 +78,9 @@ BAD = {
     "mode": (["--mode", "netog"], "augment='netog': no such mode; did you mean netaug"),
     "exit": (["--exit", "jump"], "exit='jump': no such exit"),
     "born grown": (["--model", "reducenet20_x4"], "no kernels that would remain; choose"),
-    "alpha": (["--alpha=-1"], "alpha=-1.0: must not be negative"),
-    "distil": (["--inplace-distil", "2"], "inplace_distil=2.0"),
-    "hold": (["--hold", "2"], "hold=2.0"),
+    "alpha": (["--alpha=-1"], "--alpha -1: must be at least 0"),
+    "distil": (["--inplace-distil", "2"], "--inplace-distil 2"),
+    "hold": (["--hold", "2"], "--hold 2"),
     "epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
     "no blocks": (["--model", "selecsls42", "--mode", "suffix"], "SelecSls carry branches"),
 }

@@ -29,4 +29,4 @@ def test_three_kills(tmp_path):
 
 def test_bad_numbers_are_refused(tmp_path):
     done = run("--num", 0, "--out", tmp_path / "kills")
-    assert done.returncode == 2 and done.stderr == "kills: --num 0: must be at least 1 and at most 1e+09.\n"
+    assert done.returncode == 2 and done.stderr == "kills: --num 0: must be at least 1 and at most 1,000,000,000.\n"
