@@ -136,8 +136,8 @@ def test_truth_tables_that_are_wrong(run, tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--init", "nowhere.safetensors", "--trained", "nowhere.safetensors"], "nowhere.safetensors: not a whole"),
-        (["--init", "nowhere.safetensors"], "--init and --trained belong together"),
+        (["--init", "nowhere.safetensors", "--trained", "nowhere.safetensors"], "there is no such file"),
+        (["--init", __file__], "--init and --trained belong together"),
         (["--also", "nasswot"], "nasswot: no such score; did you mean naswot?"),
         (["--num", "1", *TINY], "--num needs at least 2"),
         (["--model", "reducenet21"], "timm knows no such model"),
