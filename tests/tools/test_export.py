@@ -90,7 +90,7 @@ def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, t
         (["nowhere"], "no such file or folder"),
         (["."], "has no plain.safetensors"),
         (["{run}", "--int8", "per-layer"], "--int8 per-layer"),
-        (["{run}", "--int8", "per-tensor", "--data", "digit"], "did you mean 'digits'"),
+        (["{run}", "--int8", "per-tensor", "--data", "digit"], "did you mean digits"),
         (["{run}", "--int8", "per-tensor", "--image-size", "16"], "8x8"),
         (["{run}", "--model-kwargs", "width"], "must be KEY=VALUE"),
     ],

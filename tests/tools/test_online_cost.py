@@ -40,7 +40,7 @@ def test_every_branch_of_every_net_gets_a_row_and_every_convolution_its_times():
     [
         (("--nets", "resnet81@32"), "--nets resnet81@32: timm knows no model 'resnet81'; did you mean"),
         (("--nets", "resnet18"), "--nets resnet18: write MODEL@PIXELS"),
-        (("--nets", "reducenet20@32", "--branches", "ddb"), "'ddb': no such branch; did you mean dbb"),
+        (("--nets", "reducenet20@32", "--branches", "ddb"), "ddb: no such branch; did you mean dbb"),
     ],
 )
 def test_bad_options_are_refused(options, words):

@@ -123,9 +123,9 @@ def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_
         (["--space", "widths", "--criteria", "l1"], "--criteria l1: not one of --space widths"),
         (["--num", "1"], "--num 1: too few"),
         (["--alone", "1"], "--alone goes with --space widths"),
-        (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors: not readable"),
+        (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors: there is no such file"),
         (["--macs", "0.0001", *TINY[:-3]], "0 subnets within"),
-        (["--macs", "2"], "must lie in (0, 1)"),
+        (["--macs", "2"], "must be above 0 and at most 1"),
         (["--model", "reducenet21"], "timm knows no such model"),
     ],
 )

@@ -55,9 +55,9 @@ def test_a_fuse_that_is_not_exact_is_told(capsys, monkeypatch):
     ("args", "words"),
     [
         (["--rounds", "1"], "at least 2 --rounds"),
-        (["--most-growth", "nan"], "--most-growth above 0"),
+        (["--most-growth", "nan"], "--most-growth nan: must be above 0"),
         (["--model", "reducenett20"], "did you mean reducenet20"),
-        (["--log", "."], "exists"),
+        (["--log", "."], "a folder, must be a file"),
     ],
 )
 def test_bad_options(args, words, capsys):

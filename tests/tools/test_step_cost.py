@@ -49,7 +49,7 @@ def test_the_trial_of_modes_appends_and_goes_on(tmp_path):
     ("tool", "options", "words"),
     [
         ("step_cost.py", ("--models", "reducenett20"), "timm knows no such model"),
-        ("step_cost.py", ("--seconds", "0"), "--seconds 0.0"),
+        ("step_cost.py", ("--seconds", "0"), "--seconds 0"),
         ("step_cost.py", ("--batch-size", "1"), "--batch-size 1"),
         ("netaug_modes.py", ("--arms", "netog"), "--arms netog: no such arm"),
     ],

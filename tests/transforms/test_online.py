@@ -496,7 +496,7 @@ def test_each_convolution_runs_as_is_faster(monkeypatch):
     [
         ({"choose": "mesured"}, "choose='mesured': no such way to choose; did you mean measured"),
         ({"choose": ["stages.0.0.con"]}, "choose names 'stages.0.0.con': .*; did you mean stages.0.0.conv"),
-        ({"batch_size": 1}, "batch_size=1: must be at least 2"),
+        ({"batch_size": 1}, "batch_size=1: must be a whole number, at least 2"),
         ({"rounds": 1}, "rounds=1"),
     ],
 )
