@@ -63,7 +63,7 @@ class RecordedLoop(gs.ClosedLoop):
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check(least_seeds=2, deadline=args.deadline)
+    args.check(least_seeds=2)
     known = timm.list_models(["reducenet*_x*", "vanillanet*_x*"])
     if args.model not in known:
         raise RunError(f"--model {args.model}: no net that is grown at birth{near(args.model, known)}")

@@ -69,8 +69,6 @@ def main(args: Args) -> None:
         return
     if args.plan is None:
         raise RunError("name a plan file, e.g. recipes/plans/digits.json (or --list the arms).")
-    if args.workers < 1:
-        raise RunError(f"--workers {args.workers}: must be at least 1.")
     experiment = Experiment.from_dict(read_json(args.plan))
     out = args.out or Path(__file__).parent / "results" / args.plan.stem
     out.mkdir(parents=True, exist_ok=True)

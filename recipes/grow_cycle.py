@@ -13,7 +13,6 @@ and shapes of the plain architecture), growth_log.json, log.jsonl, and run.json 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -122,12 +121,6 @@ def make_plan(args: Args) -> gs.CyclePlan:
             return gs.CyclePlan.from_dict(values.get("plan", values))
         except PlanError as error:
             raise PlanError(f"--plan {args.plan}: {error}") from error
-    if not 0 < args.epochs < math.inf:
-        raise PlanError(f"--epochs {args.epochs}: must be a number above 0.")
-    if args.rounds < 0:
-        raise PlanError(f"--rounds {args.rounds}: must not be negative.")
-    if not 0.0 <= args.base <= 1.0:
-        raise PlanError(f"--base {args.base}: a share of the epochs, must lie in [0, 1].")
     if not args.branches:
         raise PlanError("--branches: name at least one.")
     base = args.epochs * args.base if args.rounds else args.epochs

@@ -28,7 +28,6 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.cycle.plan import EXITS
-from growshrink.errors import PlanError
 from growshrink.limits import NotNegative, Positive, Ratio, Share, Whole
 from growshrink.program import run_program
 from growshrink.reading import read_json
@@ -102,8 +101,6 @@ def main(args: Args) -> None:
 
 def make_plan(args: Args) -> gs.CyclePlan:
     """One round, all of it with sampled widths."""
-    if not args.epochs > 0:
-        raise PlanError(f"--epochs {args.epochs}: must be above 0.")
     drop = args.exit == "drop"
     hold = (1.0 if drop else 0.5) if args.hold is None else args.hold
     vanish = min(0.2, 1.0 - hold) if not drop else 1.0 - hold

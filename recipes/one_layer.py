@@ -82,7 +82,7 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check(vanish=args.vanish)
+    args.check()
     if args.crop or args.flip or args.cutout or args.stream:
         raise PlanError("--crop, --flip, --cutout and --stream: not here, nets and classifiers see the same pixels.")
     born_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]

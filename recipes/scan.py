@@ -66,8 +66,6 @@ def main(args: Args) -> None:
     experiment = Experiment.from_dict(
         {**read_json(args.plan), "arms": [PLAIN] if args.arm == PLAIN else [PLAIN, args.arm]}
     )
-    if not args.budget > 0:
-        raise PlanError(f"--budget {args.budget:g}: must be above 0.")
     if not args.widths or not args.depths:
         raise PlanError("--widths, --depths: name at least one of each.")
     args.out.mkdir(parents=True, exist_ok=True)

@@ -90,9 +90,7 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check(vanish=args.vanish)
-    if not args.shrink_epochs > 0:
-        raise PlanError(f"--shrink-epochs {args.shrink_epochs:g}: must be above 0.")
+    args.check()
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if args.model not in plain:
         raise RunError(f"--model {args.model}: not a plain ReduceNet{near(args.model, plain)}")

@@ -233,8 +233,6 @@ def train(
 ) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
     """A supernet trained here; both of its states are left in the folder."""
     assert feed is not None
-    if not args.epochs > 0:
-        raise AnalysisError(f"--epochs {args.epochs}: must be above 0.")
     options = shared(args)
     torch.manual_seed(args.seed)
     init, made = options.make_model(feed)

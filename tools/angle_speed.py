@@ -11,7 +11,6 @@ them. Both compute in float64, and the largest difference of their angles is tol
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis.angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
-from growshrink.errors import AnalysisError, RunError, near
+from growshrink.errors import AnalysisError
 from growshrink.grown import grown_modules
 from growshrink.limits import Count, ModelName, Pixels, Positive
 from growshrink.program import run_program
@@ -60,12 +59,6 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise RunError(f"--seconds {args.seconds}: must be above 0.")
-    if args.num < 1 or args.few < 1:
-        raise RunError(f"--num {args.num}, --few {args.few}: both must be above 0.")
-    if not timm.is_model(args.model):
-        raise RunError(f"--model {args.model}: timm knows no such model{near(args.model, timm.list_models())}")
     torch.manual_seed(0)
     init = timm.create_model(args.model, num_classes=10)
     if not grown_modules(init):

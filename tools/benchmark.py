@@ -92,10 +92,6 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure, print, write; the exit status."""
-    if args.threads is not None and args.threads < 1:
-        raise RunError(f"--threads {args.threads}: must be at least 1.")
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise RunError(f"--seconds {args.seconds}: must be above 0.")
     if not args.only:
         raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
     if args.out is not None and args.out.exists():

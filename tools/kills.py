@@ -78,8 +78,6 @@ class Args:
 
 def main(args: Args) -> int:
     """Kill, compare, print; 1 if a run did not end as the undisturbed one."""
-    if args.num < 1 or not args.spread > 0:
-        raise RunError(f"--num {args.num} --spread {args.spread}: must be above 0.")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     tqdm.monitor_interval = 0  # a thread

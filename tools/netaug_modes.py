@@ -106,8 +106,6 @@ def main(args: Args) -> None:
     for arm in args.arms:
         if arm not in ARMS:
             raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
-    if not 0 < args.epochs < math.inf or args.pool < 1:
-        raise RunError(f"--epochs {args.epochs}, --pool {args.pool}: must be a number above 0, and at least 1.")
     data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}

@@ -71,12 +71,8 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise RunError(f"--seconds {args.seconds}: must be above 0.")
     if args.batch_size < 2:
         raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
-    if args.threads is not None and args.threads < 1:
-        raise RunError(f"--threads {args.threads}: must be at least 1.")
     nets = [parse(net) for net in args.nets]
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -176,19 +176,14 @@ def check(args: Args) -> None:
         known = (*CRITERIA, RANDOM) if args.space == "channels" else PICKERS
         if criterion not in known:
             raise AnalysisError(f"--criteria {criterion}: not one of --space {args.space}{near(criterion, known)}")
-    if args.alone < 0 or args.alone and (args.space != "widths" or args.weights is not None and args.init is None):
-        raise AnalysisError(
-            "--alone goes with --space widths, and with --weights needs --init; it must not be negative."
-        )
+    if args.alone and (args.space != "widths" or args.weights is not None and args.init is None):
+        raise AnalysisError("--alone goes with --space widths, and with --weights needs --init.")
     if args.init is not None and (args.space != "widths" or args.weights is None):
         raise AnalysisError("--init goes with --space widths and --weights.")
     if args.space == "widths" and args.weights is not None and args.init is None and criteria_of(args) != ("params",):
         raise AnalysisError("--criteria other than params look at the untrained supernet too: give it with --init.")
-    for name in ("num", "seeds", "calibration"):
-        if getattr(args, name) < (2 if name == "num" else 1):
-            raise AnalysisError(f"--{name} {getattr(args, name)}: too few.")
-    if not args.epochs > 0 or args.null_draws < 0:
-        raise AnalysisError("--epochs must be above 0, --null-draws not negative.")
+    if args.num < 2:
+        raise AnalysisError(f"--num {args.num}: too few.")
 
 
 def shared(args: Args) -> Options:

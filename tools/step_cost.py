@@ -10,7 +10,6 @@ that augments in every k-th update only is timed over k updates at once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,8 +69,6 @@ class Args:
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
-    if not (math.isfinite(args.seconds) and args.seconds > 0):
-        raise RunError(f"--seconds {args.seconds}: must be above 0.")
     if args.batch_size < 2:
         raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
     for name in args.models:

@@ -34,16 +34,11 @@ class ComparisonOptions(TrainOptions, DataOptions):
     quiet: bool = False
     """No progress bars."""
 
-    def check(self, *, least_seeds: int = 1, **shares: float) -> None:
-        """PlanError unless there are enough seeds and epochs, and each of the shares lies between 0 and 1."""
+    def check(self, *, least_seeds: int = 1) -> None:
+        """PlanError unless there are enough seeds, and a net can be trained as asked for."""
         self.train_config()
         if self.seeds < least_seeds:
             raise PlanError(f"--seeds {self.seeds}: must be at least {least_seeds}.")
-        if not self.epochs > 0:
-            raise PlanError(f"--epochs {self.epochs:g}: must be above 0.")
-        for name, share in shares.items():
-            if not 0 < share < 1:
-                raise PlanError(f"--{name} {share:g}: a share, must lie between 0 and 1.")
 
     def claim(self, program: str) -> RunFolder:
         """The folder of the run."""
