@@ -79,7 +79,7 @@ class ExportOptions:
 def export(
     source: Source,
     folder: Path,
-    options: ExportOptions = ExportOptions(),
+    options: ExportOptions | None = None,
     *,
     data: DataSet | None = None,
 ) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def export(
     Args:
         source: The net.
         folder: Exists; files in it by the names of ours are replaced.
-        options: What to make.
+        options: What to make; None for the defaults.
         data: For int8: its training split calibrates, its test split is read once.
 
     Returns:
@@ -102,6 +102,7 @@ def export(
     Raises:
         RunError: Something cannot be written, or reads back as something else; int8 without data.
     """
+    options = options or ExportOptions()
     if options.int8 != "none":
         if data is None:
             raise RunError("--int8 needs --data: training images to calibrate with, test images for the accuracy.")

@@ -1,0 +1,22 @@
+"""Where the extra is not installed, everything but ONNX can be exported."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+sys.modules["onnxscript"] = None
+from growshrink.errors import RunError
+from growshrink.export import ExportOptions
+ExportOptions(onnx=False)
+try:
+    ExportOptions()
+except RunError as error:
+    print(error)
+"""
+
+
+def test_the_package_is_imported_and_the_hint_is_true():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("ONNX needs onnxscript: pip install growshrink[onnx]")
