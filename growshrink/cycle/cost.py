@@ -64,13 +64,15 @@ class PlanCost:
                 teacher = grown if plan.distil == "peak" else self._plain
                 if plan.distil == "previous" and segment.round == 1:
                     teacher = self._first
+            asked = timeline.asked(segment, segment.start, segment.stop)
+            answers = asked * teacher.forward if teacher else 0
             if segment.grown and plan.online:
-                total += updates * self._online(grown, timeline.lam(segment.start), teacher)
+                total += updates * self._online(grown, timeline.lam(segment.start)) + answers
             elif segment.grown and plan.augment != "none":
                 total += self._augmented(grown, plan, timeline, segment.round, teacher)(segment.start, segment.stop)
             else:
                 own = grown.train if segment.grown else self._plain.train
-                total += updates * (own + (teacher.forward if teacher else 0))
+                total += updates * own + answers
         return self._batches.batch_size * total
 
     def _augmented(
@@ -88,14 +90,13 @@ class PlanCost:
         augmentation.task.detach()
         return augmentation.macs
 
-    def _online(self, grown: _Net, lam: float, teacher: _Net | None) -> int:
+    def _online(self, grown: _Net, lam: float) -> int:
         """An update while the branches that are linear at `lam`, where the phase begins, run merged."""
         net = copy.deepcopy(grown.net)
         set_lambda(net, lam)
         if any(row.merged for row in collapse_report(net).rows):
             collapse_online(net, choose="always", inplace=True)
-        own = training_macs(net, self._size, self._batches.batch_size)
-        return own + (teacher.forward if teacher else 0)
+        return training_macs(net, self._size, self._batches.batch_size)
 
     def _net(self, net: nn.Module) -> _Net:
         return _Net(net, training_macs(net, self._size), profile(net, self._size).macs)

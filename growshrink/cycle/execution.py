@@ -86,11 +86,12 @@ class Execution:
         self.state = RunState()
         self.before: Mapping[str, Any] | None = None  # a snapshot, in a round that may be undone
         self.teacher: nn.Module | None = None
+        self._as_teacher: Teacher | None = None
         self.model_about: Mapping[str, Any] = {}
         self.size = feed.input_size
         self.images_per_update = feed.train.batch_size * num_ranks()
         self._augmentations = Augmentations(timeline, feed.input_size)
-        self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs_per_image
+        self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs
         self.lam = LamControl(timeline)
         self.trainer = self._make_trainer(self.initial)
         self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
@@ -151,7 +152,7 @@ class Execution:
             check_finite(self.trainer, loss, segment=segment, start=start, folder=self.folder.path)
             done = self.trainer.update
             self.state.seconds += seconds
-            macs = augmentation.macs(start, done) if augmentation else (done - start) * self._macs_per_image(segment)
+            macs = augmentation.macs(start, done) if augmentation else self._macs(segment, start, done)
             self.state.macs_spent += self.images_per_update * macs
             if segment.phase == "hold" and done == second and not augmentation:
                 self.state.rounds[-1]["gradients_at_update_2"] = gradients(self.trainer)
@@ -177,7 +178,7 @@ class Execution:
             self._set_teacher(self.trainer.best)
         seed = self.plan.seed + 1000 * segment.round
         entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
-        if plan.accept_within is not None:
+        if plan.accept_within is not None or plan.exit == "teach":
             self.before = snapshot(self.trainer)
         if not born_grown:
             entry = grow_nets(self.trainer, plan, seed, self.size)
@@ -220,17 +221,23 @@ class Execution:
                 self._set_teacher(peak)
         if self.timeline.last_grown(segment):
             if plan.exit == "teach":
-                update, self.trainer = self.trainer.update, self._make_trainer(self.initial)
-                self.trainer.update = update
-                self._log("teach", segment)
+                self._go_back(segment)
             else:
                 record.update(self._merge(segment, plan, augmentation))
                 self._judge(segment, record["top1"]["before"], record["top1"]["fused"])
         if segment.stop == max(s.stop for s in self.timeline.segments if s.round == segment.round):
             record["top1"]["end"] = self._score().top1
             record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
-            self.teacher, self.state.teacher_log = None, None
+            self.teacher, self._as_teacher, self.state.teacher_log = None, None, None
             self.journal.end_round(record)
+
+    def _go_back(self, segment: Segment) -> None:
+        """The plain net as it was before it grew; what it grew into has become its teacher."""
+        assert self.before is not None
+        update, self.trainer = self.trainer.update, self._make_trainer(self.initial)
+        set_values(self.trainer, self.before)
+        self.trainer.update, self.before = update, None
+        self._log("teach", segment)
 
     def _merge(self, segment: Segment, plan: RoundPlan, augmentation: Augmentation | None) -> dict[str, Any]:
         """Back to the plain structure; what the round's record says of it."""
@@ -273,7 +280,7 @@ class Execution:
         self._cost = None
 
     def _set_teacher(self, net: nn.Module) -> None:
-        self.teacher = expand_online(net).eval().requires_grad_(False)
+        self.teacher, self._as_teacher = expand_online(net).eval().requires_grad_(False), None
         self.state.teacher_log = len(self.state.log)
         self._cost = None
 
@@ -281,7 +288,10 @@ class Execution:
         if self.teacher is None or segment.phase == "hold":
             return None
         plan = self.plan.rounds[segment.round - 1]
-        return Teacher(self.teacher, plan.distil_weight, plan.temperature)
+        if self._as_teacher is None:  # one for the whole round: it remembers what it has answered
+            repeat = self.timeline.questions(segment.round) if plan.distil_asked < 1 else None
+            self._as_teacher = Teacher(self.teacher, plan.distil_weight, plan.temperature, repeat)
+        return self._as_teacher
 
     def _augmentation_of(self, segment: Segment) -> Augmentation | None:
         return self._augmentations.of(segment, self.trainer, self._teacher_of(segment))
@@ -299,12 +309,13 @@ class Execution:
     def _score(self, model: nn.Module | None = None) -> Score:
         return by_first(lambda: evaluate(model or self.trainer.best, self.feed.val))
 
-    def _macs_per_image(self, segment: Segment) -> int:
-        """Forward and backward of the graph that runs now, and the teacher's forward."""
+    def _macs(self, segment: Segment, start: int, stop: int) -> int:
+        """Of an image in each of these updates: forward and backward of the graph that runs now, teacher's forward."""
         if self._cost is None:
             teacher = profile(self.teacher, self.size).macs if self.teacher is not None else 0
             self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size), teacher
-        return self._cost[0] + (self._cost[1] if self._teacher_of(segment) is not None else 0)
+        asked = self.timeline.asked(segment, start, stop) if self._teacher_of(segment) is not None else 0
+        return (stop - start) * self._cost[0] + asked * self._cost[1]
 
     def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
         last = self.trainer.update - 1

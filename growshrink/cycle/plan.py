@@ -16,7 +16,7 @@ from typing import Any
 
 from growshrink.branches import BranchSpec, check_ratio
 from growshrink.errors import GrowError, PlanError, near
-from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, join, rewarm
+from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, rewarm
 from growshrink.supernet.passes import MODES
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
@@ -59,11 +59,15 @@ class RoundPlan:
         exit: How the round ends: "fuse" merges the net at full width; "drop" cuts the branches off (vanish and settle
             may be 0; an augmentation fades out with lam); in a round with sampled widths also "choose", which fuses at
             several widths and keeps the best on the val split. "teach" merges nothing: the grown net, its learning rate
-            annealed over the hold, becomes the teacher of the plain net, which starts anew from the run's first weights
-            and learns in the tail (vanish and settle must be 0, distil "peak").
+            annealed over the hold, becomes the teacher of the plain net, which goes on in the tail as if the round
+            began there, from the weights, the average and the optimizer it had then (vanish and settle must be 0,
+            distil "peak").
         distil: Teacher from the end of the hold on: "peak" (this round's grown net, averaged and with its learning
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
+        distil_asked: Share of the updates with a teacher in which it is asked. After these (at least an epoch's) the
+            same images come again, changed and batched as they were, with the answers it gave: its forward is paid once
+            an answer. (The idea: Shen and Xing, FKD, arXiv:2112.01528.) The answers are kept on the device.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
         accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
             than this against the net that was grown, the round is undone: net, average, optimizer and random states
@@ -88,12 +92,13 @@ class RoundPlan:
     exit: str = "fuse"
     distil: str = "none"
     distil_weight: float = 0.5
+    distil_asked: float = 1.0
     temperature: float = 3.0
     accept_within: float | None = None
     online: bool = False
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
+        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "distil_asked", "temperature")
         if not self.epochs > 0:
             raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
         if not (isinstance(self.branch, tuple) and self.branch and all(isinstance(kind, str) for kind in self.branch)):
@@ -130,8 +135,11 @@ class RoundPlan:
             )
         if self.distil not in DISTIL:
             raise PlanError(f"distil={self.distil!r}: no such teacher{near(str(self.distil), DISTIL)}")
-        if not 0.0 < self.distil_weight <= 1.0:
-            raise PlanError(f"distil_weight={self.distil_weight!r}: must lie in (0, 1].")
+        for name in ("distil_weight", "distil_asked"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise PlanError(f"{name}={getattr(self, name)!r}: must lie in (0, 1].")
+        if self.distil_asked < 1.0 and self.augment != "none":
+            raise PlanError("distil_asked: with sampled widths (augment) the teacher is asked in every update.")
         if not self.temperature > 0:
             raise PlanError(f"temperature={self.temperature!r}: must be above 0.")
         if self.accept_within is not None:
@@ -300,6 +308,18 @@ class Timeline:
         """The phase that update number `update` (the first is 0) belongs to."""
         return self.segments[bisect_right([s.start for s in self.segments], update) - 1]
 
+    def questions(self, number: int) -> tuple[int, int]:
+        """The update from which a round has a teacher, and in how many updates from there on it is asked."""
+        own = [s for s in self.segments if s.round == number]
+        start, stop = own[0].stop, own[-1].stop  # a hold comes first
+        asked = max(round(self.plan.rounds[number - 1].distil_asked * (stop - start)), self.updates_per_epoch)
+        return start, min(asked, stop - start)
+
+    def asked(self, segment: Segment, start: int, stop: int) -> int:
+        """In how many of the updates from `start` to `stop` of a phase its round's teacher, if any, is asked."""
+        first, number = self.questions(segment.round)
+        return max(0, min(stop, first + number) - max(start, first))
+
     def tail_share(self, number: int) -> float:
         """t: the share of a round's updates that train the plain net."""
         own = [s for s in self.segments if s.round == number]
@@ -328,26 +348,29 @@ class Timeline:
     def learning_rate(self) -> Schedule:
         """Learning rate over its peak by update: a cosine over the whole run, jagged at every change of structure.
 
-        Where a net starts anew (exit "teach"), so does the cosine.
+        A net that is only to teach (exit "teach") has a cosine of its own, and that of the plain net stands still.
         """
         changes = [s.start for s in self.segments if s.phase in ("base", "hold", "tail")]
         changes += [self._updates(at) for at in self.plan.restarts]
         anneals: list[tuple[int, int, Schedule]] = []
-        births = [0]
+        lessons = [s for s in self.segments if s.phase == "hold" and self.plan.rounds[s.round - 1].exit == "teach"]
         for segment in self.segments:
             if not segment.round:
                 continue
             plan = self.plan.rounds[segment.round - 1]
-            if segment.phase == "tail" and plan.exit == "teach":
-                births.append(segment.start)
             if segment.phase == "hold" and plan.distil == "peak" and plan.exit != "teach":
                 length = round(PEAK_ANNEAL * (segment.stop - segment.start))
                 anneals.append((segment.stop - length, segment.stop, cosine(1.0, 0.0, steps=length)))
                 changes.append(segment.stop)
-        lives = [
-            cosine(1.0, 0.0, steps=end - birth) for birth, end in zip(births, [*births[1:], self.total], strict=True)
-        ]
-        envelope = rewarm(join(lives, births[1:]), changes, self.plan.rewarm)
+        own = cosine(1.0, 0.0, steps=self.total - sum(s.stop - s.start for s in lessons))
+
+        def life(update: int) -> float:
+            for lesson in lessons:
+                if lesson.start <= update < lesson.stop:
+                    return cosine(1.0, 0.0, steps=lesson.stop - lesson.start)(update - lesson.start)
+            return own(update - sum(s.stop - s.start for s in lessons if s.stop <= update))
+
+        envelope = rewarm(life, changes, self.plan.rewarm)
         flat = constant(1.0)
 
         def schedule(update: int) -> float:

@@ -2,8 +2,48 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student).
+
+    Attributes:
+        model: In eval mode.
+        weight: Of its loss.
+        temperature: Of both softmaxes.
+        repeat: Update from which it teaches, and number of updates after which the same batches come again, to be
+            learnt from by the answers it has given; None asks it about new batches for ever.
+
+    Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
+    """
+
+    model: nn.Module
+    weight: float
+    temperature: float
+    repeat: tuple[int, int] | None = None
+    _answers: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def question(self, update: int) -> int:
+        """The update whose batch is to be learnt from in this one."""
+        if self.repeat is None:
+            return update
+        start, period = self.repeat
+        return start + (update - start) % period
+
+    @torch.no_grad()
+    def answer(self, question: int, images_NCHW: Tensor) -> Tensor:
+        """Its logits `(N, K)` for the batch of an update, given for the first time or once more."""
+        if self.repeat is None:
+            return self.model(images_NCHW)
+        if question not in self._answers:
+            self._answers[question] = self.model(images_NCHW)
+        return self._answers[question]
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

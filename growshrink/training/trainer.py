@@ -19,7 +19,7 @@ from growshrink.activations import set_lambda
 from growshrink.errors import PlanError, RunError, near
 from growshrink.schedules import Schedule
 from growshrink.training.calibrate import calibrate_bn
-from growshrink.training.distil import distillation_loss
+from growshrink.training.distil import Teacher, distillation_loss
 from growshrink.training.feed import UpdateBatches
 from growshrink.training.ranks import average_update_
 
@@ -64,18 +64,6 @@ class TrainConfig:
             raise PlanError(f"momentum=0: optimizer {self.optimizer!r} is Nesterov's; without any, take 'momentum'.")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise PlanError(f"clip_grad={self.clip_grad!r}: must be above 0.")
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student).
-
-    Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
-    """
-
-    model: nn.Module
-    weight: float
-    temperature: float
 
 
 class Task(Protocol):
@@ -160,7 +148,8 @@ class Trainer:
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
-            images_NCHW, labels_N = self.batches.batch(self.update)
+            question = teacher.question(self.update) if teacher is not None and task is None else self.update
+            images_NCHW, labels_N = self.batches.batch(question)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
             self._set_lambda(lam(self.update))
@@ -170,7 +159,7 @@ class Trainer:
                 with self._autocast(images_NCHW):
                     loss = task.backward(images_NCHW, labels_N)["loss"]
             else:
-                loss = self._loss(images_NCHW, labels_N, teacher)
+                loss = self._loss(images_NCHW, labels_N, teacher, question)
                 loss.backward()
             loss = loss.detach().clone()
             average_update_(self.model, loss)
@@ -230,12 +219,11 @@ class Trainer:
             parameter = named[name]
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
-    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None) -> Tensor:
+    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None, question: int = 0) -> Tensor:
         with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
             if teacher is not None:
-                with torch.no_grad():
-                    target = teacher.model(images_NCHW)
+                target = teacher.answer(question, images_NCHW)
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
         if teacher is None:
             return loss

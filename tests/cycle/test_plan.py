@@ -150,6 +150,8 @@ def test_a_plan_goes_through_json_and_back():
         ({"distil": None}, "distil=None"),
         ({"distil_weight": 0}, "distil_weight=0"),
         ({"distil_weight": 1.5}, "distil_weight=1.5"),
+        ({"distil_asked": 0}, "distil_asked=0"),
+        ({"distil_asked": 0.5, "augment": "lazy"}, "distil_asked: with sampled widths"),
         ({"online": "yes"}, "online='yes': must be true or false"),
         ({"online": True, "augment": "lazy"}, "online=True: .* sampled widths"),
         ({"temperature": 0}, "temperature=0"),

@@ -1,5 +1,6 @@
 """What a plan costs is known before it is run, to the MAC; and the ways a round may start and end."""
 
+import copy
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import growshrink as gs
 from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.plan import Timeline
 from growshrink.errors import PlanError
+from growshrink.schedules import cosine
 
 PLANS = {
     "plain": [],
@@ -21,6 +23,11 @@ PLANS = {
     "online, linear": [{"branch": ("dbb",), "online": True, "linear": True, "distil": "peak"}],
     "drop": [{"exit": "drop", "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
     "teach": [{"exit": "teach", "hold": 0.5, "vanish": 0.0, "settle": 0.0, "distil": "peak"}],
+    "asked for a while": [
+        {"exit": "teach", "hold": 0.3, "vanish": 0.0, "settle": 0.0, "distil": "peak", "distil_asked": 0.3},
+        {"distil": "previous", "distil_asked": 0.5},
+        {"distil": "peak", "distil_asked": 0.01},
+    ],
     "lazy, peak": [{"augment": "lazy", "exit": "drop", "distil": "peak"}],
     "netaug, previous": [{"augment": "netaug", "distil": "previous"}],
 }
@@ -52,7 +59,7 @@ def test_the_cost_is_known_before(tmp_path, name):
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
 
 
-def test_a_taught_net_starts_anew_and_learns_from_the_peak(tmp_path):
+def test_a_taught_net_goes_on_where_it_was_and_learns_from_the_peak(tmp_path):
     plan = plan_of("teach")
     timeline = Timeline(plan, 4)
     assert [(s.phase, s.start, s.stop) for s in timeline.segments] == [
@@ -60,24 +67,28 @@ def test_a_taught_net_starts_anew_and_learns_from_the_peak(tmp_path):
         ("hold", 4, 16),
         ("tail", 16, 28),
     ]
-    quiet = Timeline(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4)
-    assert quiet.learning_rate(16) == 1.0 and quiet.learning_rate(15) < 0.02 and quiet.learning_rate(27) < 0.02
+    quiet = Timeline(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4).learning_rate
+    own = cosine(1.0, 0.0, steps=16)  # of the plain net: 4 updates before it grew, 12 after
+    assert [quiet(update) for update in (0, 3, 16, 27)] == [own(update) for update in (0, 3, 4, 15)]
+    assert quiet(4) == 1.0 and quiet(15) < 0.02  # of its teacher
     assert [entry["op"] for entry in run(tmp_path / "run", plan).growth_log] == ["grow", "teach"]
     assert "merged nothing" in (tmp_path / "run" / "report.md").read_text()
 
 
-def test_a_taught_net_begins_with_the_first_weights(tmp_path, monkeypatch):
+def test_a_taught_net_begins_with_the_weights_it_grew_from(tmp_path, monkeypatch):
     seen = []
     train = gs.cycle.execution.ListeningTrainer.train
 
     def spy(trainer, stop, **kwargs):
-        seen.append((trainer.update, kwargs["teacher"], trainer.model.conv1.weight.detach().clone()))
+        values = (trainer.model.conv1.weight, trainer.best.conv1.weight)
+        seen.append((trainer.update, kwargs["teacher"], copy.deepcopy(values)))
         return train(trainer, stop, **kwargs)
 
     monkeypatch.setattr(gs.cycle.execution.ListeningTrainer, "train", spy)
     run(tmp_path / "run", plan_of("teach"))
-    _, teacher, weight = next(entry for entry in seen if entry[0] == 16)
-    assert torch.equal(weight, small(outputs=4).conv1.weight)
+    _, _, before = next(entry for entry in seen if entry[0] == 4)
+    _, teacher, after = next(entry for entry in seen if entry[0] == 16)
+    assert torch.equal(after[0], before[0]) and torch.equal(after[1], before[1])
     assert teacher is not None and gs.get_lambda(teacher.model) and set(gs.get_lambda(teacher.model).values()) == {1.0}
     assert all(entry[1] is None for entry in seen if entry[0] < 16)
 

@@ -36,7 +36,7 @@ CASES["teach"] = {
     "plan": gs.CyclePlan(
         rounds=(
             gs.RoundPlan(epochs=4, init="paper", linear=True, branch=("dbb",)),
-            gs.RoundPlan(epochs=6, exit="teach", hold=0.5, vanish=0, settle=0, distil="peak"),
+            gs.RoundPlan(epochs=6, exit="teach", hold=0.5, vanish=0, settle=0, distil="peak", distil_asked=0.4),
             gs.RoundPlan(epochs=4, exit="drop", hold=0.5, vanish=0, settle=0),
         ),
         base_epochs=1,

@@ -286,3 +286,30 @@ def test_the_average_is_calibrated_on_the_batches_it_was_trained_on():
     found = trained.ema.state_dict()
     assert all(torch.equal(value, found[name]) for name, value in expected.state_dict().items())
     assert any(not torch.equal(stale[name], found[name]) for name in stale if name.endswith("running_var"))
+
+
+def test_a_teacher_that_is_asked_for_a_while_is_learnt_from_by_its_answers():
+    asked, batches = [], Batches()
+    wise = net(seed=1).eval()
+    wise.register_forward_pre_hook(lambda module, args: asked.append(args[0].clone()))
+    teacher, trainer = Teacher(wise, 0.5, 2.0, repeat=(1, 2)), Trainer(net(), TrainConfig(lr=0.01), batches)
+    trainer.train(1, learning_rate=constant(1.0), lam=constant(0.0))
+    trainer.train(6, learning_rate=constant(1.0), lam=constant(0.0), teacher=teacher)
+    assert len(asked) == 2 and all(torch.equal(asked[n], batches.batch(1 + n)[0]) for n in range(2))
+
+    by_hand = Trainer(net(), TrainConfig(lr=0.01), Again(batches, [0, 1, 2, 1, 2, 1]))
+    by_hand.train(1, learning_rate=constant(1.0), lam=constant(0.0))
+    by_hand.train(6, learning_rate=constant(1.0), lam=constant(0.0), teacher=Teacher(wise, 0.5, 2.0))
+    for ours, theirs in zip(trainer.model.parameters(), by_hand.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class Again:
+    """Batches of others, in an order given."""
+
+    def __init__(self, batches, order):
+        self.batches, self.order = batches, order
+        self.updates_per_epoch, self.batch_size = batches.updates_per_epoch, batches.batch_size
+
+    def batch(self, update):
+        return self.batches.batch(self.order[update])
