@@ -98,7 +98,9 @@ class RoundPlan:
     online: bool = False
 
     def __post_init__(self) -> None:
-        _check_numbers(self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "distil_asked", "temperature")
+        _check_numbers(
+            self, "epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "distil_asked", "temperature"
+        )
         if not self.epochs > 0:
             raise PlanError(f"epochs={self.epochs!r}: a round must last longer than 0 epochs.")
         if not (isinstance(self.branch, tuple) and self.branch and all(isinstance(kind, str) for kind in self.branch)):
