@@ -34,7 +34,10 @@ PROGRAMS = (
     *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "grow_cycle", "netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "timm_train")),
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
-    *(f"tools/{name}.py" for name in ("exactness", "export", "kills", "netaug_modes", "online_cost", "random_prune")),
+    *(
+        f"tools/{name}.py"
+        for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
+    ),
     *(f"tools/{name}.py" for name in ("soak", "step_cost")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )

@@ -41,12 +41,8 @@ from typing import Annotated, Any, Literal, get_args
 import timm
 import torch
 import tyro
-from PIL import Image
-from timm.data import ImageDataset, create_loader
-from timm.data.transforms import ToNumpy
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import transforms
 
 import growshrink as gs
 from growshrink.compare import randomize_norms_
@@ -57,15 +53,15 @@ from growshrink.errors import RunError
 from growshrink.limits import Positive, Threads
 from growshrink.program import run_program
 from growshrink.timing import Call, machine, seconds_of
-from growshrink.training import Batch, Split, TrainBatches, TrainConfig, Trainer
-from growshrink.training.batches import fill_colour
+from growshrink.training import Batch, TrainBatches, TrainConfig, Trainer
 from growshrink.training.folder import write_json
+from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import Bench, OneBatch, channels_last, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
-SIZE, MEAN, STD = (3, 32, 32), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+SIZE = (3, 32, 32)
 #: Samples a round is cut into, each with every phase in it: updates 0, 10, 20, ..., updates 1, 11, 21, ..., and so on.
 ROUND_SAMPLES = 10
 
@@ -209,10 +205,7 @@ def measure_loader(bench: Bench) -> None:
     split = random_split(bench.num_files)
     ours = TrainBatches(split, batch_size=batch_size, mean=MEAN, std=STD)
     with tempfile.TemporaryDirectory(prefix="growshrink-benchmark-") as folder:
-        for index in bench.bar(len(split), "loader: writing PNG files"):
-            path = Path(folder, str(int(split.labels[index])), f"{index:05d}.png")
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(split.images[index].numpy()).save(path)
+        png_folder(split, folder, bench)
         theirs = timm_loader(folder, batch_size)
         shapes = {(images.shape, images.dtype, labels.dtype) for images, labels in (next(iter(theirs)), ours.batch(0))}
         assert len(shapes) == 1, shapes
@@ -228,17 +221,6 @@ def measure_loader(bench: Bench) -> None:
         what = "loader: TrainBatches / timm's create_loader with 2 workers on a PNG folder"
         images = ours.updates_per_epoch * batch_size
         bench.compare(what, our_turn, their_turn, images=(passes * images, images), at_least=LOADER_AT_LEAST)
-
-
-def timm_loader(folder: str, batch_size: int) -> Any:
-    """As timm's train.py makes it (prefetcher: workers hand over bytes, batches are normalised here), bar the crop."""
-    device = torch.device("cpu")
-    loader = create_loader(
-        ImageDataset(folder), SIZE, batch_size, is_training=True, mean=MEAN, std=STD, num_workers=2, device=device
-    )
-    crop = transforms.RandomCrop(SIZE[1], padding=4, fill=tuple(fill_colour(MEAN).tolist()))
-    loader.dataset.transform = transforms.Compose([crop, transforms.RandomHorizontalFlip(), ToNumpy()])
-    return loader
 
 
 # ---- round
@@ -349,11 +331,6 @@ MEASURES = (measure_fused, measure_grown, measure_loader, measure_round, measure
 
 
 # ---- small things
-
-
-def random_split(count: int) -> Split:
-    """Noise."""
-    return Split(torch.randint(256, (count, *SIZE[1:], SIZE[0]), dtype=torch.uint8), torch.arange(count) % 10)
 
 
 def random_batch(size: int) -> Batch:

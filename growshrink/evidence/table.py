@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from growshrink.analysis.stats import CONFIDENCE, Interval, holm, paired
+from growshrink.analysis.stats import CONFIDENCE, Interval, blocked, holm, paired
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import SCORES, Experiment, Job, read_scores
 from growshrink.training.checkpoints import save_picture, write_atomic
@@ -31,8 +31,10 @@ class Row:
         top1: Mean on the test split, in percent (on the val split where `on_val`).
         sd: Over the seeds; NaN for one.
         difference: To plain, seed by seed: mean and Student's interval; None for plain itself or fewer than 2 seeds.
+        pooled: The same difference, its interval by the noise of all arms together (`blocked`): much narrower, if they
+            are all as noisy. None unless all seeds of plain are there.
         bootstrap: Ends of the bootstrap interval (percentile) of the same mean.
-        p: Of the sign-flip test, corrected for the number of arms (Holm).
+        p: That belongs to it, corrected for the number of arms (Holm).
         epochs: It was trained for.
         cost: Training MACs over the budget.
         seconds: Of training a net, over plain's.
@@ -47,6 +49,7 @@ class Row:
     top1: float
     sd: float
     difference: Interval | None
+    pooled: Interval | None
     bootstrap: tuple[float, float] | None
     p: float | None
     epochs: float
@@ -67,7 +70,8 @@ def rows_of(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Row]
             runs.setdefault(job.arm, []).append((job, read_json(path)))
     pairs = {arm: _paired(scores, arm) for arm in scores if arm != PLAIN}
     compared = [arm for arm, (a, _) in pairs.items() if len(a) > 1]
-    corrected = dict(zip(compared, holm([paired(*pairs[arm]).p for arm in compared]), strict=True))
+    pooled = _pooled(scores)
+    corrected = dict(zip(pooled, holm([p for _, p in pooled.values()]), strict=True))
     plain_seconds = _seconds(runs.get(PLAIN, []))
     rows = []
     for arm, own in scores.items():
@@ -87,26 +91,36 @@ def rows_of(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Row]
                 top1=statistics.mean(values),
                 sd=statistics.stdev(values) if len(values) > 1 else float("nan"),
                 difference=difference,
+                pooled=pooled[arm][0] if arm in pooled else None,
                 bootstrap=bootstrap,
                 p=corrected.get(arm),
                 epochs=first["epochs"],
                 cost=first["macs"] / first["budget"],
                 seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds else float("nan"),
                 on_val=split == "val",
-                verdict=verdict(arm, difference),
+                verdict=verdict(arm, difference, pooled[arm][0] if arm in pooled else None),
             )
         )
     return rows
 
 
-def verdict(arm: str, difference: Interval | None) -> str:
-    """One line: better, worse, or not told apart, by the interval of the paired difference."""
+def verdict(arm: str, difference: Interval | None, pooled: Interval | None = None) -> str:
+    """One line: better, worse, or not told apart, by the interval of the paired difference; or by the pooled one."""
     if arm == PLAIN:
         return "what the others are compared with"
     if difference is None:
         return "too few seeds for an interval"
-    word = "better" if difference.low > 0 else "worse" if difference.high < 0 else "not told apart"
-    return f"{word} ({difference.value:+.2f}, {difference.low:+.2f} .. {difference.high:+.2f})"
+    by, word = difference, _word(difference)
+    if pooled is not None and word == _UNSURE and _word(pooled) != _UNSURE:
+        by, word = pooled, f"{_word(pooled)} by the noise of all arms, not told apart by its own seeds"
+    return f"{word} ({by.value:+.2f}, {by.low:+.2f} .. {by.high:+.2f})"
+
+
+_UNSURE = "not told apart"
+
+
+def _word(interval: Interval) -> str:
+    return "better" if interval.low > 0 else "worse" if interval.high < 0 else _UNSURE
 
 
 def bootstrap_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
@@ -131,23 +145,26 @@ def markdown(rows: Sequence[Row], experiment: Experiment, command: str) -> str:
         f"Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
         f"included: those of {experiment.budget:g} epochs of the plain net. Seeds {seeds}. Test top-1 in percent, the "
         "test split read once a net; difference to plain with the same seed (weights, val split, order of the images), "
-        "its 95 % interval by Student's t, and by the bootstrap, which is too narrow for so few seeds. p: sign-flip "
-        "test, corrected for the number of arms. *val*: on the val split.",
+        "its 95 % interval by Student's t, the same with the noise estimated from all arms together (pooled), and by "
+        "the bootstrap, which is too narrow for so few seeds. p: of the pooled test, corrected for the number of arms "
+        "(Holm). *val*: on the val split.",
         "",
-        "| arm | top-1 (sd) | less plain | t interval | bootstrap | p | seeds | lr | epochs | cost | seconds / plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | top-1 (sd) | less plain | t interval | pooled | bootstrap | p | seeds | lr | epochs | cost | "
+        "seconds / plain |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        value, interval, bootstrap, p = "-", "-", "-", "-"
+        value = interval = pooled = bootstrap = p = "-"
         if row.difference is not None and row.bootstrap is not None:
             value = f"{row.difference.value:+.2f}"
             interval = f"{row.difference.low:+.2f} .. {row.difference.high:+.2f}"
             bootstrap = f"{row.bootstrap[0]:+.2f} .. {row.bootstrap[1]:+.2f}"
-            p = f"{row.p:.2f}"
+        if row.pooled is not None:
+            pooled, p = f"{row.pooled.low:+.2f} .. {row.pooled.high:+.2f}", f"{row.p:.2g}"
         sd = "-" if row.sd != row.sd else f"{row.sd:.2f}"
         lines.append(
-            f"| {row.arm} | {row.top1:.2f} ({sd}){' val' * row.on_val} | {value} | {interval} | {bootstrap} | {p} | "
-            f"{row.seeds} | {row.lr:g} | {row.epochs:.1f} | {row.cost:.3f} | {row.seconds:.2f} |"
+            f"| {row.arm} | {row.top1:.2f} ({sd}){' val' * row.on_val} | {value} | {interval} | {pooled} | "
+            f"{bootstrap} | {p} | {row.seeds} | {row.lr:g} | {row.epochs:.1f} | {row.cost:.3f} | {row.seconds:.2f} |"
         )
     lines += ["", "## Verdicts", ""]
     lines += [f"- **{row.arm}**: {row.verdict}. {row.about[0].upper()}{row.about[1:]}." for row in rows]
@@ -193,7 +210,10 @@ def write_table(rows: Sequence[Row], experiment: Experiment, jobs: Sequence[Job]
     write_atomic(
         out / "README.md", (page if drawn else page.replace("![accuracy over cost](curves.png)\n", "")).encode()
     )
-    table = [{**vars(row), "difference": row.difference and row.difference._asdict()} for row in rows]
+    table = [
+        {**vars(row), **{key: (value := getattr(row, key)) and value._asdict() for key in ("difference", "pooled")}}
+        for row in rows
+    ]
     write_atomic(out / "table.json", (json.dumps(table, indent=2).replace("NaN", "null") + "\n").encode())
 
 
@@ -202,6 +222,16 @@ def _paired(scores: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str) -> 
     split = "val" if any(score["test"] is None for score in own.values()) else "test"
     seeds = [seed for seed in own if seed in plain]
     return [own[seed][split] for seed in seeds], [plain[seed][split] for seed in seeds]
+
+
+def _pooled(scores: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, tuple[Interval, float]]:
+    """Arms judged on the test split with every seed that plain has, against plain, the noise of all taken together."""
+    seeds = list(scores.get(PLAIN, {}))
+    arms = [arm for arm, own in scores.items() if all(seed in own and own[seed]["test"] is not None for seed in seeds)]
+    if len(arms) < 2 or len(seeds) < 2:
+        return {}
+    found = blocked([[scores[arm][seed]["test"] for seed in seeds] for arm in arms], control=arms.index(PLAIN))
+    return {arm: entry for arm, entry in zip(arms, found, strict=True) if arm != PLAIN}
 
 
 def _seconds(runs: Sequence[tuple[Job, Mapping[str, Any]]]) -> float:

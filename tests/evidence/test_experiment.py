@@ -119,6 +119,13 @@ def test_verdicts(difference, word):
     assert "compared with" in verdict(PLAIN, None)
 
 
+def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
+    own, sharper, vague = Interval(0.5, -0.1, 1.1), Interval(0.5, 0.1, 0.9), Interval(0.5, -0.3, 1.3)
+    assert verdict("dbb", own, sharper).startswith("better by the noise of all arms, not told apart by its own seeds")
+    assert verdict("dbb", own, sharper).endswith("(+0.50, +0.10 .. +0.90)")
+    assert verdict("dbb", own, vague) == verdict("dbb", own)
+
+
 def test_the_bootstrap_of_equal_differences_is_that_difference():
     assert bootstrap_interval([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0)
     low, high = bootstrap_interval([1.0, 2.0, 6.0], [0.0, 0.0, 0.0])

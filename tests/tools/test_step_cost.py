@@ -58,3 +58,14 @@ def test_bad_options_are_refused(tool, options, words):
     result = run(tool, *options)
     assert result.returncode == 2 and result.stdout == "" and words in result.stderr
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
+
+
+def test_the_speed_of_the_experiment_beside_timms_and_the_originals():
+    result = run("experiment_speed.py", "--quick", "--quiet", "--image-size", 8, "--width", 0.25, "--seeds", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert re.findall(r"^(one seed|timm|original) +[\d,]+ +[\d,]+ +[\d.]+ ", result.stdout, re.M) == [
+        "one seed",
+        "timm",
+        "original",
+    ]
+    assert "2 seeds side by side" in result.stdout
