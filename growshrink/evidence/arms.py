@@ -87,8 +87,8 @@ def _one(**values: Any) -> tuple[RoundPlan, ...]:
     return (RoundPlan(**{"epochs": 1.0, "ratio": 2.0, **values}),)
 
 
-def _from_the_start(branch: str) -> tuple[RoundPlan, ...]:
-    return _one(branch=(branch,), linear=True, init="paper", **_LINEAR)
+def _from_the_start(branch: str, **values: Any) -> tuple[RoundPlan, ...]:
+    return _one(branch=(branch,), linear=True, init="paper", **_LINEAR, **values)
 
 
 def _cycles(number: int, **values: Any) -> tuple[RoundPlan, ...]:
@@ -108,17 +108,35 @@ ARMS: Mapping[str, Arm] = {
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",
         rounds=_one(hold=0.25, **_TEACH),
     ),
+    "return": Arm(
+        about="plain, then grown to be its own teacher; the plain net goes on where it was, by answers that are kept",
+        base=0.4,
+        rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, **_TEACH),
+    ),
+    "return-strict": Arm(
+        about="the same, learning little from the labels (weight 0.9, temperature 4)",
+        base=0.4,
+        rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, distil_weight=0.9, temperature=4.0, **_TEACH),
+    ),
     "repvgg": Arm(
         about="1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", rounds=_from_the_start("repvgg")
     ),
     "acnet": Arm(about="3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", rounds=_from_the_start("acnet")),
     "dbb": Arm(about="diverse branches, fused once (arXiv:2103.13425)", rounds=_from_the_start("dbb")),
+    "dbb-online": Arm(
+        about="the same, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)",
+        rounds=_from_the_start("dbb", online=True),
+    ),
     "expandnet": Arm(
         about="1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", rounds=_from_the_start("expandnet")
     ),
     "one-round": Arm(
         about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",
         rounds=_one(hold=0.40, vanish=0.25, settle=0.05),
+    ),
+    "nest": Arm(
+        about="the same with a bottleneck in each bottleneck: a block, not a layer, beside each kernel",
+        rounds=_one(branch=("nest",), hold=0.40, vanish=0.25, settle=0.05),
     ),
     "reducenet-x2": Arm(
         about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_PURE), expansion=2
