@@ -46,9 +46,9 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.compare import randomize_norms_
-from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import versions
 from growshrink.cycle.surgery import fuse_nets, grow_nets
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
 from growshrink.limits import Positive, Threads
 from growshrink.program import run_program

@@ -38,8 +38,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.cycle.plan import Timeline
 from growshrink.cycle.result import PLAIN_FILE, versions
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
 from growshrink.limits import Count, Positive, Seed
 from growshrink.program import run_program

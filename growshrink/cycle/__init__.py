@@ -2,6 +2,6 @@
 
 from growshrink.cycle.plan import CyclePlan as CyclePlan
 from growshrink.cycle.plan import RoundPlan as RoundPlan
-from growshrink.cycle.plan import Timeline as Timeline
 from growshrink.cycle.result import CycleResult as CycleResult
 from growshrink.cycle.run import run_cycle as run_cycle
+from growshrink.cycle.timeline import Timeline as Timeline

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.cycle.plan import RoundPlan, Segment, Timeline
+from growshrink.cycle.plan import RoundPlan
+from growshrink.cycle.timeline import Segment, Timeline
 from growshrink.dataflow import InputSize
 from growshrink.schedules import Schedule
 from growshrink.supernet import NetAugTask, choose_width, default_candidates, save_supernet

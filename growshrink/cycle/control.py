@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from growshrink.closed_loop import ClosedLoop
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 
 #: Looks that a closed loop takes at the loss while lam falls, at least; every 10 updates at the most.
 LEAST_LOOKS = 20

@@ -12,7 +12,8 @@ from growshrink.activations import set_lambda
 from growshrink.compare import profile, training_macs
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.log import replay
-from growshrink.cycle.plan import CyclePlan, RoundPlan, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.cycle.timeline import Timeline
 from growshrink.dataflow import InputSize
 from growshrink.grown import grown_modules
 from growshrink.training.feed import UpdateBatches

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from growshrink.cycle.plan import Segment
+from growshrink.cycle.timeline import Segment
 from growshrink.errors import RunError
 from growshrink.training.checkpoints import find_checkpoints
 from growshrink.training.trainer import Trainer

@@ -20,7 +20,8 @@ from growshrink.cycle.divergence import check_finite
 from growshrink.cycle.identity import check_identity, identity_of
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import check_log, replay, shapes_of
-from growshrink.cycle.plan import RoundPlan, Segment, Timeline
+from growshrink.cycle.plan import RoundPlan
+from growshrink.cycle.records import round_record
 from growshrink.cycle.result import CycleResult, save_plain, versions
 from growshrink.cycle.saving import Saving
 from growshrink.cycle.state import (
@@ -33,6 +34,8 @@ from growshrink.cycle.state import (
     undo,
 )
 from growshrink.cycle.surgery import collapse_net, fuse_nets, gradients, grow_nets, retention
+from growshrink.cycle.teaching import Teaching
+from growshrink.cycle.timeline import Segment, Timeline
 from growshrink.errors import RunError
 from growshrink.grown import grown_modules
 from growshrink.online import expand_online
@@ -42,8 +45,7 @@ from growshrink.training.feed import Feed
 from growshrink.training.folder import RunFolder
 from growshrink.training.listening import ListeningTrainer
 from growshrink.training.ranks import by_first, num_ranks, same_nets_, this_rank
-from growshrink.training.trainer import Teacher, TrainConfig, Trainer
-from growshrink.transforms import growth_report
+from growshrink.training.trainer import TrainConfig, Trainer
 from growshrink.widths import set_width, width_space
 
 
@@ -85,13 +87,12 @@ class Execution:
         self.device = device
         self.state = RunState()
         self.before: Mapping[str, Any] | None = None  # a snapshot, in a round that may be undone
-        self.teacher: nn.Module | None = None
-        self._as_teacher: Teacher | None = None
         self.model_about: Mapping[str, Any] = {}
         self.size = feed.input_size
         self.images_per_update = feed.train.batch_size * num_ranks()
+        self.teaching = Teaching(timeline, feed.input_size)
         self._augmentations = Augmentations(timeline, feed.input_size)
-        self._cost: tuple[int, int] | None = None  # MACs of the present structure, see _macs
+        self._cost: int | None = None  # MACs of the present structure, see _macs
         self.lam = LamControl(timeline)
         self.trainer = self._make_trainer(self.initial)
         self.journal = Journal(folder.path, timeline.total, progress=progress, tensorboard=tensorboard)
@@ -142,7 +143,7 @@ class Execution:
                     stop,
                     learning_rate=self.timeline.learning_rate,
                     lam=self.lam,
-                    teacher=self._teacher_of(segment),
+                    teacher=self.teaching.of(segment),
                     task=augmentation.task if augmentation else None,
                     after_update=self.journal.updated,
                     stop_early=lambda: self.saving.due(self.trainer.update),
@@ -172,10 +173,9 @@ class Execution:
     def _grow(self, segment: Segment) -> None:
         plan = self.plan.rounds[segment.round - 1]
         before = self._score()
-        net = profile(self.trainer.model, self.size)
         born_grown = bool(grown_modules(self.trainer.model))
         if plan.distil == "previous":
-            self._set_teacher(self.trainer.best)
+            self._appoint(self.trainer.best)
         seed = self.plan.seed + 1000 * segment.round
         entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
         if plan.accept_within is not None or plan.exit == "teach":
@@ -186,21 +186,13 @@ class Execution:
         self._log("grow", segment, **entry, shapes=shapes_of(self.trainer.model))
         if plan.augment != "none":
             self._save_supernet("init", segment)
-        grown = profile(self.trainer.model, self.size)
+        record = round_record(plan, self.trainer.model, self.initial, self.size, born_grown=born_grown)
         self.state.rounds.append(
             {
                 "number": segment.round,
-                "branch": ["born grown"] if born_grown else list(plan.branch),
-                "ratio": plan.ratio,
-                "augment": plan.augment,
-                "distil": plan.distil,
-                "num_grown": len(grown_modules(self.trainer.model)),
-                "num_skipped": len(growth_report(self.trainer.model, input_size=self.size).skipped),
+                **record,
                 "tail_share": self.timeline.tail_share(segment.round),
                 "top1": {"before": None if born_grown else before.top1},
-                "params": {"plain": net.params, "grown": grown.params},
-                "macs": {"plain": net.macs, "grown": grown.macs},
-                "plain_step_macs": training_macs(replay(self.initial, [{"op": "fuse"}], self.size), self.size),
                 "training_macs_start": self.state.macs_spent,
             }
         )
@@ -218,7 +210,7 @@ class Execution:
             if not augmentation:
                 record["gradients_at_peak"] = gradients(self.trainer)
             if plan.distil == "peak":
-                self._set_teacher(peak)
+                self._appoint(peak)
         if self.timeline.last_grown(segment):
             if plan.exit == "teach":
                 self._go_back(segment)
@@ -228,7 +220,8 @@ class Execution:
         if segment.stop == max(s.stop for s in self.timeline.segments if s.round == segment.round):
             record["top1"]["end"] = self._score().top1
             record["training_macs"] = self.state.macs_spent - record.pop("training_macs_start")
-            self.teacher, self._as_teacher, self.state.teacher_log = None, None, None
+            self.teaching.dismiss()
+            self.state.teacher_log = None
             self.journal.end_round(record)
 
     def _go_back(self, segment: Segment) -> None:
@@ -279,22 +272,12 @@ class Execution:
         self.state.log.append({"op": op, "update": self.trainer.update, "round": segment.round, **values})
         self._cost = None
 
-    def _set_teacher(self, net: nn.Module) -> None:
-        self.teacher, self._as_teacher = expand_online(net).eval().requires_grad_(False), None
+    def _appoint(self, teacher: nn.Module) -> None:
+        self.teaching.appoint(teacher)
         self.state.teacher_log = len(self.state.log)
-        self._cost = None
-
-    def _teacher_of(self, segment: Segment) -> Teacher | None:
-        if self.teacher is None or segment.phase == "hold":
-            return None
-        plan = self.plan.rounds[segment.round - 1]
-        if self._as_teacher is None:  # one for the whole round: it remembers what it has answered
-            repeat = self.timeline.questions(segment.round) if plan.distil_asked < 1 else None
-            self._as_teacher = Teacher(self.teacher, plan.distil_weight, plan.temperature, repeat)
-        return self._as_teacher
 
     def _augmentation_of(self, segment: Segment) -> Augmentation | None:
-        return self._augmentations.of(segment, self.trainer, self._teacher_of(segment))
+        return self._augmentations.of(segment, self.trainer, self.teaching.of(segment))
 
     def _save_supernet(self, name: str, segment: Segment) -> None:
         entry = next(e for e in reversed(self.state.log) if e["op"] == "grow")
@@ -312,10 +295,8 @@ class Execution:
     def _macs(self, segment: Segment, start: int, stop: int) -> int:
         """Of an image in each of these updates: forward and backward of the graph that runs now, teacher's forward."""
         if self._cost is None:
-            teacher = profile(self.teacher, self.size).macs if self.teacher is not None else 0
-            self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size), teacher
-        asked = self.timeline.asked(segment, start, stop) if self._teacher_of(segment) is not None else 0
-        return (stop - start) * self._cost[0] + asked * self._cost[1]
+            self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size)
+        return (stop - start) * self._cost + self.teaching.macs(segment, start, stop)
 
     def _log_row(self, segment: Segment, start: int, loss: float, seconds: float) -> None:
         last = self.trainer.update - 1
@@ -349,7 +330,7 @@ class Execution:
             self.state,
             self.trainer,
             identity=self.identity,
-            teacher=self.teacher,
+            teacher=self.teaching.net,
             before=self.before,
             keep=self.saving.keep,
         )
@@ -398,7 +379,7 @@ class Execution:
         if self.state.teacher_log is not None:
             teacher = expand_online(replay(self.initial, self.state.log[: self.state.teacher_log], self.size))
             load_values(teacher, saved["teacher"])
-            self.teacher = self._placed(teacher).eval().requires_grad_(False)
+            self.teaching.appoint(self._placed(teacher))
         if self.trainer.ema is not None:
             expand_online(self.trainer.ema, inplace=True)  # only the net in training is ever collapsed
         set_values(self.trainer, saved)

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from growshrink.cycle.plan import Segment
+from growshrink.cycle.timeline import Segment
 from growshrink.errors import RunError
 from growshrink.training.checkpoints import write_atomic
 from growshrink.training.folder import json_line

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from growshrink.compare import assert_equivalent
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.feed import Feed

@@ -13,10 +13,11 @@ from torch import nn
 
 from growshrink.arguments import check_model
 from growshrink.cycle.execution import Execution
-from growshrink.cycle.plan import CyclePlan, Timeline
+from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.result import CycleResult
 from growshrink.cycle.saving import Saving
 from growshrink.cycle.surgery import check_rounds
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError, RunError
 from growshrink.grown import grown_modules
 from growshrink.training.batches import Augment

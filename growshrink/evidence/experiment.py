@@ -16,7 +16,7 @@ from torch import nn
 from growshrink.compare import training_macs
 from growshrink.cycle import run_cycle
 from growshrink.cycle.cost import PlanCost
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError, near
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net

@@ -32,9 +32,10 @@ from growshrink.analysis.results import Results
 from growshrink.analysis.truth import read_truth, subnet_name
 from growshrink.cycle.execution import Execution
 from growshrink.cycle.identity import identity_of
-from growshrink.cycle.plan import CyclePlan, RoundPlan, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.cycle.run import run_cycle
 from growshrink.cycle.saving import Saving
+from growshrink.cycle.timeline import Timeline
 from growshrink.depth.latency import read_table
 from growshrink.errors import GrowShrinkError
 from growshrink.fuzzing.damage import damage, damage_path

@@ -10,13 +10,13 @@ import torch
 from small import CONFIG, data, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle import plan as plan_module
+from growshrink.cycle import timeline as timeline_module
 from growshrink.stopping import Stopped, handled
 from growshrink.training import Augment, MemoryFeed, Trainer, checkpoints
 from growshrink.training.folder import read_json
 from growshrink.training.ranks import joined, num_ranks, of_all, this_rank
 
-plan_module.LEAST_SETTLE = 2
+timeline_module.LEAST_SETTLE = 2
 gs.cycle.result._draw_curves = lambda result: False
 FOLDER = Path(sys.argv[1])
 LIFE = int(os.environ["TORCHELASTIC_RESTART_COUNT"])

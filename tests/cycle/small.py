@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.cycle import plan as plan_module
+from growshrink.cycle import timeline as timeline_module
 from growshrink.grown import PureBottleneck
 from growshrink.training import NO_AUGMENT, DataSet, MemoryFeed, Split, TrainConfig
 
@@ -104,4 +104,4 @@ def two_rounds(branches=(("bottleneck",), ("insert",)), **kwargs):
 
 
 def shorten_settle(monkeypatch):
-    monkeypatch.setattr(plan_module, "LEAST_SETTLE", 2)
+    monkeypatch.setattr(timeline_module, "LEAST_SETTLE", 2)

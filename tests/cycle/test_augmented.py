@@ -7,7 +7,7 @@ import torch
 from small import BATCH, CONFIG, SIZE, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError
 from growshrink.supernet import load_supernet
 from growshrink.training import Augment

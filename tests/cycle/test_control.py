@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from growshrink.cycle.control import LamControl
-from growshrink.cycle.plan import CyclePlan, RoundPlan, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.cycle.timeline import Timeline
 
 #: base 2 updates; each round: hold 40, vanish 100, settle 60.
 SHARES = {"epochs": 200, "hold": 0.2, "vanish": 0.5, "settle": 0.3}

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growshrink.cycle.plan import LEAST_SETTLE, CyclePlan, RoundPlan, Segment, Timeline
+from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.cycle.timeline import LEAST_SETTLE, Segment, Timeline
 from growshrink.errors import PlanError
 
 ROUND = {"epochs": 10.0}

@@ -9,7 +9,7 @@ from small import CONFIG, SIZE, Feed, shorten_settle, small
 
 import growshrink as gs
 from growshrink.cycle.cost import PlanCost
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError
 from growshrink.schedules import cosine
 

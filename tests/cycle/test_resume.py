@@ -9,7 +9,7 @@ import torch
 from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
 from growshrink.training import Augment, TrainConfig
 from growshrink.training.checkpoints import find_checkpoints

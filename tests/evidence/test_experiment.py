@@ -7,7 +7,7 @@ import pytest
 
 from growshrink.analysis.stats import Interval
 from growshrink.compare import training_macs
-from growshrink.cycle.plan import Timeline
+from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.experiment import (
