@@ -27,7 +27,7 @@ from growshrink.grown import grown_modules
 from growshrink.limits import Count, ModelName, Pixels, Positive
 from growshrink.program import run_program
 from growshrink.timing import machine, seconds_of
-from paired import Bench, load
+from paired import TimedArgs, load
 
 #: Targets: subnets a second, times the slow way, radians.
 RATE, RATIO, DIFFERENCE = 1e6, 200.0, 1e-12
@@ -36,7 +36,7 @@ MANY = 1_000_000
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TimedArgs):
     """Options of angle_speed."""
 
     model: ModelName = "reducenet20_x4"
@@ -47,14 +47,10 @@ class Args:
     """Subnets of a turn by look-up."""
     few: Count = 20
     """Subnets of a turn by slicing, and those that are compared."""
-    seconds: Positive = 10.0
-    """To spend."""
-    quick: bool = False
-    """A smoke run: very few repeats, times that mean nothing (the difference is right)."""
     strict: bool = False
     """Exit 1 if a target is missed."""
-    quiet: bool = False
-    """No progress bar."""
+    seconds: Positive = 10.0
+    """To spend on each comparison, longer if that is needed for enough pairs."""
 
 
 def main(args: Args) -> int:
@@ -73,8 +69,7 @@ def main(args: Args) -> int:
     few = table.sample(args.few, seed=1)
     widths = [table.width(row) for row in few]
 
-    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds)
-    bench.progress = not args.quiet
+    bench = args.bench()
     before = load()
     row = bench.compare(
         "angle: look-up / slice and concatenate",

@@ -50,13 +50,13 @@ from growshrink.cycle.result import versions
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
-from growshrink.limits import Positive, Threads
+from growshrink.limits import Positive
 from growshrink.program import run_program
 from growshrink.timing import Call, machine, seconds_of
 from growshrink.training import Batch, TrainBatches, TrainConfig, Trainer
 from growshrink.training.folder import write_json
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
-from paired import Bench, OneBatch, channels_last, load, table
+from paired import Bench, OneBatch, TimedArgs, channels_last, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -67,23 +67,17 @@ ROUND_SAMPLES = 10
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TimedArgs):
     """Options of benchmark."""
 
     only: Annotated[tuple[Section, ...], tyro.conf.arg(metavar="{" + ",".join(SECTIONS) + "} ...")] = SECTIONS
     """Sections to run."""
-    threads: Threads | None = None
-    """Of torch; by default all it takes by itself, the physical cores."""
-    seconds: Positive = 4.0
-    """To spend on each comparison, longer if that is needed for 15 pairs (a round takes what it takes)."""
-    quick: bool = False
-    """A smoke run of seconds: very few repeats, numbers that mean nothing."""
     strict: bool = False
     """Exit 1 if a target is missed."""
     out: Path | None = None
     """Write everything, single ratios included, to this JSON file, which must not exist."""
-    quiet: bool = False
-    """No progress bar."""
+    seconds: Positive = 4.0
+    """To spend on each comparison, longer if that is needed for enough pairs."""
 
 
 def main(args: Args) -> int:
@@ -94,10 +88,7 @@ def main(args: Args) -> int:
         raise RunError(f"--out {args.out}: exists; choose another name or remove it.")
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise RunError(f"--out {args.out}: the folder {args.out.parent} does not exist.")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    bench = Bench(0.02, 3, 4, 256, 2, 120) if args.quick else Bench(args.seconds)
-    bench.progress = not args.quiet
+    bench = args.bench(quick=Bench(0.02, 3, 4, 256, 2, 120))
     about: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "versions": versions(),

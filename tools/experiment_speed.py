@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from growshrink.evidence.stack import StackedFeed, stack_nets
-from growshrink.limits import Count, Pixels, Positive, Threads
+from growshrink.limits import Count, Pixels, Positive
 from growshrink.program import run_program
 from growshrink.schedules import constant
 from growshrink.timing import Call, machine
@@ -39,14 +39,14 @@ from growshrink.training import Augment, Split, TrainConfig, Trainer
 from growshrink.training.data import DataSet
 from growshrink.training.feed import MemoryFeed
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
-from paired import Bench, channels_last, load
+from paired import TimedArgs, channels_last, load
 
 BATCH = 128
 CLASSES = 10
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TimedArgs):
     """Options of experiment_speed."""
 
     width: Positive = 0.5
@@ -58,22 +58,13 @@ class Args:
     images: Count = 4096
     """In a pass."""
     seconds: Positive = 60.0
-    """To spend on each comparison, longer if that is needed for 5 pairs."""
-    threads: Threads | None = None
-    """Of torch; worker processes come on top."""
-    quick: bool = False
-    """A smoke run: few images and pairs, times that mean nothing."""
-    quiet: bool = False
-    """No progress bar."""
+    """To spend on each comparison, longer if that is needed for enough pairs."""
 
 
 def main(args: Args) -> int:
     """Measure and print."""
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     count = 2 * BATCH if args.quick else max(BATCH, args.images // BATCH * BATCH)
-    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds, 5)
-    bench.progress = not args.quiet
+    bench = args.bench(5)
     before, side = load(), args.image_size
     split = random_split(count, side)
     with tempfile.TemporaryDirectory(prefix="growshrink-speed-") as folder:

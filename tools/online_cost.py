@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.errors import RunError, near
-from growshrink.limits import BatchSize, BranchName, Positive, Ratio, Threads
+from growshrink.limits import BatchSize, BranchName, Ratio
 from growshrink.program import run_program
 from growshrink.timing import Call, machine
-from paired import Bench, Row, channels_last, load
+from paired import Bench, Row, TimedArgs, channels_last, load
 
 AT_MOST = 1.3
 #: The branches the target is for.
@@ -37,7 +37,7 @@ TARGETS = ("dbb", "expandnet")
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TimedArgs):
     """Options of online_cost."""
 
     nets: Annotated[tuple[str, ...], tyro.conf.arg(metavar="MODEL@PIXELS ...")] = (
@@ -55,18 +55,10 @@ class Args:
     """Images per update."""
     choose: Annotated[Literal["measured", "always"], tyro.conf.arg(metavar="measured|always")] = "measured"
     """Which convolutions run merged: those where that is measured to be faster, or all."""
-    seconds: Positive = 6.0
-    """To spend on each comparison, longer if that is needed for 5 pairs."""
-    threads: Threads | None = None
-    """Of torch; by default all it takes by itself, the physical cores."""
     report: bool = False
     """Also print what every convolution costs either way."""
-    quick: bool = False
-    """A smoke run: very few repeats, times that mean nothing."""
     strict: bool = False
     """Exit 1 if a target is missed."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 def main(args: Args) -> int:
@@ -74,10 +66,7 @@ def main(args: Args) -> int:
     if args.batch_size < 2:
         raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
     nets = [parse(net) for net in args.nets]
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds, 5)
-    bench.progress = not args.quiet
+    bench = args.bench(5)
     before = load()
     print(f"{'net':22s} {'branches':16s} {'plain ms':>9s}  {'branch by branch':24s} {'merged':24s} merged in")
     for name, pixels in nets:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from growshrink.limits import Positive, Threads
 from growshrink.timing import Call, seconds_of
 from growshrink.training import Batch
 
@@ -94,6 +95,28 @@ class Bench:
     def bar(self, count: int, what: str) -> Iterator[int]:
         """`range(count)` with a progress bar."""
         return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
+
+
+@dataclass(kw_only=True)
+class TimedArgs:
+    """Options that all programs with paired timings have."""
+
+    seconds: Positive = 6.0
+    """To spend on each comparison, longer if that is needed for enough pairs."""
+    threads: Threads | None = None
+    """Of torch, worker processes not counted; by default all it takes by itself, the physical cores."""
+    quick: bool = False
+    """A smoke run: very few repeats, times that mean nothing."""
+    quiet: bool = False
+    """No progress bar."""
+
+    def bench(self, least_repeats: int = 15, quick: Bench | None = None) -> Bench:
+        """As they say; `quick` is that of a smoke run."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        bench = (quick or Bench(0.02, 2)) if self.quick else Bench(self.seconds, least_repeats)
+        bench.progress = not self.quiet
+        return bench
 
 
 @dataclass

@@ -20,12 +20,12 @@ import torch
 import growshrink as gs
 from growshrink.compare import training_macs
 from growshrink.errors import RunError, near
-from growshrink.limits import BatchSize, Pixels, Positive, Ratio, Threads
+from growshrink.limits import BatchSize, Pixels, Ratio
 from growshrink.program import run_program
 from growshrink.supernet.cost import StepCost
 from growshrink.timing import machine
 from growshrink.training import TrainConfig, Trainer
-from paired import Bench, OneBatch, channels_last, load
+from paired import Bench, OneBatch, TimedArgs, channels_last, load
 
 #: NetAugTask's own defaults, and every mode.
 MODES: dict[str, dict[str, Any]] = {
@@ -44,7 +44,7 @@ DEFAULT_AT_MOST = 1.5
 
 
 @dataclass(kw_only=True)
-class Args:
+class Args(TimedArgs):
     """Options of step_cost."""
 
     models: tuple[str, ...] = ("reducenet20", "reducenet20_x4")
@@ -55,16 +55,8 @@ class Args:
     """Side of the images in pixels."""
     batch_size: BatchSize = 64
     """Images per update."""
-    seconds: Positive = 6.0
-    """To spend on each mode."""
-    threads: Threads | None = None
-    """Of torch."""
-    quick: bool = False
-    """A smoke run: very few repeats, times that mean nothing (the MACs are right)."""
     strict: bool = False
     """Exit 1 if the default mode's MACs are above the target."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 def main(args: Args) -> int:
@@ -74,10 +66,7 @@ def main(args: Args) -> int:
     for name in args.models:
         if not timm.is_model(name):
             raise RunError(f"--models {name}: timm knows no such model{near(name, timm.list_models())}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    bench = Bench(0.02, 2) if args.quick else Bench(args.seconds)
-    bench.progress = not args.quiet
+    bench = args.bench()
     before, missed = load(), False
     print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")
     for name in args.models:
