@@ -114,8 +114,10 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: OutFolde
                 future.result()
                 bar.update()
                 bar.write(f"{time.strftime('%H:%M:%S')} {futures[future].folder}")
-        except BaseException:
+        except BaseException:  # a signal to this program alone: the runs are to end too, at their last checkpoints
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                worker.terminate()
             raise
 
 

@@ -1,6 +1,11 @@
 """recipes/compare.py and recipes/scan.py as their users run them."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -34,6 +39,29 @@ def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 2
     assert compare(tmp_path, budget=13.0) == 2
     assert "another plan (budget differs)" in capsys.readouterr().err
+
+
+def test_where_it_is_ended_its_workers_end_too(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "budget": 3000.0, "arms": ["plain", "short"]}))
+    command = ["recipes/compare.py", tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--workers", "2"]
+    program = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        for _ in range(1200):
+            if len(list((tmp_path / "out").glob("*/*/log.jsonl"))) == 2:
+                break
+            time.sleep(0.1)
+        program.send_signal(signal.SIGTERM)
+        _, error = program.communicate(timeout=60)
+        assert program.returncode == 143 and b"goes on from the last checkpoints" in error
+        for _ in range(100):
+            try:
+                os.killpg(program.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
+        pytest.fail("a worker is left")
+    finally:
+        program.kill()
 
 
 @pytest.mark.parametrize(
