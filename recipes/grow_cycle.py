@@ -3,6 +3,7 @@
     python recipes/grow_cycle.py                                    digits, two rounds, well under 3 minutes on 2 cores
     python recipes/grow_cycle.py --data cifar10 --data-dir D --model reducenet20 --epochs 60 --amp
     python recipes/grow_cycle.py --data D --model mobilenetv3_small_050 --branches bottleneck insert+bottleneck
+    python recipes/grow_cycle.py --arm return --epochs 200          a recipe of the experiment's (recipes/RESULTS.md)
     python recipes/grow_cycle.py --augment lazy --exit choose       with middle widths sampled, as NetAug does
     torchrun --nproc-per-node 2 --max-restarts 3 recipes/grow_cycle.py --resume --out DIR ...      on several processes,
                                                                     started again where one of them dies
@@ -22,12 +23,15 @@ import tyro
 import growshrink as gs
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
-from growshrink.limits import BranchName, InFile, NotNegative, Positive, Ratio, Regex, Share, Whole
+from growshrink.evidence.arms import ARMS
+from growshrink.limits import BranchName, InFile, Known, NotNegative, Positive, Ratio, Regex, Share, SomeOrAll, Whole
 from growshrink.program import run_program
 from growshrink.reading import read_json
 from growshrink.supernet.passes import MODES
 from growshrink.training.options import Options
 from growshrink.training.ranks import joined, this_rank
+
+ArmName = Annotated[str, Known("no such arm", tuple(ARMS))]
 
 
 @dataclass(kw_only=True)
@@ -62,14 +66,20 @@ class Args(Options):
     inplace_distil: Share | None = None
     """Share of the base net's loss that comes from the augmented net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
-    """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths."""
+    """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths. teach
+    merges nothing: the plain net goes back to where the round began, and learns from what it grew into."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
+    distil_asked: SomeOrAll = 1.0
+    """Share of the updates with a teacher in which it is asked; then the same images come again, with its answers."""
     accept_within: NotNegative | None = None
     """Undo a round, bit for bit, that costs more than this many points of val top-1; by default none is undone."""
     online: bool = False
     """Train linear branches as part of their kernels, at about plain cost, with frozen norms: dbb, expandnet, ... from
     the start, all others while they settle."""
+    arm: ArmName | None = None
+    """A whole recipe by name, one of those that recipes/compare.py compares (--list lists them), instead of the options
+    of the rounds: return, repvgg, lazy-distil, cycles-2, ..."""
     plan: InFile | None = None
     """A JSON file with a whole plan (see run.json of any run), instead of the options of the rounds."""
 
@@ -114,7 +124,9 @@ def tell(result: gs.CycleResult) -> None:
 
 
 def make_plan(args: Args) -> gs.CyclePlan:
-    """The plan in --plan, or the one the options describe."""
+    """The plan in --plan, that of --arm, or the one the options describe."""
+    if args.arm is not None:
+        return plan_of_arm(args, args.arm)
     if args.plan is not None:
         values = read_json(args.plan)
         try:
@@ -139,12 +151,27 @@ def make_plan(args: Args) -> gs.CyclePlan:
             inplace_distil=args.inplace_distil,
             exit=args.exit,
             distil=args.distil,
+            distil_asked=args.distil_asked,
             accept_within=args.accept_within,
             online=args.online,
         )
         for number in range(args.rounds)
     )
     return gs.CyclePlan(rounds=rounds, base_epochs=base, seed=args.seed)
+
+
+def plan_of_arm(args: Args, name: str) -> gs.CyclePlan:
+    """The plan of an arm of the experiment's, over --epochs."""
+    arm = ARMS[name]
+    if args.plan is not None:
+        raise PlanError("--arm, --plan: give one of them.")
+    if not arm.shrinks:
+        raise PlanError(f"--arm {name}: is an upper bound, and makes no plain net.")
+    if arm.expansion and not args.model.endswith(f"_x{arm.expansion}"):
+        raise PlanError(
+            f"--arm {name}: begins with a net that is grown at birth; add --model reducenet20_x{arm.expansion}."
+        )
+    return arm.plan(args.epochs, args.seed)
 
 
 if __name__ == "__main__":

@@ -340,3 +340,25 @@ def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch,
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(RunError, match="unfinished run"):
         RunFolder.claim(tmp_path / "run")
+
+
+def test_an_arm_of_the_experiment_is_a_recipe_for_users(tmp_path):
+    options = ("--model-kwargs", "width=0.125", "--epochs", "8", "--quiet", "--out", tmp_path / "run")
+    assert main("--arm", "return", *options) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [entry["exit"] for entry in report["about"]["plan"]["rounds"]] == ["teach"]
+    assert report["about"]["plan"]["rounds"][0]["distil_asked"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["retrun"], "--arm retrun: no such arm; did you mean return"),
+        (["never-shrunk"], "makes no plain net"),
+        (["reducenet-x4"], "add --model reducenet20_x4"),
+        (["return", "--plan", "recipes/plans/digits.json"], "give one of them"),
+    ],
+)
+def test_arms_that_cannot_be(args, words, tmp_path, capsys):
+    assert main("--arm", *args, "--out", tmp_path / "run") == 2
+    assert words in " ".join(capsys.readouterr().err.split())
