@@ -66,8 +66,8 @@ class Args(Options):
     inplace_distil: Share | None = None
     """Share of the base net's loss that comes from the augmented net's logits of the same update."""
     exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
-    """How a round ends: merged at full width; with --augment also branches dropped, or the best of several widths. teach
-    merges nothing: the plain net goes back to where the round began, and learns from what it grew into."""
+    """How a round ends: merged at full width; branches dropped; with --augment also the best of several widths; or
+    teach, which merges nothing: the plain net goes back to where the round began, and learns from what it grew into."""
     distil: Annotated[Literal["none", "peak", "previous"], tyro.conf.arg(metavar="|".join(DISTIL))] = "none"
     """Teacher after the hold: this round's own finished peak, the net the round began with, or none."""
     distil_asked: SomeOrAll = 1.0
