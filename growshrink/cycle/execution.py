@@ -165,7 +165,10 @@ class Execution:
     def _enter(self, segment: Segment) -> None:
         if segment.phase == "hold":
             self._grow(segment)
-        if segment.phase in ("hold", "settle") and self.plan.rounds[segment.round - 1].online:
+        if not segment.round or not self.plan.rounds[segment.round - 1].online:
+            return
+        more = segment.phase == "settle" and not self.plan.rounds[segment.round - 1].linear
+        if segment.phase == "hold" or more:
             if entry := collapse_net(self.trainer, self.lam(segment.start)):
                 same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
                 self._log("collapse", segment, **entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from growshrink.errors import GrowShrinkError
 
 
 @torch.no_grad()
-def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate_bn(model: nn.Module, batches: Iterable[Tensor], *, leave: Collection[nn.Module] = ()) -> None:
     """Set the running statistics of every batch norm to their plain average over `batches`, in place.
 
     Needed where the weights did not come from training alone: averaged weights, or a subnet. Everything but the batch
@@ -23,6 +23,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         model: Batch norms without running statistics are left alone.
         batches: Images `(N, C, H, W)`, at least one batch.
+        leave: Batch norms whose statistics are left as they are.
 
     Raises:
         GrowShrinkError: There is no batch; the statistics are then as they were.
@@ -30,7 +31,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Source: Yu and Huang, Universally Slimmable Networks (arXiv:1903.05134), section 3.3.
     """
     check_model(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = set(map(id, leave))
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in kept]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     counts = [_statistics(norm)[2].clone() for norm in norms]

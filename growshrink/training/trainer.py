@@ -14,6 +14,7 @@ from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.activations import set_lambda
 from growshrink.errors import PlanError, RunError, near
@@ -183,13 +184,21 @@ class Trainer:
         """Take the batch norm statistics of the averaged net anew, on the last batches it was trained on.
 
         The averaged statistics are those of other weights, and reach back to before lam was 0: fused with them, a net
-        would be worth less than it is.
+        would be worth less than it is. Statistics that are frozen in training (see `collapse_online`) are no statistics
+        any more, but what the weights were trained with: the average takes them from the model.
         """
-        if self.ema is not None and self.update:
-            calibrate_bn(self.ema, self.recent_images(num_batches))
+        if self.ema is None or not self.update:
+            return
+        frozen = []
+        for name, norm in self.model.named_modules():
+            if isinstance(norm, _BatchNorm) and not norm.training and self.model.training:
+                frozen.append(self.ema.get_submodule(name))
+                for own, value in zip(frozen[-1].buffers(), norm.buffers(), strict=True):
+                    own.copy_(value)
+        calibrate_bn(self.ema, self.recent_images(num_batches), leave=frozen)
 
     def recent_images(self, num_batches: int) -> Iterator[Tensor]:
-        """The images `(N, C, H, W)` of the last batches it was trained on."""
+        """The images `(N, C, H, W)` of the last updates; with a teacher that repeats itself, others of their kind."""
         return (self.batches.batch(u)[0] for u in range(max(0, self.update - num_batches), self.update))
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:

@@ -304,6 +304,23 @@ def test_a_teacher_that_is_asked_for_a_while_is_learnt_from_by_its_answers():
         assert torch.equal(ours, theirs)
 
 
+def test_statistics_that_were_frozen_in_training_are_not_taken_anew():
+    model = gs.grow(net(), "dbb", init="paper", input_size=SIZE)
+    gs.set_lambda(model, 0.0)
+    calibrate_bn(model, [Batches().batch(0)[0]])
+    ours = trainer(gs.collapse_online(model, choose="always"), ema_decay=0.9)
+    gs.expand_online(ours.ema, inplace=True)  # as in a round: only the net in training is collapsed
+    ours.train(5, learning_rate=constant(1.0), lam=constant(0.0))
+    in_training = {name: m.training for name, m in ours.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert set(in_training.values()) == {True, False}
+    before = copy.deepcopy(ours.ema)
+    ours.calibrate_average()
+    for name, live in in_training.items():
+        now, then = (n.get_submodule(name).running_var for n in (ours.ema, before))
+        assert torch.equal(now, ours.model.get_submodule(name).running_var) is not live
+        assert not live or not torch.equal(now, then)
+
+
 class Again:
     """Batches of others, in an order given."""
 
