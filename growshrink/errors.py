@@ -84,5 +84,9 @@ class RunError(GrowShrinkError):
     """A training run cannot start, go on, or be resumed."""
 
 
+class DivergedError(RunError):
+    """A run whose loss or weights are no longer finite."""
+
+
 class AnalysisError(GrowShrinkError):
     """A ranking, a pruning or a statistic is asked of data that cannot answer it."""

@@ -12,7 +12,6 @@ Leaves README.md (the table, the verdicts), table.json and curves.png in --out.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import shlex
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, Job, chosen_lr, jobs_of, read_scores, run_job, trials_of
-from growshrink.evidence.table import rows_of, verdict, write_table
+from growshrink.evidence.table import rows_of, write_table
 from growshrink.limits import Device, InFile, InFolder, OutFolder, Threads
 from growshrink.program import run_program
 from growshrink.training.folder import read_json, write_json
@@ -72,14 +71,10 @@ def main(args: Args) -> None:
     experiment = Experiment.from_dict(read_json(args.plan))
     out = args.out or Path(__file__).parent / "results" / args.plan.stem
     out.mkdir(parents=True, exist_ok=True)
-    kept, values = out / "plan.json", json.loads(json.dumps(experiment.to_dict()))
-    if kept.exists() and (old := read_json(kept)) != values:
-        key = next(key for key in values if old.get(key) != values[key])
-        if key not in ("arms", "seeds", "own_arms"):  # more of them may be added
-            raise RunError(
-                f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out."
-            )
-    write_json(kept, values)
+    kept = out / "plan.json"
+    if kept.exists() and (key := experiment.differs(read_json(kept))):
+        raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
+    write_json(kept, experiment.to_json())
     if not args.table:
         train(args, experiment, trials_of(experiment), out, "tuning")
     lr = chosen_lr(experiment, out)
@@ -89,7 +84,7 @@ def main(args: Args) -> None:
     rows = rows_of(experiment, jobs, out)
     write_table(rows, experiment, jobs, out, shlex.join(["python", *sys.argv]))
     for row in rows:
-        print(f"{row.arm:16s} {row.top1:6.2f}  {verdict(row.arm, row.difference)}")
+        print(f"{row.arm:16s} {row.top1:6.2f}  {row.verdict}")
     print(f"Read {out / 'README.md'}")
 
 

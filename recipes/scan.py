@@ -6,7 +6,7 @@
 
 The plan file names data, net, seeds and training, as for compare. Every net of the grid within the bound is trained for
 a short budget, the better half (on the val split) for twice as long, until one is left: once with the branches of
---arm, once as plain nets for the same MACs. The test split is read for the two winners. Started again with the same
+--arm, once as plain nets for the same MACs. The test split takes no part in any choice. Started again with the same
 --out, the program goes on where it was. Leaves report.md, scan.json and front.png there.
 """
 
@@ -66,12 +66,14 @@ def main(args: Args) -> None:
     experiment = Experiment.from_dict(
         {**read_json(args.plan), "arms": [PLAIN] if args.arm == PLAIN else [PLAIN, args.arm]}
     )
+    if not experiment.arm(args.arm).shrinks:
+        raise PlanError(f"--arm {args.arm}: is an upper bound, and makes no plain net.")
     if not args.widths or not args.depths:
         raise PlanError("--widths, --depths: name at least one of each.")
     args.out.mkdir(parents=True, exist_ok=True)
     options = {
         **json.loads(json.dumps(asdict(args), default=str)),
-        "experiment": json.loads(json.dumps(experiment.to_dict())),
+        "experiment": experiment.to_json(),
     }
     for key in ("plan", "out", "data_dir", "quiet", "device"):
         del options[key]

@@ -140,7 +140,9 @@ def original_loop(args: Args, split: Split) -> Call:
             transforms.ToTensor(),
         ]
     )
-    loader = DataLoader(InMemory(split, transform), batch_size=BATCH, shuffle=True, num_workers=4)
+    loader = DataLoader(
+        InMemory(split, transform), batch_size=BATCH, shuffle=True, num_workers=4, persistent_workers=True
+    )
     model = plain_net(args).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.cycle.timeline import Segment
-from growshrink.errors import RunError
+from growshrink.errors import DivergedError
 from growshrink.training.checkpoints import find_checkpoints
 from growshrink.training.trainer import Trainer
 
@@ -32,7 +32,7 @@ def check_finite(trainer: Trainer, loss: float, *, segment: Segment, start: int,
     if found is None:
         return
     kept = find_checkpoints(folder)
-    raise RunError(
+    raise DivergedError(
         f"{found} in round {segment.round}, phase {segment.phase}, between updates {start} and {trainer.update}. "
         f"{f'{kept[0]} is kept' if kept else 'There is no checkpoint yet'}. The same run would end here again: start "
         f"another, with {ADVICE[segment.phase]}{', or without amp' if trainer.config.amp else ''}."

@@ -53,9 +53,10 @@ class RoundPlan:
         distil: Teacher from the end of the hold on: "peak" (this round's grown net, averaged and with its learning
             rate annealed), "previous" (the net the round began with), or "none".
         distil_weight: Of the teacher's loss; the labels get the rest.
-        distil_asked: Share of the updates with a teacher in which it is asked. After these (at least an epoch's) the
-            same images come again, changed and batched as they were, with the answers it gave: its forward is paid once
-            an answer. (The idea: Shen and Xing, FKD, arXiv:2112.01528.) The answers are kept on the device.
+        distil_asked: Share of the updates with a teacher in which it is asked, at least an epoch's whatever the share.
+            After these the same images come again, changed and batched as they were, with the answers it gave: its
+            forward is paid once an answer. (The idea: Shen and Xing, FKD, arXiv:2112.01528.) The answers stay on the
+            device.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
         accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
             than this against the net that was grown, the round is undone: net, average, optimizer and random states
@@ -111,6 +112,8 @@ class RoundPlan:
             raise PlanError("online=True: branches with sampled widths (augment) are not merged in training.")
         if self.control not in CONTROLS:
             raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
+        if self.control == "closed_loop" and not self.vanish:
+            raise PlanError("control='closed_loop': times the vanishing of activations, and vanish is 0.")
         if self.control == "closed_loop" and self.augment != "none":
             raise PlanError("control='closed_loop': listens to plain training, not to sampled widths (augment).")
         self._check_exit()

@@ -30,7 +30,7 @@ class Teaching:
         self._forward_macs = 0
 
     def appoint(self, net: nn.Module) -> None:
-        """`net` is the teacher from now on; it is not copied unless parts of it are merged."""
+        """A copy of `net` is the teacher from now on."""
         self.net, self._teacher = expand_online(net).eval().requires_grad_(False), None
         self._forward_macs = profile(self.net, self._size).macs
 

@@ -65,7 +65,7 @@ class Timeline:
             merged = plan.exit not in ("drop", "teach")  # else no need to be linear, or to settle
             vanish, settle = alive - hold, max(LEAST_SETTLE if merged else 0, grown - alive)
             tail = total - hold - vanish - settle
-            if hold < 1 or (vanish < 1 and merged) or tail < (plan.exit == "teach"):
+            if hold < 1 or (vanish < 1 and (merged or plan.control == "closed_loop")) or tail < (plan.exit == "teach"):
                 raise PlanError(
                     f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
                     "Give it more epochs or a smaller batch size."

@@ -166,7 +166,7 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(hold=0.50, vanish=0.0, settle=0.0, exit="drop"),
     ),
     "never-shrunk": Arm(
-        about="the grown net itself: an upper bound, on the val split",
+        about="the grown net itself on the same budget: what there is to be kept, on the val split",
         rounds=_one(hold=0.98, **_TEACH),
         shrinks=False,
     ),

@@ -17,7 +17,7 @@ from growshrink.compare import training_macs
 from growshrink.cycle import run_cycle
 from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.timeline import Timeline
-from growshrink.errors import PlanError, near
+from growshrink.errors import DivergedError, PlanError, near
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
 from growshrink.training.batches import Augment
@@ -27,8 +27,12 @@ from growshrink.training.feed import Feed, MemoryFeed
 from growshrink.training.folder import RunFolder, read_json, write_json
 from growshrink.training.trainer import TrainConfig
 
+#: What may be added to between two starts of an experiment.
+MAY_GROW = ("arms", "seeds", "own_arms")
 #: How far the cost of a run may be from its budget.
 TOLERANCE = 0.02
+#: Optimizers (of timm's names) to which S nets side by side are S nets.
+ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
 #: What a run leaves beside run_cycle's files: the scores of every seed.
 SCORES = "seeds.json"
 
@@ -100,9 +104,27 @@ class Experiment:
         """By its name."""
         return {**ARMS, **self.own_arms}[name]
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    def stackable(self, name: str) -> bool:
+        """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
+        arm = self.arm(name)
+        listens = any(
+            entry.control != "schedule" or entry.exit == "choose" or entry.accept_within is not None
+            for entry in arm.rounds
+        )
+        elementwise = self.config.optimizer in ELEMENTWISE and self.config.clip_grad is None
+        return arm.shrinks and elementwise and not listens  # a peak is scored by run_cycle, which knows of one net only
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers; the inverse of `from_dict`."""
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
+
+    def differs(self, old: Mapping[str, Any]) -> str | None:
+        """The first key in which this is more than the experiment `old` (of `to_json`) with other arms and seeds."""
+        new, old = self.to_json(), Experiment.from_dict(old).to_json()  # which fills in what there was not yet
+        changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
+        redefined = [name for name, arm in old["own_arms"].items() if new["own_arms"].get(name, arm) != arm]
+        return next(iter(changed), None) or next((f"own_arms, {name}," for name in redefined), None)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Experiment:
@@ -151,8 +173,8 @@ def jobs_of(experiment: Experiment, lr: Mapping[str, float], *, stack: bool) -> 
     """The runs that the table is made of, with the learning rate of each arm."""
     alone = [(seed,) for seed in experiment.seeds]
     jobs = []
-    for arm in experiment.arms:  # a peak is scored by run_cycle, which knows of one net only
-        groups = [experiment.seeds] if stack and experiment.arm(arm).shrinks else alone
+    for arm in experiment.arms:
+        groups = [experiment.seeds] if stack and experiment.stackable(arm) else alone
         jobs += [Job(arm, seeds, lr[arm], experiment.budget) for seeds in groups]
     return jobs
 
@@ -166,13 +188,12 @@ def trials_of(experiment: Experiment) -> list[Job]:
 
 
 def chosen_lr(experiment: Experiment, out: Path) -> dict[str, float]:
-    """Of every arm the learning rate with the best mean val top-1 among its finished trials."""
-    if experiment.tuning is None:
-        return {arm: experiment.config.lr for arm in experiment.arms}
-    best: dict[str, float] = {}
+    """Of every arm the learning rate with the best mean val top-1 of its finished trials; without any, the config's."""
+    best = dict.fromkeys(experiment.arms, experiment.config.lr)
     for arm in experiment.arms:
-        trials = [job for job in trials_of(experiment) if job.arm == arm]
-        best[arm] = max(trials, key=lambda job: _mean(read_scores(out, job), "val")).lr
+        trials = [job for job in trials_of(experiment) if job.arm == arm and read_scores(out, job)]
+        if trials:
+            best[arm] = max(trials, key=lambda job: _mean(read_scores(out, job), "val")).lr
     return best
 
 
@@ -192,6 +213,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
     with folder:
         if folder.finished and (folder.path / SCORES).exists():
             return
+        folder.finished = False  # it was ended between the two: its last checkpoint has all that is to be scored
         arm = experiment.arm(job.arm)
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
@@ -201,23 +223,30 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         ]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
         budget = round(job.budget * feeds[0].train.updates_per_epoch) * training_macs(plain, feeds[0].input_size)
-        epochs = matched_epochs(arm, nets[0], feeds[0], budget * feeds[0].train.batch_size)
+        epochs = matched_epochs(arm, nets[0], feeds[0], budget * feeds[0].train.batch_size, job.seeds[0])
         single = len(nets) == 1
         feed: Feed = feeds[0] if single else StackedFeed(feeds)
         torch.manual_seed(job.seeds[0])
-        result = run_cycle(
-            nets[0] if single else stack_nets(nets, feeds[0].input_size),
-            feed,
-            arm.plan(epochs, job.seeds[0]),
-            out_dir=folder,
-            config=replace(experiment.config, lr=job.lr),
-            device=where,
-            progress=progress,
-            about={
-                "experiment": json.loads(json.dumps(experiment.to_dict())),
-                "job": json.loads(json.dumps(asdict(job))),
-            },
-        )
+        try:
+            result = run_cycle(
+                nets[0] if single else stack_nets(nets, feeds[0].input_size),
+                feed,
+                arm.plan(epochs, job.seeds[0]),
+                out_dir=folder,
+                config=replace(experiment.config, lr=job.lr),
+                device=where,
+                progress=progress,
+                about={
+                    "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
+                    "job": json.loads(json.dumps(asdict(job))),
+                },
+            )
+        except DivergedError as error:
+            if experiment.tuning is None or job.seeds != experiment.tuning.seeds:
+                raise
+            lost = [{"seed": seed, "val": 0.0, "test": None, "loss": None} for seed in job.seeds]
+            write_json(folder.path / SCORES, {"seeds": lost, "diverged": str(error)})
+            return
         spent = result.training_macs / len(nets)
         if not abs(spent / (budget * feeds[0].train.batch_size) - 1) <= TOLERANCE:
             raise PlanError(
@@ -240,17 +269,19 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         )
 
 
-def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float) -> float:
+def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0) -> float:
     """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
+
+    Sampled widths, and so their cost, depend on the `seed`.
 
     Raises:
         PlanError: None do: the budget is too small for the phases of its rounds.
     """
     epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
-    cost = PlanCost(net, arm.plan(epochs, 0), feed.train, feed.input_size)
+    cost = PlanCost(net, arm.plan(epochs, seed), feed.train, feed.input_size)
     off: dict[float, float] = {}
     for _ in range(12):
-        timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
+        timeline = Timeline(arm.plan(epochs, seed), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
         ratio = cost.macs(timeline) / budget
         off[epochs] = abs(ratio - 1)
         if off[epochs] <= TOLERANCE / 4:

@@ -3,7 +3,9 @@
 A small net does not fill a GPU, nor the vector units of a CPU: its kernels are too small and too many. S nets side by
 side are one net whose convolutions have S times the groups, and nothing else changes: batch norms, activations,
 pooling, weight decay, momentum and averages work channel by channel, so each net is trained as it would be by itself
-(same seeds, same batches; up to rounding). The stack is an ordinary model: it grows, vanishes and fuses like one.
+(same seeds, same batches; up to rounding). The stack is an ordinary model: it grows, vanishes and fuses like one. What
+a run draws or decides once, it draws or decides for all its nets: sampled widths are the same in all of them, and what
+listens to the loss or to the val split hears their mean (`Experiment.stackable` keeps such runs apart).
 """
 
 from __future__ import annotations

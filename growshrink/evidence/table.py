@@ -18,6 +18,18 @@ from growshrink.evidence.experiment import SCORES, Experiment, Job, read_scores
 from growshrink.training.checkpoints import save_picture, write_atomic
 from growshrink.training.folder import read_json
 
+#: Of corrected p values.
+LEVEL = 0.05
+_LEGEND = (
+    "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers included: "
+    "those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward passes before a fuse "
+    "that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test split having had no part in "
+    "any choice; difference to plain with the same seed (weights, val split, order of images), its 95 % interval by "
+    "Student's t, the same with the noise estimated from all arms together (pooled), and by the bootstrap, which is too "
+    "narrow for so few seeds. p: of the pooled test, corrected for the number of arms (Holm). Epochs: of all updates, a "
+    "teacher's included. *: the end of the learning rates that were tried. *val*: on the val split."
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -37,7 +49,8 @@ class Row:
         p: That belongs to it, corrected for the number of arms (Holm).
         epochs: It was trained for.
         cost: Training MACs over the budget.
-        seconds: Of training a net, over plain's.
+        seconds: Of training a net, over plain's; NaN where they were not trained in the same way.
+        edge: Its learning rate is the largest or the smallest that was tried.
         on_val: It was judged on the val split, and so is the difference.
         verdict: In a line.
     """
@@ -55,6 +68,7 @@ class Row:
     epochs: float
     cost: float
     seconds: float
+    edge: bool
     on_val: bool
     verdict: str
 
@@ -82,6 +96,7 @@ def rows_of(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Row]
             difference = paired(*pairs[arm]).difference
             bootstrap = bootstrap_interval(*pairs[arm])
         first = runs[arm][0][1]
+        alike = PLAIN in runs and len(runs[arm][0][0].seeds) == len(runs[PLAIN][0][0].seeds)
         rows.append(
             Row(
                 arm=arm,
@@ -96,16 +111,20 @@ def rows_of(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Row]
                 p=corrected.get(arm),
                 epochs=first["epochs"],
                 cost=first["macs"] / first["budget"],
-                seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds else float("nan"),
+                seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds and alike else float("nan"),
+                edge=experiment.tuning is not None and runs[arm][0][0].lr in _ends(experiment.tuning.lr),
                 on_val=split == "val",
-                verdict=verdict(arm, difference, pooled[arm][0] if arm in pooled else None),
+                verdict=verdict(arm, difference, pooled[arm][0] if corrected.get(arm, 1.0) < LEVEL else None),
             )
         )
     return rows
 
 
 def verdict(arm: str, difference: Interval | None, pooled: Interval | None = None) -> str:
-    """One line: better, worse, or not told apart, by the interval of the paired difference; or by the pooled one."""
+    """One line: better, worse, or not told apart, by the interval of the paired difference.
+
+    `pooled` is the pooled interval where its corrected p allows to speak of it.
+    """
     if arm == PLAIN:
         return "what the others are compared with"
     if difference is None:
@@ -142,12 +161,7 @@ def markdown(rows: Sequence[Row], experiment: Experiment, command: str) -> str:
     lines = [
         f"# {experiment.model}{f' ({kwargs})' if kwargs else ''} on {experiment.data}{side}",
         "",
-        f"Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
-        f"included: those of {experiment.budget:g} epochs of the plain net. Seeds {seeds}. Test top-1 in percent, the "
-        "test split read once a net; difference to plain with the same seed (weights, val split, order of the images), "
-        "its 95 % interval by Student's t, the same with the noise estimated from all arms together (pooled), and by "
-        "the bootstrap, which is too narrow for so few seeds. p: of the pooled test, corrected for the number of arms "
-        "(Holm). *val*: on the val split.",
+        _LEGEND.format(budget=experiment.budget, seeds=seeds),
         "",
         "| arm | top-1 (sd) | less plain | t interval | pooled | bootstrap | p | seeds | lr | epochs | cost | "
         "seconds / plain |",
@@ -164,7 +178,8 @@ def markdown(rows: Sequence[Row], experiment: Experiment, command: str) -> str:
         sd = "-" if row.sd != row.sd else f"{row.sd:.2f}"
         lines.append(
             f"| {row.arm} | {row.top1:.2f} ({sd}){' val' * row.on_val} | {value} | {interval} | {pooled} | "
-            f"{bootstrap} | {p} | {row.seeds} | {row.lr:g} | {row.epochs:.1f} | {row.cost:.3f} | {row.seconds:.2f} |"
+            f"{bootstrap} | {p} | {row.seeds} | {row.lr:g}{'*' * row.edge} | {row.epochs:.1f} | {row.cost:.3f} | "
+            f"{'-' if row.seconds != row.seconds else f'{row.seconds:.2f}'} |"
         )
     lines += ["", "## Verdicts", ""]
     lines += [f"- **{row.arm}**: {row.verdict}. {row.about[0].upper()}{row.about[1:]}." for row in rows]
@@ -193,7 +208,7 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
         top1 = [row["val_top1"] for row in rows]
         bold = {"color": "black", "linewidth": 2.5, "zorder": 3} if job.arm == PLAIN else {"linewidth": 1.0}
         axis.plot(macs, top1, label=job.arm, **bold)
-        finals.append(top1[-1])
+        finals += [top1[-1]] * (read_scores(out, job)[0]["test"] is not None)  # else that of a net nobody trained
     if finals:
         axis.set_ylim(min(finals) - 12, max(finals) + 2)
     axis.set_xlabel("training MACs of a net (forward and backward, teachers included)")
@@ -232,6 +247,11 @@ def _pooled(scores: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, 
         return {}
     found = blocked([[scores[arm][seed]["test"] for seed in seeds] for arm in arms], control=arms.index(PLAIN))
     return {arm: entry for arm, entry in zip(arms, found, strict=True) if arm != PLAIN}
+
+
+def _ends(values: Sequence[float]) -> tuple[float, ...]:
+    """The largest and the smallest of several."""
+    return (min(values), max(values)) if len(values) > 1 else ()
 
 
 def _seconds(runs: Sequence[tuple[Job, Mapping[str, Any]]]) -> float:

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
 from growshrink.analysis.stats import Interval
 from growshrink.compare import training_macs
 from growshrink.cycle.timeline import Timeline
-from growshrink.errors import PlanError
+from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.experiment import (
     SCORES,
@@ -156,4 +157,47 @@ def test_plans_that_cannot_be_are_refused(values, words):
 
 
 def test_an_experiment_goes_through_json_and_back():
-    assert Experiment.from_dict(json.loads(json.dumps(TINY.to_dict()))) == TINY
+    assert Experiment.from_dict(TINY.to_json()) == TINY
+
+
+def test_more_arms_and_seeds_are_the_same_experiment_and_nothing_else_is():
+    kept = TINY.to_json()
+    assert replace(TINY, arms=("plain", "dbb"), seeds=(0, 1, 2)).differs(kept) is None
+    assert replace(TINY, arms=("plain", "dbb"), batch_size=32).differs(kept) == "batch_size"
+    assert "short" in replace(TINY, own_arms={"short": ARMS["dbb"]}).differs(kept)
+    assert replace(TINY, own_arms={**TINY.own_arms, "new": ARMS["dbb"]}).differs(kept) is None
+    del kept["tuning"]  # written before there was such a thing
+    assert TINY.differs(kept) is None
+
+
+def test_what_is_decided_for_a_whole_run_is_not_decided_for_several_nets_at_once():
+    listening = Arm.from_dict({"rounds": [{"epochs": 1.0, "control": "closed_loop"}]})
+    experiment = replace(TINY, arms=("plain", "listening"), own_arms={"listening": listening})
+    assert [experiment.stackable(arm) for arm in experiment.arms] == [True, False]
+    for config in (TrainConfig(clip_grad=1.0), TrainConfig(optimizer="muon")):
+        assert not replace(experiment, config=config).stackable("plain")
+
+
+def test_a_trial_that_diverges_has_lost(tmp_path):
+    experiment = replace(TINY, arms=("plain",), tuning=Tuning(lr=(1e30, 0.05), budget=1.0))
+    for job in trials_of(experiment):
+        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
+    assert chosen_lr(experiment, tmp_path) == {"plain": 0.05}
+    with pytest.raises(DivergedError):
+        job = replace(trials_of(experiment)[0], seeds=(0,))
+        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
+
+
+def test_a_run_that_was_ended_before_it_was_scored_is_scored(tmp_path):
+    job = jobs_of(TINY, chosen_lr(TINY, tmp_path), stack=True)[0]
+    run_job(TINY, job, tmp_path, data_dir=None, device="cpu", progress=False)
+    scores = tmp_path / job.folder / SCORES
+    before = read_scores(tmp_path, job)
+    scores.unlink()
+    run_job(TINY, job, tmp_path, data_dir=None, device="cpu", progress=False)
+    assert read_scores(tmp_path, job) == before
+
+
+def test_without_a_finished_trial_the_rate_is_the_configs(tmp_path):
+    experiment = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=3))
+    assert set(chosen_lr(experiment, tmp_path).values()) == {TINY.config.lr}
