@@ -21,13 +21,14 @@ from growshrink.training.folder import read_json
 #: Of corrected p values.
 LEVEL = 0.05
 _LEGEND = (
-    "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers included: "
-    "those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward passes before a fuse "
-    "that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test split having had no part in "
-    "any choice; difference to plain with the same seed (weights, val split, order of images), its 95 % interval by "
-    "Student's t, the same with the noise estimated from all arms together (pooled), and by the bootstrap, which is too "
-    "narrow for so few seeds. p: of the pooled test, corrected for the number of arms (Holm). Epochs: of all updates, a "
-    "teacher's included. *: the end of the learning rates that were tried. *val*: on the val split."
+    "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
+    "included: those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward "
+    "passes before a fuse that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test "
+    "split having had no part in any choice; difference to plain with the same seed (weights, val split, order of "
+    "images), its 95 % interval by Student's t, the same with the noise estimated from all arms together "
+    "(pooled), and by the bootstrap, which is too narrow for so few seeds. p: of the pooled test, corrected for "
+    "the number of arms (Holm). Epochs: of all updates, a teacher's included. *: the end of the learning rates "
+    "that were tried. *val*: on the val split."
 )
 
 
