@@ -47,7 +47,7 @@ class Args(Options):
     branches: tuple[BranchName, ...] = ("bottleneck", "insert")
     """What round 1, 2, ... attaches (the last entry is repeated): bottleneck, insert, nest, expandnet, lora, ...;
     A+B attaches both. A model that is grown at birth (reducenet20_x4) is not grown again in round 1."""
-    ratio: Ratio = 4.0
+    ratio: Ratio = 2.0
     """Middle width of a branch over the output channels of its layer."""
     where: Regex | None = None
     """Regular expression on module names; by default every convolution and linear layer that can be grown exactly."""

@@ -86,7 +86,7 @@ BAD = {
     "CycleResult": [lambda: gs.CycleResult()],
     "RoundPlan": [lambda: gs.RoundPlan()]
     + [lambda k=k, v=v: gs.RoundPlan(**{"epochs": 5.0, k: v})
-       for k in ("epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "temperature")
+       for k in ("epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "distil_asked", "temperature")
        for v in (-1, NAN, INF, None, "1", [])]
     + [lambda k=k, v=v: gs.RoundPlan(epochs=5.0, **{k: v})
        for k in ("branch", "control", "augment", "exit", "distil") for v in ("x", None, 3, [], ("x",))],

@@ -67,7 +67,7 @@ class RoundPlan:
 
     epochs: float
     branch: tuple[str, ...] = ("bottleneck",)
-    ratio: float = 4.0
+    ratio: float = 2.0
     where: str | None = None
     init: str = "silent"
     linear: bool = False
