@@ -223,13 +223,15 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         ]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
         budget = round(job.budget * feeds[0].train.updates_per_epoch) * training_macs(plain, feeds[0].input_size)
-        epochs = matched_epochs(arm, nets[0], feeds[0], budget * feeds[0].train.batch_size, job.seeds[0])
         single = len(nets) == 1
         feed: Feed = feeds[0] if single else StackedFeed(feeds)
+        net = nets[0] if single else stack_nets(nets, feeds[0].input_size)  # widths are sampled in steps of its own
+        whole = budget * feeds[0].train.batch_size * len(nets)
+        epochs = matched_epochs(arm, net, feed, whole, job.seeds[0])
         torch.manual_seed(job.seeds[0])
         try:
             result = run_cycle(
-                nets[0] if single else stack_nets(nets, feeds[0].input_size),
+                net,
                 feed,
                 arm.plan(epochs, job.seeds[0]),
                 out_dir=folder,

@@ -201,3 +201,11 @@ def test_a_run_that_was_ended_before_it_was_scored_is_scored(tmp_path):
 def test_without_a_finished_trial_the_rate_is_the_configs(tmp_path):
     experiment = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=3))
     assert set(chosen_lr(experiment, tmp_path).values()) == {TINY.config.lr}
+
+
+def test_sampled_widths_of_several_nets_side_by_side_cost_their_budget(tmp_path):
+    experiment = replace(TINY, arms=("plain", "lazy-distil"), model_kwargs={"width": 0.375}, seeds=(0, 1, 2))
+    job = jobs_of(experiment, chosen_lr(experiment, tmp_path), stack=True)[1]
+    run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
+    run = json.loads((tmp_path / job.folder / SCORES).read_text())
+    assert abs(run["macs"] / run["budget"] - 1) <= TOLERANCE and len(run["seeds"]) == 3
