@@ -114,7 +114,7 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, **_TEACH),
     ),
     "return-strict": Arm(
-        about="the same, learning little from the labels (weight 0.9, temperature 4)",
+        about="return, learning little from the labels (weight 0.9, temperature 4)",
         base=0.4,
         rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, distil_weight=0.9, temperature=4.0, **_TEACH),
     ),
@@ -124,7 +124,7 @@ ARMS: Mapping[str, Arm] = {
     "acnet": Arm(about="3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", rounds=_from_the_start("acnet")),
     "dbb": Arm(about="diverse branches, fused once (arXiv:2103.13425)", rounds=_from_the_start("dbb")),
     "dbb-online": Arm(
-        about="the same, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)",
+        about="dbb, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)",
         rounds=_from_the_start("dbb", online=True),
     ),
     "expandnet": Arm(
@@ -135,14 +135,14 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(hold=0.40, vanish=0.25, settle=0.05),
     ),
     "nest": Arm(
-        about="the same with a bottleneck in each bottleneck: a block, not a layer, beside each kernel",
+        about="one-round with a bottleneck in each bottleneck: a block, not a layer, beside each kernel",
         rounds=_one(branch=("nest",), hold=0.40, vanish=0.25, settle=0.05),
     ),
     "reducenet-x2": Arm(
         about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_PURE), expansion=2
     ),
-    "reducenet-x4": Arm(about="the same, 4 times as wide", rounds=_one(**_PURE), expansion=4),
-    "reducenet-x8": Arm(about="the same, 8 times as wide", rounds=_one(**_PURE), expansion=8),
+    "reducenet-x4": Arm(about="reducenet-x2, but 4 times as wide", rounds=_one(**_PURE), expansion=4),
+    "reducenet-x8": Arm(about="reducenet-x2, but 8 times as wide", rounds=_one(**_PURE), expansion=8),
     "netaug": Arm(
         about="widths sampled in every update, then dropped (arXiv:2110.08890)",
         rounds=_one(ratio=4.0, augment="netaug", **_NETAUG),
@@ -152,7 +152,7 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(ratio=4.0, augment="netaug", inplace_distil=0.5, **_NETAUG),
     ),
     "lazy-distil": Arm(
-        about="the same in every 8th update only: our cheap mode",
+        about="netaug-distil in every 8th update only: our cheap mode",
         rounds=_one(ratio=4.0, augment="lazy", inplace_distil=0.5, **_NETAUG),
     ),
     "cycles-2": Arm(about="two rounds of grow, vanish, fuse", base=0.1, rounds=_cycles(2)),
