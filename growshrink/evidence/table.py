@@ -207,8 +207,11 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         macs = [row["training_macs"] / len(job.seeds) for row in rows]
         top1 = [row["val_top1"] for row in rows]
-        bold = {"color": "black", "linewidth": 2.5, "zorder": 3} if job.arm == PLAIN else {"linewidth": 1.0}
-        axis.plot(macs, top1, label=job.arm, **bold)
+        style = {"color": "black", "linewidth": 2.5, "zorder": 3}
+        if job.arm != PLAIN:  # ten colours, then the same dashed, then dotted
+            number = len(drawn) - 1 - (PLAIN in drawn)
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "linewidth": 1.3}
+        axis.plot(macs, top1, label=job.arm, **style)
         finals += [top1[-1]] * (read_scores(out, job)[0]["test"] is not None)  # else that of a net nobody trained
     if finals:
         axis.set_ylim(min(finals) - 12, max(finals) + 2)
