@@ -207,7 +207,7 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         macs = [row["training_macs"] / len(job.seeds) for row in rows]
         top1 = [row["val_top1"] for row in rows]
-        style = {"color": "black", "linewidth": 2.5, "zorder": 3}
+        style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 3}
         if job.arm != PLAIN:  # ten colours, then the same dashed, then dotted
             number = len(drawn) - 1 - (PLAIN in drawn)
             style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "linewidth": 1.3}
