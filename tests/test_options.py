@@ -19,7 +19,7 @@ from program import run
 
 ROOT = Path(__file__).parent.parent
 #: Modules beside the programs that are none.
-HELPERS = {"tools/paired.py"}
+HELPERS = {"tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],

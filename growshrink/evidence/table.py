@@ -198,7 +198,7 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    finals, drawn = [], set()
+    finals, drawn, best = [], set(), 0.0
     for job in jobs:
         path = out / job.folder / "log.jsonl"
         if job.arm in drawn or not read_scores(out, job):
@@ -212,9 +212,10 @@ def draw_curves(jobs: Sequence[Job], out: Path) -> bool:
             number = len(drawn) - 1 - (PLAIN in drawn)
             style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "linewidth": 1.3}
         axis.plot(macs, top1, label=job.arm, **style)
+        best = max(best, *top1)  # a peak may be above all that comes of it
         finals += [top1[-1]] * (read_scores(out, job)[0]["test"] is not None)  # else that of a net nobody trained
     if finals:
-        axis.set_ylim(min(finals) - 12, max(finals) + 2)
+        axis.set_ylim(min(finals) - 12, best + 1)
     axis.set_xlabel("training MACs of a net (forward and backward, teachers included)")
     axis.set_ylabel("val top-1 (%), mean over the seeds of the run")
     axis.legend(frameon=False, fontsize="small", ncols=2)
