@@ -165,10 +165,10 @@ class Execution:
     def _enter(self, segment: Segment) -> None:
         if segment.phase == "hold":
             self._grow(segment)
-        if not segment.round or not self.plan.rounds[segment.round - 1].online:
+        if not segment.round:
             return
-        more = segment.phase == "settle" and not self.plan.rounds[segment.round - 1].linear
-        if segment.phase == "hold" or more:
+        plan = self.plan.rounds[segment.round - 1]
+        if plan.online and segment.phase in (("hold",) if plan.linear else ("hold", "settle")):
             if entry := collapse_net(self.trainer, self.lam(segment.start)):
                 same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
                 self._log("collapse", segment, **entry)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from growshrink.cycle.plan import SLACK, CyclePlan
 from growshrink.errors import PlanError
-from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, rewarm
+from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, join, rewarm
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
@@ -151,13 +151,16 @@ class Timeline:
                 changes.append(segment.stop)
         own = cosine(1.0, 0.0, steps=self.total - sum(s.stop - s.start for s in lessons))
 
-        def life(update: int) -> float:
-            for lesson in lessons:
-                if lesson.start <= update < lesson.stop:
-                    return cosine(1.0, 0.0, steps=lesson.stop - lesson.start)(update - lesson.start)
-            return own(update - sum(s.stop - s.start for s in lessons if s.stop <= update))
+        def later(done: int, step: int) -> float:
+            return own(done + step)
 
-        envelope = rewarm(life, changes, self.plan.rewarm)
+        lives, cuts, taught = [own], list[int](), 0
+        for lesson in lessons:
+            length = lesson.stop - lesson.start
+            taught += length
+            lives += [cosine(1.0, 0.0, steps=length), partial(later, lesson.stop - taught)]
+            cuts += [lesson.start, lesson.stop]
+        envelope = rewarm(join(lives, cuts), changes, self.plan.rewarm)
         flat = constant(1.0)
 
         def schedule(update: int) -> float:

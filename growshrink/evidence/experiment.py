@@ -123,8 +123,10 @@ class Experiment:
         """The first key in which this is more than the experiment `old` (of `to_json`) with other arms and seeds."""
         new, old = self.to_json(), Experiment.from_dict(old).to_json()  # which fills in what there was not yet
         changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
-        redefined = [name for name, arm in old["own_arms"].items() if new["own_arms"].get(name, arm) != arm]
-        return next(iter(changed), None) or next((f"own_arms, {name}," for name in redefined), None)
+        changed += [
+            f"own_arms, {name}," for name, arm in old["own_arms"].items() if new["own_arms"].get(name, arm) != arm
+        ]
+        return next(iter(changed), None)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Experiment:
