@@ -87,8 +87,8 @@ def _one(**values: Any) -> tuple[RoundPlan, ...]:
     return (RoundPlan(**{"epochs": 1.0, "ratio": 2.0, **values}),)
 
 
-def _from_the_start(branch: str, **values: Any) -> tuple[RoundPlan, ...]:
-    return _one(branch=(branch,), linear=True, init="paper", **_LINEAR, **values)
+def _from_the_start(branch: str, init: str = "paper", **values: Any) -> tuple[RoundPlan, ...]:
+    return _one(branch=(branch,), linear=True, init=init, **_LINEAR, **values)
 
 
 def _cycles(number: int, **values: Any) -> tuple[RoundPlan, ...]:
@@ -126,6 +126,14 @@ ARMS: Mapping[str, Arm] = {
     "dbb-online": Arm(
         about="dbb, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)",
         rounds=_from_the_start("dbb", online=True),
+    ),
+    "dbb-online-silent": Arm(
+        about="dbb-online, born as the plain net: its branches add nothing at first",
+        rounds=_from_the_start("dbb", online=True, init="silent"),
+    ),
+    "orepa-online": Arm(
+        about="paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)",
+        rounds=_from_the_start("orepa", online=True),
     ),
     "expandnet": Arm(
         about="1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", rounds=_from_the_start("expandnet")
