@@ -51,7 +51,7 @@ class Args:
     """Channel multipliers of the grid."""
     depths: tuple[Count, ...] = (1, 2, 3)
     """Blocks per stage of the grid."""
-    arm: str = "lazy-distil"
+    arm: str = "orepa-online"
     """What the nets are filled with: an arm of compare's."""
     budget: Positive = 5.0
     """Of the first rung, in epochs of each plain net."""
