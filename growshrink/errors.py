@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from torch import nn
+
 #: Characters of a message at most: what it quotes may come from a file, and be of any length.
 LONGEST = 1000
 
 
-def near(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`"; did you mean ...?"`, or the list of what there is, to end a message about an unknown name."""
     names = sorted(known)
     close = difflib.get_close_matches(word[:100], names, n=4, cutoff=0.5)
@@ -57,7 +59,7 @@ class CollapseError(GrowShrinkError):
 
 
 class MergeError(GrowShrinkError):
-    """Convolutions that were asked for cannot be merged exactly, or merging them would make the net dearer."""
+    """Convolutions that were asked for cannot be merged exactly, or merging them would increase the cost of the net."""
 
 
 class NotLinearError(GrowShrinkError):
@@ -90,3 +92,16 @@ class DivergedError(RunError):
 
 class AnalysisError(GrowShrinkError):
     """A ranking, a pruning or a statistic is asked of data that cannot answer it."""
+
+
+def check_model(model: object) -> None:
+    """GrowShrinkError unless `model` is a net."""
+    if not isinstance(model, nn.Module):
+        raise GrowShrinkError(f"a model must be an nn.Module, got {model!r} ({type(model).__name__}).")
+
+
+def check_size(size: object) -> None:
+    """GrowShrinkError unless `size` is `(C, H, W)`, whole numbers above 0."""
+    whole = isinstance(size, (tuple, list)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
+    if not whole:
+        raise GrowShrinkError(f"input_size={size!r}: must be (C, H, W), three whole numbers above 0.")

@@ -4,8 +4,8 @@
     python recipes/closed_loop.py --model vanillanet_5_x1 --epochs 30 --seeds 10
 
 For each seed the same net is trained twice on the same batches, for the same number of updates, with the same learning
-rates, and lam 0 from the same update on: once lam falls by a cosine, once by gs.ClosedLoop. Both are fused. What counts
-is the paired difference of their test accuracies, with its 95 % interval (Student's t).
+rates, and lam 0 from the same update on: once lam falls by a cosine, once by gs.schedules.ClosedLoop. Both are fused.
+What counts is the paired difference of their test accuracies, with its 95 % interval (Student's t).
 
 Leaves runs/NAME/ with report.md, report.json, lam.png and run.json.
 """
@@ -21,14 +21,13 @@ import torch
 from scipy.stats import t as student
 
 import growshrink as gs
-from growshrink.cycle.result import versions
-from growshrink.errors import RunError, near
-from growshrink.limits import Argument, Count, ModelName, NotNegative, PartOf
-from growshrink.program import run_program
+from growshrink.base.environment import versions
+from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.cli.comparison import ComparisonOptions
+from growshrink.cli.limits import Argument, Count, ModelName, NotNegative, PartOf
+from growshrink.cli.program import run_program
+from growshrink.errors import RunError, did_you_mean
 from growshrink.training import evaluate, fit
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.comparison import ComparisonOptions
-from growshrink.training.folder import write_json
 
 
 @dataclass(kw_only=True)
@@ -47,7 +46,7 @@ class Args(ComparisonOptions):
     """How many pairs; at least 2."""
 
 
-class RecordedLoop(gs.ClosedLoop):
+class RecordedLoop(gs.schedules.ClosedLoop):
     """A closed loop that remembers its lam by update."""
 
     def __init__(self, deadline: int, *, tolerance: float) -> None:
@@ -66,7 +65,7 @@ def main(args: Args) -> None:
     args.check(least_seeds=2)
     known = timm.list_models(["reducenet*_x*", "vanillanet*_x*"])
     if args.model not in known:
-        raise RunError(f"--model {args.model}: no net that is grown at birth{near(args.model, known)}")
+        raise RunError(f"--model {args.model}: no net that is grown at birth{did_you_mean(args.model, known)}")
     torch.set_num_threads(args.threads)
     with args.claim("closed-loop") as folder:
         record = {**args.record(), "versions": versions()}

@@ -27,13 +27,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from growshrink.base.reading import read_json
+from growshrink.base.writing import write_json
+from growshrink.cli.limits import Device, InFile, InFolder, OutFolder, Threads
+from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, Job, chosen_lr, jobs_of, read_scores, run_job, trials_of
 from growshrink.evidence.table import rows_of, write_table
-from growshrink.limits import Device, InFile, InFolder, OutFolder, Threads
-from growshrink.program import run_program
-from growshrink.training.folder import read_json, write_json
 
 
 @dataclass(kw_only=True)

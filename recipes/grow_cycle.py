@@ -21,17 +21,28 @@ import torch
 import tyro
 
 import growshrink as gs
+from growshrink.base.ranks import joined, this_rank
+from growshrink.base.reading import read_json
+from growshrink.cli.limits import (
+    BranchName,
+    InFile,
+    NotNegative,
+    OneOf,
+    Positive,
+    Ratio,
+    Regex,
+    Share,
+    SomeOrAll,
+    Whole,
+)
+from growshrink.cli.options import Options
+from growshrink.cli.program import run_program
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS
 from growshrink.errors import PlanError
 from growshrink.evidence.arms import ARMS
-from growshrink.limits import BranchName, InFile, Known, NotNegative, Positive, Ratio, Regex, Share, SomeOrAll, Whole
-from growshrink.program import run_program
-from growshrink.reading import read_json
 from growshrink.supernet.passes import MODES
-from growshrink.training.options import Options
-from growshrink.training.ranks import joined, this_rank
 
-ArmName = Annotated[str, Known("no such arm", tuple(ARMS))]
+ArmName = Annotated[str, OneOf("no such arm", tuple(ARMS))]
 
 
 @dataclass(kw_only=True)
@@ -112,7 +123,7 @@ def main(args: Args) -> None:
             tell(result)
 
 
-def tell(result: gs.CycleResult) -> None:
+def tell(result: gs.cycle.CycleResult) -> None:
     """The rounds, and what came out, on the screen."""
     if result.rounds:
         print(result.table())

@@ -27,16 +27,16 @@ import tyro
 from torch import nn
 
 import growshrink as gs
+from growshrink.base.reading import read_json
+from growshrink.base.writing import save_picture, write_json
+from growshrink.cli.limits import NotNegative, Positive, Ratio, Share, Whole
+from growshrink.cli.options import Options
+from growshrink.cli.program import run_program
 from growshrink.cycle.plan import EXITS
-from growshrink.limits import NotNegative, Positive, Ratio, Share, Whole
-from growshrink.program import run_program
-from growshrink.reading import read_json
+from growshrink.data.feed import Feed
 from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
-from growshrink.training import Feed, Trainer
-from growshrink.training.checkpoints import save_picture
-from growshrink.training.folder import write_json
-from growshrink.training.options import Options
+from growshrink.training import Trainer
 
 
 @dataclass(kw_only=True)

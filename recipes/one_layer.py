@@ -29,16 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.activations import VanishingReLU, vanishing
-from growshrink.cycle.result import versions
-from growshrink.errors import PlanError, RunError, near
-from growshrink.limits import ModelName, PartOf, Positive, Whole
-from growshrink.program import run_program
-from growshrink.training import MemoryFeed, evaluate, fit
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.comparison import ComparisonOptions
-from growshrink.training.feed import SplitBatches
-from growshrink.training.folder import write_json
+from growshrink.base.environment import versions
+from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.cli.comparison import ComparisonOptions
+from growshrink.cli.limits import ModelName, PartOf, Positive, Whole
+from growshrink.cli.program import run_program
+from growshrink.data.feed import MemoryFeed, SplitBatches
+from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.layers.activations import VanishingReLU, vanishing
+from growshrink.training import evaluate, fit
 
 LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"
 MATRIX = "no activation, collapsed"
@@ -85,9 +84,11 @@ def main(args: Args) -> None:
     args.check()
     if args.crop or args.flip or args.cutout or args.stream:
         raise PlanError("--crop, --flip, --cutout and --stream: not here, nets and classifiers see the same pixels.")
-    born_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
-    if args.model not in born_grown:
-        raise RunError(f"--model {args.model}: no ReduceNet that is grown at birth{near(args.model, born_grown)}")
+    built_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
+    if args.model not in built_grown:
+        raise RunError(
+            f"--model {args.model}: no ReduceNet that is grown at birth{did_you_mean(args.model, built_grown)}"
+        )
     torch.set_num_threads(args.threads)
     with args.claim("one-layer") as folder:
         record = {**args.record(), "versions": versions()}
@@ -115,7 +116,7 @@ def run(args: Args, path: Path) -> str:
             layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
             row = rows.setdefault(name, Row(layers, gs.profile(net, feed.input_size).macs))
             row.top1.append(evaluate(net, feed.test).top1)
-            row.defect.append(gs.affinity_defect(net, feed.input_size))
+            row.defect.append(gs.depth.affinity_defect(net, feed.input_size))
         if not pictures:
             pictures = {name: net for name, net in found.items() if isinstance(net, nn.Sequential)}
             write_atomic(path / "one_layer.safetensors", save(dict(pictures[MATRIX].state_dict())))

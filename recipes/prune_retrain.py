@@ -26,16 +26,16 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
+from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
-from growshrink.analysis.rank import jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.retrain import ARMS, Dense, best_rates, compare_arms, run_arm, start_arm, text, train_dense
 from growshrink.analysis.trained import num_updates
-from growshrink.compare import training_macs
-from growshrink.cycle.result import versions
-from growshrink.errors import AnalysisError, near
-from growshrink.limits import (
+from growshrink.base.environment import versions
+from growshrink.base.reading import load_weights, read_tensors
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import (
     Argument,
     BatchSize,
     Count,
@@ -49,12 +49,12 @@ from growshrink.limits import (
     Seed,
     SomeOrAll,
 )
-from growshrink.program import run_program
-from growshrink.reading import load_weights, read_tensors
-from growshrink.training import MemoryFeed, evaluate
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import write_json
-from growshrink.training.options import Options
+from growshrink.cli.options import Options
+from growshrink.cli.program import run_program
+from growshrink.data.feed import MemoryFeed
+from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.proofs._profile import training_macs
+from growshrink.training import evaluate
 
 #: Tuning seeds are these on: no measured run shares a net with them.
 TUNING = 100_000
@@ -136,9 +136,9 @@ def check(args: Args) -> None:
     """AnalysisError for what no run could be made of."""
     for arm in args.arms:
         if arm not in ARMS:
-            raise AnalysisError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
+            raise AnalysisError(f"--arms {arm}: no such arm{did_you_mean(arm, ARMS)}")
     if args.criterion not in CRITERIA:
-        raise AnalysisError(f"--criterion {args.criterion}: no such criterion{near(args.criterion, CRITERIA)}")
+        raise AnalysisError(f"--criterion {args.criterion}: no such criterion{did_you_mean(args.criterion, CRITERIA)}")
     if args.seeds < 2 or args.tuning_seeds < 1 or not args.lrs or not args.arms or not args.epochs > 0:
         raise AnalysisError(
             "needs at least 2 --seeds, 1 --tuning-seeds, one of --lrs, one of --arms, and --epochs > 0."

@@ -23,14 +23,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from growshrink.base.reading import read_json
+from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.cli.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
+from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, Job, feed_of, read_scores, run_job
 from growshrink.evidence.scan import BOUNDS, Entry, candidates_of, front, halve
-from growshrink.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
-from growshrink.program import run_program
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.folder import read_json, write_json
 
 
 @dataclass(kw_only=True)

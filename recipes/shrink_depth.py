@@ -31,20 +31,20 @@ from safetensors.torch import save
 from torch import nn
 
 import growshrink as gs
-from growshrink.compare import training_macs
-from growshrink.cycle.result import versions
+from growshrink.base.environment import versions
+from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.cli.comparison import ComparisonOptions
+from growshrink.cli.limits import BatchSize, Count, ModelName, PartOf, Positive
+from growshrink.cli.program import run_program
+from growshrink.data.datasets import CACHE
+from growshrink.data.feed import Feed
 from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan_depth, segment_harms
 from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
-from growshrink.errors import PlanError, RunError, near
-from growshrink.limits import BatchSize, Count, ModelName, PartOf, Positive
-from growshrink.program import run_program
-from growshrink.schedules import Schedule
-from growshrink.training import Feed, evaluate, fit
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.comparison import ComparisonOptions
-from growshrink.training.data import CACHE
-from growshrink.training.folder import write_json
+from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.proofs._profile import training_macs
+from growshrink.schedules.functions import Schedule
+from growshrink.training import evaluate, fit
 
 
 @dataclass(kw_only=True)
@@ -93,7 +93,7 @@ def main(args: Args) -> None:
     args.check()
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if args.model not in plain:
-        raise RunError(f"--model {args.model}: not a plain ReduceNet{near(args.model, plain)}")
+        raise RunError(f"--model {args.model}: not a plain ReduceNet{did_you_mean(args.model, plain)}")
     torch.set_num_threads(args.threads)
     with args.claim("depth") as folder:
         record = {**args.record(), "versions": versions()}
@@ -185,7 +185,7 @@ def schedule_of(args: Args, updates: int) -> Schedule:
     zero_at = max(1, round(args.vanish * updates))
     if args.schedule == "cosine":
         return gs.schedules.hold_then_vanish(hold=0, vanish=zero_at)
-    return gs.ClosedLoop(zero_at)
+    return gs.schedules.ClosedLoop(zero_at)
 
 
 def tell(aloud: bool, text: str) -> None:

@@ -31,15 +31,16 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis import stats
-from growshrink.analysis.angle import supernet_table
-from growshrink.analysis.rank import jsonable
+from growshrink.analysis._angle import supernet_table
+from growshrink.analysis._rank import jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import SCORES, Bench
 from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
-from growshrink.cycle.result import versions
-from growshrink.errors import AnalysisError, near
-from growshrink.limits import (
+from growshrink.base.environment import versions
+from growshrink.base.reading import load_weights
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import (
     Argument,
     BatchSize,
     Count,
@@ -53,12 +54,10 @@ from growshrink.limits import (
     Seed,
     Whole,
 )
-from growshrink.program import run_program
-from growshrink.reading import load_weights
-from growshrink.training import MemoryFeed
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import write_json
-from growshrink.training.options import Options
+from growshrink.cli.options import Options
+from growshrink.cli.program import run_program
+from growshrink.data.feed import MemoryFeed
+from growshrink.errors import AnalysisError, did_you_mean
 
 
 @dataclass(kw_only=True)
@@ -118,7 +117,7 @@ def main(args: Args) -> None:
     """Run it, or a part of it; errors of the user's are raised as GrowShrinkError."""
     for driver in args.drivers:
         if driver not in SCORES and driver != RANDOM:
-            raise AnalysisError(f"--drivers {driver}: no such score{near(driver, (*SCORES, RANDOM))}")
+            raise AnalysisError(f"--drivers {driver}: no such score{did_you_mean(driver, (*SCORES, RANDOM))}")
     if args.seeds < 1 or args.judged < 2 or not args.drivers:
         raise AnalysisError("needs at least 1 --seeds, 2 --judged, and one of --drivers.")
     plan = make_plan(args)
@@ -207,7 +206,7 @@ def shared(args: Args, seed: int) -> Options:
 
 def first_stage(
     args: Args, options: Options, results: Results, feed: MemoryFeed, plan: ShrinkPlan, seed: int
-) -> tuple[nn.Module, nn.Module, gs.WidthSpace]:
+) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace]:
     """The supernet of a seed before training and after the first stage, which all drivers share."""
     torch.manual_seed(seed)
     init, about = options.make_model(feed)

@@ -25,10 +25,10 @@ import tyro
 from torch import nn
 
 import growshrink as gs
+from growshrink.cli.limits import BranchName, NotNegative, OneOf, Ratio, Regex, Seed, Share
+from growshrink.cli.program import guarded, read_options
 from growshrink.errors import RunError
-from growshrink.grown import grown_modules
-from growshrink.limits import BranchName, Known, NotNegative, Ratio, Regex, Seed, Share
-from growshrink.program import guarded, read_options
+from growshrink.layers.grown import grown_modules
 from growshrink.supernet.passes import MODES
 
 
@@ -42,7 +42,7 @@ class Args:
     """Middle width of the widest net over the output channels."""
     where: Regex | None = None
     """Regular expression on module names; by default every convolution that can be grown exactly."""
-    mode: Annotated[str, Known("no such mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
+    mode: Annotated[str, OneOf("no such mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
     """How widths are sampled; see NetAugTask."""
     alpha: NotNegative | None = None
     """Weight of the augmented net's loss, averaged over updates."""

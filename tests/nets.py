@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from growshrink.compare import randomize_norms_
+from growshrink.proofs.probes import randomize_norms_
 
 
 class ConvNet(nn.Module):

@@ -18,14 +18,14 @@ import pytest
 import torch
 
 import growshrink as gs
+from fuzzing.damage import join_safetensors, split_safetensors
+from fuzzing.files import supernet_files
+from growshrink.base.reading import load_weights, read_json, read_tensors
+from growshrink.data.datasets import load_data
+from growshrink.data.formats import read_cifar_pickled, read_idx
 from growshrink.errors import DataError, RunError
-from growshrink.fuzzing.damage import join_safetensors, split_safetensors
-from growshrink.fuzzing.files import supernet_files
-from growshrink.reading import load_weights, read_json, read_tensors
+from growshrink.runs.checkpoints import load_checkpoint, save_checkpoint
 from growshrink.supernet import load_supernet
-from growshrink.training import load_data
-from growshrink.training.checkpoints import load_checkpoint, save_checkpoint
-from growshrink.training.formats import read_cifar_pickled, read_idx
 
 TOP = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("growshrink", "recipes", "tools") for path in (TOP / folder).rglob("*.py"))
@@ -129,7 +129,7 @@ def test_a_pickled_cifar_is_not_opened_unless_it_is_the_published_one(tmp_path):
 
 
 def test_model_kwargs_are_literals_only(tmp_path):
-    from growshrink.training.options import parse_kwargs
+    from growshrink.cli.options import parse_kwargs
 
     code = f"__import__('os').mkdir({str(tmp_path / 'executed')!r})"
     assert parse_kwargs((f"a={code}",)) == {"a": code}
@@ -157,7 +157,7 @@ def test_strings_of_a_plan_are_not_followed(tmp_path, monkeypatch, text):
         if key == "where":
             assert gs.CyclePlan.from_dict(plan).rounds[0].where == text
         else:
-            with pytest.raises(gs.GrowShrinkError, match="no such|must be"):
+            with pytest.raises(gs.errors.GrowShrinkError, match="no such|must be"):
                 gs.CyclePlan.from_dict(plan)
     assert os.listdir(tmp_path) == []
 
@@ -212,7 +212,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     began = time.perf_counter()
     try:
         eval(path.name.split(" ")[0])
-    except gs.GrowShrinkError as error:
+    except gs.errors.GrowShrinkError as error:
         assert str(error).count("\\n") == 0
         print(f"refused in {time.perf_counter() - began:.2f} s: {path.name}: {error}")
 """
@@ -239,7 +239,7 @@ LIES = [
     ("read_tensors(path)", "a head of 100 MB", (100_000_000).to_bytes(8, "little") + b"{" * 1000),
     ("load_supernet(path)", "a head of 2^63", (2**63 - 1).to_bytes(8, "little") + b"{}"),
     ("read_json(path)", "nested 10^5 deep", b"[" * 10**5),
-    ("gs.WidthSpace.from_json(path.read_text())", "objects nested 10^5 deep", b'{"a":' * 10**5),
+    ("gs.layers.WidthSpace.from_json(path.read_text())", "objects nested 10^5 deep", b'{"a":' * 10**5),
     ("read_idx(path,3)", "a huge idx", struct.pack(">IIII", 0x803, 2**31, 2**31, 255) + bytes(100)),
     ("read_json(Path('|dev|zero'.replace('|',chr(47))))", "a JSON file without end", b""),
 ]
@@ -281,7 +281,7 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path):
 
 
 def test_a_message_is_never_long():
-    assert len(str(gs.GrowShrinkError("x" * 10**6))) < 1100
-    with pytest.raises(gs.GrowShrinkError) as refused:
+    assert len(str(gs.errors.GrowShrinkError("x" * 10**6))) < 1100
+    with pytest.raises(gs.errors.GrowShrinkError) as refused:
         gs.CyclePlan.from_dict({"rounds": ["x" * 10**6]})
     assert len(str(refused.value)) < 1100

@@ -9,8 +9,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import growshrink as gs
+from growshrink.base.reading import clean_keys
 from growshrink.errors import FuseError
-from growshrink.reading import clean_keys
 from growshrink.supernet import load_supernet
 from nets import ConvNet, images, net, randomized, rel, train_a_bit
 

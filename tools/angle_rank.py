@@ -34,16 +34,16 @@ from torch import nn
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.analysis.angle import AngleTable, Floats, Index, supernet_table
+from growshrink.analysis._angle import AngleTable, Floats, Index, supernet_table
+from growshrink.analysis._rank import Ranking, jsonable
 from growshrink.analysis.plots import draw_angles
-from growshrink.analysis.rank import Ranking, jsonable
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
 from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
-from growshrink.cycle.result import versions
-from growshrink.errors import AnalysisError, near
-from growshrink.limits import (
+from growshrink.base.environment import versions
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import (
     Argument,
     BatchSize,
     Count,
@@ -51,19 +51,20 @@ from growshrink.limits import (
     Device,
     InFile,
     InFolder,
-    Known,
     ModelName,
     NotNegative,
+    OneOf,
     Positive,
     Seed,
 )
-from growshrink.program import run_program
+from growshrink.cli.options import Options, parse_kwargs
+from growshrink.cli.program import run_program
+from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.runs.folder import RunFolder
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.supernet.passes import MODES
-from growshrink.training import Feed, MemoryFeed, RunFolder, evaluate
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import write_json
-from growshrink.training.options import Options, parse_kwargs
+from growshrink.training import evaluate
 
 MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.
@@ -118,7 +119,7 @@ class Args:
     """Peak learning rate of SGD."""
     weight_decay: NotNegative = 5e-4
     """Of SGD; it moves angles too."""
-    mode: Annotated[str, Known("no such mode", tuple(MODES))] = "single"
+    mode: Annotated[str, OneOf("no such mode", tuple(MODES))] = "single"
     """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
@@ -138,7 +139,7 @@ def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     for name in (*args.also, args.sort):
         if name not in SCORES:
-            raise AnalysisError(f"{name}: no such score{near(name, SCORES)}")
+            raise AnalysisError(f"{name}: no such score{did_you_mean(name, SCORES)}")
     if (args.init is None) != (args.trained is None):
         raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
     if args.random_labels and args.init is not None:
@@ -230,7 +231,7 @@ def make_feed(args: Args) -> MemoryFeed:
 
 def train(
     args: Args, feed: Feed | None, folder: RunFolder
-) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
+) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """A supernet trained here; both of its states are left in the folder."""
     assert feed is not None
     options = shared(args)
@@ -269,7 +270,7 @@ def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module
     return net
 
 
-def load(args: Args) -> tuple[nn.Module, nn.Module, gs.WidthSpace, dict[str, Any]]:
+def load(args: Args) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """The two supernets, if they are one."""
     assert args.init is not None and args.trained is not None
     kwargs = parse_kwargs(args.model_kwargs)

@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.analysis.angle import AngleTable, supernet_table
+from growshrink.analysis._angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
+from growshrink.base.timing import machine, seconds_of
+from growshrink.cli.limits import Count, ModelName, Pixels, Positive
+from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError
-from growshrink.grown import grown_modules
-from growshrink.limits import Count, ModelName, Pixels, Positive
-from growshrink.program import run_program
-from growshrink.timing import machine, seconds_of
+from growshrink.layers.grown import grown_modules
 from paired import TimedArgs, load
 
 #: Targets: subnets a second, times the slow way, radians.

@@ -45,16 +45,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.compare import randomize_norms_
-from growshrink.cycle.result import versions
+from growshrink.base.environment import versions
+from growshrink.base.timing import Call, machine, seconds_of
+from growshrink.base.writing import write_json
+from growshrink.cli.limits import Positive
+from growshrink.cli.program import run_program
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
-from growshrink.limits import Positive
-from growshrink.program import run_program
-from growshrink.timing import Call, machine, seconds_of
-from growshrink.training import Batch, TrainBatches, TrainConfig, Trainer
-from growshrink.training.folder import write_json
+from growshrink.proofs.probes import randomize_norms_
+from growshrink.training import TrainConfig, Trainer
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import Bench, OneBatch, TimedArgs, channels_last, load, table
 
@@ -265,7 +266,7 @@ def measure_round(bench: Bench) -> None:
 
 def measure_activation(bench: Bench) -> None:
     """Why VanishingReLU reads lam on the CPU: the ways to write it without reading lose."""
-    act = gs.VanishingReLU(0.5)
+    act = gs.layers.VanishingReLU(0.5)
     x = torch.randn(bench.batch_size, 64, 32, 32).contiguous(memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn_like(x)
     forms: dict[str, Callable[[Tensor], Tensor]] = {

@@ -31,19 +31,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.compare import (
-    EXACT_FLOAT32,
-    EXACT_FLOAT64,
-    LEAST_EFFECT,
-    branch_effect,
-    random_images,
-    randomize_norms_,
-)
-from growshrink.dataflow import InputSize, trace
-from growshrink.errors import near
-from growshrink.grown import grown_modules
-from growshrink.limits import BranchName, Pixels, Positive, Ratio
-from growshrink.program import run_program
+from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.cli.limits import BranchName, Pixels, Positive, Ratio
+from growshrink.cli.program import run_program
+from growshrink.errors import did_you_mean
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs._compare import EXACT_FLOAT32, EXACT_FLOAT64, LEAST_EFFECT, branch_effect
+from growshrink.proofs.probes import random_images, randomize_norms_
 
 #: How the reasons begin that say a layer is nobody's to grow.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")
@@ -90,7 +84,9 @@ def main(args: Args) -> int:
     names = [name for pattern in args.models for name in timm.list_models(pattern)]
     for pattern in args.models:
         if not timm.list_models(pattern):
-            raise gs.GrowShrinkError(f"{pattern}: matches no model of timm{near(pattern, timm.list_models())}")
+            raise gs.errors.GrowShrinkError(
+                f"{pattern}: matches no model of timm{did_you_mean(pattern, timm.list_models())}"
+            )
     names.sort(key=num_params)  # small ones first: whoever stops early has seen the most nets
     groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
     print(
@@ -122,7 +118,7 @@ def cover_all(args: Args, groups: list[list[str]], results: dict[tuple[str, str]
             start = time.perf_counter()
             try:
                 results[name, branch] = result = cover(name, branch, size, args.ratio)
-            except gs.GrowError as error:
+            except gs.errors.GrowError as error:
                 others["without anything to grow"] += 1
                 bar.write(f"{name:32s} {branch:11s} {error}", file=sys.stdout)
                 continue
@@ -257,7 +253,7 @@ def size_for(name: str, side: int) -> InputSize | None:
     for size in ((cfg.input_size[0], side, side), cfg.input_size):
         try:
             trace(_empty(name), size)
-        except gs.GrowShrinkError:
+        except gs.errors.GrowShrinkError:
             continue
         return size
     return None

@@ -20,11 +20,11 @@ import torch
 import tyro
 
 import growshrink  # noqa: F401 - registers the models
+from growshrink.cli.limits import BatchSize, Count, ModelName, Multiplier, NotNegative, Pixels, Seed, Threads
+from growshrink.cli.program import run_program
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut
-from growshrink.errors import PlanError, near
-from growshrink.limits import BatchSize, Count, ModelName, Multiplier, NotNegative, Pixels, Seed, Threads
-from growshrink.program import run_program
+from growshrink.errors import PlanError, did_you_mean
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main(args: Args) -> int:
     """Print both tables; 1 if a prediction is too far off."""
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if args.model not in plain:
-        raise PlanError(f"{args.model}: not a plain ReduceNet{near(args.model, plain)}")
+        raise PlanError(f"{args.model}: not a plain ReduceNet{did_you_mean(args.model, plain)}")
     if min(args.longest, args.cuts, args.rounds, args.batch_size, args.image_size) < 1:
         raise PlanError("--longest, --cuts, --rounds, --batch-size and --image-size must be at least 1.")
     torch.set_num_threads(args.threads)

@@ -22,11 +22,11 @@ from torch import nn
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.compare import randomize_norms_
-from growshrink.errors import near
-from growshrink.grown import grown_modules
-from growshrink.limits import BranchName, Pixels
-from growshrink.program import run_program
+from growshrink.cli.limits import BranchName, Pixels
+from growshrink.cli.program import run_program
+from growshrink.errors import did_you_mean
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs.probes import randomize_norms_
 
 COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
 
@@ -49,7 +49,7 @@ def main(args: Args) -> int:
     names = args.models or [name for name in timm.list_models("reducenet*") if "_x" in name]
     for name in names:
         if not timm.is_model(name):
-            raise gs.GrowShrinkError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
+            raise gs.errors.GrowShrinkError(f"{name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
     print(f"{'model':24s} {'grown':>5s}" + "".join(f"{title:>10s}" for title in COLUMNS))
     num_wrong = 0
     for name in (bar := tqdm(names, unit="net", leave=False)):

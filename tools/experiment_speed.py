@@ -30,14 +30,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from growshrink.base.timing import Call, machine
+from growshrink.cli.limits import Count, Pixels, Positive
+from growshrink.cli.program import run_program
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import DataSet, Split
+from growshrink.data.feed import MemoryFeed
 from growshrink.evidence.stack import StackedFeed, stack_nets
-from growshrink.limits import Count, Pixels, Positive
-from growshrink.program import run_program
-from growshrink.schedules import constant
-from growshrink.timing import Call, machine
-from growshrink.training import Augment, Split, TrainConfig, Trainer
-from growshrink.training.data import DataSet
-from growshrink.training.feed import MemoryFeed
+from growshrink.schedules.functions import constant
+from growshrink.training import TrainConfig, Trainer
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import TimedArgs, channels_last, load
 

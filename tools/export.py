@@ -23,11 +23,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from growshrink.export import ExportOptions, export, read_source
-from growshrink.export.int8 import GRANULARITIES
-from growshrink.export.report import summary
-from growshrink.export.source import EXITS, Recipe, Source
-from growshrink.limits import (
+from growshrink.cli.limits import (
     Argument,
     BatchSize,
     BranchName,
@@ -44,10 +40,14 @@ from growshrink.limits import (
     Threads,
     Whole,
 )
-from growshrink.program import run_program
-from growshrink.training.data import DataSet, load_data
-from growshrink.training.folder import RunFolder
-from growshrink.training.options import parse_kwargs
+from growshrink.cli.options import parse_kwargs
+from growshrink.cli.program import run_program
+from growshrink.data.datasets import DataSet, load_data
+from growshrink.export import ExportOptions, export, read_source
+from growshrink.export.int8 import GRANULARITIES
+from growshrink.export.report import summary
+from growshrink.export.source import EXITS, Recipe, Source
+from growshrink.runs.folder import RunFolder
 
 
 @dataclass

@@ -5,7 +5,7 @@
     python tools/fuzz.py files --count 10000               every kind of file that is read, damaged in every way
     python tools/fuzz.py files --count 50 --commands       files given to the programs, as a user gives them
 
-A net is wrong if growing or fusing breaks a promise (see growshrink/fuzzing/architectures.py: equal outputs, equal
+A net is wrong if growing or fusing breaks a promise (see tests/fuzzing/architectures.py: equal outputs, equal
 keys, refusals whose reason is true, in float64 and against a convolution done by hand). A file is wrong if its reader
 does anything but read it or say in one line what it is about: another exception, more than 10 seconds, or more than
 256 MiB. Exit code 1 if anything was wrong.
@@ -23,16 +23,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import torch
 from tqdm import tqdm
 
-from growshrink.fuzzing.architectures import Outcome, check_architecture
-from growshrink.fuzzing.commands import check_command
-from growshrink.fuzzing.files import check_file
-from growshrink.limits import Count, Seed
-from growshrink.program import run_program
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from fuzzing.architectures import Outcome, check_architecture
+from fuzzing.commands import check_command
+from fuzzing.files import check_file
+from growshrink.cli.limits import Count, Seed
+from growshrink.cli.program import run_program
 
 
 @dataclass

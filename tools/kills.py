@@ -38,13 +38,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.cycle.result import PLAIN_FILE, versions
+from growshrink.base.environment import versions
+from growshrink.base.reading import read_json
+from growshrink.base.writing import PARTIAL, write_json
+from growshrink.cli.limits import Count, Positive, Seed
+from growshrink.cli.program import run_program
+from growshrink.cycle.result import PLAIN_FILE
 from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
-from growshrink.limits import Count, Positive, Seed
-from growshrink.program import run_program
-from growshrink.training.checkpoints import PARTIAL, find_checkpoints
-from growshrink.training.folder import MARKER, RunFolder, read_json, write_json
+from growshrink.runs.checkpoints import find_checkpoints
+from growshrink.runs.folder import MARKER, RunFolder
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.

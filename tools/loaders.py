@@ -11,8 +11,8 @@ from timm.data import ImageDataset, create_loader
 from timm.data.transforms import ToNumpy
 from torchvision import transforms
 
-from growshrink.training import Split
-from growshrink.training.batches import fill_colour
+from growshrink.data.batches import fill_colour
+from growshrink.data.datasets import Split
 from paired import Bench
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)

@@ -23,9 +23,9 @@ import torch
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.compare import training_macs
-from growshrink.errors import RunError, near
-from growshrink.limits import (
+from growshrink.base.reading import parse_json, read_bytes
+from growshrink.base.writing import json_line, write_atomic
+from growshrink.cli.limits import (
     BatchSize,
     Count,
     DataName,
@@ -37,15 +37,16 @@ from growshrink.limits import (
     Ratio,
     Seed,
 )
-from growshrink.program import run_program
-from growshrink.reading import parse_json, read_bytes
-from growshrink.schedules import cosine, rewarm
+from growshrink.cli.program import run_program
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import DataSet, load_data, pooled
+from growshrink.data.feed import MemoryFeed
+from growshrink.errors import RunError, did_you_mean
+from growshrink.proofs._profile import training_macs
+from growshrink.schedules.functions import cosine, rewarm
 from growshrink.supernet.cost import StepCost
-from growshrink.training import Augment, DataSet, MemoryFeed, TrainConfig, Trainer, load_data
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.data import pooled
-from growshrink.training.evaluate import evaluate
-from growshrink.training.folder import json_line
+from growshrink.training import TrainConfig, Trainer
+from growshrink.training._evaluate import evaluate
 
 #: Arguments of NetAugTask; a number is a plain net trained that many times as long.
 ARMS: dict[str, dict[str, Any] | float] = {
@@ -105,7 +106,7 @@ def main(args: Args) -> None:
     warnings.simplefilter("ignore")
     for arm in args.arms:
         if arm not in ARMS:
-            raise RunError(f"--arms {arm}: no such arm{near(arm, ARMS)}")
+            raise RunError(f"--arms {arm}: no such arm{did_you_mean(arm, ARMS)}")
     data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.errors import RunError, near
-from growshrink.limits import BatchSize, BranchName, Ratio
-from growshrink.program import run_program
-from growshrink.timing import Call, machine
+from growshrink.base.timing import Call, machine
+from growshrink.cli.limits import BatchSize, BranchName, Ratio
+from growshrink.cli.program import run_program
+from growshrink.errors import RunError, did_you_mean
 from paired import Bench, Row, TimedArgs, channels_last, load
 
 AT_MOST = 1.3
@@ -95,13 +95,15 @@ def parse(net: str) -> tuple[str, int]:
     """`MODEL@PIXELS`."""
     name, _, pixels = net.partition("@")
     if not timm.is_model(name):
-        raise RunError(f"--nets {net}: timm knows no model {name!r}{near(name, timm.list_models())}")
+        raise RunError(f"--nets {net}: timm knows no model {name!r}{did_you_mean(name, timm.list_models())}")
     if not (pixels.isdecimal() and int(pixels) > 0):
         raise RunError(f"--nets {net}: write MODEL@PIXELS, for example resnet18@64.")
     return name, int(pixels)
 
 
-def measure(bench: Bench, args: Args, name: str, pixels: int, branch: str) -> tuple[Row, Row, gs.CollapseReport]:
+def measure(
+    bench: Bench, args: Args, name: str, pixels: int, branch: str
+) -> tuple[Row, Row, gs.transforms.CollapseReport]:
     """The step of the grown net over that of the plain one, branch by branch and collapsed, and what was collapsed."""
     torch.manual_seed(0)
     size = (3, pixels, pixels)
@@ -123,7 +125,7 @@ def measure(bench: Bench, args: Args, name: str, pixels: int, branch: str) -> tu
     return (
         bench.compare(f"{what}, branch by branch / plain", update(grown, images, labels), step),
         bench.compare(f"{what}, merged / plain", update(collapsed, images, labels), step, at_most=target),
-        gs.collapse_report(collapsed),
+        gs.transforms.collapse_report(collapsed),
     )
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from growshrink.limits import Positive, Threads
-from growshrink.timing import Call, seconds_of
-from growshrink.training import Batch
+from growshrink.base.timing import Call, seconds_of
+from growshrink.cli.limits import Positive, Threads
+from growshrink.data.batches import Batch
 
 Values = Sequence[float]
 Images = tuple[int, int] | None

@@ -39,18 +39,19 @@ from torch import nn
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.analysis.angle import supernet_table
+from growshrink.analysis._angle import supernet_table
+from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA, ChannelSpace
 from growshrink.analysis.plots import draw_yield
 from growshrink.analysis.prune import Budget, Draws, SupernetSpace, draw_widths
-from growshrink.analysis.rank import jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import Bench
 from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_channels, plan_widths, summarise, text
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
-from growshrink.cycle.result import versions
-from growshrink.errors import AnalysisError, RunError, near
-from growshrink.limits import (
+from growshrink.base.environment import versions
+from growshrink.base.reading import load_weights
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import (
     Argument,
     BatchSize,
     Count,
@@ -66,13 +67,12 @@ from growshrink.limits import (
     SomeOrAll,
     Whole,
 )
-from growshrink.program import run_program
-from growshrink.reading import load_weights
+from growshrink.cli.options import Options
+from growshrink.cli.program import run_program
+from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.errors import AnalysisError, RunError, did_you_mean
 from growshrink.supernet import load_supernet, save_supernet
-from growshrink.training import Feed, MemoryFeed, evaluate
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import write_json
-from growshrink.training.options import Options
+from growshrink.training import evaluate
 
 SPACES = ("channels", "widths")
 
@@ -171,11 +171,13 @@ def main(args: Args) -> None:
 def check(args: Args) -> None:
     """AnalysisError for what no run could be made of."""
     if args.space not in SPACES:
-        raise AnalysisError(f"--space {args.space}: no such space{near(args.space, SPACES)}")
+        raise AnalysisError(f"--space {args.space}: no such space{did_you_mean(args.space, SPACES)}")
     for criterion in args.criteria or ():
         known = (*CRITERIA, RANDOM) if args.space == "channels" else PICKERS
         if criterion not in known:
-            raise AnalysisError(f"--criteria {criterion}: not one of --space {args.space}{near(criterion, known)}")
+            raise AnalysisError(
+                f"--criteria {criterion}: not one of --space {args.space}{did_you_mean(criterion, known)}"
+            )
     if args.alone and (args.space != "widths" or args.weights is not None and args.init is None):
         raise AnalysisError("--alone goes with --space widths, and with --weights needs --init.")
     if args.init is not None and (args.space != "widths" or args.weights is None):
@@ -280,7 +282,7 @@ def plain_net(args: Args, options: Options, results: Results, feed: Feed, number
 
 def supernet(
     args: Args, options: Options, results: Results, feed: Feed, number: int
-) -> tuple[nn.Module, nn.Module, gs.WidthSpace]:
+) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace]:
     """Supernet number `number`, before and after training."""
     if args.weights is not None:
         trained, space, _ = load_supernet(args.weights)

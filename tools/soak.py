@@ -28,11 +28,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.compare import randomize_norms_
+from growshrink.cli.limits import Count, ModelName, OutFile, Pixels, Positive, Seed
+from growshrink.cli.program import run_program
 from growshrink.errors import RunError
-from growshrink.grown import grown_modules
-from growshrink.limits import Count, ModelName, OutFile, Pixels, Positive, Seed
-from growshrink.program import run_program
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs.probes import randomize_norms_
 
 MOST_DRIFT = 1e-9
 #: What the rounds grow, in turn.

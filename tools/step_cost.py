@@ -18,12 +18,12 @@ import timm
 import torch
 
 import growshrink as gs
-from growshrink.compare import training_macs
-from growshrink.errors import RunError, near
-from growshrink.limits import BatchSize, Pixels, Ratio
-from growshrink.program import run_program
+from growshrink.base.timing import machine
+from growshrink.cli.limits import BatchSize, Pixels, Ratio
+from growshrink.cli.program import run_program
+from growshrink.errors import RunError, did_you_mean
+from growshrink.proofs._profile import training_macs
 from growshrink.supernet.cost import StepCost
-from growshrink.timing import machine
 from growshrink.training import TrainConfig, Trainer
 from paired import Bench, OneBatch, TimedArgs, channels_last, load
 
@@ -65,7 +65,7 @@ def main(args: Args) -> int:
         raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
     for name in args.models:
         if not timm.is_model(name):
-            raise RunError(f"--models {name}: timm knows no such model{near(name, timm.list_models())}")
+            raise RunError(f"--models {name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
     bench = args.bench()
     before, missed = load(), False
     print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")

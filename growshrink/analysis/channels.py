@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.analysis.angle import Floats, Index
+from growshrink.algebra.dataflow import InputSize
+from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
-from growshrink.compare import profile
-from growshrink.dataflow import InputSize
-from growshrink.errors import AnalysisError, near
+from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.proofs._profile import profile
 
 #: Importances of Torch-Pruning by the name they have here, with their arguments.
 CRITERIA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -117,7 +117,7 @@ class ChannelSpace:
             batch: Images and labels, for `taylor`.
         """
         if criterion not in CRITERIA:
-            raise AnalysisError(f"{criterion}: no such criterion{near(criterion, CRITERIA)}")
+            raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, CRITERIA)}")
         name, kwargs = CRITERIA[criterion]
         if criterion == "taylor":
             if batch is None:

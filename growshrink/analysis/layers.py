@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from growshrink.algebra.dataflow import InputSize
 from growshrink.branches import Branch
-from growshrink.dataflow import InputSize
 from growshrink.errors import AnalysisError
+from growshrink.layers.widths import Slots, active_width
 from growshrink.supernet.middle import axes
-from growshrink.widths import Slots, active_width
 
 State = Mapping[str, Tensor]
 """Tensors by name, e.g. a state_dict."""

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from growshrink.analysis.angle import AngleScores, Floats, angle_of, channel_sums
+from growshrink.analysis._angle import AngleScores, Floats, angle_of, channel_sums
 from growshrink.analysis.layers import Layer, Side, State, check_states
-from growshrink.errors import AnalysisError, near
+from growshrink.errors import AnalysisError, did_you_mean
 
 #: Subnets that are scored at a time.
 _CHUNK = 1024
@@ -43,7 +43,7 @@ def mask_scores(layers: Sequence[Layer], init: State, trained: State, masks: Map
     for layer in layers:
         for name in layer.variables:
             if name not in kept:
-                raise AnalysisError(f"{layer.name}: there is no mask of {name}{near(name, kept)}")
+                raise AnalysisError(f"{layer.name}: there is no mask of {name}{did_you_mean(name, kept)}")
         sums = channel_sums(layer, init, [trained])
         if layer.columns is not None and layer.columns.divisor > 1:
             sums = _spread(sums, layer.columns.divisor)

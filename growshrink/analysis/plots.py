@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from growshrink.analysis.angle import Floats
-from growshrink.training.checkpoints import save_picture
+from growshrink.analysis._angle import Floats
+from growshrink.base.writing import save_picture
 
 #: Points of a scatter plot; of more, as many are drawn at random.
 MOST_POINTS = 20_000

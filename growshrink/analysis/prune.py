@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from growshrink.analysis.angle import AngleTable, Floats, Index
+from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
-from growshrink.dataflow import InputSize, trace
-from growshrink.errors import AnalysisError, near
-from growshrink.training.seeding import generator
-from growshrink.widths import set_width
+from growshrink.base.seeding import generator
+from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.layers.widths import set_width
 
 #: Draws after which a budget counts as one that nothing meets.
 MOST_DRAWS = 4_000_000
@@ -229,7 +229,7 @@ def random_prune(
     """
     known = ("random", *CRITERIA)
     if criterion not in known:
-        raise AnalysisError(f"{criterion}: no such criterion{near(criterion, known)}")
+        raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
     space = ChannelSpace(model, trace(model, input_size).input_size, least=least, round_to=round_to)
     budget = Budget(macs, tolerance)
     if criterion != "random":

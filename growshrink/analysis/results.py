@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from growshrink.base.reading import parse_json, read_json
+from growshrink.base.writing import json_line, write_json
 from growshrink.errors import RunError
-from growshrink.reading import parse_json, read_json
-from growshrink.training.folder import LOCK, MARKER, check_same, json_line, write_json
+from growshrink.runs.folder import LOCK, MARKER, check_same
 
 FILE = "results.jsonl"
 #: Of the rest of a line, in the line.

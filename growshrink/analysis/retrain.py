@@ -19,9 +19,10 @@ from growshrink.analysis import stats
 from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
 from growshrink.analysis.prune import Budget, allocate, draw_widths, random_channels, width_of
 from growshrink.analysis.trained import num_updates
-from growshrink.compare import profile, training_macs
+from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError
-from growshrink.training import Feed, TrainConfig, Trainer, evaluate
+from growshrink.proofs._profile import profile, training_macs
+from growshrink.training import TrainConfig, Trainer, evaluate
 
 State = Mapping[str, Tensor]
 

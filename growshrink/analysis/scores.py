@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.activations import VanishingReLU
-from growshrink.analysis.angle import AngleScores, AngleTable, Floats, Index
-from growshrink.training import Feed, calibrate_bn, evaluate
-from growshrink.widths import Slots
+from growshrink.analysis._angle import AngleScores, AngleTable, Floats, Index
+from growshrink.data.feed import Feed
+from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.widths import Slots
+from growshrink.training import calibrate_bn, evaluate
 
 #: Images of the minibatch of the scores that need no training.
 BATCH = 128

@@ -19,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from growshrink.analysis.angle import AngleTable, Floats, supernet_table
+from growshrink.analysis._angle import AngleTable, Floats, supernet_table
 from growshrink.analysis.scores import SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
-from growshrink.errors import AnalysisError, PlanError, near
-from growshrink.training import Feed, TrainConfig
-from growshrink.widths import WidthSpace
+from growshrink.data.feed import Feed
+from growshrink.errors import AnalysisError, PlanError, did_you_mean
+from growshrink.layers.widths import WidthSpace
+from growshrink.training import TrainConfig
 
 RANDOM = "random"
 Choices = Mapping[str, tuple[int, ...]]
@@ -155,7 +156,7 @@ def shrink(
         AnalysisError: No such driver.
     """
     if driver not in SCORES and driver != RANDOM:
-        raise AnalysisError(f"{driver}: no such score to shrink by{near(driver, (*SCORES, RANDOM))}")
+        raise AnalysisError(f"{driver}: no such score to shrink by{did_you_mean(driver, (*SCORES, RANDOM))}")
     base = init
     choices: dict[str, tuple[int, ...]] = {name: tuple(values) for name, values in space.choices.items()}
     update = first = num_updates(feed, plan.first_epochs)

@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from growshrink.analysis import stats
-from growshrink.analysis.angle import Floats
+from growshrink.analysis._angle import Floats
 from growshrink.analysis.channels import ChannelSpace, best_channels
 from growshrink.analysis.prune import (
     Budget,
@@ -29,9 +29,9 @@ from growshrink.analysis.prune import (
     width_of,
 )
 from growshrink.analysis.scores import SCORES, Bench
+from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
 from growshrink.training import calibrate_bn, evaluate
-from growshrink.training.feed import ScoringBatches
 
 RANDOM = "random"
 #: What a subnet of a supernet may be picked by.

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from growshrink import schedules
-from growshrink.dataflow import InputSize
-from growshrink.grown import grown_modules
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.seeding import generator
+from growshrink.data.datasets import DataSet, Split
+from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.widths import WidthSpace, width_space
 from growshrink.supernet import NetAugTask
-from growshrink.training import DataSet, Feed, MemoryFeed, Split, TrainConfig, Trainer
-from growshrink.training.seeding import generator
+from growshrink.training import TrainConfig, Trainer
 from growshrink.transforms import grow
-from growshrink.widths import WidthSpace, width_space
 
 #: Ratio of the branches of a model that is not grown at birth.
 RATIO = 4.0

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from growshrink.analysis.angle import AngleTable, Floats, Index
+from growshrink.analysis._angle import AngleTable, Floats, Index
+from growshrink.base.reading import read_bytes
 from growshrink.errors import AnalysisError, RunError
-from growshrink.reading import read_bytes
 
 #: Bytes of a file of measured subnets at most.
 MOST = 64 << 20

@@ -1,7 +1,5 @@
 """The branches: what grow attaches to a convolution, from ReduceNet's own to those of the literature."""
 
-from growshrink.branches.base import Branch as Branch
-from growshrink.branches.base import middle_width as middle_width
 from growshrink.branches.bottleneck import Bottleneck as Bottleneck
 from growshrink.branches.bottleneck import Insert as Insert
 from growshrink.branches.bottleneck import Nest as Nest
@@ -20,4 +18,6 @@ from growshrink.branches.small import Vertical as Vertical
 from growshrink.branches.spec import PRESETS as PRESETS
 from growshrink.branches.spec import BranchSpec as BranchSpec
 from growshrink.branches.spec import check_ratio as check_ratio
-from growshrink.branches.spec import say_left_out as say_left_out
+from growshrink.branches.spec import format_skipped as format_skipped
+from growshrink.layers.branch import Branch as Branch
+from growshrink.layers.branch import middle_width as middle_width

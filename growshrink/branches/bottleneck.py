@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from growshrink.activations import VanishingReLU
-from growshrink.algebra import ConvMap, compose
-from growshrink.branches.base import Branch, middle_width
-from growshrink.grown import GrownConv2d, PureBottleneck, convmap_of, he_fan_out_
+from growshrink.algebra.convmap import ConvMap, compose
+from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.bottleneck import PureBottleneck, he_fan_out_
+from growshrink.layers.branch import Branch, middle_width
+from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.mapping import convmap_of
 
 
 class Bottleneck(Branch, kind="bottleneck"):

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.branches.base import Chain, middle_width
+from growshrink.branches.base import Chain
 from growshrink.branches.geometry import ONE_TAP, like, lopsided, padding_of
-from growshrink.grown_linear import TokenConv2d
+from growshrink.layers.branch import middle_width
+from growshrink.layers.grown_linear import TokenConv2d
 
 
 class PointwiseConv(Chain, kind="pointwise_conv"):

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.algebra import Pair
-from growshrink.grown import he_fan_out_
+from growshrink.algebra.convmap import Pair
+from growshrink.layers.bottleneck import he_fan_out_
 
 #: Options of `like` for a 1x1 that changes nothing but the channels.
 ONE_TAP: dict[str, Any] = {"kernel_size": (1, 1), "stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}

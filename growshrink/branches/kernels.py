@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra import ConvMap
-from growshrink.branches.base import Branch
+from growshrink.algebra.convmap import ConvMap
 from growshrink.branches.geometry import ONE_TAP, even_sides, like
+from growshrink.layers.branch import Branch
 
 
 class _Kernels(Branch, kind=""):

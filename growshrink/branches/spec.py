@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from growshrink.branches.base import Branch
-from growshrink.errors import GrowError, near
+from growshrink.errors import GrowError, did_you_mean
+from growshrink.layers.branch import Branch
 
 MOST_RATIO = 10_000
 #: Blocks of the literature that have several branches: preset -> kinds. A convolution gets those that fit it.
@@ -38,7 +38,7 @@ class BranchSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in Branch.kinds and self.kind not in PRESETS:
-            raise GrowError(f"branch={self.kind!r}: no such branch{near(self.kind, [*Branch.kinds, *PRESETS])}")
+            raise GrowError(f"branch={self.kind!r}: no such branch{did_you_mean(self.kind, [*Branch.kinds, *PRESETS])}")
         if self.ratio is not None:
             check_ratio(self.ratio)
 
@@ -51,7 +51,7 @@ class BranchSpec:
         """One spec for each kind that `conv` can carry; without any, an empty list and the reason."""
         reasons = {kind: Branch.kinds[kind].reason_against(conv) for kind in self.kinds}
         fitting = [replace(self, kind=kind) for kind in self.kinds if not reasons[kind]]
-        return fitting, "" if fitting else say_left_out(reasons)
+        return fitting, "" if fitting else format_skipped(reasons)
 
     def build(self, conv: nn.Conv2d, *, ratio: float, init: str, generator_seed: int) -> Branch:
         """A branch for `conv` on its device, in its dtype, memory format, mode and trainability.
@@ -78,7 +78,7 @@ class BranchSpec:
         return branch
 
 
-def say_left_out(reasons: Mapping[str, str]) -> str:
+def format_skipped(reasons: Mapping[str, str]) -> str:
     """Kinds of branches that do not fit a convolution, and why, in words."""
     return "; ".join(f"no {kind}: {reason}" for kind, reason in reasons.items())
 

@@ -9,17 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.ranks import this_rank
 from growshrink.cycle.plan import RoundPlan
 from growshrink.cycle.timeline import Segment, Timeline
-from growshrink.dataflow import InputSize
-from growshrink.schedules import Schedule
+from growshrink.layers.widths import Width, WidthSpace, set_width, width_space
+from growshrink.schedules.functions import Schedule
 from growshrink.supernet import NetAugTask, choose_width, default_candidates, save_supernet
 from growshrink.supernet.cost import StepCost
 from growshrink.supernet.passes import NUM_AUGMENTED, default_alpha
 from growshrink.training.calibrate import calibrate_bn
-from growshrink.training.ranks import this_rank
-from growshrink.training.trainer import Teacher, Trainer
-from growshrink.widths import Width, WidthSpace, set_width, width_space
+from growshrink.training.distil import Teacher
+from growshrink.training.trainer import Trainer
 
 #: Batches that batch norm statistics of a wider net are taken from.
 CALIBRATION_BATCHES = 20

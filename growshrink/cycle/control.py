@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from growshrink.closed_loop import ClosedLoop
 from growshrink.cycle.timeline import Timeline
+from growshrink.schedules.closed_loop import ClosedLoop
 
 #: Looks that a closed loop takes at the loss while lam falls, at least; every 10 updates at the most.
 LEAST_LOOKS = 20

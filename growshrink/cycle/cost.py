@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from growshrink.activations import set_lambda
-from growshrink.compare import profile, training_macs
+from growshrink.algebra.dataflow import InputSize
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.log import replay
 from growshrink.cycle.plan import CyclePlan, RoundPlan
 from growshrink.cycle.timeline import Timeline
-from growshrink.dataflow import InputSize
-from growshrink.grown import grown_modules
-from growshrink.training.feed import UpdateBatches
-from growshrink.training.trainer import Teacher, TrainConfig, Trainer
+from growshrink.data.feed import UpdateBatches
+from growshrink.layers.activations import set_lambda
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs._profile import profile, training_macs
+from growshrink.training.distil import Teacher
+from growshrink.training.trainer import TrainConfig, Trainer
 from growshrink.transforms import collapse_online, collapse_report, grow
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from growshrink.cycle.timeline import Segment
 from growshrink.errors import DivergedError
-from growshrink.training.checkpoints import find_checkpoints
+from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.training.trainer import Trainer
 
 #: What to try, by phase.

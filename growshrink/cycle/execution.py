@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.compare import profile, training_macs
+from growshrink.base.environment import versions
+from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.base.reading import reason
 from growshrink.cycle.augmented import Augmentation, Augmentations, save_net
 from growshrink.cycle.control import LamControl
 from growshrink.cycle.divergence import check_finite
@@ -22,31 +24,22 @@ from growshrink.cycle.journal import Journal
 from growshrink.cycle.log import check_log, replay, shapes_of
 from growshrink.cycle.plan import RoundPlan
 from growshrink.cycle.records import round_record
-from growshrink.cycle.result import CycleResult, save_plain, versions
+from growshrink.cycle.result import CycleResult, save_plain
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.state import (
-    RunState,
-    load_values,
-    newest_run,
-    save_run,
-    set_values,
-    snapshot,
-    undo,
-)
+from growshrink.cycle.state import RunState, load_values, newest_run, save_run, set_values, snapshot, undo
 from growshrink.cycle.surgery import collapse_net, fuse_nets, gradients, grow_nets, retention
 from growshrink.cycle.teaching import Teaching
 from growshrink.cycle.timeline import Segment, Timeline
+from growshrink.data.feed import Feed
 from growshrink.errors import RunError
-from growshrink.grown import grown_modules
-from growshrink.online import expand_online
-from growshrink.reading import reason
-from growshrink.training.evaluate import Score, evaluate
-from growshrink.training.feed import Feed
-from growshrink.training.folder import RunFolder
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.online import expand_online
+from growshrink.layers.widths import set_width, width_space
+from growshrink.proofs._profile import profile, training_macs
+from growshrink.runs.folder import RunFolder
+from growshrink.training._evaluate import Score, evaluate
 from growshrink.training.listening import ListeningTrainer
-from growshrink.training.ranks import by_first, num_ranks, same_nets_, this_rank
 from growshrink.training.trainer import TrainConfig, Trainer
-from growshrink.widths import set_width, width_space
 
 
 class Execution:
@@ -110,10 +103,10 @@ class Execution:
             if self.folder.fresh:
                 self.folder.write_marker("running", record)
             else:
-                by_first(lambda: self.folder.check_same(self.identity))
+                run_on_rank0(lambda: self.folder.check_same(self.identity))
                 first = self._restore()
             if not self.trainer.update:
-                same_nets_(self.trainer.nets)
+                broadcast_nets_(self.trainer.nets)
                 if this_rank():  # a dropout of its own
                     torch.manual_seed(torch.initial_seed() + this_rank())
             for index, segment in enumerate(self.timeline.segments):
@@ -170,32 +163,32 @@ class Execution:
         plan = self.plan.rounds[segment.round - 1]
         if plan.online and segment.phase in (("hold",) if plan.linear else ("hold", "settle")):
             if entry := collapse_net(self.trainer, self.lam(segment.start)):
-                same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
+                broadcast_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
                 self._log("collapse", segment, **entry)
 
     def _grow(self, segment: Segment) -> None:
         plan = self.plan.rounds[segment.round - 1]
         before = self._score()
-        born_grown = bool(grown_modules(self.trainer.model))
+        built_grown = bool(grown_modules(self.trainer.model))
         if plan.distil == "previous":
             self._appoint(self.trainer.best)
         seed = self.plan.seed + 1000 * segment.round
         entry: dict[str, Any] = {"branches": [], "names": [], "seed": seed}
         if plan.accept_within is not None or plan.exit == "teach":
             self.before = snapshot(self.trainer)
-        if not born_grown:
+        if not built_grown:
             entry = grow_nets(self.trainer, plan, seed, self.size)
-        same_nets_(self.trainer.nets)
+        broadcast_nets_(self.trainer.nets)
         self._log("grow", segment, **entry, shapes=shapes_of(self.trainer.model))
         if plan.augment != "none":
             self._save_supernet("init", segment)
-        record = round_record(plan, self.trainer.model, self.initial, self.size, born_grown=born_grown)
+        record = round_record(plan, self.trainer.model, self.initial, self.size, built_grown=built_grown)
         self.state.rounds.append(
             {
                 "number": segment.round,
                 **record,
                 "tail_share": self.timeline.tail_share(segment.round),
-                "top1": {"before": None if born_grown else before.top1},
+                "top1": {"before": None if built_grown else before.top1},
                 "training_macs_start": self.state.macs_spent,
             }
         )
@@ -208,7 +201,7 @@ class Execution:
         augmentation = self._augmentation_of(segment)
         if segment.phase == "hold":
             peak = augmentation.full_net(self.trainer) if augmentation else self.trainer.best
-            same_nets_([peak])
+            broadcast_nets_([peak])
             record["top1"]["peak"] = self._score(peak).top1
             if not augmentation:
                 record["gradients_at_peak"] = gradients(self.trainer)
@@ -251,7 +244,7 @@ class Execution:
         elif plan.exit == "drop":
             for net in self.trainer.nets:
                 set_width(net, width_space(net).base)
-        same_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
+        broadcast_nets_(self.trainer.nets)  # statistics were taken anew on images of each rank's own
         merged = fuse_nets(self.trainer, self._top1, self.size)
         top1.update(merged.pop("top1"))
         self._log("fuse", segment, max_rel=merged["max_rel"], effect=merged["effect"])
@@ -293,7 +286,7 @@ class Execution:
         return self._score(model).top1
 
     def _score(self, model: nn.Module | None = None) -> Score:
-        return by_first(lambda: evaluate(model or self.trainer.best, self.feed.val))
+        return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val))
 
     def _macs(self, segment: Segment, start: int, stop: int) -> int:
         """Of an image in each of these updates: forward and backward of the graph that runs now, teacher's forward."""
@@ -408,7 +401,7 @@ class Execution:
             growth_log=self.state.log,
             timeline=self.timeline,
             val=asdict(self._score()),
-            final=asdict(by_first(lambda: evaluate(best, self.feed.test))),
+            final=asdict(run_on_rank0(lambda: evaluate(best, self.feed.test))),
             plain=asdict(profile(plain, self.size)),
             deployed=asdict(profile(best, self.size)),
             training_macs=self.state.macs_spent,

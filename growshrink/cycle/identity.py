@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from growshrink.base.ranks import num_ranks
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.feed import Feed
 from growshrink.errors import RunError
-from growshrink.training.feed import Feed
-from growshrink.training.folder import difference
-from growshrink.training.ranks import num_ranks
+from growshrink.runs.folder import difference
 from growshrink.training.trainer import TrainConfig
 
 

@@ -9,11 +9,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from growshrink.base.ranks import this_rank
+from growshrink.base.writing import json_line, write_atomic
 from growshrink.cycle.timeline import Segment
 from growshrink.errors import RunError
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import json_line
-from growshrink.training.ranks import this_rank
 
 
 class Journal:

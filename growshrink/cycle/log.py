@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.activations import set_lambda
+from growshrink.algebra.dataflow import InputSize
 from growshrink.branches import BranchSpec
 from growshrink.cycle.plan import CyclePlan
-from growshrink.dataflow import InputSize
 from growshrink.errors import RunError
-from growshrink.grown import grown_modules
+from growshrink.layers.activations import set_lambda
+from growshrink.layers.grown import grown_modules
 from growshrink.transforms import collapse_online, fuse, grow
 
 Entry = Mapping[str, Any]

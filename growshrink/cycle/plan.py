@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from growshrink.branches import BranchSpec, check_ratio
-from growshrink.errors import GrowError, PlanError, near
+from growshrink.errors import GrowError, PlanError, did_you_mean
 from growshrink.supernet.passes import MODES
 
 CONTROLS = ("schedule", "closed_loop")
@@ -111,7 +111,7 @@ class RoundPlan:
         if self.online and self.augment != "none":
             raise PlanError("online=True: branches with sampled widths (augment) are not merged in training.")
         if self.control not in CONTROLS:
-            raise PlanError(f"control={self.control!r}: no such control{near(str(self.control), CONTROLS)}")
+            raise PlanError(f"control={self.control!r}: no such control{did_you_mean(str(self.control), CONTROLS)}")
         if self.control == "closed_loop" and not self.vanish:
             raise PlanError("control='closed_loop': times the vanishing of activations, and vanish is 0.")
         if self.control == "closed_loop" and self.augment != "none":
@@ -127,7 +127,7 @@ class RoundPlan:
                 f"hold + vanish = {self.hold + self.vanish:g}: at most {MOST_ALIVE}, the rest of a round is linear."
             )
         if self.distil not in DISTIL:
-            raise PlanError(f"distil={self.distil!r}: no such teacher{near(str(self.distil), DISTIL)}")
+            raise PlanError(f"distil={self.distil!r}: no such teacher{did_you_mean(str(self.distil), DISTIL)}")
         for name in ("distil_weight", "distil_asked"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise PlanError(f"{name}={getattr(self, name)!r}: must lie in (0, 1].")
@@ -142,7 +142,9 @@ class RoundPlan:
 
     def _check_augment(self) -> None:
         if self.augment not in ("none", *MODES):
-            raise PlanError(f"augment={self.augment!r}: no such mode{near(str(self.augment), ('none', *MODES))}")
+            raise PlanError(
+                f"augment={self.augment!r}: no such mode{did_you_mean(str(self.augment), ('none', *MODES))}"
+            )
         for name in ("alpha", "inplace_distil"):
             if getattr(self, name) is not None:
                 _check_numbers(self, name)
@@ -154,11 +156,11 @@ class RoundPlan:
 
     def _check_exit(self) -> None:
         if self.init not in INITS:
-            raise PlanError(f"init={self.init!r}: no such start{near(str(self.init), INITS)}")
+            raise PlanError(f"init={self.init!r}: no such start{did_you_mean(str(self.init), INITS)}")
         if self.linear and self.control == "closed_loop":
             raise PlanError("linear=True: there is no activation whose end a control='closed_loop' could time.")
         if self.exit not in EXITS:
-            raise PlanError(f"exit={self.exit!r}: no such exit{near(str(self.exit), EXITS)}")
+            raise PlanError(f"exit={self.exit!r}: no such exit{did_you_mean(str(self.exit), EXITS)}")
         if self.exit == "choose" and self.augment == "none":
             raise PlanError("exit='choose': only a round with sampled widths (augment) has it.")
         if self.exit == "teach" and (self.vanish or self.settle or self.distil != "peak" or self.augment != "none"):
@@ -234,7 +236,7 @@ def _known(cls: type, values: Any, what: str) -> dict[str, Any]:
     names = [field.name for field in fields(cls)]
     for key in values:
         if key not in names:
-            raise PlanError(f"{what}: {key!r} is not an option of {cls.__name__}{near(str(key), names)}")
+            raise PlanError(f"{what}: {key!r} is not an option of {cls.__name__}{did_you_mean(str(key), names)}")
     return dict(values)
 
 

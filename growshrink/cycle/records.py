@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.compare import profile, training_macs
+from growshrink.algebra.dataflow import InputSize
 from growshrink.cycle.log import replay
 from growshrink.cycle.plan import RoundPlan
-from growshrink.dataflow import InputSize
-from growshrink.grown import grown_modules
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs._profile import profile, training_macs
 from growshrink.transforms import growth_report
 
 
 def round_record(
-    plan: RoundPlan, grown: nn.Module, initial: nn.Module, input_size: InputSize, *, born_grown: bool
+    plan: RoundPlan, grown: nn.Module, initial: nn.Module, input_size: InputSize, *, built_grown: bool
 ) -> dict[str, Any]:
     """Sizes and costs, for report.json.
 
@@ -24,12 +24,12 @@ def round_record(
         grown: With its branches.
         initial: The net the run began with.
         input_size: `(C, H, W)`.
-        born_grown: It had its branches before.
+        built_grown: It had its branches before.
     """
     plain = replay(initial, [{"op": "fuse"}], input_size)
-    before, after = profile(grown if born_grown else plain, input_size), profile(grown, input_size)
+    before, after = profile(grown if built_grown else plain, input_size), profile(grown, input_size)
     return {
-        "branch": ["born grown"] if born_grown else list(plan.branch),
+        "branch": ["born grown"] if built_grown else list(plan.branch),
         "ratio": plan.ratio,
         "augment": plan.augment,
         "distil": plan.distil,

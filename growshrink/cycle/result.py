@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
-from growshrink.compare import assert_equivalent
+from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.feed import Feed
 from growshrink.errors import EquivalenceError, RunError
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.feed import Feed
-from growshrink.training.folder import write_json
+from growshrink.proofs._compare import assert_equivalent
 
 PLAIN_FILE = "plain.safetensors"
 
@@ -119,19 +116,6 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
     except (RuntimeError, EquivalenceError) as error:
         raise RunError(f"{path}: the net read back is not the one that was trained: {error}") from error
     assert all(torch.equal(read[key], value) for key, value in state.items()), path
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
-    for package in ("growshrink", "torch", "timm", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 _COLUMNS = (

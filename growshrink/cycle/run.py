@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.arguments import check_model
+from growshrink.base.ranks import num_ranks, this_rank
 from growshrink.cycle.execution import Execution
 from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.result import CycleResult
 from growshrink.cycle.saving import Saving
 from growshrink.cycle.surgery import check_rounds
 from growshrink.cycle.timeline import Timeline
-from growshrink.errors import PlanError, RunError
-from growshrink.grown import grown_modules
-from growshrink.training.batches import Augment
-from growshrink.training.data import DataSet
-from growshrink.training.feed import Feed, MemoryFeed, check_model_fits
-from growshrink.training.folder import RunFolder, claim_together
-from growshrink.training.ranks import num_ranks, this_rank
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import DataSet
+from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
+from growshrink.errors import PlanError, RunError, check_model
+from growshrink.layers.grown import grown_modules
+from growshrink.runs.folder import RunFolder, claim_together
 from growshrink.training.trainer import TrainConfig
 
 
@@ -47,10 +46,11 @@ def run_cycle(
 ) -> CycleResult:
     """Train `model` through rounds of grow -> train -> vanish -> fuse -> train.
 
-    On several ranks (see `growshrink.training.ranks`) every one is to call this with the same arguments, a feed
+    On several ranks (see `growshrink.base.ranks`) every one is to call this with the same arguments, a feed
     excepted, which holds the rank's share. Rank 0 writes, into a folder that all of them can read.
 
-    Where a program handles signals (`growshrink.program`), the first SIGTERM or Ctrl-C finishes the update and saves.
+    Where a program handles signals (`growshrink.cli.program`), the first SIGTERM or Ctrl-C finishes the update and
+    saves.
 
     Args:
         model: A plain timm model (or one grown at birth, which the first round then does not grow). Not modified.
@@ -94,7 +94,7 @@ def run_cycle(
         about["augment"] = asdict(augment)
     else:
         feed = data
-    timeline = Timeline(plan, feed.train.updates_per_epoch, born_grown=bool(grown_modules(model)))
+    timeline = Timeline(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
     assert timeline.total > 0  # a plan that does not fit the data fails here, before anything is written
     check_model_fits(model, feed)
     check_rounds(model, plan, feed.input_size)

@@ -8,8 +8,8 @@ from types import TracebackType
 
 import torch
 
-from growshrink.stopping import Stopped, finishing
-from growshrink.training.ranks import any_rank, num_ranks
+from growshrink.base.ranks import any_rank, num_ranks
+from growshrink.base.stopping import Stopped, finishing
 
 #: Updates between two questions whether some rank was asked to stop, where asking means to wait for the device.
 _PATIENCE = 10

@@ -10,15 +10,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from growshrink.base.ranks import all_gather, this_rank
 from growshrink.errors import RunError
-from growshrink.training.checkpoints import (
+from growshrink.runs.checkpoints import (
     find_checkpoints,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
 )
-from growshrink.training.ranks import of_all, this_rank
 from growshrink.training.trainer import Trainer
 
 
@@ -43,7 +43,7 @@ def values_of(trainer: Trainer) -> dict[str, Any]:
     values: dict[str, Any] = {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer_state(),
-        "random": of_all(random_state()),
+        "random": all_gather(random_state()),
     }
     if trainer.ema is not None:
         values["ema"] = trainer.ema.state_dict()

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.activations import set_lambda
-from growshrink.compare import EXACT_FLOAT64, branch_effect, compare, verify
+from growshrink.algebra.dataflow import InputSize
 from growshrink.cycle.log import apply_grow, replay, shapes_of
 from growshrink.cycle.plan import CyclePlan, RoundPlan
-from growshrink.dataflow import InputSize
 from growshrink.errors import PlanError, RunError
-from growshrink.grown import Grown, grown_modules
+from growshrink.layers.activations import set_lambda
+from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.widths import get_width
+from growshrink.proofs._compare import EXACT_FLOAT64, branch_effect, compare, verify
 from growshrink.supernet import NetAugTask
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
-from growshrink.widths import get_width
 
 #: For the statistics of norms that are then frozen.
 CALIBRATION_BATCHES = 20
@@ -146,19 +146,19 @@ def _meaning_changes(model: nn.Module) -> set[str]:
 
 def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
     """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
-    born_grown = bool(grown_modules(model))
-    if born_grown and not plan.rounds:
+    built_grown = bool(grown_modules(model))
+    if built_grown and not plan.rounds:
         raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
-    if born_grown and plan.rounds[0].exit == "drop":
+    if built_grown and plan.rounds[0].exit == "drop":
         raise PlanError(
             "exit='drop' in round 1: a net that is grown at birth has no kernels that would remain; choose."
         )
-    if born_grown and any(entry.exit == "teach" for entry in plan.rounds):
+    if built_grown and any(entry.exit == "teach" for entry in plan.rounds):
         raise PlanError("exit='teach': a net that is grown at birth has no plain net of its own that could start anew.")
-    if born_grown and plan.rounds[0].accept_within is not None:
+    if built_grown and plan.rounds[0].accept_within is not None:
         raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
     plain = replay(model, [{"op": "fuse"}], input_size)
-    for entry in plan.rounds[1:] if born_grown else plan.rounds:
+    for entry in plan.rounds[1:] if built_grown else plan.rounds:
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
         if entry.augment != "none":
             NetAugTask(grown, mode=entry.augment, verbose=False, input_size=input_size)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from growshrink.compare import profile
+from growshrink.algebra.dataflow import InputSize
 from growshrink.cycle.timeline import Segment, Timeline
-from growshrink.dataflow import InputSize
-from growshrink.online import expand_online
+from growshrink.layers.online import expand_online
+from growshrink.proofs._profile import profile
 from growshrink.training.distil import Teacher
 
 

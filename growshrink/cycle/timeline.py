@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 from growshrink.cycle.plan import SLACK, CyclePlan
 from growshrink.errors import PlanError
-from growshrink.schedules import Schedule, constant, cosine, hold_then_vanish, join, rewarm
+from growshrink.schedules.functions import Schedule, constant, cosine, hold_then_vanish, join, rewarm
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
@@ -44,12 +44,12 @@ class Timeline:
     Attributes:
         plan: The plan.
         updates_per_epoch: Of the data.
-        born_grown: The net is grown before the first round already; its activations are then alive in the base.
+        built_grown: The net is grown before the first round already; its activations are then alive in the base.
     """
 
     plan: CyclePlan
     updates_per_epoch: int
-    born_grown: bool = False
+    built_grown: bool = False
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -127,7 +127,7 @@ class Timeline:
 
         def schedule(update: int) -> float:
             number = self.segment_at(update).round
-            return rounds[number](update - begins[number]) if number else float(self.born_grown)
+            return rounds[number](update - begins[number]) if number else float(self.built_grown)
 
         return schedule
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from growshrink.compare import EXACT_FLOAT64, random_images
-from growshrink.dataflow import InputSize, trace
+from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.proofs._compare import EXACT_FLOAT64
+from growshrink.proofs.probes import random_images
 
 #: A net is probed with values of the size it was given, and if that shows nothing with values so much larger: a bias
 #: that keeps an activation on one side, or its own bounds, are then left behind.

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from growshrink.activations import set_lambda
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
 from growshrink.depth.latency import Latencies, measure_cuts
 from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
 from growshrink.errors import PlanError
+from growshrink.layers.activations import set_lambda
 from growshrink.training.calibrate import calibrate_bn
 
 #: Latencies closer than this share of the net's are taken for equal while searching.

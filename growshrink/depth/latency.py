@@ -16,24 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growshrink.activations import set_lambda
-from growshrink.compare import random_images
-from growshrink.dataflow import InputSize
-from growshrink.depth.segments import (
-    Cut,
-    Segment,
-    all_segments,
-    cut_at,
-    merge_cut,
-    random_cut,
-    stages_of,
-    vanish_cut,
-)
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.reading import read_json
+from growshrink.base.timing import interleaved_timings, machine
+from growshrink.base.writing import write_atomic
+from growshrink.data.datasets import CACHE
+from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, merge_cut, random_cut, stages_of, vanish_cut
 from growshrink.errors import RunError
-from growshrink.reading import read_json
-from growshrink.timing import in_turns, machine
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.data import CACHE
+from growshrink.layers.activations import set_lambda
+from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
 
 #: Whole cuts that are timed beside the nets with one segment merged.
@@ -77,8 +68,8 @@ def measure_latencies(
     in the cache, a large kernel looks up to 15 % faster than it is. An error in the net's own time would be in every
     change, and so count once per segment in a sum, and changes do not quite add up; so some cuts of the whole net are
     timed too, and the changes are those that fit all these times best (least squares). All nets take turns in one
-    session (see `timing.in_turns`). What has been measured on this hardware, with this version of torch, for a net of
-    this shape comes from the disk; delete the file to measure anew.
+    session (see `interleaved_timings`). What has been measured on this hardware, with this version of torch,
+    for a net of this shape comes from the disk; delete the file to measure again.
 
     Args:
         model: A plain ReduceNet; its weights do not matter.
@@ -161,7 +152,7 @@ def measure_cuts(
         set_lambda(vanished, 0.0)
         calls[str(number)] = _call(merge_cut(vanished, cut, input_size=input_size), images)
     own_thread = like.device.type == "cpu" and torch.get_num_threads() == 1
-    times = in_turns(calls, rounds=rounds, own_thread=own_thread, progress=progress)
+    times = interleaved_timings(calls, rounds=rounds, own_thread=own_thread, progress=progress)
     return times["net"], [times[str(number)] for number in range(len(cuts))]
 
 

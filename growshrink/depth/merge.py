@@ -12,17 +12,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from growshrink.activations import VanishingReLU
-from growshrink.algebra import ConvMap
-from growshrink.compare import profile
-from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
-from growshrink.errors import AlgebraError, FuseError, MergeError, near
+from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.errors import AlgebraError, FuseError, MergeError, did_you_mean
+from growshrink.layers.activations import VanishingReLU
+from growshrink.proofs._profile import profile
 from growshrink.transforms import fold
 from growshrink.transforms._fuse import check_unchanged, replace_module
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | Iterable[Sequence[str]] | None
 
-DEARER = ("refuse", "warn", "allow")
+IF_COSTLIER = ("refuse", "warn", "allow")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def merge_runs(
     model: nn.Module,
     where: Where = None,
     *,
-    dearer: str = "refuse",
+    if_costlier: str = "refuse",
     inplace: bool = False,
     input_size: InputSize | None = None,
 ) -> nn.Module:
@@ -85,15 +85,15 @@ def merge_runs(
     borders, or not done: behind a convolution, another one that pads can only be merged if what it pads with is what
     the first would give there. Build the net with all padding in front (`pad="front"` of a ReduceNet), or end the run.
 
-    Merging can make a net dearer: two 3x3 of equal width cost 18 multiplications where the 5x5 costs 25. Whether it is
-    faster nevertheless is a question for the clock (`growshrink.depth.knob`).
+    Merging can increase the cost of a net: two 3x3 of equal width cost 18 multiplications where the 5x5
+    costs 25. Whether it is faster nevertheless has to be measured (`growshrink.depth.knob`).
 
     Args:
         model: A plain net (fuse a grown one first).
         where: Which convolutions may take part: None (all), a regular expression on dotted names, a callable (name,
             module) -> bool, a list of names, each of which then has to become part of a run, or a list of runs, each a
             list of names in order.
-        dearer: About runs that cost more MACs merged. "refuse": what is asked for by name is an error, elsewhere
+        if_costlier: About runs that cost more MACs merged. "refuse": what is asked for by name is an error, elsewhere
             the cheapest way to cut is taken; "warn": merged, with a warning; "allow": merged.
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)` for the data flow, the MACs and the final check; None takes the model's own.
@@ -103,17 +103,17 @@ def merge_runs(
         its MACs.
 
     Raises:
-        MergeError: Nothing, or not what was named, can be merged exactly, or it would be dearer. The model is as it
+        MergeError: Nothing, or not what was named, can be merged exactly, or it would cost more. The model is as it
             was.
         FuseError: The net is grown, or cannot be folded.
     """
-    plan, _, size = _plan(model, where, dearer, input_size)
+    plan, _, size = _plan(model, where, if_costlier, input_size)
     if not plan.runs:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.ends.items())[:3])
         raise MergeError(f"there are no two convolutions to merge: {reasons or 'none follows another'}.")
     costly = [run for run in plan.runs if run.macs_after > run.macs_before]
-    if costly and dearer == "warn":
-        warnings.warn(f"merging makes {_priced(costly)} dearer", stacklevel=2)
+    if costly and if_costlier == "warn":
+        warnings.warn(f"merging increases the cost of {_priced(costly)}", stacklevel=2)
     commit = partial(_commit, runs=plan.runs, input_size=size)
     model = model if inplace else copy.deepcopy(model)
     try:
@@ -125,10 +125,10 @@ def merge_runs(
 
 
 def merge_report(
-    model: nn.Module, where: Where = None, *, dearer: str = "refuse", input_size: InputSize | None = None
+    model: nn.Module, where: Where = None, *, if_costlier: str = "refuse", input_size: InputSize | None = None
 ) -> MergeReport:
     """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after."""
-    plan, folded, size = _plan(model, where, dearer, input_size)
+    plan, folded, size = _plan(model, where, if_costlier, input_size)
     _merge(folded, plan.runs)
     return MergeReport(plan.runs, plan.ends, profile(model, size).macs, profile(folded, size).macs)
 
@@ -140,11 +140,11 @@ class _Plan:
 
 
 def _plan(
-    model: nn.Module, where: Where, dearer: str, input_size: InputSize | None
+    model: nn.Module, where: Where, if_costlier: str, input_size: InputSize | None
 ) -> tuple[_Plan, nn.Module, InputSize]:
     """What to merge, the folded copy it was found out on, and the size of its input."""
-    if dearer not in DEARER:
-        raise MergeError(f"dearer={dearer!r}: no such choice{near(dearer, DEARER)}")
+    if if_costlier not in IF_COSTLIER:
+        raise MergeError(f"if_costlier={if_costlier!r}: no such choice{did_you_mean(if_costlier, IF_COSTLIER)}")
     folded = copy.deepcopy(model)
     _prepare(folded, input_size)
     flow = trace(folded, input_size)
@@ -156,7 +156,7 @@ def _plan(
     else:
         runs = []
         for chain in _selected(folded, chains, where, named):
-            found, reasons = _cut(folded, flow, chain, cheapest=dearer == "refuse" and named is None)
+            found, reasons = _cut(folded, flow, chain, cheapest=if_costlier == "refuse" and named is None)
             runs += found
             ends.update(reasons)
         if named is not None and (left := named - {name for run in runs for name in run.names}):
@@ -165,9 +165,10 @@ def _plan(
                 f"{name} cannot be merged with what is before or behind it: {ends.get(name, 'see where')}."
             )
     costly = [run for run in runs if run.macs_after > run.macs_before]
-    if costly and dearer == "refuse":
+    if costly and if_costlier == "refuse":
         raise MergeError(
-            f"merging would make {_priced(costly)} dearer. Pass dearer='warn' or 'allow' if the clock says otherwise."
+            f"merging would increase the cost of {_priced(costly)}. "
+            "Pass if_costlier='warn' or 'allow' if latency says otherwise."
         )
     return _Plan(tuple(runs), ends), folded, flow.input_size
 
@@ -233,7 +234,7 @@ def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[
     convs = {name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     for name in names:
         if name not in convs:
-            raise MergeError(f"{name!r} is no convolution of this net{near(name, convs)}")
+            raise MergeError(f"{name!r} is no convolution of this net{did_you_mean(name, convs)}")
     if len(set(names)) < len(names):
         raise MergeError(f"where names {max(names, key=names.count)} more than once.")
     if short := [run for run in exact if len(run) < 2]:

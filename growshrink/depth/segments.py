@@ -10,11 +10,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import nn
 
-from growshrink.activations import VanishingReLU
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
 from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
-from growshrink.grown import grown_modules
+from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.grown import grown_modules
 from growshrink.models.block import Block, front_padding
 from growshrink.models.reducenet import ReduceNet
 from growshrink.transforms import fold
@@ -126,7 +126,7 @@ def merge_cut(model: nn.Module, cut: Sequence[Segment], *, input_size: InputSize
     ]
     if not names:
         return fold(model, input_size=input_size)
-    return merge_runs(model, names, dearer="allow", input_size=input_size)
+    return merge_runs(model, names, if_costlier="allow", input_size=input_size)
 
 
 def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:

@@ -13,18 +13,20 @@ import timm
 import torch
 from torch import nn
 
-from growshrink.compare import training_macs
+from growshrink.base.reading import read_json
+from growshrink.base.writing import write_json
 from growshrink.cycle import run_cycle
 from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.timeline import Timeline
-from growshrink.errors import DivergedError, PlanError, near
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import DataSet, load_data, pooled
+from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.errors import DivergedError, PlanError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
-from growshrink.training.batches import Augment
-from growshrink.training.data import DataSet, load_data, pooled
-from growshrink.training.evaluate import evaluate
-from growshrink.training.feed import Feed, MemoryFeed
-from growshrink.training.folder import RunFolder, read_json, write_json
+from growshrink.proofs._profile import training_macs
+from growshrink.runs.folder import RunFolder
+from growshrink.training._evaluate import evaluate
 from growshrink.training.trainer import TrainConfig
 
 #: What may be added to between two starts of an experiment.
@@ -90,7 +92,7 @@ class Experiment:
         known = {**ARMS, **self.own_arms}
         for name in self.arms:
             if name not in known:
-                raise PlanError(f"arms: no arm {name!r}{near(name, known)}")
+                raise PlanError(f"arms: no arm {name!r}{did_you_mean(name, known)}")
         if PLAIN not in self.arms:
             raise PlanError(f"arms: {PLAIN!r} must be among them: it is what the others are compared with.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
@@ -137,7 +139,7 @@ class Experiment:
         names = [entry.name for entry in fields(Experiment)]
         for key in known:
             if key not in names:
-                raise PlanError(f"the plan: {key!r} is not an option of an experiment{near(key, names)}")
+                raise PlanError(f"the plan: {key!r} is not an option of an experiment{did_you_mean(key, names)}")
         try:
             for key in ("seeds", "arms"):
                 if key in known:
@@ -285,7 +287,7 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
     cost = PlanCost(net, arm.plan(epochs, seed), feed.train, feed.input_size)
     off: dict[float, float] = {}
     for _ in range(12):
-        timeline = Timeline(arm.plan(epochs, seed), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
+        timeline = Timeline(arm.plan(epochs, seed), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
         ratio = cost.macs(timeline) / budget
         off[epochs] = abs(ratio - 1)
         if off[epochs] <= TOLERANCE / 4:

@@ -17,11 +17,12 @@ from typing import Any
 import timm
 import torch
 
-from growshrink.compare import profile, random_images
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.timing import interleaved_timings
 from growshrink.errors import PlanError
 from growshrink.evidence.experiment import Experiment, Job, read_scores
-from growshrink.timing import in_turns
+from growshrink.proofs._profile import profile
+from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
 
 BOUNDS = ("macs", "params", "ms")
@@ -95,7 +96,7 @@ def candidates_of(
         image = random_images(input_size, 1, torch.float32, 0)
         calls = {f"{width} {depth}": partial(fold(net.eval()), image) for (width, depth), net in nets.items()}
         with torch.no_grad():
-            times = in_turns(calls, own_thread=torch.get_num_threads() == 1)
+            times = interleaved_timings(calls, own_thread=torch.get_num_threads() == 1)
         costs = {key: times[f"{key[0]} {key[1]}"] for key in nets}
     else:
         costs = {key: float(getattr(profile(net, input_size), bound)) for key, net in nets.items()}

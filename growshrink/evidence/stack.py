@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.compare import random_images
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
+from growshrink.data.batches import Batch
+from growshrink.data.feed import Feed, ScoringBatches, UpdateBatches
 from growshrink.errors import GrowShrinkError
-from growshrink.grown import PureBottleneck
-from growshrink.training.batches import Batch
-from growshrink.training.feed import Feed, ScoringBatches, UpdateBatches
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.proofs.probes import random_images
 
 #: Relative difference, in float64, between a stack and its nets above which it is not the same computation.
 EXACT = 1e-10

@@ -13,10 +13,10 @@ import numpy as np
 from scipy import stats
 
 from growshrink.analysis.stats import CONFIDENCE, Interval, blocked, holm, paired
+from growshrink.base.reading import read_json
+from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import SCORES, Experiment, Job, read_scores
-from growshrink.training.checkpoints import save_picture, write_atomic
-from growshrink.training.folder import read_json
 
 #: Of corrected p values.
 LEVEL = 0.05

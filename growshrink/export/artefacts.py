@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from growshrink.base.writing import write_atomic
 from growshrink.errors import RunError
 from growshrink.export.source import Source
-from growshrink.training.checkpoints import write_atomic
 from growshrink.transforms import fold
 
 TIMM_FILE = "model.safetensors"

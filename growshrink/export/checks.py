@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.compare import (
+from growshrink.export.artefacts import Function
+from growshrink.export.source import Source
+from growshrink.proofs._compare import (
     EXACT_FLOAT32,
     EXACT_FLOAT64,
     Comparison,
     branch_effect,
     compare,
     net_rounding_float32,
-    random_images,
 )
-from growshrink.export.artefacts import Function
-from growshrink.export.source import Source
+from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold, fuse
 
 #: At which the batch dimension of exported programs is tried; they were traced at 2.

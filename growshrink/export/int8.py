@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growshrink.base.seeding import generator
+from growshrink.data.batches import Batch, eval_batches
+from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export.artefacts import ONNX_INPUT, Function
 from growshrink.export.source import Source
-from growshrink.training.batches import Batch, eval_batches
-from growshrink.training.data import DataSet, Split
-from growshrink.training.evaluate import Score
-from growshrink.training.seeding import generator
+from growshrink.training._evaluate import Score
 
 INT8_FILE = "int8.onnx"
 GRANULARITIES = ("per-channel", "per-tensor")

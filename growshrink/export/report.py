@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from growshrink.training.checkpoints import write_atomic
-from growshrink.training.folder import write_json
+from growshrink.base.writing import write_atomic, write_json
 
 MOST_LAYERS = 30
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from growshrink.compare import profile, random_images
-from growshrink.cycle.result import versions
+from growshrink.base.environment import versions
+from growshrink.base.timing import interleaved_timings, machine
+from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import int8
 from growshrink.export.artefacts import (
@@ -35,8 +36,8 @@ from growshrink.export.checks import exactness
 from growshrink.export.ranges import draw_ranges, verdict, weight_ranges
 from growshrink.export.report import write_report
 from growshrink.export.source import Source
-from growshrink.timing import in_turns, machine
-from growshrink.training.data import DataSet
+from growshrink.proofs._profile import profile
+from growshrink.proofs.probes import random_images
 
 RANGES_PICTURE = "ranges.png"
 
@@ -197,7 +198,7 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
     if source.grown is not None:
         nets = {"grown net": source.grown, **nets}
     with torch.inference_mode():
-        times = in_turns(
+        times = interleaved_timings(
             {name: partial(net, x) for name, net in nets.items()}, rounds=options.rounds, progress=options.progress
         )
     return {

@@ -14,14 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.reading import clean_keys, read_json
 from growshrink.cycle.result import PLAIN_FILE
-from growshrink.dataflow import InputSize
 from growshrink.errors import DropError, FuseError, RunError
-from growshrink.grown import grown_modules
-from growshrink.reading import clean_keys
+from growshrink.layers.grown import grown_modules
+from growshrink.models.naming import plain_form
 from growshrink.supernet.files import about_weights, load_supernet
-from growshrink.training.folder import read_json
-from growshrink.training.options import plain_form
 from growshrink.transforms import drop, fuse, grow
 
 EXITS = ("fuse", "drop")
@@ -146,8 +145,8 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
             "need --model-kwargs num_classes=... in_chans=...?"
         ) from error
     kwargs, size = about["kwargs"], _input_size(about["input_size"], recipe)
-    born_grown = bool(grown_modules(_made(recipe.name, kwargs, None, path)))
-    name, kwargs = plain_form(recipe.name, kwargs, grown=born_grown)
+    built_grown = bool(grown_modules(_made(recipe.name, kwargs, None, path)))
+    name, kwargs = plain_form(recipe.name, kwargs, grown=built_grown)
     cfg: Any = timm.get_pretrained_cfg(name)
     known: dict[str, Any] = {"name": name, "kwargs": kwargs, "input_size": size}
     mean, std = recipe.mean or tuple(cfg.mean), recipe.std or tuple(cfg.std)
@@ -155,7 +154,7 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
         raise RunError(f"--mean {recipe.mean} --std {recipe.std}: one value for each of {size[0]} channels is needed.")
     if len(mean) == len(std) == size[0]:
         known |= {"mean": mean, "std": std}
-    if born_grown and any(".pointwise." in key for key in tensors):
+    if built_grown and any(".pointwise." in key for key in tensors):
         grown = _made(recipe.name, about["kwargs"], tensors, path)
         return _merged(path, grown, recipe, **known)
     carriers = sorted({key.partition(_BRANCH)[0] for key in tensors if _BRANCH in key})

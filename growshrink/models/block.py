@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.grown import PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 

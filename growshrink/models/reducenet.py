@@ -32,14 +32,7 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from growshrink.models.block import Block, front_padding
-from growshrink.models.staged import (
-    StagedNet,
-    check_options,
-    cifar_cfg,
-    conv_norm_act,
-    photo_cfg,
-    register_variants,
-)
+from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, photo_cfg, register_variants
 
 __all__ = ["ReduceNet"]
 

@@ -13,8 +13,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from growshrink.activations import VanishingReLU
-from growshrink.grown import PureBottleneck
+from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.bottleneck import PureBottleneck
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 

@@ -18,7 +18,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from growshrink.grown import PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
 
 __all__ = ["SeriesActivation", "VanillaBlock", "VanillaNet"]

@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from growshrink.compare import random_images, randomize_norms_
-from growshrink.dataflow import InputSize, trace
+from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.errors import WidthError
-from growshrink.widths import Slots, Width
+from growshrink.layers.widths import Slots, Width
+from growshrink.proofs.probes import random_images, randomize_norms_
 
 
 class Chain:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import WidthError
+from growshrink.layers.widths import Width, WidthSpace, set_width
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.transforms import fuse
-from growshrink.widths import Width, WidthSpace, set_width
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import copy
 
 import torch
 
-from growshrink.compare import flop_counter, profile, training_macs
-from growshrink.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize
+from growshrink.layers.widths import Slots, Width, active_width
+from growshrink.proofs._profile import flop_counter, profile, training_macs
 from growshrink.supernet.task import NetAugTask
-from growshrink.widths import Slots, Width, active_width
 
 
 class StepCost:

@@ -14,11 +14,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from growshrink.errors import RunError, near
-from growshrink.reading import clean_keys, parse_json, read_tensors, reason
-from growshrink.training.checkpoints import write_atomic
+from growshrink.base.reading import clean_keys, parse_json, read_tensors, reason
+from growshrink.base.writing import write_atomic
+from growshrink.errors import RunError, did_you_mean
+from growshrink.layers.widths import WidthSpace, width_space
 from growshrink.transforms import grow
-from growshrink.widths import WidthSpace, width_space
 
 _FORMAT = "growshrink-supernet-1"
 #: Pixels along a side at most.
@@ -147,7 +147,7 @@ def about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str,
     Classes and input channels are read off the weights, unless `kwargs` has them.
     """
     if not timm.is_model(name):
-        raise RunError(f"{name}: timm knows no such model{near(name, timm.list_models())}")
+        raise RunError(f"{name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
     cfg: Any = timm.get_pretrained_cfg(name)
     layers = {"num_classes": (cfg.classifier, 0), "in_chans": (cfg.first_conv, 1)}
     found = {

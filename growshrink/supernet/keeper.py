@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from growshrink.errors import WidthError
+from growshrink.layers.widths import Slots, Width
 from growshrink.supernet.middle import Axis, axes
-from growshrink.widths import Slots, Width
 
 
-class Keeper:
+class FrozenSlices:
     """Hooks on an optimizer: what no pass of an update has run does not move in that update's step.
 
     Branches that were skipped lose their gradient, so the optimizer passes over them. Of the others, the channels

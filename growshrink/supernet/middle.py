@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.branches import Bottleneck
-from growshrink.grown import GrownConv2d, PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d
 
 
 class Axis(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from growshrink.layers.widths import WidthSpace, draw
 from growshrink.supernet.chain import Chain
-from growshrink.widths import WidthSpace, draw
 
 #: Every how many updates the augmented net runs, if nobody says otherwise.
 EVERY = {"lazy": 8}

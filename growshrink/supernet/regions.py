@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.widths import Slots
+from growshrink.layers.widths import Slots
 
 
 def regions(model: nn.Module) -> list[tuple[str, nn.Module]]:

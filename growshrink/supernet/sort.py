@@ -9,9 +9,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from growshrink.arguments import check_model
-from growshrink.errors import WidthError
-from growshrink.grown import PureBottleneck
+from growshrink.errors import WidthError, check_model
+from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.supernet.middle import Axis, axes
 
 

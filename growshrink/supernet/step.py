@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from growshrink.layers.widths import Slots, Width
 from growshrink.supernet.chain import Chain
 from growshrink.supernet.passes import Passes
-from growshrink.widths import Slots, Width
 
 
 class Supernet:
@@ -41,7 +41,7 @@ class Supernet:
             self.slots.set(then)
 
     @contextmanager
-    def aside(self, width: Width, then: Width, device: torch.device) -> Iterator[None]:
+    def preserving_bn(self, width: Width, then: Width, device: torch.device) -> Iterator[None]:
         """Run at `width` without a trace: `at`, with batch norm statistics and random streams as before afterwards.
 
         Batch norms normalise by the batch as ever. Their statistics are put back, not kept from moving: so the graph
@@ -79,7 +79,7 @@ class StepRun:
         share: Of the loss of the base pass.
         backward: What differentiates the loss of an augmented pass, at its width; None leaves that to whoever gets the
             sum of all losses.
-        mentor: Logits of the first augmented net, from which the passes after it learn.
+        inplace_teacher: Logits of the first augmented net, from which the passes after it learn.
         augmented: Losses of the augmented passes, weighted.
     """
 
@@ -90,26 +90,26 @@ class StepRun:
     weight: float
     share: float
     backward: Callable[[Tensor], None] | None
-    mentor: Tensor | None = None
+    inplace_teacher: Tensor | None = None
     augmented: list[Tensor] = field(default_factory=list)
 
     def ask(self) -> None:
         """Get logits to learn from out of a net that is not trained in this update."""
         if self.passes.asked is not None:
-            with torch.no_grad(), self.net.aside(self.passes.asked, self.passes.width, self.x.device):
-                self.mentor = self.net.model(self.x)
+            with torch.no_grad(), self.net.preserving_bn(self.passes.asked, self.passes.width, self.x.device):
+                self.inplace_teacher = self.net.model(self.x)
 
     def run_augmented(self, forward: Callable[[], Tensor]) -> None:
         """All augmented passes; `forward` gives the logits at the active width."""
         for width in self.passes.augmented:
-            with self.net.aside(width, self.passes.width, self.x.device):
+            with self.net.preserving_bn(width, self.passes.width, self.x.device):
                 logits = forward()
-                loss = self.weight * self.loss_of(logits, self.mentor)
+                loss = self.weight * self.loss_of(logits, self.inplace_teacher)
                 if self.backward is not None:
                     self.backward(loss)  # here: checkpointed blocks run again in it
             self.augmented.append(loss if self.backward is None else loss.detach())
-            if self.mentor is None:
-                self.mentor = logits.detach()
+            if self.inplace_teacher is None:
+                self.inplace_teacher = logits.detach()
 
     def run_base(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The pass that is always there, and the augmented ones where they share its beginning.
@@ -128,7 +128,7 @@ class StepRun:
             leaf = shared if self.backward is None else shared.detach().requires_grad_()
             self.run_augmented(lambda: chain.suffix(leaf, start))
             logits = chain.suffix(shared, start)
-        loss = self.share * self.loss_of(logits, self.mentor)
+        loss = self.share * self.loss_of(logits, self.inplace_teacher)
         if shared is None or leaf is shared or not shared.requires_grad:
             return logits, loss, None, None
         assert leaf is not None
@@ -154,6 +154,6 @@ def no_autocast(device_type: str) -> AbstractContextManager[None]:
     return torch.autocast(device_type, enabled=False)
 
 
-def precise(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
     """Losses are taken in float32 at least."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits

@@ -13,18 +13,18 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from growshrink.activations import set_lambda
-from growshrink.dataflow import InputSize
-from growshrink.errors import PlanError, WidthError, near
-from growshrink.schedules import Schedule
+from growshrink.algebra.dataflow import InputSize
+from growshrink.errors import PlanError, WidthError, did_you_mean
+from growshrink.layers.activations import set_lambda
+from growshrink.layers.widths import Slots, WidthSpace, width_space
+from growshrink.schedules.functions import Schedule
 from growshrink.supernet.chain import Chain
-from growshrink.supernet.keeper import Keeper
+from growshrink.supernet.keeper import FrozenSlices
 from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
-from growshrink.supernet.step import Call, StepRun, Supernet, no_autocast, precise
+from growshrink.supernet.step import Call, StepRun, Supernet, at_least_float32, no_autocast
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
-from growshrink.widths import Slots, WidthSpace, width_space
 
 REDUCTIONS = ("sum", "mean")
 Scaler = Any  # torch.amp.GradScaler, or anything with its `scale`
@@ -122,9 +122,9 @@ class NetAugTask(ClassificationTask):
     ) -> None:
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         if mode not in MODES:
-            raise PlanError(f"mode={mode!r}: no such mode{near(str(mode), MODES)}")
+            raise PlanError(f"mode={mode!r}: no such mode{did_you_mean(str(mode), MODES)}")
         if reduction not in REDUCTIONS:
-            raise PlanError(f"reduction={reduction!r}: no such reduction{near(str(reduction), REDUCTIONS)}")
+            raise PlanError(f"reduction={reduction!r}: no such reduction{did_you_mean(str(reduction), REDUCTIONS)}")
         every = default_every(mode) if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
@@ -152,7 +152,7 @@ class NetAugTask(ClassificationTask):
         self.chain = Chain(model, input_size) if mode == "suffix" else None
         slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
-        self._keeper: Keeper | None = None
+        self._keeper: FrozenSlices | None = None
         self._ddp: list[DistributedDataParallel] = []  # in a list: not a submodule, or the model would be there twice
         self._lam: float | None = None
         self._warned = False
@@ -262,7 +262,7 @@ class NetAugTask(ClassificationTask):
             WidthError: The optimizer keeps state that belongs to no single weight (Adafactor, Kron), or calls no hooks.
         """
         self.detach()
-        self._keeper = Keeper(self._net.slots, optimizer, after_step=lambda: self.set_step(self.update + 1))
+        self._keeper = FrozenSlices(self._net.slots, optimizer, after_step=lambda: self.set_step(self.update + 1))
         return self
 
     def detach(self) -> None:
@@ -350,15 +350,15 @@ class NetAugTask(ClassificationTask):
         share = 1.0 / (1.0 + alpha * NUM_AUGMENTED[self.mode]) if self.reduction == "mean" else 1.0
         outside = None if self.teacher is None else self.teacher(x)
 
-        def loss_of(logits: Tensor, mentor: Tensor | None) -> Tensor:
-            logits = precise(logits)
+        def loss_of(logits: Tensor, inplace_teacher: Tensor | None) -> Tensor:
+            logits = at_least_float32(logits)
             loss = self.criterion(logits, target)
             for other, weight, temperature in (
                 (outside, self.teacher_weight, self.teacher_temperature),
-                (mentor, self.inplace_distil, self.inplace_temperature),
+                (inplace_teacher, self.inplace_distil, self.inplace_temperature),
             ):
                 if other is not None and weight:
-                    learnt = distillation_loss(logits, precise(other), temperature)
+                    learnt = distillation_loss(logits, at_least_float32(other), temperature)
                     loss = torch.lerp(loss, learnt, weight)
             return loss
 

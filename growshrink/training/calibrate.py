@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.arguments import check_model
-from growshrink.errors import GrowShrinkError
+from growshrink.errors import GrowShrinkError, check_model
 
 
 @torch.no_grad()

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.activations import set_lambda
-from growshrink.errors import PlanError, RunError, near
-from growshrink.schedules import Schedule
+from growshrink.base.ranks import average_update_
+from growshrink.data.feed import UpdateBatches
+from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.layers.activations import set_lambda
+from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import Teacher, distillation_loss
-from growshrink.training.feed import UpdateBatches
-from growshrink.training.ranks import average_update_
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
 #: change of structure it would be wrong for the old parameters or for the new ones.
@@ -131,7 +131,7 @@ class Trainer:
         """Do updates until `stop` of them are done in all.
 
         There is no host sync inside: losses are summed on the device. On several ranks every one is to call this, with
-        batches of its own; see `growshrink.training.ranks`.
+        batches of its own; see `growshrink.base.ranks`.
 
         Args:
             stop: Updates done at the end.
@@ -257,7 +257,7 @@ class Trainer:
         known = [str(name) for name in list_optimizers()]
         if config.optimizer not in known:
             raise PlanError(
-                f"optimizer={config.optimizer!r}: timm knows no such optimizer{near(config.optimizer, known)}"
+                f"optimizer={config.optimizer!r}: timm knows no such optimizer{did_you_mean(config.optimizer, known)}"
             )
         try:
             kind = get_optimizer_class(config.optimizer, bind_defaults=False)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growshrink.dataflow import Flow
+from growshrink.algebra.dataflow import Flow
 from growshrink.errors import FuseError
-from growshrink.grown import GROWN_TYPES, Grown, grown_modules
+from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.mapping import Mergeable
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -61,7 +62,7 @@ def guard_hooks(model: nn.Module, flow: Flow) -> None:
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         inside = [pair for conv, pair in convs.items() if conv.startswith(prefix) and conv != name]
-        if inside and not isinstance(module, GROWN_TYPES):
+        if inside and not isinstance(module, Mergeable):
             for hook in HOOKS:
                 if callable(getattr(module, hook, None)):
                     setattr(module, hook, MergeFirst(module, hook, inside))

@@ -9,10 +9,10 @@ import torch
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
-from growshrink.algebra import ConvMap
-from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import FuseError
-from growshrink.grown import grown_modules
+from growshrink.layers.grown import grown_modules
 from growshrink.transforms._fuse import check_unchanged, replace_module
 
 #: Classes whose output is their weight, convolved, and their bias, added: compared exactly, a subclass may do more.

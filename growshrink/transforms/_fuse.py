@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from growshrink.activations import vanishing
-from growshrink.algebra import ConvMap
+from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.branches import Branch
-from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.errors import AlgebraError, FuseError
-from growshrink.grown import GROWN_TYPES, Grown, PureBottleneck, grown_modules
-from growshrink.online import expand_online
+from growshrink.layers.activations import vanishing
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.mapping import Mergeable
+from growshrink.layers.online import expand_online
+from growshrink.layers.widths import Width, active_width
 from growshrink.transforms._deploy import unguard_hooks
-from growshrink.widths import Width, active_width
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
 NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
@@ -118,7 +120,7 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
     replica = expand_online(module).cpu().double().eval()  # a merged kernel would be compared with itself
-    assert isinstance(replica, GROWN_TYPES)
+    assert isinstance(replica, Mergeable)
     try:
         total = replica.as_convmap()
         if isinstance(replica, Grown):

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
-from growshrink.branches import Branch, BranchSpec, check_ratio, say_left_out
-from growshrink.dataflow import Flow, InputSize, shared_parameters, trace
-from growshrink.errors import DropError, GrowError, near
-from growshrink.grown import GROWN_CLASSES, GROWN_TYPES, Grown, GrownConv2d, PureBottleneck, grown_modules
-from growshrink.grown_linear import GrownLinear, TokenConv2d
+from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
+from growshrink.errors import DropError, GrowError, did_you_mean
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GROWN_CLASSES, Grown, GrownConv2d, grown_modules
+from growshrink.layers.grown_linear import GrownLinear, TokenConv2d
+from growshrink.layers.mapping import Mergeable
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -145,7 +147,7 @@ class GrowthReport:
             if row.reason and not row.branches:
                 return row.reason
             parts = [f"grown: {', '.join(row.branches)}" if row.branches else "eligible"]
-            return "; ".join(parts + [say_left_out(row.left_out)] * bool(row.left_out))
+            return "; ".join(parts + [format_skipped(row.left_out)] * bool(row.left_out))
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
         lines.append(f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
@@ -177,7 +179,7 @@ def growth_report(
             conv = _as_conv(module)
             reasons = {kind: cls.reason_against(conv) for kind, cls in asked.items() if kind not in kinds}
             left_out = {kind: why for kind, why in reasons.items() if why}
-            reason = say_left_out(left_out) if len(left_out) == len(asked) else ""
+            reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
     return GrowthReport(tuple(rows))
 
@@ -254,7 +256,7 @@ class _Eligibility:
 def _candidates(model: nn.Module) -> dict[str, Layer]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
-        id(m) for grown in model.modules() if isinstance(grown, GROWN_TYPES) for m in grown.modules() if m is not grown
+        id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
     }
     return {n: m for n, m in model.named_modules() if isinstance(m, Layer) and id(m) not in inside}
 
@@ -281,7 +283,7 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
             raise GrowError(f"{where=}: not a regular expression ({error}).") from error
         chosen = [name for name in candidates if pattern.search(name)]
         if not chosen:
-            raise GrowError(f"{where=}: matches no convolution and no linear layer{near(where, candidates)}")
+            raise GrowError(f"{where=}: matches no convolution and no linear layer{did_you_mean(where, candidates)}")
     elif where is None:
         chosen = list(candidates)
     elif callable(where):
@@ -294,7 +296,9 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
         chosen = list(dict.fromkeys(where))
         for name in chosen:
             if name not in candidates:
-                raise GrowError(f"where names {name!r}: no such convolution or linear layer{near(name, candidates)}")
+                raise GrowError(
+                    f"where names {name!r}: no such convolution or linear layer{did_you_mean(name, candidates)}"
+                )
             if reasons[name]:
                 raise GrowError(f"where names {name!r}, which cannot be grown: {reasons[name]}.")
         if not chosen:

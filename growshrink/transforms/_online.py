@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from growshrink.algebra import ConvMap
-from growshrink.arguments import check_model
+from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.base.timing import interleaved_timings
 from growshrink.branches import Branch
-from growshrink.dataflow import InputSize, trace
-from growshrink.errors import AlgebraError, CollapseError, near
-from growshrink.grown import GROWN_TYPES, Grown, GrownConv2d, PureBottleneck, grown_modules
-from growshrink.online import ONLINE_CLASSES, OnlineModule, expand_online, go_online
-from growshrink.timing import in_turns
+from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import Grown, GrownConv2d, grown_modules
+from growshrink.layers.online import ONLINE_CLASSES, OnlineModule, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
 
 Choose = str | Iterable[str]
@@ -76,7 +76,7 @@ def collapse_online(
         raise CollapseError(f"{choose=!r}: must be one of {', '.join(WAYS)}, or names.")
     names: list[str] | None = None if isinstance(choose, str) else list(choose)
     if names is None and choose not in WAYS:
-        raise CollapseError(f"{choose=}: no such way to choose{near(str(choose), WAYS)}")
+        raise CollapseError(f"{choose=}: no such way to choose{did_you_mean(str(choose), WAYS)}")
     for key, value in (("batch_size", batch_size), ("rounds", rounds)):
         if type(value) is not int or value < 2:
             raise CollapseError(f"{key}={value!r}: must be a whole number, at least 2.")
@@ -87,7 +87,9 @@ def collapse_online(
         raise CollapseError(_nothing(reasons))
     for name in names or ():
         if name not in online:
-            raise CollapseError(f"choose names {name!r}: no convolution with a linear branch{near(name, online)}")
+            raise CollapseError(
+                f"choose names {name!r}: no convolution with a linear branch{did_you_mean(name, online)}"
+            )
     for name, why in online.items():
         _prove(name, _online_copy(expanded, name, why))
     timings: dict[str, tuple[float, float]] = {}
@@ -209,7 +211,7 @@ def _reason(part: Branch | PureBottleneck, conv: nn.Conv2d | None, freeze: bool)
 
 def _expanded(module: nn.Module) -> Grown | PureBottleneck:
     module = expand_online(module)
-    assert isinstance(module, GROWN_TYPES)
+    assert isinstance(module, (Grown, PureBottleneck))
     return module
 
 
@@ -298,5 +300,5 @@ def _measure(module: OnlineModule, size: tuple[int, int], batch_size: int, round
         if y.device.type != "cpu":
             torch.accelerator.synchronize(y.device)
 
-    times = in_turns({"branches": partial(call, False), "merged": partial(call, True)}, rounds=rounds)
+    times = interleaved_timings({"branches": partial(call, False), "merged": partial(call, True)}, rounds=rounds)
     return times["branches"], times["merged"]

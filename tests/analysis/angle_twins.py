@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import growshrink as gs
-from growshrink.training.seeding import generator
+from growshrink.base.seeding import generator
 
 
 def angle_between(a, b):
@@ -22,7 +22,7 @@ def cut(model, width):
         for slot, w in width.items():
             if name.startswith(f"{slot}."):
                 owner = model.get_submodule(slot)
-                body = owner if isinstance(owner, gs.PureBottleneck) else getattr(owner, "body", None)
+                body = owner if isinstance(owner, gs.layers.PureBottleneck) else getattr(owner, "body", None)
                 part = name[len(slot) + 1 :].replace("body.", "")
                 if body is not None and part == "pointwise.weight":
                     p = p[:, : w // body.conv.groups]

@@ -6,10 +6,13 @@ import torch
 
 import growshrink as gs
 import nets
-from growshrink.analysis.angle import supernet_table
+from growshrink.analysis._angle import supernet_table
 from growshrink.analysis.scores import Bench
 from growshrink.analysis.trained import train_supernet
-from growshrink.training import NO_AUGMENT, MemoryFeed, TrainConfig, load_data
+from growshrink.data.batches import NO_AUGMENT
+from growshrink.data.datasets import load_data
+from growshrink.data.feed import MemoryFeed
+from growshrink.training import TrainConfig
 
 
 def digits(batch_size=64):

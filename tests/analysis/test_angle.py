@@ -9,7 +9,7 @@ from torch import nn
 
 import growshrink as gs
 import nets
-from growshrink.analysis.angle import AngleTable, angle, supernet_table
+from growshrink.analysis._angle import AngleTable, angle, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
 from growshrink.analysis.masks import mask_scores
 from growshrink.errors import AnalysisError, WidthError

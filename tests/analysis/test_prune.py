@@ -8,11 +8,11 @@ from torch.nn import functional as F
 import growshrink as gs
 import nets
 from growshrink.analysis import prune
-from growshrink.analysis.angle import supernet_table
+from growshrink.analysis._angle import supernet_table
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
 from growshrink.analysis.prune import Budget, SupernetSpace, draw_widths, random_channels, width_of
-from growshrink.compare import Profile
 from growshrink.errors import AnalysisError
+from growshrink.proofs._profile import Profile
 
 SIZE = (3, 32, 32)
 pytest.importorskip("torch_pruning")
@@ -185,5 +185,5 @@ def test_widths_of_a_supernet_are_a_space_too():
     draws = draw_widths(space, Budget(0.5, 0.03), 20, distinct=True)
     for row, macs in zip(draws.index[:3], draws.macs, strict=False):
         net = space.subnet(width_of(space, row))
-        assert gs.profile(net, SIZE).macs == macs and gs.get_width(net) == width_of(space, row)
-    assert gs.get_width(trained) == gs.width_space(trained).full
+        assert gs.profile(net, SIZE).macs == macs and gs.layers.get_width(net) == width_of(space, row)
+    assert gs.layers.get_width(trained) == gs.width_space(trained).full

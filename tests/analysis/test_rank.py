@@ -6,8 +6,8 @@ import pytest
 
 import growshrink as gs
 import nets
-from growshrink.analysis.angle import supernet_table
-from growshrink.analysis.rank import rank
+from growshrink.analysis._angle import supernet_table
+from growshrink.analysis._rank import rank
 from growshrink.errors import AnalysisError
 
 N = 250

@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.activations import VanishingReLU
 from growshrink.analysis import scores
 from growshrink.analysis.trained import random_labels, train_supernet, with_random_labels
-from growshrink.training import NO_AUGMENT, MemoryFeed, TrainConfig, evaluate
+from growshrink.data.batches import NO_AUGMENT
+from growshrink.data.feed import MemoryFeed
+from growshrink.layers.activations import VanishingReLU
+from growshrink.training import TrainConfig, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -20,14 +22,14 @@ def bench():
 
 def test_every_score_has_a_number_for_every_subnet_and_touches_nothing(bench):
     index = bench.table.sample(3)
-    before = small.state(bench.init), small.state(bench.trained), gs.get_width(bench.init)
+    before = small.state(bench.init), small.state(bench.trained), gs.layers.get_width(bench.init)
     rng = torch.get_rng_state()
     for name, function in scores.SCORES.items():
         values = function(bench, index)
         assert values.shape == (3,) and np.isfinite(values).all(), name
         assert np.array_equal(values, function(bench, index)), name
     assert small.same(before[0], small.state(bench.init)) and small.same(before[1], small.state(bench.trained))
-    assert gs.get_width(bench.init) == before[2] and torch.equal(rng, torch.get_rng_state())
+    assert gs.layers.get_width(bench.init) == before[2] and torch.equal(rng, torch.get_rng_state())
 
 
 def test_a_new_score_is_one_function(bench, monkeypatch):
@@ -107,7 +109,7 @@ def test_a_feed_with_random_labels_is_otherwise_the_same():
 def test_stages_of_a_supernet_draw_other_widths_and_stay_in_their_space():
     feed = small.digits()
     init, trained, space = small.supernet(feed, epochs=0.1)
-    narrow = gs.WidthSpace({name: (values[0],) for name, values in space.choices.items()}, None, 1, 8)
+    narrow = gs.layers.WidthSpace({name: (values[0],) for name, values in space.choices.items()}, None, 1, 8)
     before = small.state(trained)
     following = train_supernet(trained, feed, epochs=0.2, config=TrainConfig(lr=0.1), space=narrow, start=2, seed=0)
     assert following == 2 + round(0.2 * feed.train.updates_per_epoch)

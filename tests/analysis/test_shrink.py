@@ -7,7 +7,7 @@ import supernets as small
 
 import growshrink as gs
 from growshrink.analysis import shrink as module
-from growshrink.analysis.angle import angle
+from growshrink.analysis._angle import angle
 from growshrink.analysis.shrink import ShrinkPlan, balanced_sample, choice_scores, drop_lowest, shrink
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import TrainConfig
@@ -89,4 +89,4 @@ def test_wrong_plans(stage):
         init, copy.deepcopy(model), space, feed, driver="random", config=TrainConfig(),
         plan=ShrinkPlan(stop_size=1, max_iterations=0),
     )  # fmt: skip
-    assert found.space.size == gs.WidthSpace.from_json(space.to_json()).size and found.updates == 0
+    assert found.space.size == gs.layers.WidthSpace.from_json(space.to_json()).size and found.updates == 0

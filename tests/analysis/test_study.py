@@ -7,12 +7,12 @@ import supernets as small
 
 import growshrink as gs
 from growshrink.analysis import study
+from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SupernetSpace, draw_widths
-from growshrink.analysis.rank import jsonable
 from growshrink.errors import AnalysisError
 
 pytest.importorskip("torch_pruning")
-from growshrink.analysis.channels import ChannelSpace  # noqa: E402
+from growshrink.analysis.channels import ChannelSpace
 
 
 def records(random, criteria, net=0):

@@ -10,11 +10,14 @@ import torch
 from small import CONFIG, data, small, two_rounds
 
 import growshrink as gs
+from growshrink.base.ranks import all_gather, joined, num_ranks, this_rank
+from growshrink.base.reading import read_json
+from growshrink.base.stopping import Stopped, handled
 from growshrink.cycle import timeline as timeline_module
-from growshrink.stopping import Stopped, handled
-from growshrink.training import Augment, MemoryFeed, Trainer, checkpoints
-from growshrink.training.folder import read_json
-from growshrink.training.ranks import joined, num_ranks, of_all, this_rank
+from growshrink.data.batches import Augment
+from growshrink.data.feed import MemoryFeed
+from growshrink.runs import checkpoints
+from growshrink.training import Trainer
 
 timeline_module.LEAST_SETTLE = 2
 gs.cycle.result._draw_curves = lambda result: False
@@ -72,13 +75,13 @@ with joined("cpu"):
     if LIFE == 0:
         found = {"distance": equals_one_process_with_all_the_images(), "undisturbed": []}
         result = run("undisturbed", feed(), save_every=3)
-        found["undisturbed"] = of_all(state(result.model))
-        found["random"] = of_all(torch.rand(3).tolist())
+        found["undisturbed"] = all_gather(state(result.model))
+        found["random"] = all_gather(torch.rand(3).tolist())
         try:  # one rank is asked to stop
             with handled():
                 run("killed", at(5, lambda: this_rank() == 1 and os.kill(os.getpid(), signal.SIGTERM)), save_every=3)
         except Stopped as stopped:
-            found["stopped"] = of_all([stopped.exit_code, str(stopped).split(",")[0]])
+            found["stopped"] = all_gather([stopped.exit_code, str(stopped).split(",")[0]])
         if this_rank() == 0:
             (FOLDER / "found.json").write_text(json.dumps(found))
         run("killed", at(19, lambda: this_rank() == 1 and os.kill(os.getpid(), signal.SIGKILL)), save_every=3)

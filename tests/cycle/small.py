@@ -5,8 +5,11 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.cycle import timeline as timeline_module
-from growshrink.grown import PureBottleneck
-from growshrink.training import NO_AUGMENT, DataSet, MemoryFeed, Split, TrainConfig
+from growshrink.data.batches import NO_AUGMENT
+from growshrink.data.datasets import DataSet, Split
+from growshrink.data.feed import MemoryFeed
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.training import TrainConfig
 
 SIZE = (3, 8, 8)
 CLASSES = tuple("abcd")
@@ -18,10 +21,10 @@ CONFIG = TrainConfig(lr=0.05, ema_decay=0.9)
 class Small(nn.Module):
     """stem -> 2 x (conv -> BN -> ReLU), the second with a skip -> pooled classifier."""
 
-    def __init__(self, bias=False, norm=True, dropout=0.0, born_grown=False, outputs=10):
+    def __init__(self, bias=False, norm=True, dropout=0.0, built_grown=False, outputs=10):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
-        make = (lambda: PureBottleneck(4, 8, 4)) if born_grown else lambda: nn.Conv2d(4, 4, 3, padding=1, bias=bias)
+        make = (lambda: PureBottleneck(4, 8, 4)) if built_grown else lambda: nn.Conv2d(4, 4, 3, padding=1, bias=bias)
         self.conv1, self.conv2 = make(), make()
         self.bn1, self.bn2 = (nn.BatchNorm2d(4) if norm else nn.Identity() for _ in range(2))
         self.drop = nn.Dropout(dropout)

@@ -8,9 +8,9 @@ from small import BATCH, CONFIG, SIZE, Feed, Interrupt, shorten_settle, small, t
 
 import growshrink as gs
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.batches import Augment
 from growshrink.errors import PlanError
 from growshrink.supernet import load_supernet
-from growshrink.training import Augment
 from growshrink.training.calibrate import calibrate_bn
 
 ALIVE = {"hold": 0.9, "vanish": 0.0, "settle": 0.0}
@@ -19,7 +19,7 @@ CASES = {
     "drop, annealed": ({"augment": "lazy", "exit": "drop", "inplace_distil": 0.5}, {}),
     "fuse": ({"augment": "netaug", "exit": "fuse"}, {}),
     "choose": ({"augment": "single", "exit": "choose"}, {}),
-    "choose, born grown": ({"augment": "sandwich", "exit": "choose"}, {"born_grown": True}),
+    "choose, born grown": ({"augment": "sandwich", "exit": "choose"}, {"built_grown": True}),
     "peak": ({"augment": "netaug", "exit": "choose", "distil": "peak"}, {"dropout": 0.3}),
 }
 
@@ -71,7 +71,7 @@ def test_a_run_ends_plain_and_a_resumed_one_ends_alike(tmp_path, case):
     text = (tmp_path / "whole" / "report.md").read_text()
     assert "## Sampled widths" in text and f"mode {CASES[case][0]['augment']}" in text
 
-    segments = Timeline(plan_of(case), 4, born_grown="born" in case).segments
+    segments = Timeline(plan_of(case), 4, built_grown="born" in case).segments
     points = [segments[1].start + 3, segments[-2].start + 1]  # in the first hold, in the second round
     for fail_at in points if case in ("peak", "choose, born grown") else points[:1]:
         path = tmp_path / str(fail_at)
@@ -180,7 +180,7 @@ def test_the_widest_net_is_judged_with_statistics_of_its_own(tmp_path, monkeypat
     calls = []
     monkeypatch.setattr(
         "growshrink.cycle.augmented.calibrate_bn",
-        lambda model, batches: calls.append(gs.get_width(model)) or calibrate_bn(model, batches),
+        lambda model, batches: calls.append(gs.layers.get_width(model)) or calibrate_bn(model, batches),
     )
     run(tmp_path / "run", "fuse", plan=two_rounds((("bottleneck",),), **CASES["fuse"][0]))
     assert len(calls) == 3 and all(set(width.values()) == {4} for width in calls)  # peak; then net and average

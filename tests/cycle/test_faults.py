@@ -14,12 +14,15 @@ from small import CONFIG, Feed, Interrupt, data, shorten_settle, small, two_roun
 from test_resume import outcome
 
 import growshrink as gs
+from growshrink.base.stopping import Stopped, handled
 from growshrink.cycle import execution
+from growshrink.data.batches import Augment
+from growshrink.data.feed import MemoryFeed
+from growshrink.data.stream import stream_data
 from growshrink.errors import PlanError, RunError
-from growshrink.stopping import Stopped, handled
-from growshrink.training import Augment, MemoryFeed, TrainConfig, stream_data
-from growshrink.training import checkpoints as checkpoints_module
-from growshrink.training.checkpoints import find_checkpoints, load_checkpoint
+from growshrink.runs import checkpoints as checkpoints_module
+from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
+from growshrink.training import TrainConfig
 from growshrink.training.trainer import Trainer
 
 #: Of the two rounds, the first is undone and the second is not.
@@ -270,7 +273,7 @@ def bits_of(model):
 
 def test_what_has_nothing_to_go_back_to_is_refused(tmp_path):
     with pytest.raises(PlanError, match="accept_within in round 1: a net that is grown at birth"):
-        run(tmp_path, model=small(born_grown=True, outputs=4))
+        run(tmp_path, model=small(built_grown=True, outputs=4))
     for value in (-0.1, math.nan, "1"):
         with pytest.raises(PlanError, match="accept_within="):
             gs.RoundPlan(epochs=1, accept_within=value)

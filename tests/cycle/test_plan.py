@@ -108,8 +108,8 @@ def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_chan
 
 def test_a_net_that_is_born_grown_is_alive_from_the_first_update():
     plan = CyclePlan(base_epochs=10, rounds=(RoundPlan(epochs=40),))
-    assert [Timeline(plan, 10, born_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
-    assert Timeline(plan, 10, born_grown=True).lam(499) == 0.0
+    assert [Timeline(plan, 10, built_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
+    assert Timeline(plan, 10, built_grown=True).lam(499) == 0.0
 
 
 def test_a_plan_goes_through_json_and_back():

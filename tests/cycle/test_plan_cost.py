@@ -11,7 +11,7 @@ import growshrink as gs
 from growshrink.cycle.cost import PlanCost
 from growshrink.cycle.timeline import Timeline
 from growshrink.errors import PlanError
-from growshrink.schedules import cosine
+from growshrink.schedules.functions import cosine
 
 PLANS = {
     "plain": [],
@@ -138,4 +138,4 @@ def test_restarts_are_epochs(restarts):
 
 def test_a_net_grown_at_birth_has_no_pupil(tmp_path):
     with pytest.raises(PlanError, match="teach"):
-        gs.run_cycle(small(outputs=4, born_grown=True), Feed.make(), plan_of("teach"), out_dir=tmp_path / "run")
+        gs.run_cycle(small(outputs=4, built_grown=True), Feed.make(), plan_of("teach"), out_dir=tmp_path / "run")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import growshrink
+from growshrink.base import ranks
 from growshrink.errors import RunError
-from growshrink.training import ranks
-from growshrink.training.checkpoints import find_checkpoints
-from growshrink.training.folder import RunFolder, claim_together
+from growshrink.runs.checkpoints import find_checkpoints
+from growshrink.runs.folder import RunFolder, claim_together
 
 HERE = Path(__file__).parent
 
@@ -51,7 +51,7 @@ def test_ranks_that_are_asked_to_stop_and_that_die(tmp_path):
 def test_one_process_is_rank_0_of_1(tmp_path):
     tensor = torch.ones(2)
     ranks.average_([tensor])
-    assert ranks.of_all(3) == [3] and ranks.by_first(lambda: 4) == 4 and ranks.any_rank(True, tensor.device)
+    assert ranks.all_gather(3) == [3] and ranks.run_on_rank0(lambda: 4) == 4 and ranks.any_rank(True, tensor.device)
     assert (ranks.this_rank(), ranks.num_ranks()) == (0, 1) and tensor.tolist() == [1, 1]
     with ranks.joined("cpu"):
         assert not torch.distributed.is_initialized()

@@ -10,9 +10,10 @@ from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.batches import Augment
 from growshrink.errors import RunError
-from growshrink.training import Augment, TrainConfig
-from growshrink.training.checkpoints import find_checkpoints
+from growshrink.runs.checkpoints import find_checkpoints
+from growshrink.training import TrainConfig
 
 CASES = {
     "peak": {"plan": two_rounds(distil="peak"), "model": {"dropout": 0.3}, "config": CONFIG},
@@ -23,7 +24,7 @@ CASES = {
     },
     "born grown": {
         "plan": two_rounds(distil="peak"),
-        "model": {"born_grown": True, "dropout": 0.3},
+        "model": {"built_grown": True, "dropout": 0.3},
         "config": TrainConfig(optimizer="nadamw", lr=0.003, ema_decay=0.9),
     },
 }

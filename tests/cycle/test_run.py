@@ -26,9 +26,11 @@ from timm.models.mlp_mixer import MlpMixer
 
 import growshrink as gs
 from growshrink.cycle.log import replay
+from growshrink.data.batches import NO_AUGMENT, Augment
 from growshrink.errors import GrowError, PlanError, RunError
-from growshrink.grown import grown_modules
-from growshrink.training import NO_AUGMENT, Augment, RunFolder, TrainConfig
+from growshrink.layers.grown import grown_modules
+from growshrink.runs.folder import RunFolder
+from growshrink.training import TrainConfig
 from nets import untouched
 
 FILES = ["curves.png", "growth_log.json", "log.jsonl", "plain.safetensors", "report.json", "report.md", "run.json"]
@@ -205,7 +207,7 @@ def test_linear_branches_can_be_trained_online(tmp_path, average):
 
 
 def test_a_net_born_grown_lives_until_its_first_round_ends(tmp_path):
-    model = small(born_grown=True, outputs=4)
+    model = small(built_grown=True, outputs=4)
     result = run(tmp_path, model)
     base = [row for row in result.history if row["phase"] == "base"]
     assert [row["lam"] for row in base] == [1.0]  # vanishing begins after the hold, not before
@@ -286,7 +288,7 @@ def bad_weights():
         ({"plan": two_rounds(where="(")}, GrowError, "not a regular expression"),
         ({"plan": two_rounds(where="stem")}, GrowError, "the stem is left alone"),
         ({"plan": two_rounds(epochs=1)}, PlanError, "round 1 has 4 updates: too few"),
-        ({"plan": BASE_ONLY, "model": small(born_grown=True, outputs=4)}, PlanError, "grown at birth"),
+        ({"plan": BASE_ONLY, "model": small(built_grown=True, outputs=4)}, PlanError, "grown at birth"),
         ({"model": small(outputs=7)}, RunError, "has 4 classes: make it with num_classes=4"),
         ({"config": TrainConfig(optimizer="lamb")}, PlanError, "optimizer='lamb'"),
         ({"config": TrainConfig(optimizer="lamb"), "progress": True, "tensorboard": True}, PlanError, "optimizer="),

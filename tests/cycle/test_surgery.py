@@ -13,8 +13,8 @@ from growshrink.cycle import RoundPlan
 from growshrink.cycle.log import replay, shapes_of
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import FuseError, RunError
-from growshrink.grown import grown_modules
-from growshrink.schedules import constant
+from growshrink.layers.grown import grown_modules
+from growshrink.schedules.functions import constant
 from growshrink.training import TrainConfig, Trainer
 from nets import Batches, net, randomized, rel
 

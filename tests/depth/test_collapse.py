@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.algebra import ConvMap
+from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import NotLinearError
 from growshrink.models.block import Block
 from nets import images, net, randomized, rel, untouched
@@ -122,5 +122,5 @@ def test_a_net_that_gives_0_is_affine():
 
 
 def test_outputs_that_are_no_matrix_are_refused():
-    with pytest.raises(gs.GrowShrinkError, match=r"\(N, K\)"):
+    with pytest.raises(gs.errors.GrowShrinkError, match=r"\(N, K\)"):
         gs.collapse(nn.Conv2d(3, 2, 1), (3, 4, 4))

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.activations import VanishingReLU
 from growshrink.errors import FuseError, MergeError
+from growshrink.layers.activations import VanishingReLU
 from nets import images, net, randomized, rel, untouched
 
 
@@ -45,7 +45,7 @@ def convs(model):
 def test_chains_are_exact_borders_included(strides, size):
     kernels = (3, 3, 1, 5, 3)[: len(strides)]
     model = ready(chain(strides, kernels), size)
-    merged = gs.merge_runs(model, dearer="allow", input_size=size)
+    merged = gs.depth.merge_runs(model, if_costlier="allow", input_size=size)
     x = images(*size, n=3, dtype=torch.float64)
     assert rel(merged(x), model(x)) < 1e-10
     assert len(convs(merged)) == 2  # the pointwise in front has its activation behind it
@@ -53,17 +53,17 @@ def test_chains_are_exact_borders_included(strides, size):
 
 def test_kernel_stride_and_padding_of_the_merged():
     model = ready(chain((2, 1, 2), (3, 3, 3)), (3, 16, 16))
-    assert convs(gs.merge_runs(model, dearer="allow", input_size=(3, 16, 16)))[1] == (11, 4, 5)
+    assert convs(gs.depth.merge_runs(model, if_costlier="allow", input_size=(3, 16, 16)))[1] == (11, 4, 5)
     model = ready(chain((1, 1), (3, 3)), (3, 16, 16))
-    assert convs(gs.merge_runs(model, dearer="allow", input_size=(3, 16, 16)))[1] == (5, 1, 2)
+    assert convs(gs.depth.merge_runs(model, if_costlier="allow", input_size=(3, 16, 16)))[1] == (5, 1, 2)
 
 
 def test_padding_in_between_ends_the_run():
     model = ready(chain((1, 1), (3, 3), pad="each"), (3, 8, 8))
     with untouched(model), pytest.raises(MergeError, match="4: the second map pads.*put all padding into the first"):
-        gs.merge_runs(model, dearer="allow", input_size=(3, 8, 8))
+        gs.depth.merge_runs(model, if_costlier="allow", input_size=(3, 8, 8))
     with pytest.raises(MergeError, match="^4: the second map pads"):
-        gs.merge_runs(model, [["2", "4"]], dearer="allow", input_size=(3, 8, 8))
+        gs.depth.merge_runs(model, [["2", "4"]], if_costlier="allow", input_size=(3, 8, 8))
 
 
 def pointwise_net():
@@ -77,9 +77,9 @@ def pointwise_net():
 
 def test_pointwise_merges_into_anything_and_macs_are_those_of_the_profiler():
     model = pointwise_net()
-    report = gs.merge_report(model, dearer="allow", input_size=(3, 8, 8))
+    report = gs.depth.merge_report(model, if_costlier="allow", input_size=(3, 8, 8))
     assert [run.names for run in report.runs] == [("0", "2", "3", "4")]
-    merged = gs.merge_runs(model, dearer="allow", input_size=(3, 8, 8))
+    merged = gs.depth.merge_runs(model, if_costlier="allow", input_size=(3, 8, 8))
     assert rel(merged(images(3, 8, 8, dtype=torch.float64)), model(images(3, 8, 8, dtype=torch.float64))) < 1e-12
     assert report.macs_before == gs.profile(model, (3, 8, 8)).macs == report.runs[0].macs_before
     assert report.macs_after == gs.profile(merged, (3, 8, 8)).macs == report.runs[0].macs_after
@@ -88,25 +88,28 @@ def test_pointwise_merges_into_anything_and_macs_are_those_of_the_profiler():
 
 def test_the_cheapest_way_to_cut_is_the_default():
     model = pointwise_net()
-    report = gs.merge_report(model, input_size=(3, 8, 8))
+    report = gs.depth.merge_report(model, input_size=(3, 8, 8))
     # by hand: 0, 2, 3, 4 cost 27*4*64, 16*64, 8*9*36, 12*36; 0+2+3 is a 5x5 from 3 to 2 channels, with 4 from 3 to 6
     assert [run.names for run in report.runs] == [("0", "2", "3")]
     assert report.macs_after == (25 * 3 * 2 + 12) * 36 < report.macs_before
     assert report.ends["4"] == "it would cost more MACs"
-    assert gs.profile(gs.merge_runs(model, input_size=(3, 8, 8)), (3, 8, 8)).macs == report.macs_after
+    assert gs.profile(gs.depth.merge_runs(model, input_size=(3, 8, 8)), (3, 8, 8)).macs == report.macs_after
 
 
-def test_dearer_is_refused_warned_of_or_allowed():
+def test_a_costlier_merge_is_refused_warned_of_or_allowed():
     model, size = ready(chain((1, 1), (3, 3), channels=8), (3, 16, 16)), (3, 16, 16)
-    with untouched(model), pytest.raises(MergeError, match=r"2 \.\. 4 \(.* MACs\) dearer.*dearer='warn'"):
-        gs.merge_runs(model, ["2", "4"], input_size=size)
+    with (
+        untouched(model),
+        pytest.raises(MergeError, match=r"increase the cost of .*2 \.\. 4 \(.* MACs\).*if_costlier='warn'"),
+    ):
+        gs.depth.merge_runs(model, ["2", "4"], input_size=size)
     with pytest.raises(MergeError, match="no two convolutions to merge: 4: it would cost more MACs"):
-        gs.merge_runs(model, input_size=size)
+        gs.depth.merge_runs(model, input_size=size)
     with pytest.warns(UserWarning, match="merging makes 2 .. 4"):
-        warned = gs.merge_runs(model, dearer="warn", input_size=size)
-    assert convs(warned) == convs(gs.merge_runs(model, [("2", "4")], dearer="allow", input_size=size))
-    with pytest.raises(MergeError, match="dearer='alow'.*did you mean allow"):
-        gs.merge_runs(model, dearer="alow")
+        warned = gs.depth.merge_runs(model, if_costlier="warn", input_size=size)
+    assert convs(warned) == convs(gs.depth.merge_runs(model, [("2", "4")], if_costlier="allow", input_size=size))
+    with pytest.raises(MergeError, match="if_costlier='alow'.*did you mean allow"):
+        gs.depth.merge_runs(model, if_costlier="alow")
 
 
 def reducenet(**kwargs):
@@ -116,7 +119,7 @@ def reducenet(**kwargs):
 @pytest.mark.parametrize("size", [(3, 16, 16), (3, 9, 7), (3, 3, 3)])
 def test_reducenets_padded_in_front_merge_stage_by_stage(size):
     model = reducenet(pad="front", linear=True)
-    merged = gs.merge_runs(model, dearer="allow", input_size=size)
+    merged = gs.depth.merge_runs(model, if_costlier="allow", input_size=size)
     assert convs(merged) == [(3, 1, 1), (7, 1, 3), (11, 2, 5), (11, 2, 5)]
     x = images(*size, dtype=torch.float64)
     assert rel(merged(x), model(x)) < 1e-10
@@ -129,12 +132,12 @@ def test_only_vanished_activations_are_crossed():
     for block in model.stages[1][:2]:
         block.act = VanishingReLU(0.0)
     model.stages[1][1].act.lam.fill_(1e-9)
-    merged = gs.merge_runs(model, dearer="allow")
+    merged = gs.depth.merge_runs(model, if_costlier="allow")
     x = images(dtype=torch.float64)
     assert rel(merged(x), model(x)) < 1e-10
     assert [type(block) is nn.Identity for block in merged.stages[1]] == [True, False, False]
     with pytest.raises(MergeError, match=r"stages\.1\.2\.conv does not follow stages\.1\.1\.conv directly"):
-        gs.merge_runs(model, [["stages.1.0.conv", "stages.1.1.conv", "stages.1.2.conv"]], dearer="allow")
+        gs.depth.merge_runs(model, [["stages.1.0.conv", "stages.1.1.conv", "stages.1.2.conv"]], if_costlier="allow")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_only_vanished_activations_are_crossed():
 )
 def test_where(where, merged):
     model = reducenet(pad="front", linear=True)
-    result = gs.merge_runs(model, where, dearer="allow")
+    result = gs.depth.merge_runs(model, where, if_costlier="allow")
     assert convs(result.stages[0]) == merged and len(convs(result.stages[1:])) == 6
     x = images(dtype=torch.float64)
     assert rel(result(x), model(x)) < 1e-10
@@ -170,7 +173,7 @@ def test_where(where, merged):
 def test_what_cannot_be_merged_is_refused(where, message):
     model = reducenet(pad="front", linear=True)
     with untouched(model), pytest.raises(MergeError, match=message):
-        gs.merge_runs(model, where, dearer="allow", inplace=True)
+        gs.depth.merge_runs(model, where, if_costlier="allow", inplace=True)
 
 
 class Branching(nn.Module):
@@ -192,7 +195,7 @@ class Branching(nn.Module):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_second_reader_ends_the_run(inplace):
     with pytest.raises(MergeError, match=rf"conv2: {'relu_' if inplace else 'add'} reads or changes .* conv1 too"):
-        gs.merge_runs(Branching(inplace), dearer="allow", input_size=(3, 8, 8))
+        gs.depth.merge_runs(Branching(inplace), if_costlier="allow", input_size=(3, 8, 8))
 
 
 class Twice(nn.Module):
@@ -212,9 +215,9 @@ def test_shared_and_repeated_convolutions_are_left_alone():
     tied[3].weight = tied[1].weight
     for model in (nn.Sequential(nn.Conv2d(3, 3, 3), conv, nn.ReLU(), conv), tied):
         with untouched(model), pytest.raises(MergeError, match="none follows another"):
-            gs.merge_runs(model, dearer="allow", inplace=True, input_size=size)
+            gs.depth.merge_runs(model, if_costlier="allow", inplace=True, input_size=size)
     with pytest.raises(MergeError, match="conv: a module that runs more than once is not merged"):
-        gs.merge_runs(Twice(), dearer="allow", input_size=size)
+        gs.depth.merge_runs(Twice(), if_costlier="allow", input_size=size)
 
 
 @pytest.mark.parametrize("at", ["0", "1"])
@@ -223,7 +226,7 @@ def test_a_convolution_with_a_hook_is_left_alone(at, hook):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1))
     getattr(model.get_submodule(at), hook)(lambda *args: None)
     with untouched(model), pytest.raises(MergeError, match=f"1: {at} has a hook, which merging would lose"):
-        gs.merge_runs(model, dearer="allow", inplace=True, input_size=(3, 8, 8))
+        gs.depth.merge_runs(model, if_costlier="allow", inplace=True, input_size=(3, 8, 8))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -231,10 +234,10 @@ def test_lopsided_padding_ends_a_run_and_stays():
     size = (3, 7, 6)
     model = ready(nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)), size)
     x = images(*size, dtype=torch.float64)
-    for dearer in ("refuse", "allow"):
-        report = gs.merge_report(model, dearer=dearer, input_size=size)
+    for choice in ("refuse", "allow"):
+        report = gs.depth.merge_report(model, if_costlier=choice, input_size=size)
         assert [run.names for run in report.runs] == [("1", "2")] and "pads both sides alike" in report.ends["1"]
-        assert rel(gs.merge_runs(model, dearer=dearer, input_size=size)(x), model(x)) < 1e-12
+        assert rel(gs.depth.merge_runs(model, if_costlier=choice, input_size=size)(x), model(x)) < 1e-12
 
 
 def test_what_is_0_in_the_models_dtype_only_is_refused():
@@ -242,7 +245,7 @@ def test_what_is_0_in_the_models_dtype_only_is_refused():
     model[1].running_mean.fill_(1e-44)
     model[1].weight.data.fill_(1e-9)  # the bias, 1e-53, is no float32
     with untouched(model), pytest.raises(MergeError, match="wrong at the border"):
-        gs.merge_runs(model, dearer="allow", inplace=True, input_size=(3, 8, 8))
+        gs.depth.merge_runs(model, if_costlier="allow", inplace=True, input_size=(3, 8, 8))
 
 
 def test_grouped_and_depthwise():
@@ -254,37 +257,37 @@ def test_grouped_and_depthwise():
         ),
         (3, 7, 7),
     )
-    merged = gs.merge_runs(model, dearer="allow", input_size=(3, 7, 7))
+    merged = gs.depth.merge_runs(model, if_costlier="allow", input_size=(3, 7, 7))
     x = images(3, 7, 7, dtype=torch.float64)
     assert rel(merged(x), model(x)) < 1e-12 and len(convs(merged)) == 1
 
 
 def test_a_net_without_parameters_has_nothing_to_merge():
     with pytest.raises(MergeError, match="no two convolutions"):
-        gs.merge_runs(nn.ReLU(), input_size=(3, 8, 8))
+        gs.depth.merge_runs(nn.ReLU(), input_size=(3, 8, 8))
 
 
 def test_grown_nets_are_refused():
     model = gs.grow(reducenet(pad="front", linear=True))
     with pytest.raises(FuseError, match="fuse comes before"):
-        gs.merge_runs(model)
+        gs.depth.merge_runs(model)
 
 
 def test_copy_dtype_mode_and_memory_format():
     model = reducenet(pad="front", linear=True).float().to(memory_format=torch.channels_last).train()
     model.requires_grad_(False)
     with untouched(model):
-        merged = gs.merge_runs(model, dearer="allow")
+        merged = gs.depth.merge_runs(model, if_costlier="allow")
     conv = merged.stages[1][2].conv
     assert conv.weight.dtype == torch.float32 and conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(module.training for module in merged.modules()) and not conv.weight.requires_grad
     assert rel(merged.eval()(images()), model.eval()(images())) < 1e-5
-    assert not any(module.training for module in gs.merge_runs(model.eval(), dearer="allow").modules())
-    again = gs.merge_runs(model, dearer="allow", inplace=True)
+    assert not any(module.training for module in gs.depth.merge_runs(model.eval(), if_costlier="allow").modules())
+    again = gs.depth.merge_runs(model, if_costlier="allow", inplace=True)
     assert again is model and convs(again) == convs(merged)
 
 
 def test_merged_nets_have_nothing_left_to_merge():
-    merged = gs.merge_runs(reducenet(pad="front", linear=True), dearer="allow")
+    merged = gs.depth.merge_runs(reducenet(pad="front", linear=True), if_costlier="allow")
     with pytest.raises(MergeError):
-        gs.merge_runs(copy.deepcopy(merged), dearer="allow")
+        gs.depth.merge_runs(copy.deepcopy(merged), if_costlier="allow")

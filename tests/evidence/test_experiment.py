@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from growshrink.analysis.stats import Interval
-from growshrink.compare import training_macs
 from growshrink.cycle.timeline import Timeline
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import load_data
+from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.experiment import (
@@ -24,7 +26,8 @@ from growshrink.evidence.experiment import (
     trials_of,
 )
 from growshrink.evidence.table import bootstrap_interval, markdown, rows_of, verdict
-from growshrink.training import Augment, MemoryFeed, TrainConfig, load_data
+from growshrink.proofs._profile import training_macs
+from growshrink.training import TrainConfig
 from nets import net
 
 TINY = Experiment(
@@ -54,7 +57,7 @@ def test_every_arm_fits_its_budget(name):
     budget = updates * feed.train.batch_size * training_macs(plain, feed.input_size)
     epochs = matched_epochs(arm, model, feed, budget)
     assert epochs == pytest.approx(90) if not arm.rounds else 0 < epochs < 90
-    timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, born_grown=arm.expansion > 0)
+    timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
     assert timeline.total > 0 and arm.about
 
 

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 import growshrink as gs
+from growshrink.data.batches import Augment
+from growshrink.data.datasets import load_data
+from growshrink.data.feed import MemoryFeed
 from growshrink.evidence.stack import StackedFeed, StackError, stack_nets, unstack_net
-from growshrink.grown import grown_modules
-from growshrink.training import Augment, MemoryFeed, TrainConfig, Trainer, load_data
-from growshrink.training.evaluate import evaluate
+from growshrink.layers.grown import grown_modules
+from growshrink.training import TrainConfig, Trainer
+from growshrink.training._evaluate import evaluate
 from nets import ConvNet, net, randomized
 
 SIZE, SEEDS = (3, 16, 16), 3

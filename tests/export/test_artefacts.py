@@ -15,10 +15,10 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import growshrink as gs
+from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, checks, export, int8
 from growshrink.export.ranges import verdict, weight_ranges
-from growshrink.training import DataSet, Split
 from nets import ConvNet, images, net, randomized, rel
 
 SIZE = (3, 32, 32)

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import growshrink as gs
-from growshrink.algebra import ConvMap
-from growshrink.fuzzing import architectures
-from growshrink.fuzzing.architectures import check_architecture
-from growshrink.fuzzing.nets import trainable_net
-from growshrink.fuzzing.oracle import causes_against, naive_conv
+from fuzzing import architectures
+from fuzzing.architectures import check_architecture
+from fuzzing.nets import trainable_net
+from fuzzing.oracle import causes_against, naive_conv
+from growshrink.algebra.convmap import ConvMap
 from nets import images, with_conv
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
+from fuzzing import files
+from fuzzing.damage import damage
+from fuzzing.files import TARGETS, Target, check_file
+from growshrink.base.reading import read_json, read_tensors
 from growshrink.errors import GrowShrinkError
-from growshrink.fuzzing import files
-from growshrink.fuzzing.damage import damage
-from growshrink.fuzzing.files import TARGETS, Target, check_file
-from growshrink.reading import read_json, read_tensors
 
 # Found by the fuzzer: JSON nested too deeply, a list of names that is not UTF-8, a name of a model that is none, a CSV
 # file without end, a folder in the place of the results, a number beyond any float, images that claim 10^10 pixels.

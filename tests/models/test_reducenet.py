@@ -11,8 +11,8 @@ from timm.models._manipulate import group_parameters
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from growshrink.activations import VanishingReLU, get_lambda, set_lambda
-from growshrink.grown import PureBottleneck
+from growshrink.layers.activations import VanishingReLU, get_lambda, set_lambda
+from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.models import reducenet
 from growshrink.models.block import Block
 from growshrink.models.reducenet import ReduceNet

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.compare import randomize_norms_
-from growshrink.grown import PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.models import vanillanet
 from growshrink.models.vanillanet import SeriesActivation, VanillaBlock
+from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
 from nets import Batches, images, rel
 
@@ -66,7 +66,7 @@ def test_middle_width_is_the_papers():
 @torch.no_grad()
 def test_fuses_into_its_plain_net(name, expansion):
     model = small(f"{name}_x{expansion}")
-    with pytest.raises(gs.FuseError, match="not vanished"):
+    with pytest.raises(gs.errors.FuseError, match="not vanished"):
         gs.fuse(model)
     assert gs.verify(model, input_size=(3, 19, 16)).ok
     model = model.double().eval()
@@ -101,9 +101,11 @@ def test_plain_vanillanets_grow_and_shrink():
 def test_a_series_activation_merges_with_the_pointwise_behind_it_on_request():
     model = small(dtype=torch.float64).eval()
     randomize_norms_(model)
-    with pytest.raises(gs.MergeError, match="dearer"):  # depthwise then pointwise is what makes it cheap
-        gs.merge_runs(model, ["stem.act.conv", "stages.0.0.conv"])
-    merged = gs.merge_runs(model, dearer="allow")
+    with pytest.raises(
+        gs.errors.MergeError, match="increase the cost"
+    ):  # depthwise then pointwise is what makes it cheap
+        gs.depth.merge_runs(model, ["stem.act.conv", "stages.0.0.conv"])
+    merged = gs.depth.merge_runs(model, if_costlier="allow")
     x = images(dtype=torch.float64)
     assert rel(merged(x), model(x)) < 1e-10
     assert merged.stages[0][0].conv.kernel_size == (7, 7)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from growshrink.analysis import scores
-from growshrink.training import load_data
+from growshrink.data.datasets import load_data
 from program import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"

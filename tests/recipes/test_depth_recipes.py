@@ -65,7 +65,9 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         return {name: float(len(layers(call.args[0]))) for name, call in calls.items()}
 
     monkeypatch.setattr(latency, "ANCHORS", 1)
-    monkeypatch.setattr(latency, "in_turns", by_layers)  # the clock of a machine with other users proves nothing
+    monkeypatch.setattr(
+        latency, "interleaved_timings", by_layers
+    )  # the clock of a machine with other users proves nothing
     out = tmp_path / "run"
     options = ["--shrink-epochs", "0.5", "--targets", "0.7", "0.0001", "--fresh", "--longest", "3"]
     assert main("shrink_depth", *BRIEF, 1, *options, "--out", out) == 0

@@ -17,11 +17,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import growshrink.training.options
-from growshrink.activations import set_lambda
+import growshrink.cli.options
 from growshrink.cycle import CyclePlan
+from growshrink.data.batches import TrainBatches
 from growshrink.errors import RunError
-from growshrink.training import RunFolder, TrainBatches
+from growshrink.layers.activations import set_lambda
+from growshrink.runs.folder import RunFolder
 from growshrink.transforms import fuse
 from program import run
 
@@ -211,7 +212,7 @@ def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
 def test_help_explains_every_option(capsys):
     assert main("--help") == 0
     out = capsys.readouterr().out
-    trees = [ast.parse(Path(path).read_text()) for path in (RECIPE, growshrink.training.options.__file__)]
+    trees = [ast.parse(Path(path).read_text()) for path in (RECIPE, growshrink.cli.options.__file__)]
     bodies = [n.body for tree in trees for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Options"]
     options = [
         (n.target.id, after)

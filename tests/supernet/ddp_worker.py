@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 import growshrink as gs
-from growshrink.grown import GrownConv2d, PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d
 from nets import ConvNet, net, randomized
 
 SIZE = (3, 8, 8)

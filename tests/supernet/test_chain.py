@@ -103,5 +103,8 @@ def test_prefix_and_suffix_are_the_model(name):
 )
 def test_what_is_no_chain(make, message):
     model = make()
-    with untouched(model), pytest.raises(gs.WidthError, match=f"mode='suffix' needs.*take mode='lazy'.*({message})"):
+    with (
+        untouched(model),
+        pytest.raises(gs.errors.WidthError, match=f"mode='suffix' needs.*take mode='lazy'.*({message})"),
+    ):
         gs.NetAugTask(model, mode="suffix", input_size=SIZE, verbose=False)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import growshrink as gs
-from growshrink.compare import flop_counter, training_macs
+from growshrink.proofs._profile import flop_counter, training_macs
 from growshrink.supernet.cost import StepCost
 from nets import net
 
@@ -70,7 +70,7 @@ def test_nothing_of_the_task_changes():
     task = gs.NetAugTask(MODELS["grown"](), verbose=False, mode="suffix", input_size=SIZE)
     before = {name: tensor.clone() for name, tensor in task.state_dict().items()}
     StepCost(task, SIZE).mean(0, 5)
-    assert gs.get_width(task.trainable_module) == task.space.base and task.update == 0
+    assert gs.layers.get_width(task.trainable_module) == task.space.base and task.update == 0
     assert all(torch.equal(before[name], tensor) for name, tensor in task.state_dict().items())
 
 

@@ -46,7 +46,7 @@ def test_the_best_of_the_candidates_is_kept():
         choice = gs.choose_width(
             model, iter(widths), batches=BATCHES, score=score, input_size=SIZE, progress=lambda w: seen.extend(w) or w
         )
-    assert gs.get_width(model) == space.full and seen == widths
+    assert gs.layers.get_width(model) == space.full and seen == widths
     assert choice.width == widths[1] and choice.score == 0.75 and choice.model is nets[1]  # the first of equals
     assert [c.width for c in choice.candidates] == [widths[1], widths[2], widths[0]]
     for width, plain in zip(widths, nets, strict=True):
@@ -72,11 +72,11 @@ def test_candidates_that_cannot_be():
     space = gs.width_space(model)
     args = {"batches": BATCHES, "score": lambda plain: 0.0, "input_size": SIZE}
     with untouched(model):
-        with pytest.raises(gs.WidthError, match="at least one candidate"):
+        with pytest.raises(gs.errors.WidthError, match="at least one candidate"):
             gs.choose_width(model, [], **args)
-        with pytest.raises(gs.FuseError, match="have not vanished"):
+        with pytest.raises(gs.errors.FuseError, match="have not vanished"):
             gs.choose_width(model, [space.full], **args)
-        with pytest.raises(gs.WidthError, match="does not say how wide"):
+        with pytest.raises(gs.errors.WidthError, match="does not say how wide"):
             gs.choose_width(model, [{}], **args)
 
 
@@ -156,7 +156,7 @@ def test_round_trip(tmp_path, kind):
         for width in (space.base, space.sample(0, 1), space.full):
             with gs.active_width(loaded.eval(), width), gs.active_width(model.eval(), width):
                 assert rel(loaded(x), model(x)) < 1e-5
-    assert gs.get_width(loaded) == space.full
+    assert gs.layers.get_width(loaded) == space.full
 
 
 def saved(path, **header):
@@ -192,8 +192,8 @@ OTHER = gs.width_space(net("reducenet32_x4")).to_json()
             "twig",
         ),
         ({"width_space": None}, RunError, "not a whole supernet"),
-        ({"width_space": "{}"}, gs.WidthError, "not the JSON of a width space"),
-        ({"width_space": OTHER}, gs.WidthError, "another model"),
+        ({"width_space": "{}"}, gs.errors.WidthError, "not the JSON of a width space"),
+        ({"width_space": OTHER}, gs.errors.WidthError, "another model"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.schedules import constant
+from growshrink.schedules.functions import constant
 from nets import Batches, ConvNet, net, randomized
 from supernet.twins import Narrow, added, assert_same, gradients, grads_of, soft_loss
 
@@ -68,22 +68,22 @@ def expected_gradient(task, model, mode, x, target, *, alpha=1.0, reduction="sum
     """The same by the formula: one net of its own per pass."""
     base, augmented = passes_of(task, mode, task.update)
     share = 1 / (1 + alpha * len(augmented)) if reduction == "mean" else 1.0
-    mentor, terms = None, []
+    inplace_teacher, terms = None, []
     if mode == "single" and distil:
-        mentor = Narrow(model, task.space.full).net(x).detach()
+        inplace_teacher = Narrow(model, task.space.full).net(x).detach()
 
     def loss(logits):
         value = F.cross_entropy(logits, target)
         if teach is not None:
             value = teach(value, logits)
-        if mentor is not None and distil:
-            value = (1 - distil) * value + distil * soft_loss(logits, mentor, task.inplace_temperature)
+        if inplace_teacher is not None and distil:
+            value = (1 - distil) * value + distil * soft_loss(logits, inplace_teacher, task.inplace_temperature)
         return value
 
     for width in augmented:
         grads, logits = gradients(model, width, loss, x)
         terms.append((alpha * every * share, grads))
-        mentor = logits if mentor is None else mentor
+        inplace_teacher = logits if inplace_teacher is None else inplace_teacher
     grads, _ = gradients(model, base, loss, x)
     return added((share, grads), *terms)
 
@@ -114,11 +114,11 @@ def test_one_update_is_the_sum_of_its_passes(mode, make, reduction, how):
     task = task_of(model, mode=mode, alpha=0.7, reduction=reduction, inplace_distil=distil)
     for update in (0, 3):
         task.set_step(update)
-        assert gs.get_width(model) == task.space.base
+        assert gs.layers.get_width(model) == task.space.base
         x, target = batch(update)
         expected = expected_gradient(task, model, mode, x, target, alpha=0.7, reduction=reduction, distil=distil)
         assert_same(gradient(task, x, target, how), expected)
-        assert gs.get_width(model) == task.space.base
+        assert gs.layers.get_width(model) == task.space.base
 
 
 @pytest.mark.filterwarnings("ignore:NetAugTask. weights")
@@ -286,7 +286,7 @@ def test_once_alpha_is_0_the_update_is_that_of_the_base_net_alone(mode):
     )
     task.set_step(4)
     passes = []
-    model.register_forward_pre_hook(lambda module, args: passes.append(gs.get_width(module)))
+    model.register_forward_pre_hook(lambda module, args: passes.append(gs.layers.get_width(module)))
     x, target = batch()
     F.cross_entropy(alone(x), target).backward()
     for how in ("forward", "backward"):
@@ -341,7 +341,7 @@ def test_grad_checkpointing():
             task = task_of(model, mode=mode)
             found.append(gradient(task, x, target, "backward"))
         assert_same(*found)
-        with pytest.raises(gs.WidthError, match="grad checkpointing.*task.backward"):
+        with pytest.raises(gs.errors.WidthError, match="grad checkpointing.*task.backward"):
             task(x, target)
 
 
@@ -454,7 +454,7 @@ def test_after_an_exception_the_model_is_at_base_width(mode, how, where):
         fails.update(at=at, calls=0)
         with pytest.raises(Trouble):
             gradient(task, *batch(), how)
-        assert gs.get_width(model) == task.space.base
+        assert gs.layers.get_width(model) == task.space.base
         if at == 1 and mode in ("netaug", "sandwich"):  # it was in an augmented pass
             assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 

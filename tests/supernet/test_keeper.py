@@ -262,7 +262,7 @@ def test_attached_again_and_detached():
 def test_an_optimizer_whose_state_is_not_per_channel_is_refused(name):
     model = net("reducenet20_x4", width=1)
     optimizer = timm.optim.create_optimizer_v2(model.parameters(), opt=name, lr=0.01)
-    with pytest.raises(gs.WidthError, match=r"keeps '.*' in another shape .*Take sgd"):
+    with pytest.raises(gs.errors.WidthError, match=r"keeps '.*' in another shape .*Take sgd"):
         task_of(model, optimizer)
 
 
@@ -273,7 +273,7 @@ def test_an_optimizer_whose_state_is_not_per_channel_is_refused(name):
 def test_an_optimizer_that_cannot_be_attached(name, message):
     model = net("reducenet20_x4")
     optimizer = timm.optim.create_optimizer_v2(model.parameters(), opt=name, lr=0.01)
-    with pytest.raises(gs.WidthError, match=message):
+    with pytest.raises(gs.errors.WidthError, match=message):
         task_of(model, optimizer)
 
 
@@ -310,7 +310,7 @@ class Reads(TorchDispatchMode):
     ("mode", "make"), [("netaug", x4), ("suffix", x4), ("single", x4), ("sandwich", x4), ("netaug", grown)]
 )
 def test_a_step_never_waits_for_the_device(monkeypatch, mode, make):
-    monkeypatch.setattr(gs.VanishingReLU, "_lam_is_free_to_read", lambda *_: False)
+    monkeypatch.setattr(gs.layers.VanishingReLU, "_lam_is_free_to_read", lambda *_: False)
     model = model_of(make)
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     schedule = gs.schedules.linear(1.0, 0.0, steps=3)

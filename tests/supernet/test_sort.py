@@ -144,15 +144,15 @@ def test_ties_keep_their_order():
 )
 def test_a_net_that_is_no_copy_is_refused_before_anything_moves(other, message):
     model, good, bad = model_of(MODELS["x4"]), model_of(MODELS["x4"]), other()
-    with untouched(model, good), pytest.raises(gs.WidthError, match=message):
+    with untouched(model, good), pytest.raises(gs.errors.WidthError, match=message):
         gs.sort_channels(model, also=[good, bad])
 
 
 def test_the_last_bottleneck_is_checked_before_the_first_is_sorted():
     model = model_of(MODELS["x4"])
     other = copy.deepcopy(model)
-    other.stages[2][2].conv = gs.PureBottleneck(16, 32, 16)
-    with untouched(model, other), pytest.raises(gs.WidthError, match=r"^stages\.2\.2\.conv: a net in `also`"):
+    other.stages[2][2].conv = gs.layers.PureBottleneck(16, 32, 16)
+    with untouched(model, other), pytest.raises(gs.errors.WidthError, match=r"^stages\.2\.2\.conv: a net in `also`"):
         gs.sort_channels(model, also=[other])
 
 
@@ -160,7 +160,10 @@ def test_an_optimizer_whose_state_cannot_follow_is_refused_before_anything_moves
     model = model_of(lambda: net("reducenet20_x4", width=1))
     optimizer = timm.optim.create_optimizer_v2(model.parameters(), opt="adafactorbv", lr=0.01)
     twin_step(model, optimizer, 0)
-    with untouched(model), pytest.raises(gs.WidthError, match=r"^stages.*: the optimizer keeps .* in another shape"):
+    with (
+        untouched(model),
+        pytest.raises(gs.errors.WidthError, match=r"^stages.*: the optimizer keeps .* in another shape"),
+    ):
         gs.sort_channels(model, optimizer=optimizer)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.errors import PlanError
-from growshrink.schedules import constant
+from growshrink.schedules.functions import constant
 from nets import Batches, net, randomized
 
 SIZE = (3, 8, 8)
@@ -45,10 +45,10 @@ def task_of(model=None, **options):
 )
 def test_options_out_of_range(options, message):
     model = net("reducenet20_x4")
-    width = gs.get_width(model)
+    width = gs.layers.get_width(model)
     with pytest.raises(PlanError, match=message):
         task_of(model, **options)
-    assert gs.get_width(model) == width  # it is as it was
+    assert gs.layers.get_width(model) == width  # it is as it was
 
 
 def test_an_alpha_that_turns_negative_is_named_with_its_update():
@@ -59,10 +59,10 @@ def test_an_alpha_that_turns_negative_is_named_with_its_update():
 
 
 def test_models_and_spaces_that_do_not_fit():
-    with pytest.raises(gs.WidthError, match=r"growshrink\.grow comes first"):
+    with pytest.raises(gs.errors.WidthError, match=r"growshrink\.grow comes first"):
         task_of(net())
     other = gs.width_space(net("reducenet32_x4"))
-    with pytest.raises(gs.WidthError, match="another model"):
+    with pytest.raises(gs.errors.WidthError, match="another model"):
         task_of(space=other)
 
 
@@ -85,7 +85,7 @@ def test_lam_of_the_average_is_copied():
         assert set(gs.get_lambda(ema).values()) == {max(0.0, 1 - update / 4)}
         assert set(gs.get_lambda(task.trainable_module).values()) == {max(0.0, 1 - (update + 1) / 4)}
     assert set(gs.get_lambda(ema).values()) == {0.0} and task.update == 6
-    assert gs.get_width(ema) == task.space.base
+    assert gs.layers.get_width(ema) == task.space.base
 
 
 @pytest.mark.parametrize("mode", ["netaug", "suffix"])

@@ -7,8 +7,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from growshrink.branches import Branch
-from growshrink.grown import GrownConv2d, PureBottleneck
-from growshrink.widths import get_width
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.widths import get_width
 
 
 class Narrow:
@@ -130,7 +131,7 @@ def assert_same(found, expected, tolerance=1e-10):
         assert float((found[name] - value).abs().max()) <= tolerance * scale, name
 
 
-def soft_loss(logits, mentor, temperature):
-    """T^2 KL(mentor || logits), written out."""
-    p = F.softmax(mentor / temperature, 1)
+def soft_loss(logits, inplace_teacher, temperature):
+    """T^2 KL(inplace_teacher || logits), written out."""
+    p = F.softmax(inplace_teacher / temperature, 1)
     return temperature**2 * (p * (p.log() - F.log_softmax(logits / temperature, 1))).sum(1).mean()

@@ -19,7 +19,7 @@ def run(monkeypatch, *args, power=1.0):
             for name, call in calls.items()
         }
 
-    monkeypatch.setattr(latency, "in_turns", clock)
+    monkeypatch.setattr(latency, "interleaved_timings", clock)
     monkeypatch.setattr(latency, "ANCHORS", 1)
     monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
     with pytest.raises(SystemExit) as end:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
-from growshrink.schedules import constant, linear
+from growshrink.schedules.functions import constant, linear
 from growshrink.training import Teacher, TrainConfig, Trainer, calibrate_bn
 from nets import Batches, net, randomized
 
@@ -129,7 +129,7 @@ def test_the_average_is_the_average():
 @pytest.mark.parametrize("grown", [False, True])
 def test_the_loop_never_waits_for_the_device(monkeypatch, teacher, grown):
     # On the CPU an activation may read lam, because nothing is waited for; here it must not.
-    monkeypatch.setattr(gs.VanishingReLU, "_lam_is_free_to_read", lambda *_: False)
+    monkeypatch.setattr(gs.layers.VanishingReLU, "_lam_is_free_to_read", lambda *_: False)
     model = gs.grow(net(), input_size=SIZE) if grown else net()
     ours = trainer(model, clip_grad=1.0, label_smoothing=0.1)
     with Syncs() as syncs:

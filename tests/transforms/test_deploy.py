@@ -12,7 +12,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.errors import AlgebraError
-from growshrink.grown import grown_modules
+from growshrink.layers.grown import grown_modules
 from growshrink.transforms._deploy import HOOKS, MergeFirst, guard_hooks
 from nets import images, net, randomized, rel
 

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 import growshrink as gs
 from growshrink.errors import FuseError
-from growshrink.grown import PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck
 from nets import ConvNet, images, net, randomized, rel, untouched
 
 SIZE = (3, 32, 32)

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import growshrink as gs
-from growshrink.activations import VanishingReLU
 from growshrink.branches import BranchSpec
 from growshrink.errors import FuseError
-from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d, grown_modules
 from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
 
 SIZE = (3, 16, 16)
@@ -473,7 +474,7 @@ def test_one_bad_module_among_many_leaves_all_of_them_alone():
 
 def test_a_wrong_input_size_is_refused():
     model = linear(gs.grow(net()))
-    with untouched(model), pytest.raises(gs.GrowShrinkError, match=r"size \(5, 8, 8\).*input_size"):
+    with untouched(model), pytest.raises(gs.errors.GrowShrinkError, match=r"size \(5, 8, 8\).*input_size"):
         gs.fuse(model, inplace=True, input_size=(5, 8, 8))
 
 

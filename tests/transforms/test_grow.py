@@ -10,7 +10,8 @@ from torch.nn.utils import parametrize, prune
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec
 from growshrink.errors import DropError, GrowError
-from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.transforms import branch_specs
 from nets import ConvNet, images, net, randomized, train_a_bit, untouched
 
@@ -173,7 +174,7 @@ def test_branches_inherit():
             assert p.dtype == torch.bfloat16 and p.requires_grad != frozen
             assert p.dim() < 4 or p.is_contiguous(memory_format=torch.channels_last)
         assert all(m.training != frozen for m in conv.modules())
-        assert all(act.lam.dtype == torch.float32 for act in conv.modules() if isinstance(act, gs.VanishingReLU))
+        assert all(act.lam.dtype == torch.float32 for act in conv.modules() if isinstance(act, gs.layers.VanishingReLU))
     on_meta = gs.grow(net().to("meta"))
     assert all(t.is_meta for t in on_meta.state_dict().values())
 

@@ -10,8 +10,9 @@ from torch import nn
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec
 from growshrink.errors import CollapseError, FuseError
-from growshrink.grown import GrownConv2d, PureBottleneck, grown_modules
-from growshrink.online import ONLINE_CLASSES, OnlineBottleneck, OnlineConv2d
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.grown import GrownConv2d, grown_modules
+from growshrink.layers.online import ONLINE_CLASSES, OnlineBottleneck, OnlineConv2d
 from growshrink.transforms import _online
 from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
 
@@ -159,7 +160,7 @@ def test_training_goes_the_same_way(branch):
 def lam_of(conv, **lams):
     for index, lam in lams.items():
         for module in conv.branches[int(index[1:])].modules():
-            if isinstance(module, gs.VanishingReLU):
+            if isinstance(module, gs.layers.VanishingReLU):
                 module.lam.fill_(lam)
     return conv
 
@@ -188,7 +189,7 @@ def lam_of(conv, **lams):
 def test_linear_branches_go_and_the_others_stay(kinds, alive, merged, why):
     grown = lam_of(grown_conv(kinds, kernel_size=3, padding=1), **{f"b{index}": 0.5 for index in alive})
     model = nn.ModuleDict({"conv": grown})
-    (row,) = gs.collapse_report(model).rows
+    (row,) = gs.transforms.collapse_report(model).rows
     assert list(row.merged) == merged and not row.collapsed
     assert [f"branches.{index} ({kinds[index]})" for index in why] == list(row.left)
     assert all(words in reason for words, reason in zip(why.values(), row.left.values(), strict=True))
@@ -209,7 +210,7 @@ def test_without_freezing_branches_with_norms_stay():
     online = gs.collapse_online(model, choose="always", freeze=False)
     assert [branch.merged for branch in online["conv"].branches] == [False, True, True]
     assert online["conv"].branches[0].path.norm.training
-    (row,) = gs.collapse_report(online).rows
+    (row,) = gs.transforms.collapse_report(online).rows
     assert row.left == {"branches.0 (pointwise)": "left as it is"} and row.merged == ("lora", "orepa")
     before = online["conv"].branches[0].path.norm.running_mean.clone()
     x = images(8, 7, 8, dtype=torch.float64)
@@ -233,7 +234,7 @@ class Liar(Branch, kind=""):
         return self.gamma * self.conv(x.relu())
 
     def as_convmap(self, kernel):
-        return gs.ConvMap.from_conv2d(self.conv, kernel.kernel.dtype).scale(self.gamma)
+        return gs.algebra.ConvMap.from_conv2d(self.conv, kernel.kernel.dtype).scale(self.gamma)
 
 
 class Old(Liar, kind=""):
@@ -245,7 +246,7 @@ class Old(Liar, kind=""):
         return self.conv(x)
 
     def as_convmap(self, kernel):
-        return gs.ConvMap.from_conv2d(self.conv)
+        return gs.algebra.ConvMap.from_conv2d(self.conv)
 
 
 def test_a_branch_is_taken_at_its_word_only_if_it_keeps_it():
@@ -281,7 +282,7 @@ def test_lam_stays_0_for_as_long_as_it_must():
     assert gs.set_lambda(gs.expand_online(online), 0.5) == 9
     state = online.state_dict()
     online.load_state_dict({name: value + 0.5 if name.endswith(".lam") else value for name, value in state.items()})
-    with pytest.raises(gs.AlgebraError, match="lam is 0.5, not 0"):
+    with pytest.raises(gs.errors.AlgebraError, match="lam is 0.5, not 0"):
         online(images())
 
 
@@ -295,7 +296,7 @@ def test_the_net_stays_what_it_is():
         online = gs.collapse_online(grown, batch_size=2, input_size=(3, 16, 16), rounds=2)
         collapsed = gs.collapse_online(online, choose="always")  # again, from the start
     assert list(online.state_dict()) == list(collapsed.state_dict()) == keys
-    assert len(gs.collapse_report(collapsed).collapsed) == len(grown_modules(grown)) == 9
+    assert len(gs.transforms.collapse_report(collapsed).collapsed) == len(grown_modules(grown)) == 9
     assert not any(isinstance(m, tuple(ONLINE_CLASSES.values())) for m in grown.modules())
     twin = copy.deepcopy(collapsed)
     x = images()
@@ -449,7 +450,7 @@ def test_trace_feature_extraction_and_script():
 
 
 def clock(cheap):
-    """in_turns, but merging is said to be cheaper where `cheap(channels)`."""
+    """interleaved_timings, but merging is said to be cheaper where `cheap(channels)`."""
     log = []
 
     def times(calls, *, rounds):
@@ -466,11 +467,11 @@ def test_each_convolution_runs_as_is_faster(monkeypatch):
     grown = randomized(gs.grow(net(), ["dbb", "lora"])).double()
     grown.stages[0][1].conv.weight.requires_grad_(False)
     times, log = clock(lambda number: number != 1)
-    monkeypatch.setattr(_online, "in_turns", times)
+    monkeypatch.setattr(_online, "interleaved_timings", times)
     with untouched(grown):
         online = gs.collapse_online(grown, batch_size=2, rounds=3)
     assert log == [3] * 5  # convolutions that are alike are timed once
-    report = gs.collapse_report(online)
+    report = gs.transforms.collapse_report(online)
     slow = [name for name in grown_modules(grown) if name.startswith("stages.0.")]
     assert [row.name for row in report.rows if not row.collapsed] == slow and len(slow) == 3
     assert {row.timing for row in report.rows} == {(2.0, 1.0), (2.0, 3.0)}
@@ -487,8 +488,8 @@ def test_each_convolution_runs_as_is_faster(monkeypatch):
     grown.requires_grad_(True), online.requires_grad_(True)
     assert_same_gradients(online, frozen(grown), x, tolerance=1e-9)
     again = gs.collapse_online(grown, choose=report.collapsed)
-    assert gs.collapse_report(again).collapsed == report.collapsed
-    assert all(row.timing is None for row in gs.collapse_report(again).rows)
+    assert gs.transforms.collapse_report(again).collapsed == report.collapsed
+    assert all(row.timing is None for row in gs.transforms.collapse_report(again).rows)
 
 
 @pytest.mark.parametrize(
@@ -511,5 +512,5 @@ def test_nothing_to_collapse():
         gs.collapse_online(net())
     with pytest.raises(CollapseError, match=r"no branch of the 9 grown modules .*conv: body\.act: lam is 1\.0, not 0"):
         gs.collapse_online(gs.grow(net()))
-    report = str(gs.collapse_report(gs.grow(net())))
+    report = str(gs.transforms.collapse_report(gs.grow(net())))
     assert re.search(r"stages\.0\.0\.conv .* branch by branch: nothing; branches\.0 \(bottleneck\): body\.act", report)

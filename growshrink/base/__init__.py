@@ -1,0 +1,1 @@
+"""Torch and the standard library alone: files, processes, signals, time, seeds."""

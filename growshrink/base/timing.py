@@ -1,0 +1,67 @@
+"""The clock: what a machine is, how long a call takes, and several calls timed in turns."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Call = Callable[[], object]
+
+#: A turn lasts about this many seconds (a call is repeated within it): far above the clock's resolution, and shorter
+#: than the slices in which a busy system hands out its cores.
+TURN = 0.001
+
+
+def seconds_of(call: Call, calls: int = 1, *, own_thread: bool = False) -> float:
+    """Per call; with `own_thread` those in which this thread had a core."""
+    clock = time.thread_time if own_thread else time.perf_counter
+    began = clock()
+    for _ in range(calls):
+        call()
+    return (clock() - began) / calls
+
+
+def machine() -> dict[str, Any]:
+    """What the times depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return {"processor": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def interleaved_timings(
+    calls: Mapping[str, Call], *, rounds: int = 200, own_thread: bool = False, progress: bool = False
+) -> dict[str, float]:
+    """Milliseconds per call of each, warm, timed in turns.
+
+    All calls take turns, round after round, so a slow spell of the machine meets all of them alike. The result is the
+    lowest decile over the rounds: other processes only ever add to a time, on a busy machine to most turns.
+
+    Args:
+        calls: By name.
+        rounds: How many turns each takes.
+        own_thread: Leave out the time in which the thread waited for a core. For calls that do all their work in one
+            thread: on a busy machine a call longer than a slice of time is never timed whole otherwise.
+        progress: Show a progress bar.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(3):  # warm up: allocator, primitive caches
+            call()
+        repeats[name] = max(1, round(TURN / max(seconds_of(call, own_thread=own_thread), 1e-9)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in tqdm(range(rounds), "latencies", unit="round", leave=False, disable=not progress, ncols=110):
+        for name, call in calls.items():
+            call()  # its weights and code are back in the caches
+            times[name].append(1e3 * seconds_of(call, repeats[name], own_thread=own_thread))
+    return {name: statistics.quantiles(values, n=10, method="inclusive")[0] for name, values in times.items()}

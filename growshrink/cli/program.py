@@ -1,0 +1,108 @@
+"""What all programs do alike: options in, one line and an exit code out."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from growshrink.base.stopping import Stopped, handled
+from growshrink.cli.limits import check_limits
+from growshrink.errors import GrowShrinkError, RunError
+
+T = TypeVar("T")
+
+#: Exit code for everything that a user, or the machine, can put right.
+REFUSED = 2
+#: What a disk does, whatever the program; other errors of the system's are mistakes of ours, and keep their traceback.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def run_program(
+    main: Callable[[T], int | None], args: Callable[..., T], doc: str | None, *, go_on: str = ""
+) -> NoReturn:
+    """Run a program on the options of its command line, and exit.
+
+    Exit codes: what `main` returns (None is 0); 2 for bad options, a `GrowShrinkError` or a disk that is full or
+    broken; 130 after Ctrl-C and 143 after SIGTERM. All but the first come with one line on stderr.
+
+    Args:
+        main: The program.
+        args: A dataclass of its options.
+        doc: What --help says.
+        go_on: How an interrupted run is continued, for the line.
+    """
+    with guarded(go_on):
+        sys.exit(main(read_options(args, doc)) or 0)
+
+
+def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] | None = None) -> T:
+    """The options of a command line, all within their limits.
+
+    Args:
+        args: A dataclass of the options.
+        doc: What --help says.
+        words: The command line, by default this process's own.
+
+    Raises:
+        RunError: It is not a command line of this program, or an option lies beyond its limits.
+    """
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            options = tyro.cli(args, description=doc, args=words)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise RunError(_one_line(complaint.getvalue())) from end
+    check_limits(options)
+    return options
+
+
+def _one_line(box: str) -> str:
+    """What tyro says is wrong, out of its box and without the help that follows."""
+    lines = [line.strip("│| ") for line in box.splitlines() if line[:1] in "│|"]
+    wrong = itertools.takewhile(lambda line: not line.startswith(("Argument helptext", "For full helptext")), lines)
+    text = " ".join(line for line in wrong if line.strip("─-"))
+    return f"{text or ' '.join(box.split())} (--help has the options)"
+
+
+@contextmanager
+def guarded(go_on: str = "") -> Iterator[None]:
+    """Leave by `sys.exit`, with one line on stderr, where an error or a signal ends the block; see `run_program`."""
+    name = Path(sys.argv[0]).stem
+
+    def leave(code: int, text: str) -> NoReturn:
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)  # one line, whatever is quoted in it
+        sys.exit(code)
+
+    def interrupted(stopped: Stopped) -> NoReturn:
+        what = str(stopped) or ("interrupted" if stopped.exit_code == 130 else "terminated")
+        leave(stopped.exit_code, f"{what}; {go_on}." if go_on else f"{what}.")
+
+    try:
+        with handled() as came:
+            try:
+                yield
+            except SystemExit as end:
+                if not end.code and (number := came()):  # somebody else's script has swallowed it
+                    interrupted(Stopped(number))
+                raise
+            if number := came():
+                interrupted(Stopped(number))
+    except KeyboardInterrupt as error:  # Python's own, where there is no handler of ours
+        interrupted(error if isinstance(error, Stopped) else Stopped(signal.SIGINT))
+    except GrowShrinkError as error:
+        leave(REFUSED, str(error))
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        leave(REFUSED, f"{error.filename or 'output'}: cannot be written ({error.strerror}).")

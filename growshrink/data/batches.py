@@ -1,0 +1,295 @@
+"""Batches that are a pure function of (seed, update).
+
+A run can be resumed at any update, and several ranks take their shares without a word between them: every draw
+comes from a generator that is named by the seed and the update (`seeding.generator`), on the CPU whatever the
+device, so that the same images are cut the same way on every machine. The global generators are left alone.
+
+The work is done on whole batches of uint8 (N, H, W, C) images, with no Python loop over images and, on a GPU,
+without waiting for it: the images are padded once and stay on the device; a crop copies whole pixel rows out of a
+strided view of them; flip and cutout choose between bytes by bit masks, which vectorise where `torch.where` with a
+broadcast condition does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from growshrink.errors import DataError
+from growshrink.data.datasets import Split
+from growshrink.base.seeding import generator
+
+Batch = tuple[Tensor, Tensor]
+"""Normalised images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,)."""
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random changes to training images.
+
+    Pixels that are padded or cut out get the colour `round(255 * mean)`, the nearest to the mean that a byte can
+    hold: after normalisation it is 0 up to `0.5 / (255 * std)`, less than 0.01 for natural images.
+
+    Attributes:
+        crop: zero padding in pixels on each side, out of which a window of the image's size is cut; 0 is off.
+        flip: mirror left to right with probability 1/2.
+        cutout: side in pixels of a square that is blanked, its centre anywhere in the image; what sticks out is
+            lost; 0 is off. Cutout (DeVries and Taylor, arXiv:1708.04552).
+
+    Raises:
+        DataError: a negative length.
+    """
+
+    crop: int = 4
+    flip: bool = True
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        if self.crop < 0 or self.cutout < 0:
+            raise DataError(f"Augment needs lengths >= 0 pixels, got crop={self.crop}, cutout={self.cutout}.")
+
+
+NO_AUGMENT = Augment(crop=0, flip=False, cutout=0)
+
+
+class Draws(NamedTuple):
+    """What is drawn for one batch; int64 (N,) each, on the CPU.
+
+    The result is `padded[image]` from row `top` and column `left` on, mirrored if `flip` is 1; then the square of
+    side `cutout` that begins `cutout // 2` above and to the left of (`cut_y`, `cut_x`) is blanked.
+    """
+
+    image: Tensor
+    top: Tensor
+    left: Tensor
+    flip: Tensor
+    cut_y: Tensor
+    cut_x: Tensor
+
+
+class Order:
+    """Which images make up which batch: a permutation per epoch, cut into batches, those cut into the ranks' shares.
+
+    The ranks' batches of an update, one after another, are the batch that a single rank of `world_size` times the
+    batch size would have had.
+
+    Attributes:
+        batch_size: images per update and rank.
+        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
+
+    Raises:
+        DataError: fewer images than one update of all ranks needs, or a rank outside the world.
+    """
+
+    def __init__(self, num_images: int, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise DataError(
+                f"Batches need batch_size >= 1 and 0 <= rank < world_size, got {batch_size=}, {rank=}, {world_size=}."
+            )
+        if num_images < batch_size * world_size:
+            raise DataError(
+                f"{num_images} training images are too few for one update of {batch_size=} on {world_size=}."
+            )
+        self.batch_size = batch_size
+        self.updates_per_epoch = num_images // (batch_size * world_size)
+        self._num_images = num_images
+        self._seed = seed
+        self._all = batch_size * world_size
+        self._share = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._permutation: tuple[int, Tensor] | None = None
+
+    def indices(self, update: int) -> Tensor:
+        """The images of this rank's batch, int64 (batch_size,).
+
+        Raises:
+            DataError: `update` is negative.
+        """
+        if update < 0:
+            raise DataError(f"Updates are counted from 0, got {update=}.")
+        epoch, step = divmod(update, self.updates_per_epoch)
+        if self._permutation is None or self._permutation[0] != epoch:
+            random = generator("order", self._seed, epoch)
+            self._permutation = epoch, torch.randperm(self._num_images, generator=random)
+        return self._permutation[1][step * self._all : (step + 1) * self._all][self._share]
+
+    def draw(self, update: int, limits: Sequence[int]) -> list[Tensor]:
+        """One int64 (batch_size,) of uniform draws from `range(limit)` for each limit."""
+        random = generator("augment", self._seed, update)
+        return [torch.randint(limit, (self._all,), generator=random)[self._share] for limit in limits]
+
+
+class TrainBatches:
+    """Shuffled, augmented and normalised batches of a split.
+
+    Args:
+        split: the images; with `augment.crop`, one padded copy of them is kept on `device`.
+        batch_size: images per update and rank; all batches are full.
+        mean: per channel, where 1.0 is the brightest value.
+        std: per channel, in the same unit.
+        augment: what to change at random.
+        seed: of order and augmentation.
+        device: where the batches are made.
+        rank: of this process, 0 .. world_size - 1.
+        world_size: how many processes take a share of each update.
+
+    Attributes:
+        batch_size: as given.
+        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
+
+    Raises:
+        DataError: the split is smaller than the batches of one update, or an argument is out of range.
+
+    >>> split = Split(torch.zeros(10, 8, 8, 1, dtype=torch.uint8), torch.arange(10))
+    >>> batches = TrainBatches(split, batch_size=4, mean=(0.5,), std=(0.5,))
+    >>> images, labels = batches.batch(update=7)
+    >>> images.shape, batches.updates_per_epoch, torch.equal(labels, batches.batch(7)[1])
+    (torch.Size([4, 1, 8, 8]), 2, True)
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._order = Order(len(split), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+        self.batch_size = batch_size
+        self.updates_per_epoch = self._order.updates_per_epoch
+        self.augment = augment
+        self._device = torch.device(device)
+        count, height, width, channels = split.images.shape
+        self._shape = height, width, channels
+        self._normalise = _Normalise(self._shape, mean, std, self._device)
+        self._labels = split.labels.to(self._device)
+
+        fill = fill_colour(mean).to(self._device)
+        padded = split.images.to(self._device).contiguous()
+        if augment.crop:
+            images = padded
+            self._padded_size = height + 2 * augment.crop, width + 2 * augment.crop
+            padded = fill.repeat(count, *self._padded_size, 1)
+            padded[:, augment.crop : augment.crop + height, augment.crop : augment.crop + width] = images
+        else:
+            self._padded_size = height, width
+        self._fill = fill.repeat(height, width)
+        # Element i is the `width` pixels from pixel i of all pixels on: any row of any crop is one element.
+        starts = padded.numel() // channels - width + 1
+        self._runs = padded.as_strided((starts, width * channels), (channels, 1))
+        self._rows = torch.arange(height, device=self._device)
+        self._columns = torch.arange(width, device=self._device).repeat_interleave(channels)
+
+    def draws(self, update: int) -> Draws:
+        """All that is random about a batch. Turning one augmentation off does not change the others' draws.
+
+        Raises:
+            DataError: `update` is negative.
+        """
+        height, width, _ = self._shape
+        window = 2 * self.augment.crop + 1
+        return Draws(self._order.indices(update), *self._order.draw(update, (window, window, 2, height, width)))
+
+    def batch(self, update: int) -> Batch:
+        """The batch of an update, counted from 0 over all epochs.
+
+        Returns:
+            Images, float32 (batch_size, C, H, W) in channels_last memory format, and labels, int64 (batch_size,).
+
+        Raises:
+            DataError: `update` is negative.
+        """
+        height, width, channels = self._shape
+        draws = torch.stack(self.draws(update))
+        if self._device.type == "cuda":
+            draws = draws.pin_memory()  # else the copy would wait for the GPU
+        image, top, left, flip, cut_y, cut_x = draws.to(self._device, non_blocking=True)
+
+        padded_height, padded_width = self._padded_size
+        first = (image * padded_height + top) * padded_width + left
+        runs = (first[:, None] + self._rows * padded_width).flatten()
+        images = self._runs.index_select(0, runs).view(-1, height, width, channels)
+        if self.augment.flip:
+            difference = images.flip(2).bitwise_xor_(images)
+            images ^= difference.bitwise_and_(_mask(flip)[:, None, None, None])
+        if side := self.augment.cutout:
+            axes = (self._rows, cut_y), (self._columns, cut_x)
+            rows, columns = (_mask(_between(i - cut[:, None] + side // 2, side)) for i, cut in axes)
+            flat = images.view(-1, height, width * channels)
+            difference = flat.bitwise_xor(self._fill)
+            flat ^= difference.bitwise_and_(rows[:, :, None] & columns[:, None, :])
+        return self._normalise(images), self._labels.index_select(0, image)
+
+
+def eval_batches(
+    split: Split,
+    *,
+    batch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """All images of a split in order, normalised and unchanged otherwise; the last batch may be smaller.
+
+    Yields:
+        Images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,).
+
+    Raises:
+        DataError: an argument is out of range.
+    """
+    if batch_size < 1:
+        raise DataError(f"eval_batches needs batch_size >= 1, got {batch_size=}.")
+    normalise = _Normalise(tuple(split.images.shape[1:]), mean, std, torch.device(device))
+    return (
+        (normalise(images.to(device).contiguous()), labels.to(device))
+        for images, labels in zip(split.images.split(batch_size), split.labels.split(batch_size), strict=True)
+        if len(labels)  # an empty split is one empty chunk
+    )
+
+
+def fill_colour(mean: Sequence[float]) -> Tensor:
+    """The colour of padded and cut out pixels, `round(255 * mean)`: uint8 (C,).
+
+    >>> fill_colour((0.5, 0.0, 1.0)).tolist()
+    [128, 0, 255]
+    """
+    return (torch.tensor(mean, dtype=torch.float64) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+class _Normalise:
+    """`byte * (1 / (255 std)) - mean / std` in float32, a multiplication and then an addition.
+
+    Not `addcmul`, which rounds once or twice depending on the machine, and which is the slower one besides. The
+    constants are repeated over a whole image, as a broadcast over 3 channels would not vectorise.
+    """
+
+    def __init__(self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
+        height, width, channels = shape
+        if not len(mean) == len(std) == channels or min(std) <= 0:
+            raise DataError(f"Images of {channels} channels need as many means and std > 0, got {mean=}, {std=}.")
+        means, stds = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
+        self._scale = (1 / (255 * stds)).float().repeat(height * width).to(device)
+        self._shift = (-means / stds).float().repeat(height * width).to(device)
+        self._shape = height, width, channels
+
+    def __call__(self, images: Tensor) -> Tensor:
+        flat = images.flatten(1).float().mul_(self._scale).add_(self._shift)
+        return flat.view(len(flat), *self._shape).permute(0, 3, 1, 2)
+
+
+def _between(offset: Tensor, side: int) -> Tensor:
+    return (offset >= 0) & (offset < side)
+
+
+def _mask(condition: Tensor) -> Tensor:
+    """The byte 255 where true or 1, else 0."""
+    return condition.to(torch.uint8).neg_()

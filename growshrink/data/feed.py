@@ -1,0 +1,189 @@
+"""What a training run is fed with: batches to train on, two splits to score, and what the model must know of them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from growshrink.errors import RunError
+from growshrink.data.batches import Augment, Batch, TrainBatches, eval_batches
+from growshrink.data.datasets import DataSet, Split
+
+
+class UpdateBatches(Protocol):
+    """Training batches as a function of the update."""
+
+    updates_per_epoch: int
+    batch_size: int
+
+    def batch(self, update: int) -> Batch:
+        """Images (N, C, H, W), normalised, and labels (N,) of update number `update`."""
+        ...
+
+
+class ScoringBatches(Protocol):
+    """All images of a split, each once; may be walked through again."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in order, the last one perhaps smaller."""
+        ...
+
+
+class Feed(Protocol):
+    """Everything `run_cycle` wants to know of a data set; `MemoryFeed` and `StreamedData` are two."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def train(self) -> UpdateBatches: ...  # noqa: D102
+    @property
+    def val(self) -> ScoringBatches: ...  # noqa: D102
+    @property
+    def test(self) -> ScoringBatches: ...  # noqa: D102
+    @property
+    def classes(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def input_size(self) -> tuple[int, int, int]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryFeed:
+    """A data set held in memory, on the device, as uint8.
+
+    Attributes:
+        data: The data set.
+        train: Shuffled and augmented batches.
+        val: The part of the training set that rounds are judged by.
+        test: Read once, at the very end.
+    """
+
+    data: DataSet
+    train: TrainBatches
+    val: SplitBatches
+    test: SplitBatches
+
+    @staticmethod
+    def of(
+        data: DataSet,
+        *,
+        batch_size: int,
+        augment: Augment = Augment(),  # noqa: B008 - frozen
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        eval_batch_size: int = 512,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> MemoryFeed:
+        """Batches of `data` for one process, rank `rank` of `world_size`.
+
+        Raises:
+            DataError: The training split is smaller than a batch.
+        """
+        train = TrainBatches(
+            data.train,
+            batch_size=batch_size,
+            mean=data.mean,
+            std=data.std,
+            augment=augment,
+            seed=seed,
+            device=device,
+            rank=rank,
+            world_size=world_size,
+        )
+        val, test = (
+            SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test)
+        )
+        return MemoryFeed(data, train, val, test)
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+        return self.data.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in the order of the labels."""
+        return self.data.classes
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per channel, 1.0 is the brightest value."""
+        return self.data.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per channel, in the same unit."""
+        return self.data.std
+
+    @property
+    def input_size(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.data.input_size
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pixels and labels: other data have another one."""
+        digest = hashlib.blake2b(digest_size=8)
+        for split in (self.data.train, self.data.val, self.data.test):
+            for tensor in (split.images, split.labels):
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class SplitBatches:
+    """One split of a data set in batches, in order, without augmentation."""
+
+    data: DataSet
+    split: Split
+    batch_size: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.split)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in order."""
+        return eval_batches(
+            self.split, batch_size=self.batch_size, mean=self.data.mean, std=self.data.std, device=self.device
+        )
+
+
+def check_model_fits(model: nn.Module, feed: Feed) -> None:
+    """RunError unless the model takes the images, tells the classes apart, and there is something to score it by."""
+    for split, images in (("val", feed.val), ("test", feed.test)):
+        if not len(images):
+            raise RunError(f"the {split} split of {feed.name} is empty: there is nothing to judge the net by.")
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != feed.input_size[0]:
+        raise RunError(
+            f"the model takes {first.in_channels} channels, the images of {feed.name} have {feed.input_size[0]}: "
+            f"make it with in_chans={feed.input_size[0]}."
+        )
+    replica = copy.deepcopy(model).to("meta").eval()
+    try:
+        output = replica(torch.empty(2, *feed.input_size, device="meta"))
+    except Exception as error:  # any forward may fail in its own way
+        raise RunError(f"the model does not run on images of size {feed.input_size}: {error}") from error
+    rows = 2 * getattr(feed, "nets", 1)  # several nets side by side: one row each
+    if tuple(output.shape) != (rows, len(feed.classes)):
+        raise RunError(
+            f"the model gives outputs of shape {tuple(output.shape)[1:]}, {feed.name} has {len(feed.classes)} classes: "
+            f"make it with num_classes={len(feed.classes)}."
+        )

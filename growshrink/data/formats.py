@@ -1,0 +1,169 @@
+"""Readers of the files in which small data sets are handed around: idx, and CIFAR's binary and pickled versions.
+
+Nothing that a file says about its own size is believed before the file's length bears it out.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from growshrink.errors import DataError
+from growshrink.base.reading import read_bytes
+from growshrink.data.memory import check_fits
+
+Arrays = tuple[Tensor, Tensor]
+"""uint8 images (N, H, W, C) and int64 labels (N,)."""
+
+CIFAR_FOLDERS = {10: ("cifar-10-batches-bin", "cifar-10-batches-py"), 100: ("cifar-100-binary", "cifar-100-python")}
+"""By number of classes: the subfolder of the binary version, and of the pickled one."""
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+_CIFAR_FILES = {
+    10: ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+    100: (["train.bin"], ["test.bin"]),
+}
+_CIFAR_PIXELS = 3 * 32 * 32
+_DEFLATE_RATIO = 1032  # deflate's limit: a 258 byte copy in 2 bits
+_CHUNK = 1 << 20
+
+
+def read_idx(path: Path, ndim: int) -> Tensor:
+    """The uint8 array of an idx file, gzipped if its name ends in .gz.
+
+    Args:
+        path: the file.
+        ndim: the number of dimensions that it must have.
+
+    Raises:
+        DataError: not such a file, or its length is not what its header says.
+    """
+    compressed = path.suffix == ".gz"
+    try:
+        length = path.stat().st_size
+        with gzip.open(path, "rb") if compressed else path.open("rb") as file:
+            header = file.read(4 + 4 * ndim)
+            if len(header) < 4 + 4 * ndim or header[:4] != bytes((0, 0, 8, ndim)):
+                raise DataError(f"{path} is not an idx file of uint8 with {ndim} dimensions.")
+            shape = np.frombuffer(header, ">u4", offset=4).tolist()
+            size = math.prod(shape)
+            if size > (length * _DEFLATE_RATIO if compressed else length):
+                raise DataError(f"{path}: its header promises {size:,} bytes, more than its {length:,} can hold.")
+            check_fits(size, str(path))
+            content = _read_up_to(file, size + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if len(content) != size:
+        found = "more" if len(content) > size else f"{len(content):,}"
+        raise DataError(f"{path}: its header promises {size:,} bytes of data, it has {found}.")
+    if size == 0:
+        raise DataError(f"{path} is empty: its header says {shape}.")
+    return torch.frombuffer(content, dtype=torch.uint8).view(shape)
+
+
+def _read_up_to(file: gzip.GzipFile | BinaryIO, size: int) -> bytearray:
+    # In pieces: memory grows with what is really there, never with what a header claims.
+    content = bytearray()
+    while len(content) < size and (piece := file.read(min(_CHUNK, size - len(content)))):
+        content += piece
+    return content
+
+
+def read_idx_pair(root: Path, prefix: str, num_classes: int) -> Arrays:
+    """`{prefix}-images-idx3-ubyte` and `{prefix}-labels-idx1-ubyte` of a folder, each with or without `.gz`.
+
+    Raises:
+        DataError: one is missing or damaged, they differ in length, or a label is out of range.
+    """
+    images = read_idx(_idx_path(root, f"{prefix}-images-idx3-ubyte"), ndim=3).unsqueeze(-1)
+    labels = read_idx(_idx_path(root, f"{prefix}-labels-idx1-ubyte"), ndim=1).long()
+    if len(images) != len(labels):
+        raise DataError(f"{root}: {len(images):,} {prefix} images but {len(labels):,} labels.")
+    _check_labels(labels, num_classes, f"{root}, {prefix} labels")
+    return images, labels
+
+
+def _idx_path(root: Path, name: str) -> Path:
+    for path in (root / f"{name}.gz", root / name):
+        if path.is_file():
+            return path
+    raise DataError(f"{root} has no {name}.gz.")
+
+
+def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
+    if (highest := int(labels.max())) >= num_classes:
+        raise DataError(f"{where}: label {highest} of only {num_classes} classes.")
+
+
+def has_cifar_binary(base: Path, num_classes: int) -> bool:
+    """Whether any file of CIFAR's binary version is in `base`."""
+    train, test = _CIFAR_FILES[num_classes]
+    return any((base / name).is_file() for name in (*train, *test))
+
+
+def read_cifar_binary(base: Path, num_classes: int) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """(train, test, class names) of CIFAR's binary version, 10 or 100 classes.
+
+    The names of CIFAR-100 are read from `fine_label_names.txt` if it is there, and are numbers otherwise.
+
+    Raises:
+        DataError: a file is missing or no whole number of records, or a label is out of range.
+    """
+    train, test = (_read_records(base, files, num_classes) for files in _CIFAR_FILES[num_classes])
+    classes = CIFAR10_CLASSES if num_classes == 10 else tuple(map(str, range(num_classes)))
+    names = base / "fine_label_names.txt"
+    if num_classes == 100 and names.is_file():
+        found = tuple(read_bytes(names).decode("utf-8", "replace").split())
+        if len(found) != num_classes:
+            raise DataError(f"{names} has {len(found)} names, not {num_classes}.")
+        classes = found
+    return train, test, classes
+
+
+def _read_records(base: Path, files: list[str], num_classes: int) -> Arrays:
+    label_bytes = 1 if num_classes == 10 else 2  # CIFAR-100 has the coarse label first, then the fine one
+    record = label_bytes + _CIFAR_PIXELS
+    images, labels = [], []
+    for path in (base / name for name in files):
+        if not path.is_file():
+            raise DataError(f"{base} has no {path.name}.")
+        length = path.stat().st_size
+        if length == 0 or length % record:
+            raise DataError(f"{path}: {length:,} bytes are not a whole number of {record}-byte records; truncated?")
+        check_fits(length, str(path))
+        records = torch.from_numpy(np.fromfile(path, dtype=np.uint8)).view(-1, record)
+        labels.append(records[:, label_bytes - 1].long())
+        images.append(records[:, label_bytes:].reshape(-1, 3, 32, 32).permute(0, 2, 3, 1))
+        _check_labels(labels[-1], num_classes, str(path))
+    return torch.cat(images).contiguous(), torch.cat(labels)
+
+
+def read_cifar_pickled(root: Path, num_classes: int) -> tuple[Arrays, Arrays, tuple[str, ...]]:
+    """(train, test, class names) of the pickled version below `root`, read by torchvision.
+
+    Unpickling runs whatever a file tells it to. torchvision compares md5 sums with the published files' first, so
+    that no other file is ever unpickled; nothing here opens a pickle itself.
+
+    Raises:
+        DataError: the files are missing or not the published ones.
+    """
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    kind = CIFAR10 if num_classes == 10 else CIFAR100
+    try:
+        parts = [kind(str(root), train=train, download=False) for train in (True, False)]
+    except (RuntimeError, OSError) as error:
+        raise DataError(
+            f"{root / CIFAR_FOLDERS[num_classes][1]}: files are missing or are not the published ones "
+            "(by md5 sum, checked before anything is unpickled)."
+        ) from error
+    train, test = ((torch.from_numpy(part.data).contiguous(), torch.tensor(part.targets)) for part in parts)
+    return train, test, tuple(parts[0].classes)

@@ -1,0 +1,308 @@
+"""Batches of class folders that do not fit into memory, decoded by timm's loader as they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_loader
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from growshrink.errors import DataError
+from growshrink.base.stopping import shield_worker
+from growshrink.data.batches import Batch, Order
+from growshrink.data.datasets import stratified
+from growshrink.data.folders import find_parts
+from growshrink.base.seeding import generator
+
+_OURS = frozenset(
+    ("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher", "worker_seeding")
+)
+_RETRIES = 50
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedData:
+    """The three splits of a folder, as batches.
+
+    Attributes:
+        name: the folder's own name.
+        train: training batches by update.
+        val: all images of the val split, a part of the training folder.
+        test: all images of the test folder.
+        classes: the class names, in the order of the labels.
+        mean: that the images are normalised by.
+        std: that the images are normalised by.
+        input_size: (C, H, W) of every image.
+        fingerprint: of the names and labels of all images, and which of them are val: other data have another one.
+    """
+
+    name: str
+    train: StreamTrainBatches
+    val: StreamEvalBatches
+    test: StreamEvalBatches
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, int, int]
+    fingerprint: str = ""
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes."""
+        return len(self.classes)
+
+
+def stream_data(
+    data_dir: str | Path,
+    *,
+    batch_size: int,
+    image_size: int,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    num_workers: int = 2,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    **loader_options: Any,
+) -> StreamedData:
+    """Class folders (`train/CLASS/*`, `test/CLASS/*`) read again and again through timm's readers and transforms.
+
+    The batches of an update are as pure a function of (seed, update) as `TrainBatches`' are, whatever the number of
+    workers. Asking for updates out of order is allowed but starts the workers anew. Damaged images are skipped
+    with a warning, which is timm's way. Images are RGB.
+
+    Args:
+        data_dir: the folder.
+        batch_size: images per update and rank.
+        image_size: side in pixels.
+        val_fraction: the part of each class of the training folder that becomes `val`.
+        seed: of the val split, order and augmentation.
+        mean: per channel, where 1.0 is the brightest value.
+        std: per channel, in the same unit.
+        num_workers: decoding processes; 0 decodes in this one.
+        device: where the batches go.
+        rank: of this process, 0 .. world_size - 1.
+        world_size: how many processes take a share of each update.
+        loader_options: passed on to `timm.data.create_loader`, `train_crop_mode="rkrc"` or `color_jitter=0.0` say.
+
+    Raises:
+        DataError: wrong layout, no images, differing classes, or an argument out of range.
+    """
+    root = Path(data_dir).expanduser()
+    if image_size < 1 or not 0.0 <= val_fraction < 1.0:
+        raise DataError(
+            f"stream_data needs image_size >= 1 and 0 <= val_fraction < 1, got {image_size=}, {val_fraction=}."
+        )
+    if clash := sorted(_OURS & loader_options.keys()):
+        raise DataError(f"stream_data sets {', '.join(clash)} of timm's create_loader itself.")
+    try:
+        train, test = (create_dataset("", root=str(part), search_split=False) for part in find_parts(root))
+    except RuntimeError as error:
+        raise DataError(f"{root}: {error}") from error
+    classes = train.reader.class_to_idx
+    if classes != test.reader.class_to_idx:
+        odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())
+        raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
+
+    size = (3, image_size, image_size)
+    target = torch.device(device)
+
+    options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
+    options |= {"crop_pct": 1.0, "interpolation": "bicubic", **loader_options}  # at test as load_data's image_size
+    options |= {"worker_seeding": _start_worker}
+
+    def loader(images: Any, batch_size: int, is_training: bool) -> Any:
+        return create_loader(
+            images,
+            size,
+            batch_size,
+            is_training=is_training,
+            **options,
+            device=target,
+            # timm's prefetcher erases in this process and from the global generator, its workers do not
+            use_prefetcher=not loader_options.get("re_prob"),
+        )
+
+    labels = torch.tensor([label for _, label in train.reader.samples])
+    rest, picked = stratified(labels, val_fraction, generator("val split", seed))
+    order = Order(len(rest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
+    return StreamedData(
+        name=root.resolve().name,
+        train=StreamTrainBatches(
+            order, lambda start: loader(_Endless(train, rest, order, seed, start), batch_size, True), target
+        ),
+        val=StreamEvalBatches(len(picked), lambda: loader(_Part(train, picked), batch_size, False), target),
+        test=StreamEvalBatches(
+            len(test), lambda: loader(_Part(test, torch.arange(len(test))), batch_size, False), target
+        ),
+        classes=tuple(sorted(classes, key=classes.__getitem__)),
+        mean=tuple(mean),
+        std=tuple(std),
+        input_size=size,
+        fingerprint=_fingerprint((train, test), picked),
+    )
+
+
+def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
+    digest = hashlib.blake2b(picked.numpy().data, digest_size=8)
+    for part in parts:
+        for index, (_, label) in enumerate(part.reader.samples):
+            digest.update(f"{part.reader.filename(index)} {label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class StreamTrainBatches:
+    """`TrainBatches`' interface over timm's loader.
+
+    Attributes:
+        batch_size: images per update and rank.
+        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
+    """
+
+    def __init__(self, order: Order, open_at: Callable[[int], Any], device: torch.device) -> None:
+        self.batch_size = order.batch_size
+        self.updates_per_epoch = order.updates_per_epoch
+        self._open_at = open_at
+        self._device = device
+        self._next = -1
+        self._batches: Iterator[Batch] = iter(())
+
+    def batch(self, update: int) -> Batch:
+        """See `TrainBatches.batch`; cheap only for the update after the last one asked for.
+
+        Raises:
+            DataError: `update` is negative.
+        """
+        if update < 0:
+            raise DataError(f"Updates are counted from 0, got {update=}.")
+        with _own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
+            if update != self._next:
+                self._batches = iter(self._open_at(update))
+            images, labels = next(self._batches)
+        self._next = update + 1
+        return _placed(images, labels, self._device)
+
+
+class StreamEvalBatches:
+    """All images of a split in order; iterate over it as often as needed.
+
+    Its `len` is the number of images.
+    """
+
+    def __init__(self, num_images: int, open_loader: Callable[[], Any], device: torch.device) -> None:
+        self._num_images = num_images
+        self._open_loader = open_loader
+        self._device = device
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return self._num_images
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches as `eval_batches` yields them."""
+        with _own_randomness(0):
+            batches = iter(self._open_loader())
+        for images, labels in batches:
+            yield _placed(images, labels, self._device)
+
+
+def _start_worker(worker: Any) -> int:
+    """Called by timm in each worker, for a seed, which `_own_randomness` makes irrelevant."""
+    shield_worker()
+    return 0
+
+
+def _placed(images: Tensor, labels: Tensor, device: torch.device) -> Batch:
+    images, labels = (tensor.to(device, non_blocking=True) for tensor in (images, labels))
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+class _Part(Dataset[tuple[Any, int]]):
+    """Some images of a timm data set, with a transform of their own: timm puts it there."""
+
+    def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
+        self.dataset = dataset
+        self.indices = indices
+        self.transform: Callable[[Any], Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[Any, int]:
+        image, label = self._readable(position)
+        return (image if self.transform is None else self.transform(image)), label
+
+    def _readable(self, position: int) -> tuple[Any, int]:
+        """The image at a position, or the next one that can be read: timm skips only those that raise an OSError."""
+        for offset in range(_RETRIES):
+            index = int(self.indices[(position + offset) % len(self)])
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", Image.DecompressionBombWarning)
+                    return self.dataset[index]
+            except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
+                last = error
+        raise DataError(f"{_RETRIES} images in a row cannot be read, the last because of {type(last).__name__}: {last}")
+
+
+class _Endless(IterableDataset[tuple[Any, int]]):
+    """The images of update `start` and of all later ones.
+
+    Worker w of n yields the images of every n-th update from the w-th on, as the DataLoader takes its batches from
+    the workers in turn.
+    """
+
+    def __init__(self, dataset: ImageDataset, indices: Tensor, order: Order, seed: int, start: int) -> None:
+        self.part = _Part(dataset, indices)
+        self.order = order
+        self.seed = seed
+        self.start = start
+
+    @property
+    def transform(self) -> Callable[[Any], Any] | None:
+        """Where timm puts the training transform."""
+        return self.part.transform
+
+    @transform.setter
+    def transform(self, transform: Callable[[Any], Any] | None) -> None:
+        self.part.transform = transform
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        worker = get_worker_info()
+        update, step = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
+        while True:
+            positions = self.order.indices(update).tolist()
+            (seeds,) = self.order.draw(update, (2**32,))
+            for position, seed in zip(positions, seeds.tolist(), strict=True):
+                with _own_randomness(seed):
+                    item = self.part[position]
+                yield item
+            update += step
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Seeds the three global generators that timm's transforms draw from, and puts them back afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.random.default_generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

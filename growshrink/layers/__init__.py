@@ -1,0 +1,9 @@
+"""What a grown net is made of: vanishing activations, bottlenecks, branches, grown and online layers, widths."""
+
+from growshrink.layers.activations import VanishingReLU as VanishingReLU
+from growshrink.layers.bottleneck import PureBottleneck as PureBottleneck
+from growshrink.layers.branch import Branch as Branch
+from growshrink.layers.grown import GrownConv2d as GrownConv2d
+from growshrink.layers.grown_linear import GrownLinear as GrownLinear
+from growshrink.layers.widths import WidthSpace as WidthSpace
+from growshrink.layers.widths import get_width as get_width

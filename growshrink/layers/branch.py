@@ -1,0 +1,79 @@
+"""What a branch is: something trainable beside or behind a layer, linear once its activations have vanished."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from growshrink.algebra.convmap import ConvMap
+
+
+class Branch(nn.Module, ABC):
+    """Something trainable beside or behind a convolution, linear once its activations have vanished.
+
+    A subclass takes `(conv, ratio)` and implements `forward` and `as_convmap`. It ends in a batch norm called `norm`,
+    or names in `outermost` the factor it ends in instead. One that does not fit every convolution also implements
+    `reason_against`. `kind=""` makes a base of other branches, which `grow` does not know.
+    """
+
+    kinds: ClassVar[dict[str, type[Branch]]] = {}
+    kind: ClassVar[str]
+    #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
+    #: so an optimizer may keep the kernel's state when the branch is fused.
+    parallel: ClassVar[bool] = True
+    #: Merging it gives the convolution a bias, which must have somewhere to go.
+    biased: ClassVar[bool] = True
+    #: The parameter that is zero in a silent branch (with the bias beside it), by name: the last factor of every path.
+    outermost: ClassVar[str] = "norm.weight"
+
+    def __init_subclass__(cls, kind: str, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        assert kind not in Branch.kinds, f"branch kind {kind!r} is taken by {Branch.kinds[kind]}"
+        cls.kind = kind
+        if kind:
+            Branch.kinds[kind] = cls
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__()
+        self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
+        self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
+
+    @classmethod
+    def reason_against(cls, conv: nn.Conv2d) -> str:
+        """Why `conv` cannot carry this branch, exactly or at all; empty where it can."""
+        return ""
+
+    @abstractmethod
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the branch adds to its convolution's output.
+
+        Args:
+            x: Input of the convolution, `(N, I, H, W)`.
+            y: Its output so far, earlier branches included, `(N, O, H', W')`.
+
+        Returns:
+            `(N, O, H', W')`.
+        """
+
+    @abstractmethod
+    def as_convmap(self, kernel: ConvMap) -> ConvMap:
+        """What the branch adds, as an affine map of x, differentiable in its parameters.
+
+        Args:
+            kernel: The map of the convolution so far (x to y); its dtype is the one to compute in.
+        """
+
+    def silence_(self) -> None:
+        """Make the branch add exactly 0, in train and eval mode, while every weight but this one can learn."""
+        owner, _, key = self.outermost.rpartition(".")
+        module = self.get_submodule(owner)
+        nn.init.zeros_(getattr(module, key))
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+
+
+def middle_width(out_channels: int, groups: int, ratio: float) -> int:
+    """`ratio` times the output channels, to the nearest multiple of the groups, at least one per group."""
+    return max(1, round(ratio * out_channels / groups)) * groups

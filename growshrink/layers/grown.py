@@ -1,0 +1,143 @@
+"""Grown modules: layers that carry branches, and the affine map each one is once its activations are gone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from timm.layers import Conv2dSame, pad_same, register_notrace_module
+from torch import Tensor, nn
+
+from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import GrowError, check_model
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.branch import Branch
+from growshrink.layers.mapping import Mergeable, named
+
+
+class Grown(Mergeable):
+    """A layer with branches: what `GrownConv2d` and `GrownLinear` have in common."""
+
+    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
+        branches: nn.ModuleList
+        weight: Tensor
+        bias: Any  # declared otherwise by every layer
+    plain_class: ClassVar[type[nn.Module]]
+
+    def to_plain(self) -> nn.Module:
+        """Forget the branches and be the class this module came from; returns the same object."""
+        del self.branches
+        self.__class__ = self.plain_class  # type: ignore[assignment]
+        return self
+
+    def as_conv(self) -> nn.Conv2d:
+        """The layer without its branches, as a convolution of images with the same parameters."""
+        raise NotImplementedError
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input as kernel and branches see it: with the padding that is not in `padding`, where there is any."""
+        return x
+
+    def on_images(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
+        return self(x)
+
+    def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
+        """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
+        total = ConvMap.from_conv2d(self.as_conv(), dtype)
+        for index, branch in enumerate(self.branches):
+            if not branch.skipped:
+                with named(f"branches.{index}"):
+                    total = total + cast(Branch, branch).as_convmap(total)
+        return total
+
+    def fuse(self) -> nn.Module:
+        """A plain layer computing the same, with a bias if it needs one (for timm's `reparameterize_model`).
+
+        `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
+        """
+        fused = self.as_convmap().fit(self.as_conv())
+        plain = copy.deepcopy(self)
+        with torch.no_grad():
+            plain.weight.copy_(fused.kernel.reshape(plain.weight.shape))
+        if self.bias is not None or bool((fused.bias != 0).any()):
+            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
+        return plain.to_plain()
+
+
+class GrownConv2d(Grown, nn.Conv2d):
+    """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
+
+    A class of convolutions with a forward of its own has a subclass here (`GROWN_CLASSES`), which is one of that class
+    too and returns to it.
+
+    `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
+    checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one with
+    `GrownConv2d.from_conv`, in place, and becomes an `nn.Conv2d` again with `to_plain`, so whatever refers to the
+    module goes on referring to it.
+    """
+
+    plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
+
+    @staticmethod
+    def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:
+        """Attach branches to `conv`, of a class in `GROWN_CLASSES` or already grown, and return the same object."""
+        if isinstance(conv, GrownConv2d):
+            conv.branches.extend(branches)
+            return conv
+        if type(conv) not in GROWN_CLASSES:
+            known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
+            raise GrowError(f"a {type(conv).__name__} cannot carry branches, only {known}.")
+        conv.__class__ = GROWN_CLASSES[type(conv)]
+        assert isinstance(conv, GrownConv2d)
+        conv.branches = nn.ModuleList(branches).train(conv.training)
+        return conv
+
+    def as_conv(self) -> nn.Conv2d:
+        """See `Grown.as_conv`."""
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
+        x = self.padded(x)
+        y = self._conv_forward(x, self.weight, self.bias)
+        for branch in self.branches:
+            if not branch.skipped:
+                y = y + branch(x, y)
+        return y
+
+
+@register_notrace_module  # as its parent is: the sizes it computes with are not to be traced
+class GrownConv2dSame(GrownConv2d, Conv2dSame):
+    """timm's `Conv2dSame`, grown: padded as TensorFlow does, by an amount that depends on the size of the input.
+
+    Kernel and branches see the padded input, as if nobody had padded it: so the branches merge exactly at any size.
+    """
+
+    plain_class = Conv2dSame
+
+    def padded(self, x: Tensor) -> Tensor:
+        """See `Grown.padded`."""
+        return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+
+
+#: What becomes of a convolution that grows; other classes are left alone.
+GROWN_CLASSES: dict[type[nn.Conv2d], type[GrownConv2d]] = {nn.Conv2d: GrownConv2d, Conv2dSame: GrownConv2dSame}
+
+
+def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:
+    """The outermost grown modules of a model by dotted name (not the ones nested inside another's branch)."""
+    check_model(model)
+    found: dict[str, Grown | PureBottleneck] = {}
+
+    def visit(module: nn.Module, name: str) -> None:
+        if isinstance(module, (Grown, PureBottleneck)):
+            found[name] = module
+            return
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
+
+    visit(model, "")
+    return found

@@ -1,0 +1,72 @@
+"""The affine map of a module inside a branch, and the modules that have one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import AlgebraError
+from growshrink.layers.activations import VanishingReLU
+
+
+class Mergeable(nn.Module):
+    """Base of the modules that are one affine map once their activations are gone."""
+
+    if TYPE_CHECKING:  # TorchScript compiles the methods of a base class too
+
+        def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
+            """The whole module as one map; AlgebraError naming the part that is not affine."""
+            ...
+
+
+def convmap_of(
+    module: nn.Module,
+    name: str,
+    channels: int = 0,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | None = None,
+) -> ConvMap:
+    """The affine map of a module inside a branch; AlgebraError naming it if it is not affine.
+
+    Types are compared exactly: a subclass may compute something else.
+
+    Args:
+        module: A part of the branch.
+        name: Its name in messages.
+        channels: How many go in, for a module that does not know.
+        dtype: Of the map.
+        device: Of the map, for a module without parameters.
+    """
+    with named(name):
+        if isinstance(module, Mergeable):
+            return module.as_convmap(dtype)
+        if type(module) is nn.Conv2d:
+            return ConvMap.from_conv2d(module, dtype)
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
+        if type(module) is VanishingReLU:
+            # a training step must not wait for a device, nor a compiled graph break, to read what is known
+            if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):
+                if (lam := float(module.lam)) != 0.0:
+                    raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+            return ConvMap.identity(channels, dtype, module.lam.device)
+        if type(module) is nn.AvgPool2d:
+            return ConvMap.from_avg_pool(module, channels, dtype, device)
+        if type(module) is nn.Identity:
+            return ConvMap.identity(channels, dtype, device)
+        raise AlgebraError(f"{type(module).__name__} is not known to be affine.")
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the name of a module in front of the message of an AlgebraError that comes from it."""
+    try:
+        yield
+    except AlgebraError as error:
+        separator = "." if error.module else ": "
+        raise AlgebraError(f"{name}{separator}{error}", module=name) from error

@@ -1,0 +1,162 @@
+"""Modules that train several linear branches at the cost of one convolution: their kernel is merged in every step.
+
+A branch without a live activation, whose norms have frozen statistics, is a kernel that depends on its parameters
+alone. To compute that kernel costs nothing per image, to run the branch does; output and gradients are the same.
+The grown modules of a net change their class for as long as they are online, and nothing else: parameters, buffers
+and their names stay.
+
+Source: online re-parameterisation (OREPA, Hu et al., arXiv:2204.00826) and collapsed training (SESR, Bhardwaj et al.,
+arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import CollapseError, check_model
+from growshrink.layers.activations import vanishing
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.branch import Branch
+from growshrink.layers.grown import GrownConv2d, GrownConv2dSame
+
+
+class OnlineModule(nn.Module):
+    """What the online classes share.
+
+    Attributes:
+        collapsed: Run the merged kernel; False runs the same parts one by one, as before.
+        timing: Milliseconds of a step of the branch form and of the merged form, where they were measured.
+    """
+
+    collapsed = True
+    timing: tuple[float, float] | None = None
+
+    def held_parts(self) -> Iterator[nn.Module]:
+        """The linear parts, whose statistics are frozen and whose activations are held at lam = 0."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Any:
+        """Train or evaluate, but the norms of the linear parts always use their running statistics."""
+        super().train(mode)
+        for part in self.held_parts():
+            part.eval()
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise CollapseError("merged kernels are no TorchScript: growshrink.expand_online comes before TorchScript.")
+
+
+@register_notrace_module  # the kernel is made from parameters, whose values are not to be traced
+class OnlineConv2d(OnlineModule, GrownConv2d):
+    """A `GrownConv2d` whose linear branches (`branch.merged`) run as part of its kernel, and the others beside it."""
+
+    def held_parts(self) -> Iterator[nn.Module]:
+        """See `OnlineModule.held_parts`."""
+        return (branch for branch in self.branches if branch.merged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `GrownConv2d.forward`."""
+        if not self.collapsed:
+            return super().forward(x)
+        x = self.padded(x)
+        y = self._conv_forward(x, *merged(self, self._map))
+        for branch in self.branches:
+            if not (branch.merged or branch.skipped):
+                y = y + branch(x, y)
+        return y
+
+    def to_plain(self) -> nn.Conv2d:
+        """See `GrownConv2d.to_plain`."""
+        return cast(nn.Conv2d, cast(GrownConv2d, expand_online(self, inplace=True)).to_plain())
+
+    def _map(self, dtype: torch.dtype) -> ConvMap:
+        total = ConvMap.from_conv2d(self, dtype)
+        for branch in self.branches:
+            if branch.merged and not branch.skipped:
+                total = total + cast(Branch, branch).as_convmap(total)
+        return total
+
+
+@register_notrace_module
+class OnlineConv2dSame(OnlineConv2d, GrownConv2dSame):
+    """`OnlineConv2d` for a `GrownConv2dSame`."""
+
+
+@register_notrace_module
+class OnlineBottleneck(OnlineModule, PureBottleneck):
+    """A `PureBottleneck` that runs as one convolution."""
+
+    def held_parts(self) -> Iterator[nn.Module]:
+        """See `OnlineModule.held_parts`."""
+        return self.children()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `PureBottleneck.forward`."""
+        if not self.collapsed:
+            return super().forward(x)
+        return self.conv._conv_forward(x, *merged(self, self.as_convmap))
+
+
+ONLINE_CLASSES: dict[type[nn.Module], type[OnlineModule]] = {
+    GrownConv2d: OnlineConv2d,
+    GrownConv2dSame: OnlineConv2dSame,
+    PureBottleneck: OnlineBottleneck,
+}
+_GROWN_CLASSES = {online: grown for grown, online in ONLINE_CLASSES.items()}
+
+
+def merged(module: nn.Module, make: Callable[[torch.dtype], ConvMap]) -> tuple[Tensor, Tensor | None]:
+    """Kernel and bias of a map in the dtype of the module's parameters, computed in float32 at least."""
+    like = next(module.parameters())
+    with _no_autocast(like.device.type):
+        total = make(torch.promote_types(like.dtype, torch.float32))
+    return total.kernel.to(like.dtype), total.bias.to(like.dtype) if total.biased else None
+
+
+def go_online(module: nn.Module) -> None:
+    """Change the class of a grown module whose linear branches are marked (`branch.merged`), and hold its parts."""
+    module.__class__ = ONLINE_CLASSES[type(module)]
+    assert isinstance(module, OnlineModule)
+    for part in module.held_parts():
+        for _, act in vanishing(part):
+            act.held = True
+    module.train(module.training)
+
+
+def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo `collapse_online`: the branches run by themselves again, their norms learn statistics, lam may rise.
+
+    A net that is not collapsed comes back as it is.
+
+    Args:
+        model: A grown net.
+        inplace: Work on `model` itself; otherwise on a deep copy.
+    """
+    check_model(model)
+    model = model if inplace else copy.deepcopy(model)
+    for module in list(model.modules()):
+        if isinstance(module, OnlineModule):
+            for part in module.held_parts():
+                part.train(module.training)
+                for _, act in vanishing(part):
+                    act.held = False
+            for branch in getattr(module, "branches", ()):
+                branch.merged = False
+            module.__dict__.pop("collapsed", None)
+            module.__dict__.pop("timing", None)
+            module.__class__ = _GROWN_CLASSES[type(module)]  # type: ignore[assignment]
+    return model
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,0 +1,284 @@
+"""Widths: how much of every branch is active, and the family of nets (the supernet) that this spans.
+
+All widths share one set of weights, each a prefix of the next wider one, and all of them fuse into the same plain
+net: the deployed cost does not depend on the width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from growshrink.base.reading import parse_json
+from growshrink.errors import WidthError, check_model, did_you_mean
+from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.branch import Branch, middle_width
+
+Width = Mapping[str, int]
+"""Active middle channels by name of the slot: a branch (`layer1.0.conv1.branches.0`) or a `PureBottleneck` that is a
+convolution itself (`stages.0.0.conv`). 0 skips a branch; a branch without a middle (`insert`) is 1 or 0."""
+
+DIVERSITY = 3
+#: A branch without a middle of its own: skipped, or there.
+_ON = 1
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Something that has a width."""
+
+    branch: Branch | None
+    body: PureBottleneck | None
+
+    @property
+    def full(self) -> int:
+        return self.body.conv.out_channels if self.body is not None else _ON
+
+    @property
+    def groups(self) -> int:
+        return self.body.conv.groups if self.body is not None else 1
+
+    def get(self) -> int:
+        if self.branch is not None and self.branch.skipped:
+            return 0
+        return self.body.width if self.body is not None else _ON
+
+    def set(self, width: int) -> None:
+        if self.branch is not None:
+            self.branch.skipped = width == 0
+        if self.body is not None and width:
+            self.body.width = width
+
+
+class Slots:
+    """Every width of a model, looked up once; stale after a change of structure.
+
+    Raises:
+        WidthError: The model has none.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        check_model(model)
+        self._slots: dict[str, _Slot] = {}
+        bodies: set[int] = set()
+        for name, module in model.named_modules():
+            if isinstance(module, Branch):
+                body = getattr(module, "body", None)
+                self._slots[name] = _Slot(module, body if isinstance(body, PureBottleneck) else None)
+                bodies.add(id(body))
+            elif isinstance(module, PureBottleneck) and id(module) not in bodies:
+                self._slots[name] = _Slot(None, module)
+        if not self._slots:
+            raise WidthError("the model carries no branches, so it has no widths: growshrink.grow comes first.")
+
+    def __iter__(self) -> Iterator[tuple[str, _Slot]]:
+        return iter(self._slots.items())
+
+    def get(self) -> dict[str, int]:
+        """The active width."""
+        return {name: slot.get() for name, slot in self._slots.items()}
+
+    def set(self, width: Width) -> None:
+        """Make a width that `check` accepts the active one."""
+        for name, slot in self._slots.items():
+            slot.set(width[name])
+
+    def check(self, width: Width) -> None:
+        """WidthError unless `width` names every slot of the model, with a value it can have."""
+        for name in width:
+            if name not in self._slots:
+                raise WidthError(
+                    f"{name}: the model has no branch of this name, so this is the width of another model"
+                    f"{did_you_mean(name, self._slots)}"
+                )
+        for name, slot in self._slots.items():
+            if name not in width:
+                raise WidthError(f"{name}: the width does not say how wide this branch is.")
+            value = width[name]
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise WidthError(f"{name}: a width of {value!r} is not a whole number.")
+            if value == 0 and slot.branch is None:
+                raise WidthError(f"{name}: width 0 would leave nothing, it has no kernel of its own.")
+            if not 0 <= value <= slot.full:
+                raise WidthError(f"{name}: width {value} lies beyond the supernet, which has 0 to {slot.full}.")
+            if value % slot.groups:
+                raise WidthError(f"{name}: width {value} cannot be divided among its {slot.groups} groups.")
+
+
+def get_width(model: nn.Module) -> dict[str, int]:
+    """The active width of a grown model; WidthError if it carries no branches."""
+    return Slots(model).get()
+
+
+def set_width(model: nn.Module, width: Width) -> None:
+    """Make `width` the active one: what runs, what is trained, and what `fuse` merges.
+
+    Raises:
+        WidthError: It is the width of another model, or a value is impossible; the model is then as it was.
+    """
+    slots = Slots(model)
+    slots.check(width)
+    slots.set(width)
+
+
+@contextmanager
+def active_width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
+    """Run the model at `width` within a `with`, and afterwards, whatever happens, as before."""
+    slots = Slots(model)
+    slots.check(width)
+    before = slots.get()
+    slots.set(width)
+    try:
+        yield model
+    finally:
+        slots.set(before)
+
+
+@dataclass(frozen=True)
+class WidthSpace:
+    """The widths of a supernet: a few choices for each branch, independent of each other.
+
+    Attributes:
+        choices: Rising widths by name of the branch; the first is the base's, the last the full one.
+        factor: r, the full width over the output channels; None where that is what the model was grown with.
+        diversity: s, the number of steps from base to full.
+        divisor: What the widths between base and full are multiples of, where the branch is wide enough.
+
+    Source: NetAug (Cai et al., arXiv:2110.08890, section 3.2), whose r and s these are.
+    """
+
+    choices: Mapping[str, tuple[int, ...]]
+    factor: float | None
+    diversity: int
+    divisor: int
+
+    @property
+    def base(self) -> dict[str, int]:
+        """The narrowest net: where every convolution owns a kernel, the plain net itself."""
+        return {name: values[0] for name, values in self.choices.items()}
+
+    @property
+    def full(self) -> dict[str, int]:
+        """The widest net."""
+        return {name: values[-1] for name, values in self.choices.items()}
+
+    @property
+    def size(self) -> int:
+        """How many nets there are."""
+        return math.prod(len(values) for values in self.choices.values())
+
+    def sample(self, seed: int, step: int) -> dict[str, int]:
+        """A net drawn uniformly: a function of seed, step and the branches' names, and of nothing else.
+
+        No random stream is read or moved, so every rank and every resumed run draws the same without a word.
+        """
+        return {name: draw(values, seed, step, name) for name, values in self.choices.items()}
+
+    def level(self, share: float) -> dict[str, int]:
+        """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one."""
+        if not 0.0 <= share <= 1.0:
+            raise WidthError(f"{share=}: must lie in [0, 1], 0 the base and 1 the full width.")
+        return {name: values[round(share * (len(values) - 1))] for name, values in self.choices.items()}
+
+    def __contains__(self, width: object) -> bool:
+        if not isinstance(width, Mapping) or set(width) != set(self.choices):
+            return False
+        return all(width[name] in values for name, values in self.choices.items())
+
+    def check(self, model: nn.Module) -> None:
+        """WidthError unless this is a space of `model`."""
+        for name, values in self.choices.items():
+            if not values or list(values) != sorted(set(values)):
+                raise WidthError(f"{name}: its choices {values} must rise.")
+        slots = Slots(model)
+        for index in range(max(map(len, self.choices.values()), default=1)):
+            slots.check({name: values[min(index, len(values) - 1)] for name, values in self.choices.items()})
+
+    def to_json(self) -> str:
+        """A JSON object."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> WidthSpace:
+        """The inverse of `to_json`; WidthError if `text` is something else."""
+        try:
+            values: Any = parse_json(text)
+            choices = {str(name): tuple(map(_whole, widths)) for name, widths in values["choices"].items()}
+            factor = None if values["factor"] is None else float(values["factor"])
+            space = WidthSpace(choices, factor, _whole(values["diversity"]), _whole(values["divisor"]))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise WidthError(f"not the JSON of a width space ({type(error).__name__}: {error}).") from error
+        if not choices or not all(values and values == tuple(sorted(set(values))) for values in choices.values()):
+            raise WidthError("not the JSON of a width space: every branch needs a rising list of widths.")
+        return space
+
+
+def width_space(
+    model: nn.Module, *, factor: float | None = None, diversity: int | None = None, divisor: int = 8
+) -> WidthSpace:
+    """The width space of a grown model: for each branch `diversity` + 1 even steps from the base to `factor` * w.
+
+    w is the number of output channels of the branch's convolution. The base is 0 where that convolution has a kernel
+    of its own (the base net is then the plain net), and w in a `PureBottleneck` that is a convolution itself. Steps
+    between are rounded to `divisor` (a step that rounding moves onto another is left out); base and full width are
+    always choices. A branch without a middle (`insert`) is there or skipped. Grouped convolutions: w, and every width,
+    is a multiple of the groups.
+
+    Args:
+        model: A grown model.
+        factor: r; None takes what each branch was grown with.
+        diversity: s; None is 3.
+        divisor: Of the widths between.
+
+    Raises:
+        WidthError: The model carries no branches, or `factor` lies beyond or below what it was grown with.
+
+    >>> import growshrink as gs, timm
+    >>> space = gs.width_space(timm.create_model("reducenet20_x4"))
+    >>> space.choices["stages.0.0.conv"], space.size == 4**9
+    ((16, 32, 48, 64), True)
+    """
+    steps = DIVERSITY if diversity is None else diversity
+    for name, value in (("diversity", steps), ("divisor", divisor)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise WidthError(f"{name}={value!r}: must be a whole number above 0.")
+    if factor is not None and not (math.isfinite(factor) and factor > 0):
+        raise WidthError(f"{factor=}: must be a number above 0, the full width over the output channels.")
+    choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in Slots(model)}
+    return WidthSpace(choices, factor, steps, divisor)
+
+
+def draw(values: Sequence[int], seed: int, step: int, name: str) -> int:
+    """One of `values`, all as likely: a function of the arguments, which moves no random stream."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
+    return values[int.from_bytes(digest, "little") % len(values)]
+
+
+def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: int) -> tuple[int, ...]:
+    if slot.body is None:
+        return (0, _ON)
+    outputs, groups = slot.body.out_channels, slot.groups
+    full = slot.full if factor is None else middle_width(outputs, groups, factor)
+    base = 0 if slot.branch is not None else min(middle_width(outputs, groups, 1.0), slot.full)
+    if full > slot.full:
+        raise WidthError(
+            f"{name}: factor={factor:g} asks for {full} middle channels, beyond the {slot.full} it was grown with."
+        )
+    if full < base:
+        raise WidthError(f"{name}: factor={factor:g} asks for {full} middle channels, below the base of {base}.")
+    unit = math.lcm(divisor, groups)
+    between = (round((base + (full - base) * i / steps) / unit) * unit for i in range(1, steps))
+    return tuple(sorted({base, full, *(value for value in between if base < value < full)}))
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number")
+    return value

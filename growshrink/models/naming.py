@@ -1,0 +1,20 @@
+"""Names of models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def plain_form(name: str, kwargs: Mapping[str, Any], *, grown: bool) -> tuple[str, dict[str, Any]]:
+    """Name and arguments for `timm.create_model` of the plain net that a model fuses into.
+
+    Args:
+        name: Of the model.
+        kwargs: Of the model.
+        grown: Whether it is grown at birth.
+    """
+    plain_kwargs = {
+        key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
+    }
+    return name.split("_x")[0] if grown else name, plain_kwargs

@@ -1,0 +1,72 @@
+"""What a net costs: multiply-accumulates and parameters, counted on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from growshrink.algebra.dataflow import InputSize
+from growshrink.errors import check_model, check_size
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one image costs: multiply-accumulates of a forward pass, and the number of parameters."""
+
+    macs: int
+    params: int
+
+
+def profile(model: nn.Module, input_size: InputSize) -> Profile:
+    """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
+    check_model(model)
+    check_size(input_size)
+    # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
+    # without gradients have none
+    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
+    dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+    with torch.no_grad(), flop_counter() as counter:
+        replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
+    return Profile(counter.get_total_flops() // 2, sum(p.numel() for p in replica.parameters()))
+
+
+def training_macs(model: nn.Module, input_size: InputSize, batch_size: int = 2) -> int:
+    """MACs of one image forward and backward through the graph that training runs, on the meta device.
+
+    What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
+    """
+    batch_size = max(2, batch_size)  # batch norm refuses one value per channel
+    replica = copy.deepcopy(model).to("meta").train()
+    dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+    with flop_counter() as counter:
+        replica(torch.empty(batch_size, *input_size, device="meta", dtype=dtype)).sum().backward()
+    return counter.get_total_flops() // (2 * batch_size)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter, put right for groups: it gives the gradient of a grouped kernel `groups` times its cost."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(
+    out: torch.Size,
+    x: torch.Size,
+    weight: torch.Size,
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: Any,
+    wanted: Sequence[bool],
+    out_shape: Any = None,
+) -> int:
+    """Each of the two gradients costs what the forward does: every product of it is used once in either."""
+    return (int(wanted[0]) + int(wanted[1])) * conv_flop_count(list(x), list(weight), list(out), transposed)

@@ -1,0 +1,223 @@
+"""The folder of a run: claimed by one process, never overwritten silently."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from growshrink.base.writing import write_json
+from growshrink.errors import RunError
+from growshrink.base.reading import read_json
+from growshrink.base.writing import PARTIAL, write_atomic
+from growshrink.base.ranks import run_on_rank0, num_ranks
+
+MARKER = "run.json"
+LOCK = ".lock"
+
+
+class RunFolder:
+    """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
+
+    Attributes:
+        path: The folder.
+        fresh: Whether nothing had been written there before.
+        finished: Whether the run in it had come to its end.
+    """
+
+    def __init__(self, path: Path, lock: IO[str] | None, *, fresh: bool, finished: bool) -> None:
+        self.path = path
+        self.fresh = fresh
+        self.finished = finished
+        self._lock = lock
+
+    @staticmethod
+    def claim(path: Path, *, resume: bool = False) -> RunFolder:
+        """Make the folder, or take over the unfinished run in it if `resume`.
+
+        Raises:
+            RunError: The folder holds something else, a finished or unfinished run (without `resume`), or is in use by
+                another process.
+        """
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(path)  # before anything is written there
+            lock = _lock(path)
+        except OSError as error:
+            raise RunError(f"{path}: cannot be used as the folder of a run ({error.strerror}).") from error
+        try:
+            _refuse_foreign(path)
+            if not _entries(path):
+                return RunFolder(path, lock, fresh=True, finished=False)
+            for entry in path.iterdir():
+                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote; nobody else is here
+                    entry.unlink()
+            status = read_json(path / MARKER).get("status")
+            if not resume:
+                state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
+                raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
+            return RunFolder(path, lock, fresh=False, finished=status == "finished")
+        except BaseException:
+            lock.close()
+            raise
+
+    @staticmethod
+    def claim_next(parent: Path, name: str, *, resume: bool = False) -> RunFolder:
+        """Claim `parent/name`, or `parent/name-2`, ... the first that is free; with `resume` the newest there is."""
+        taken = sorted(
+            (
+                int(p.name[len(name) + 1 :] or 1)
+                for p in parent.glob(f"{glob.escape(name)}*")
+                if _is_numbered(p.name, name)
+            ),
+        )
+        if resume:
+            number = taken[-1] if taken else 1
+            return RunFolder.claim(_numbered(parent, name, number), resume=True)
+        number = taken[-1] + 1 if taken else 1
+        while True:
+            path = _numbered(parent, name, number)
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:  # another process was faster
+                number += 1
+                continue
+            except OSError as error:
+                raise RunError(f"{path}: cannot be made ({error.strerror}).") from error
+            return RunFolder.claim(path)
+
+    def write_marker(self, status: str, values: Mapping[str, Any]) -> None:
+        """Record what the run is; `status` is "running" or "finished"."""
+        if self._lock is not None:
+            write_json(self.path / MARKER, {"status": status, **values})
+
+    def check_same(self, identity: Mapping[str, Any]) -> None:
+        """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
+        check_same(self.path, identity)
+
+    def release(self) -> None:
+        """End the claim; a folder in which nothing was written disappears."""
+        if self._lock is None or self._lock.closed:
+            return
+        if self.fresh and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            with contextlib.suppress(OSError):  # somebody else has just put something there
+                self.path.rmdir()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked this moment may not have let go of it yet
+        self._lock.close()
+
+    def __enter__(self) -> RunFolder:
+        """The folder itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
+
+def claim_together(claim: Callable[[], RunFolder]) -> RunFolder:
+    """What `claim` returns; on several ranks rank 0 claims the folder, and the others hear of it and write nothing."""
+    if num_ranks() == 1:
+        return claim()
+    claimed: list[RunFolder] = []
+
+    def tell() -> tuple[str, bool, bool]:
+        folder = claim()
+        claimed.append(folder)
+        return str(folder.path), folder.fresh, folder.finished
+
+    path, fresh, finished = run_on_rank0(tell)
+    return claimed[0] if claimed else RunFolder(Path(path), None, fresh=fresh, finished=finished)
+
+
+def check_same(path: Path, identity: Mapping[str, Any]) -> None:
+    """RunError unless the run in the folder `path` was started with `identity`, naming the first difference."""
+    if found := difference(read_json(path / MARKER), identity):
+        raise RunError(
+            f"{path}: the run in it has another {found}. "
+            "Resume with the options it was started with, or choose another folder with --out."
+        )
+
+
+def difference(written: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """The first key of `identity` that has another value in `written`, with both; None if there is none."""
+    for key, value in json.loads(json.dumps(identity)).items():
+        if written.get(key) != value:
+            return f"{key} ({_difference(written.get(key), value)})"
+    return None
+
+
+#: The locks this process holds. Forked children (workers of a data loader) would hold them too, and for a while after
+#: it was killed, so that nobody could take the run over.
+_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    for lock in _locks:
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+def _lock(path: Path) -> IO[str]:
+    """The lock file of a folder, open and locked; RunError if another process has it."""
+    while True:
+        lock = open(path / LOCK, "a")  # held for as long as the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                _locks.add(lock)
+                return lock
+        except BlockingIOError as error:
+            lock.close()
+            raise RunError(
+                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
+            ) from error
+        except FileNotFoundError:
+            path.mkdir(parents=True, exist_ok=True)
+        lock.close()  # it was locked after its owner had removed it: a lock on nothing
+
+
+def _entries(path: Path) -> list[str]:
+    """What is in a folder, but for the lock and what a crash left half written."""
+    return sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL))
+
+
+def _refuse_foreign(path: Path) -> None:
+    found = _entries(path)
+    if found and MARKER not in found:
+        raise RunError(f"{path}: not empty and not the folder of a run ({found[0]} is in it).")
+
+
+
+
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        missing = object()  # a key that is not there, and one that is null
+        key = next(key for key in {**old, **new} if old.get(key, missing) != new.get(key, missing))
+        return f"{key}: {_difference(old.get(key), new.get(key))}"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        index = next(index for index in range(len(old)) if old[index] != new[index])
+        if isinstance(old[index], dict):
+            return f"[{index}]: {_difference(old[index], new[index])}"
+    return f"{old!r} then, {new!r} now"
+
+
+def _numbered(parent: Path, name: str, number: int) -> Path:
+    return parent / (name if number == 1 else f"{name}-{number}")
+
+
+def _is_numbered(candidate: str, name: str) -> bool:
+    return candidate == name or candidate.startswith(f"{name}-") and candidate[len(name) + 1 :].isdigit()

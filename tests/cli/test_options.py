@@ -1,0 +1,191 @@
+"""Every option of every program, given what it cannot be: exit code 2, one line that says what is wrong, no work done.
+
+The cases are generated from the programs' own dataclasses, so that a new option, or a new program, is among them.
+"""
+
+import dataclasses
+import importlib.util
+import signal
+import sys
+import typing
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tyro
+
+from growshrink.cli.program import read_options
+from program import run
+
+ROOT = Path(__file__).parents[2]
+#: Modules beside the programs that are none.
+HELPERS = {"tools/loaders.py", "tools/paired.py"}
+#: What has to stand before the options; of fuzz, which of its two programs.
+BEFORE = {
+    "recipes/compare.py": ["PLAN"],
+    "recipes/scan.py": ["PLAN"],
+    "tools/export.py": ["CHECKPOINT"],
+    "tools/fuzz.py architectures": ["architectures"],
+    "tools/fuzz.py files": ["files"],
+}
+BEHIND = {"recipes/timm_train.py": ["timm-scripts/train.py"]}
+CLASSES = {"tools/fuzz.py architectures": "Architectures", "tools/fuzz.py files": "Files"}
+PROGRAMS = (
+    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "grow_cycle", "netaug", "one_layer")),
+    *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "timm_train")),
+    *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
+    *(
+        f"tools/{name}.py"
+        for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
+    ),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost")),
+    *("tools/fuzz.py architectures", "tools/fuzz.py files"),
+)
+NUMBERS = {int: ("0", "-1", "nan", "inf", "1000000000000"), float: ("0", "-1", "nan", "inf", "1e30")}
+#: Values that an option can well have, by its name, and why; with a program's name only there.
+FINE = {
+    "seed": {"0": "the default", "1000000000000": "any number is a seed"},
+    "netaug_modes.seeds": {"0": "the default", "1000000000000": "any number is a seed"},
+    "data_dir": {"folder": "digits need none, so what is in it is not looked at"},
+    "out": {"missing": "it is made", "folder": "an empty folder is free", "missing/below": "both are made"},
+    "benchmark.out": {"missing": "it is made"},
+    "netaug_modes.out": {"missing": "it is made", "missing/below": "both are made", "empty": "no results yet"},
+    "log": {"missing": "it is made", "missing/below": "both are made"},
+    "crop": {"0": "none"},
+    "cutout": {"0": "none"},
+    "weight_decay": {"0": "none"},
+    "label_smoothing": {"0": "none"},
+    "ema_decay": {"0": "no average"},
+    "alpha": {"0": "the augmented net teaches nothing"},
+    "inplace_distil": {"0": "labels only"},
+    "accept_within": {"0": "no loss is accepted"},
+    "grow_cycle.rounds": {"0": "the plain net, for comparison"},
+    "export.rounds": {"0": "not timed"},
+    "base": {"0": "rounds from the start"},
+    "settle": {"0": "50 updates anyway"},
+    "steps_to_time": {"0": "not timed"},
+    "rebase_after": {"0": "never"},
+    "null_draws": {"0": "none"},
+    "alone": {"0": "judged with the supernet's weights"},
+    "closed_loop.tolerance": {"0": "no rise is tolerated"},
+    "depth_latency.tolerance": {"0": "no prediction is good enough"},
+    **{f"{name}.val_fraction": {"0": "not used there"} for name in ("closed_loop", "one_layer", "shrink_depth")},
+    "mean": {"0": "black"},
+}
+#: What is misspelt about words that are not names.
+MISSPELT = {"where": "("}
+
+
+@cache
+def args_of(program):
+    """The dataclass of a program's options, and the type of each."""
+    path = ROOT / program.split()[0]
+    spec = importlib.util.spec_from_file_location(f"options_of_{path.stem}", path)
+    folders, sys.path = sys.path, [str(path.parent), *sys.path]
+    try:
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path = folders
+    found = getattr(module, CLASSES.get(program, "Args"))
+    return found, typing.get_type_hints(found, include_extras=True)
+
+
+def kinds(hint):
+    """The plain types in a type."""
+    inner = typing.get_args(hint)
+    if typing.get_origin(hint) is typing.Annotated:
+        return kinds(inner[0])
+    if typing.get_origin(hint) is typing.Literal:
+        return {str}
+    return {kind for each in inner if each is not ... for kind in kinds(each)} - {type(None)} if inner else {hint}
+
+
+def values_of(program):
+    """Every option with every value that it is given: (name, words of the command line, value)."""
+    args, hints = args_of(program)
+    for field in dataclasses.fields(args):
+        (kind,) = kinds(hints[field.name])
+        positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
+        option = f"--{field.name.replace('_', '-')}"
+        values = {
+            **NUMBERS,
+            bool: ("maybe",),
+            str: (MISSPELT.get(field.name, "misspelt"),),
+            Path: ("missing", "missing/below", "folder", "text", "empty", "text/below"),
+        }[kind]
+        for value in values:
+            before = [] if positional else BEFORE.get(program, [])
+            words = [value] if positional else [f"{option}={value}"]
+            yield field.name, value, [*before, *words, *BEHIND.get(program, [])]
+
+
+def reason(program, name, value):
+    """Why an option can have a value; None if it cannot."""
+    stem = Path(program.split()[0]).stem
+    return FINE.get(f"{stem}.{name}", FINE.get(name, {})).get(value)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with what the words of the cases name."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("folder", "CHECKPOINT", "timm-scripts"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "timm-scripts" / "train.py").write_text("raise SystemExit('it was run')")
+    (tmp_path / "PLAN").write_bytes((ROOT / "recipes" / "plans" / "digits.json").read_bytes())
+    (tmp_path / "text").write_text("neither JSON nor weights nor a table")
+    (tmp_path / "empty").touch()
+    return tmp_path
+
+
+class TooLong(BaseException):
+    """It is still at work after 10 seconds; nothing in a program takes this for an error of its own."""
+
+
+def too_long(number, frame):
+    raise TooLong
+
+
+def test_no_program_is_missing():
+    found = {f"{folder}/{path.name}" for folder in ("recipes", "tools") for path in (ROOT / folder).glob("*.py")}
+    assert {program.split()[0] for program in PROGRAMS} == found - HELPERS
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_an_option_cannot_be_is_refused_in_one_line(program, place, capsys):
+    found = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    before, wrong, count = signal.signal(signal.SIGALRM, too_long), [], 0
+    try:
+        for name, value, words in values_of(program):
+            if reason(program, name, value):
+                continue
+            count += 1
+            signal.alarm(10)
+            try:
+                code = run(ROOT / program.split()[0], *words)
+            except (Exception, TooLong) as error:
+                code = f"{type(error).__name__}: {error}"
+            signal.alarm(0)
+            err = capsys.readouterr().err
+            if code != 2 or err.count("\n") != 1 or len(err) < 20:
+                wrong.append(f"{' '.join(words)}: {code}, {err[-200:]!r}")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert wrong == [] and count
+    assert {path: path.read_bytes() for path in found} == found
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_is_fine_is_within_the_limits(program, place):
+    args, _ = args_of(program)
+    for name, value, words in values_of(program):
+        if reason(program, name, value):
+            words = words[1:] if program in CLASSES else words
+            read_options(args, None, words[: len(words) - len(BEHIND.get(program, []))])
+
+
+def test_the_table_of_what_is_fine_names_options_only():
+    names = {name for program in PROGRAMS for name, _, _ in values_of(program)}
+    assert {key.split(".")[-1] for key in FINE} <= names

@@ -1,0 +1,544 @@
+from __future__ import annotations
+
+import builtins
+import gzip
+import hashlib
+import pickle
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from growshrink.base.seeding import generator
+from growshrink.data import datasets as data
+from growshrink.data import formats, memory
+from growshrink.data.batches import eval_batches
+from growshrink.data.datasets import Split, channel_statistics, load_data, stratified
+from growshrink.data.stream import stream_data
+from growshrink.errors import DataError
+
+RANDOM = np.random.default_rng(0)
+
+
+def pixels(*shape: int) -> np.ndarray:
+    return RANDOM.integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_idx(path: Path, array: np.ndarray, shape: tuple[int, ...] | None = None) -> None:
+    shape = array.shape if shape is None else shape
+    content = struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def write_fashion(root: Path, suffix: str = ".gz") -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    root.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for prefix, count in (("train", 40), ("t10k", 20)):
+        parts[prefix] = pixels(count, 28, 28), np.arange(count, dtype=np.uint8) % 10
+        write_idx(root / f"{prefix}-images-idx3-ubyte{suffix}", parts[prefix][0])
+        write_idx(root / f"{prefix}-labels-idx1-ubyte{suffix}", parts[prefix][1])
+    return parts
+
+
+def write_cifar(root: Path, num_classes: int) -> dict[str, np.ndarray]:
+    root.mkdir(parents=True, exist_ok=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if num_classes == 10 else ["train", "test"]
+    records = {}
+    for name in names:
+        records[name] = pixels(20, 3072 + (1 if num_classes == 10 else 2))
+        records[name][:, 0] %= 10
+        if num_classes == 100:
+            records[name][:, 1] %= 100
+        (root / f"{name}.bin").write_bytes(records[name].tobytes())
+    return records
+
+
+def write_folder(
+    root: Path, *, mode: str = "RGB", classes: str = "ab", counts: tuple[int, int] = (6, 3), test: str = "test"
+) -> dict[Path, np.ndarray]:
+    written = {}
+    for part, count in (("train", counts[0]), (test, counts[1])):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                array = pixels(8, 8) if mode == "L" else pixels(8, 8, 3)
+                path = root / part / name / f"{i}.png"
+                Image.fromarray(array).save(path)
+                written[path] = array.reshape(8, 8, -1)
+    return written
+
+
+# ------------------------------------------------------------------------------------------ splits and statistics
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.floats(0, 0.99), st.integers(0, 2**40))
+def test_stratified_parts_are_a_partition_with_a_share_of_each_class(
+    labels: list[int], fraction: float, seed: int
+) -> None:
+    rest, picked = stratified(torch.tensor(labels), fraction, generator("test", seed))
+    assert sorted(rest.tolist() + picked.tolist()) == list(range(len(labels)))
+    assert rest.tolist() == sorted(rest.tolist()) and picked.tolist() == sorted(picked.tolist())
+    for label in set(labels):
+        count = labels.count(label)
+        share = sum(labels[i] == label for i in picked.tolist())
+        assert share == (min(max(round(count * fraction), 1), count - 1) if fraction else 0)
+
+
+def test_statistics_are_those_of_numpy() -> None:
+    images = torch.from_numpy(pixels(5, 4, 3, 3))
+    mean, std = channel_statistics(images)
+    values = images.numpy().reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, values.std(0), rtol=1e-12)
+    assert channel_statistics(torch.zeros(1, 2, 2, 1, dtype=torch.uint8)) == ((0.0,), (1 / 255,))
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (torch.zeros(2, 3, 3, 1), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)),
+        (torch.zeros(2, 3, 3, 1, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)),
+        (torch.zeros(2, 3, 3, 1, dtype=torch.uint8), torch.zeros(2)),
+    ],
+)
+def test_a_split_checks_its_tensors(images: torch.Tensor, labels: torch.Tensor) -> None:
+    with pytest.raises(DataError, match="Split"):
+        Split(images, labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- digits
+
+
+def test_digits() -> None:
+    digits = load_data("digits")
+    assert digits.input_size == (1, 8, 8) and digits.num_classes == 10 and digits.classes[3] == "3"
+    assert len(digits.train) + len(digits.val) + len(digits.test) == 1797
+    assert abs(len(digits.test) - 1797 * 0.2) < 6 and abs(len(digits.val) - 1797 * 0.08) < 6
+    assert digits.train.images.max() == 255 and digits.train.images.unique().numel() == 17
+    assert (digits.mean, digits.std) == channel_statistics(digits.train.images)
+    shares = torch.bincount(digits.val.labels)
+    assert shares.max() - shares.min() <= 1
+
+    other = load_data("digits", seed=1)
+    assert torch.equal(other.test.images, digits.test.images)
+    assert not torch.equal(other.val.images[: len(digits.val)], digits.val.images[: len(other.val)])
+    assert torch.equal(load_data("digits").val.images, digits.val.images)
+    assert len(load_data("digits", val_fraction=0.0).val) == 0
+
+
+def test_digits_without_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install growshrink\[recipes\]"):
+        load_data("digits")
+
+
+# --------------------------------------------------------------------------------------------------- fashion-mnist
+
+
+@pytest.mark.parametrize("suffix", [".gz", ""])
+def test_fashion_mnist(tmp_path: Path, suffix: str) -> None:
+    parts = write_fashion(tmp_path, suffix)
+    fashion = load_data("fashion-mnist", tmp_path)
+    assert fashion.input_size == (1, 28, 28) and fashion.classes[9] == "ankle boot"
+    assert (len(fashion.train), len(fashion.val), len(fashion.test)) == (30, 10, 20)
+    assert np.array_equal(fashion.test.images.numpy()[..., 0], parts["t10k"][0])
+    assert np.array_equal(fashion.test.labels.numpy(), parts["t10k"][1])
+    known = {image.tobytes(): label for image, label in zip(*parts["train"], strict=True)}
+    for split in (fashion.train, fashion.val):
+        assert [known[image.tobytes()] for image in split.images.numpy()] == split.labels.tolist()
+
+
+def test_fashion_mnist_of_debian_comes_before_a_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    debian, cache = tmp_path / "debian", tmp_path / "cache"
+    monkeypatch.setattr(data, "DEBIAN_FASHION", debian)
+    monkeypatch.setattr(data, "CACHE", cache)
+    calls = []
+
+    def download(root: str, download: bool) -> None:
+        calls.append((root, download))
+        if len(calls) == 1:
+            raise RuntimeError("no network")
+        write_fashion(Path(root) / "FashionMNIST" / "raw")
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
+    with pytest.raises(DataError, match="dataset-fashion-mnist"):
+        load_data("fashion-mnist")
+    assert len(load_data("fashion-mnist").test) == 20
+    assert calls == [(str(cache), True)] * 2
+    write_fashion(debian)
+    load_data("fashion-mnist")
+    assert len(calls) == 2
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    path.write_bytes(bytes(content))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        (IMAGES, Path.unlink, "has no train-images"),
+        (IMAGES, _cut, "cannot be read"),
+        (IMAGES, _flip_bit, "cannot be read"),
+        (IMAGES, lambda p: p.write_bytes(b"no gzip"), "cannot be read"),
+        (IMAGES, lambda p: p.write_bytes(gzip.compress(b"\0\0\x08")), "not an idx file"),
+        (IMAGES, lambda p: write_idx(p, pixels(40)), "not an idx file"),
+        (IMAGES, lambda p: write_idx(p, pixels(39, 28, 28), (40, 28, 28)), "promises 31,360 .* has 30,576"),
+        (IMAGES, lambda p: write_idx(p, pixels(41, 28, 28), (40, 28, 28)), "it has more"),
+        (IMAGES, lambda p: write_idx(p, pixels(4), (2**32 - 1, 2**32 - 1, 2**32 - 1)), "can hold"),
+        (IMAGES, lambda p: write_idx(p, pixels(0, 28, 28)), "empty"),
+        (IMAGES, lambda p: write_idx(p, pixels(30, 28, 28)), "30 train images but 40 labels"),
+        (IMAGES, lambda p: write_idx(p, pixels(40, 20, 20)), "differ in size"),
+        (LABELS, lambda p: write_idx(p, np.full(40, 10, np.uint8)), "label 10 of only 10"),
+    ],
+)
+def test_damaged_idx_files(tmp_path: Path, name: str, damage: Callable[[Path], object], message: str) -> None:
+    write_fashion(tmp_path)
+    damage(tmp_path / name)
+    with pytest.raises(DataError, match=message) as caught:
+        load_data("fashion-mnist", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plain_idx_header_is_held_against_the_files_length(tmp_path: Path) -> None:
+    write_idx(tmp_path / "lie", pixels(4, 4, 4), (100, 4, 4))
+    with pytest.raises(DataError, match="promises 1,600 bytes"):
+        formats.read_idx(tmp_path / "lie", ndim=3)
+
+
+# ----------------------------------------------------------------------------------------------------------- cifar
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_cifar10_binary(tmp_path: Path, nested: bool) -> None:
+    records = write_cifar(tmp_path / "cifar-10-batches-bin" if nested else tmp_path, 10)
+    cifar = load_data("cifar10", tmp_path, val_fraction=0.0)
+    assert cifar.input_size == (3, 32, 32) and cifar.classes[0] == "airplane" and len(cifar.train) == 100
+    test = records["test_batch"]
+    assert cifar.test.labels.tolist() == test[:, 0].tolist()
+    assert np.array_equal(cifar.test.images.numpy(), test[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    assert cifar.train.labels[20:40].tolist() == records["data_batch_2"][:, 0].tolist()
+
+
+def test_cifar100_binary_takes_the_fine_labels(tmp_path: Path) -> None:
+    records = write_cifar(tmp_path / "cifar-100-binary", 100)
+    cifar = load_data("cifar100", tmp_path, val_fraction=0.0)
+    assert cifar.train.labels.tolist() == records["train"][:, 1].tolist()
+    assert np.array_equal(cifar.train.images[0].numpy(), records["train"][0, 2:].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert cifar.classes[7] == "7"
+    names = tmp_path / "cifar-100-binary" / "fine_label_names.txt"
+    names.write_text("\n".join(f"n{i}" for i in range(100)) + "\n")
+    assert load_data("cifar100", tmp_path).classes[7] == "n7"
+    names.write_text("one")
+    with pytest.raises(DataError, match="has 1 names"):
+        load_data("cifar100", tmp_path)
+
+
+def _label_11(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[3073] = 11
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, "truncated"),
+        (lambda p: p.write_bytes(b""), "truncated"),
+        (Path.unlink, "has no data_batch_3.bin"),
+        (_label_11, "label 11 of only 10"),
+    ],
+)
+def test_damaged_cifar_binary(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    write_cifar(tmp_path, 10)
+    damage(tmp_path / "data_batch_3.bin")
+    with pytest.raises(DataError, match=message):
+        load_data("cifar10", tmp_path)
+
+
+def test_cifar_as_class_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path, classes="abcdefghij", counts=(2, 1))
+    assert len(load_data("cifar10", tmp_path).test) == 10
+    with pytest.raises(DataError, match="10 class folders, not 100"):
+        load_data("cifar100", tmp_path)
+
+
+def _dump(path: Path, content: object) -> str:
+    path.write_bytes(pickle.dumps(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_cifar_pickles_are_read_by_torchvision_if_their_md5_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    base = tmp_path / "cifar-10-batches-py"
+    base.mkdir()
+    images = pixels(20, 3072)
+    part = {"data": images, "labels": [i % 10 for i in range(20)]}
+    for name, file in (("train_list", "data_batch_1"), ("test_list", "test_batch")):
+        monkeypatch.setattr(torchvision.datasets.CIFAR10, name, [[file, _dump(base / file, part)]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": ""}
+    meta["md5"] = _dump(base / "batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "meta", meta)
+    cifar = load_data("cifar10", base if inside else tmp_path)
+    assert cifar.classes == tuple("abcdefghij") and cifar.input_size == (3, 32, 32)
+    assert np.array_equal(cifar.test.images.numpy(), images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return builtins.exec, ("raise SystemExit('unpickled')",)
+
+
+def test_a_foreign_pickle_is_never_opened(tmp_path: Path) -> None:
+    base = tmp_path / "cifar-100-python"
+    base.mkdir()
+    for name in ("train", "test", "meta"):
+        _dump(base / name, _Bomb())
+    with pytest.raises(DataError, match="not the published ones"):
+        load_data("cifar100", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "message"),
+    [
+        ("cifar10", None, "needs data_dir"),
+        ("cifar10", "absent", "is not a folder"),
+        ("cifar10", ".", "has none of cifar-10-batches-bin"),
+        ("cifar100", ".", "cifar-100-binary"),
+        ("fashion-mnist", "absent", "is not a folder"),
+        ("folder", None, "needs data_dir"),
+        ("folder", ".", "has no folder train/.*train/CLASS"),
+        ("cifar-10", None, "did you mean 'cifar10'"),
+        ("Fashion_MNIST", None, "did you mean 'fashion-mnist'"),
+        ("zzz", None, "known are digits, fashion-mnist"),
+    ],
+)
+def test_what_is_not_there(tmp_path: Path, name: str, where: str | None, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(name, None if where is None else tmp_path / where)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"val_fraction": 1.0}, "val_fraction < 1"),
+        ({"val_fraction": -0.1}, "val_fraction"),
+        ({"image_size": 0}, "image_size >= 1"),
+        ({"image_size": 16}, "has 8x8 images"),
+    ],
+)
+def test_impossible_options(options: dict[str, float], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_data("digits", **options)
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("test", ["test", "val", "validation"])
+def test_folder(tmp_path: Path, mode: str, test: str) -> None:
+    written = write_folder(tmp_path / "pets", mode=mode, test=test)
+    (tmp_path / "pets" / "train" / "a" / "readme.txt").write_text("not an image")
+    (tmp_path / "pets" / "train" / ".hidden").mkdir()
+    pets = load_data(str(tmp_path / "pets"), val_fraction=0.3, progress=False)
+    assert pets.name == "pets" and pets.classes == ("a", "b") and pets.input_size == (1 if mode == "L" else 3, 8, 8)
+    assert (len(pets.train), len(pets.val), len(pets.test)) == (8, 4, 6)
+    known = {array.tobytes(): path for path, array in written.items()}
+    for split, part in ((pets.train, "train"), (pets.val, "train"), (pets.test, test)):
+        for image, label in zip(split.images.numpy(), split.labels, strict=True):
+            path = known.pop(image.tobytes())
+            assert path.parent == tmp_path / "pets" / part / pets.classes[label]
+    assert not known
+    assert torch.equal(load_data("folder", tmp_path / "pets", val_fraction=0.3).val.images, pets.val.images)
+
+
+def test_one_coloured_image_makes_all_rgb_and_odd_modes_are_converted(tmp_path: Path) -> None:
+    grey = write_folder(tmp_path, mode="L", counts=(70, 1))
+    coloured = pixels(8, 8, 3)
+    Image.fromarray(coloured).save(tmp_path / "test" / "b" / "9.png")
+    palette = Image.fromarray(coloured).quantize(4)
+    palette.info["transparency"] = b"\0\1\2\3"
+    palette.save(tmp_path / "test" / "b" / "8.png")
+    folder = load_data("folder", tmp_path, val_fraction=0.0)
+    assert folder.input_size == (3, 8, 8)
+    assert np.array_equal(folder.test.images[-1].numpy(), coloured)
+    first = grey[tmp_path / "train" / "a" / "0.png"]
+    assert np.array_equal(folder.train.images[0].numpy(), first.repeat(3, axis=2))
+
+
+def test_images_of_different_sizes_need_an_image_size(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = 200
+    Image.fromarray(wide).save(tmp_path / "test" / "b" / "9.png")
+    with pytest.raises(DataError, match=r"differ in size; .* is 8x8, but .*9.png is 30x10; pass image_size"):
+        load_data("folder", tmp_path)
+    folder = load_data("folder", tmp_path, image_size=5)
+    assert folder.input_size == (3, 5, 5)
+    assert (folder.test.images[-1, :, 1:4] > 180).all(), "the centre was not cut out"
+
+
+def test_damaged_images_are_counted_and_named(tmp_path: Path) -> None:
+    written = list(write_folder(tmp_path))
+    for path in written[:5]:
+        path.write_bytes(path.read_bytes()[:60])
+    Image.fromarray(pixels(8, 8).astype(np.uint16)).save(written[5])
+    with pytest.raises(DataError, match=r"6 of 18 images are damaged: .*0\.png .*1\.png .*2\.png .* and 3 more"):
+        load_data("folder", tmp_path)
+
+
+def test_all_images_damaged(tmp_path: Path) -> None:
+    for path in write_folder(tmp_path, counts=(1, 1)):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="4 of 4 images are damaged"):
+        load_data("folder", tmp_path)
+
+
+def test_folder_layouts_that_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "test" / "c").mkdir()
+    with pytest.raises(DataError, match="classes of train/ and test/ differ in c"):
+        load_data("folder", tmp_path)
+    (tmp_path / "train" / "c").mkdir()
+    with pytest.raises(DataError, match="has no images"):
+        load_data("folder", tmp_path)
+    (tmp_path / "test").rename(tmp_path / "exam")
+    with pytest.raises(DataError, match=r"has no folder test/.*validation/"):
+        load_data("folder", tmp_path)
+    (tmp_path / "empty" / "train").mkdir(parents=True)
+    (tmp_path / "empty" / "test").mkdir()
+    with pytest.raises(DataError, match="no class folders"):
+        load_data("folder", tmp_path / "empty")
+
+
+def test_what_exceeds_half_of_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path)
+    size = 18 * 8 * 8 * 3
+    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * size - 1)
+    with pytest.raises(DataError, match="stream_data"):
+        load_data("folder", tmp_path)
+    for enough in (2 * size, None):
+        monkeypatch.setattr(memory, "available_bytes", lambda enough=enough: enough)
+        assert len(load_data("folder", tmp_path).test) == 6
+
+
+def test_available_memory_is_plausible() -> None:
+    available = memory.available_bytes()
+    assert available is None or 2**24 < available < 2**50
+
+
+# ---------------------------------------------------------------------------------------------------------- stream
+
+# timm leaves each image's file to the garbage collector; Python 3.12 and later warn of forking beside threads
+timms_warnings = pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning", "ignore:.*multi-threaded.*fork:DeprecationWarning"
+)
+PLAIN = {"hflip": 0.0, "color_jitter": 0.0, "train_crop_mode": "rkrc", "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+
+
+@timms_warnings
+def test_streamed_batches_hold_the_folders_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pets")
+    pets = load_data("folder", tmp_path / "pets")
+    options = {"batch_size": 4, "image_size": 8, "mean": pets.mean, "std": pets.std, "num_workers": 0}
+    stream = stream_data(tmp_path / "pets", **options)
+    assert stream.name == "pets" and stream.classes == pets.classes and stream.num_classes == 2
+    assert stream.input_size == pets.input_size
+    for part, split in ((stream.val, pets.val), (stream.test, pets.test)):
+        for _ in range(2):
+            found = list(part)
+            expected = list(eval_batches(split, batch_size=4, mean=pets.mean, std=pets.std))
+            assert len(part) == len(split) and len(found) == len(expected)
+            for (images, labels), (wanted, wanted_labels) in zip(found, expected, strict=True):
+                torch.testing.assert_close(images, wanted, atol=1e-5, rtol=1e-5)
+                assert torch.equal(labels, wanted_labels)
+                assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@timms_warnings
+def test_streamed_training_batches_are_a_pure_function_of_seed_and_update(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    options = {"batch_size": 4, "image_size": 8, "seed": 3}
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    here = stream_data(tmp_path, num_workers=0, **options).train
+    assert (here.batch_size, here.updates_per_epoch) == (4, 2)
+    expected = [here.batch(update) for update in range(6)]
+    assert not torch.equal(expected[0][0], expected[2][0])
+    for workers, updates in ((0, (5, 1, 2)), (2, (1, 2, 3, 4))):
+        again = stream_data(tmp_path, num_workers=workers, **options).train
+        for update in updates:
+            images, labels = again.batch(update)
+            assert torch.equal(images, expected[update][0]) and torch.equal(labels, expected[update][1])
+            assert images.is_contiguous(memory_format=torch.channels_last) and images.dtype == torch.float32
+    halves = [
+        stream_data(tmp_path, num_workers=0, **{**options, "batch_size": 2}, rank=r, world_size=2) for r in (0, 1)
+    ]
+    assert torch.equal(torch.cat([half.train.batch(1)[0] for half in halves]), expected[1][0])
+    assert torch.equal(torch.get_rng_state(), state[0]) and np.array_equal(np.random.get_state()[1], state[1])
+
+
+@timms_warnings
+@pytest.mark.parametrize("options", [{}, {**PLAIN, "re_prob": 1.0}], ids=["augmented", "erased"])
+def test_each_streamed_image_has_randomness_of_its_own(tmp_path: Path, options: dict[str, object]) -> None:
+    paths = list(write_folder(tmp_path))
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    options = {"batch_size": 4, "image_size": 8, "num_workers": 0, **options}
+    train = stream_data(tmp_path, **options).train
+    images = torch.cat([train.batch(update)[0] for update in range(4)])
+    assert len(images.unique(dim=0)) > 8
+    assert torch.equal(stream_data(tmp_path, **options).train.batch(3)[0], images[-4:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size >= 1"),
+        ({"val_fraction": 1.0}, "val_fraction < 1"),
+        ({"batch_size": 100}, "too few"),
+        ({"is_training": True}, "sets is_training"),
+    ],
+)
+def test_stream_refusals(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    write_folder(tmp_path)
+    with pytest.raises(DataError, match=message):
+        stream_data(tmp_path, **{"batch_size": 2, "image_size": 8, **options})
+
+
+def test_stream_refuses_folders_it_cannot_use(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no folder train/"):
+        stream_data(tmp_path, batch_size=2, image_size=8)
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+    with pytest.raises(DataError, match="Found 0 images"):
+        stream_data(tmp_path, batch_size=2, image_size=8)
+    write_folder(tmp_path / "odd")
+    (tmp_path / "odd" / "test" / "a").rename(tmp_path / "odd" / "test" / "z")
+    with pytest.raises(DataError, match="differ in a, z"):
+        stream_data(tmp_path / "odd", batch_size=2, image_size=8)
+    stream = stream_data(write_folder(tmp_path / "ok") and tmp_path / "ok", batch_size=2, image_size=8)
+    with pytest.raises(DataError, match="from 0"):
+        stream.train.batch(-1)
