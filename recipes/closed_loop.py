@@ -22,9 +22,10 @@ from scipy.stats import t as student
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import Argument, Count, NotNegative, PartOf
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import Argument, Count, ModelName, NotNegative, PartOf
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError, did_you_mean
 from growshrink.training import evaluate, fit

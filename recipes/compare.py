@@ -27,9 +27,9 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from growshrink.base.limits import Device, InFile, InFolder, OutFolder, Threads
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
-from growshrink.cli.limits import Device, InFile, InFolder, OutFolder, Threads
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS

@@ -21,20 +21,10 @@ import torch
 import tyro
 
 import growshrink as gs
+from growshrink.base.limits import InFile, NotNegative, OneOf, Positive, Ratio, Regex, Share, SomeOrAll, Whole
 from growshrink.base.ranks import joined, this_rank
 from growshrink.base.reading import read_json
-from growshrink.cli.limits import (
-    BranchName,
-    InFile,
-    NotNegative,
-    OneOf,
-    Positive,
-    Ratio,
-    Regex,
-    Share,
-    SomeOrAll,
-    Whole,
-)
+from growshrink.cli.limits import BranchName
 from growshrink.cli.options import Options
 from growshrink.cli.program import run_program
 from growshrink.cycle.plan import CONTROLS, DISTIL, EXITS

@@ -27,9 +27,9 @@ import tyro
 from torch import nn
 
 import growshrink as gs
+from growshrink.base.limits import NotNegative, Positive, Ratio, Share, Whole
 from growshrink.base.reading import read_json
 from growshrink.base.writing import save_picture, write_json
-from growshrink.cli.limits import NotNegative, Positive, Ratio, Share, Whole
 from growshrink.cli.options import Options
 from growshrink.cli.program import run_program
 from growshrink.cycle.plan import EXITS

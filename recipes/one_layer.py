@@ -30,9 +30,10 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import PartOf, Positive, Whole
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import ModelName, PartOf, Positive, Whole
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, SplitBatches
 from growshrink.errors import PlanError, RunError, did_you_mean

@@ -33,22 +33,21 @@ from growshrink.analysis.results import Results
 from growshrink.analysis.retrain import ARMS, Dense, best_rates, compare_arms, run_arm, start_arm, text, train_dense
 from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
-from growshrink.base.reading import load_weights, read_tensors
-from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
     Count,
-    DataName,
     Device,
     InFolder,
-    ModelName,
     NotNegative,
     PartOf,
     Positive,
     Seed,
     SomeOrAll,
 )
+from growshrink.base.reading import load_weights, read_tensors
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.cli.options import Options
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed

@@ -23,9 +23,9 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from growshrink.base.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
 from growshrink.base.reading import read_json
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN

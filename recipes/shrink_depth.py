@@ -32,9 +32,10 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import BatchSize, Count, PartOf, Positive
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import BatchSize, Count, ModelName, PartOf, Positive
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed

@@ -38,22 +38,21 @@ from growshrink.analysis.scores import SCORES, Bench
 from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.environment import versions
-from growshrink.base.reading import load_weights
-from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
     Count,
-    DataName,
     Device,
     InFolder,
-    ModelName,
     NotNegative,
     PartOf,
     Positive,
     Seed,
     Whole,
 )
+from growshrink.base.reading import load_weights
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.cli.options import Options
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed

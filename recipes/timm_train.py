@@ -25,7 +25,8 @@ import tyro
 from torch import nn
 
 import growshrink as gs
-from growshrink.cli.limits import BranchName, NotNegative, OneOf, Ratio, Regex, Seed, Share
+from growshrink.base.limits import NotNegative, OneOf, Ratio, Regex, Seed, Share
+from growshrink.cli.limits import BranchName
 from growshrink.cli.program import guarded, read_options
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules

@@ -42,21 +42,20 @@ from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
 from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.base.environment import versions
-from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
     Count,
-    DataName,
     Device,
     InFile,
     InFolder,
-    ModelName,
     NotNegative,
     OneOf,
     Positive,
     Seed,
 )
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.cli.options import Options, parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed

@@ -22,8 +22,9 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis._angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
+from growshrink.base.limits import Count, Pixels, Positive
 from growshrink.base.timing import machine, seconds_of
-from growshrink.cli.limits import Count, ModelName, Pixels, Positive
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError
 from growshrink.layers.grown import grown_modules

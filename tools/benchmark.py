@@ -46,9 +46,9 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import Positive
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import write_json
-from growshrink.cli.limits import Positive
 from growshrink.cli.program import run_program
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.cycle.timeline import Timeline

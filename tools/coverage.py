@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.algebra.dataflow import InputSize, trace
-from growshrink.cli.limits import BranchName, Pixels, Positive, Ratio
+from growshrink.base.limits import Pixels, Positive, Ratio
+from growshrink.cli.limits import BranchName
 from growshrink.cli.program import run_program
 from growshrink.errors import did_you_mean
 from growshrink.layers.grown import grown_modules

@@ -20,7 +20,8 @@ import torch
 import tyro
 
 import growshrink  # noqa: F401 - registers the models
-from growshrink.cli.limits import BatchSize, Count, ModelName, Multiplier, NotNegative, Pixels, Seed, Threads
+from growshrink.base.limits import BatchSize, Count, Multiplier, NotNegative, Pixels, Seed, Threads
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut

@@ -22,7 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.cli.limits import BranchName, Pixels
+from growshrink.base.limits import Pixels
+from growshrink.cli.limits import BranchName
 from growshrink.cli.program import run_program
 from growshrink.errors import did_you_mean
 from growshrink.layers.grown import grown_modules

@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from growshrink.base.limits import Count, Pixels, Positive
 from growshrink.base.timing import Call, machine
-from growshrink.cli.limits import Count, Pixels, Positive
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split

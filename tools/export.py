@@ -23,15 +23,12 @@ from typing import Annotated
 import torch
 import tyro
 
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
-    BranchName,
     Checkpoint,
     Count,
-    DataName,
     InFolder,
-    ModelName,
     Pixels,
     Positive,
     Ratio,
@@ -40,6 +37,7 @@ from growshrink.cli.limits import (
     Threads,
     Whole,
 )
+from growshrink.cli.limits import BranchName, DataName, ModelName
 from growshrink.cli.options import parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import DataSet, load_data

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fuzzing.architectures import Outcome, check_architecture
 from fuzzing.commands import check_command
 from fuzzing.files import check_file
-from growshrink.cli.limits import Count, Seed
+from growshrink.base.limits import Count, Seed
 from growshrink.cli.program import run_program
 
 

@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import Count, Positive, Seed
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
-from growshrink.cli.limits import Count, Positive, Seed
 from growshrink.cli.program import run_program
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.cycle.timeline import Timeline

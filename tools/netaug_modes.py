@@ -23,20 +23,10 @@ import torch
 from tqdm import tqdm
 
 import growshrink as gs
+from growshrink.base.limits import BatchSize, Count, InFolder, Multiplier, OutFile, Positive, Ratio, Seed
 from growshrink.base.reading import parse_json, read_bytes
 from growshrink.base.writing import json_line, write_atomic
-from growshrink.cli.limits import (
-    BatchSize,
-    Count,
-    DataName,
-    InFolder,
-    ModelName,
-    Multiplier,
-    OutFile,
-    Positive,
-    Ratio,
-    Seed,
-)
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
+from growshrink.base.limits import BatchSize, Ratio
 from growshrink.base.timing import Call, machine
-from growshrink.cli.limits import BatchSize, BranchName, Ratio
+from growshrink.cli.limits import BranchName
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError, did_you_mean
 from paired import Bench, Row, TimedArgs, channels_last, load

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from growshrink.base.limits import Positive, Threads
 from growshrink.base.timing import Call, seconds_of
-from growshrink.cli.limits import Positive, Threads
 from growshrink.data.batches import Batch
 
 Values = Sequence[float]

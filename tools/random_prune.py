@@ -49,17 +49,13 @@ from growshrink.analysis.scores import Bench
 from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_channels, plan_widths, summarise, text
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
-from growshrink.base.reading import load_weights
-from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
     Count,
-    DataName,
     Device,
     InFile,
     InFolder,
-    ModelName,
     NotNegative,
     PartOf,
     Positive,
@@ -67,6 +63,9 @@ from growshrink.cli.limits import (
     SomeOrAll,
     Whole,
 )
+from growshrink.base.reading import load_weights
+from growshrink.base.writing import write_atomic, write_json
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.cli.options import Options
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.cli.limits import Count, ModelName, OutFile, Pixels, Positive, Seed
+from growshrink.base.limits import Count, OutFile, Pixels, Positive, Seed
+from growshrink.cli.limits import ModelName
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules

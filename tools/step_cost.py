@@ -18,8 +18,8 @@ import timm
 import torch
 
 import growshrink as gs
+from growshrink.base.limits import BatchSize, Pixels, Ratio
 from growshrink.base.timing import machine
-from growshrink.cli.limits import BatchSize, Pixels, Ratio
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError, did_you_mean
 from growshrink.proofs._profile import training_macs

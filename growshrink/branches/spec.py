@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from growshrink.base.limits import MOST_RATIO
 from growshrink.errors import GrowError, did_you_mean
 from growshrink.layers.branch import Branch
 
-MOST_RATIO = 10_000
 #: Blocks of the literature that have several branches: preset -> kinds. A convolution gets those that fit it.
 PRESETS: Mapping[str, tuple[str, ...]] = {
     "repvgg": ("pointwise", "identity"),

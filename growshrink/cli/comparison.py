@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from growshrink.cli.limits import Count, NotAll, Positive, Threads
+from growshrink.base.limits import Count, NotAll, Positive, Threads
 from growshrink.cli.options import DataOptions, TrainOptions
 from growshrink.data.feed import Feed
 from growshrink.errors import PlanError

@@ -17,23 +17,21 @@ import timm
 import torch
 from torch import nn
 
-from growshrink.base.ranks import num_ranks, this_rank
-from growshrink.cli.limits import (
+from growshrink.base.limits import (
     Argument,
     BatchSize,
     Count,
-    DataName,
     Device,
     InFolder,
-    ModelName,
     NotAll,
     NotNegative,
-    OptimizerName,
     Pixels,
     Positive,
     Seed,
     Whole,
 )
+from growshrink.base.ranks import num_ranks, this_rank
+from growshrink.cli.limits import DataName, ModelName
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data
 from growshrink.data.feed import Feed, MemoryFeed
@@ -42,7 +40,7 @@ from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.runs.folder import RunFolder, claim_together
-from growshrink.training.trainer import TrainConfig
+from growshrink.training.trainer import OptimizerName, TrainConfig
 
 
 @dataclass(kw_only=True)

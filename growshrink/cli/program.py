@@ -5,17 +5,18 @@ from __future__ import annotations
 import errno
 import io
 import itertools
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 
+from growshrink.base.config import fault, field_types
 from growshrink.base.stopping import Stopped, handled
-from growshrink.cli.limits import check_limits
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
@@ -63,8 +64,17 @@ def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] |
         if not end.code:  # --help
             raise
         raise RunError(_one_line(complaint.getvalue())) from end
-    check_limits(options)
+    for name, hint in field_types(type(options)).items():
+        if wrong := fault(hint, value := getattr(options, name)):
+            raise RunError(f"--{name.replace('_', '-')} {_shown(value)}: {wrong}")
     return options
+
+
+def _shown(value: Any) -> str:
+    """A value as on the command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
 def _one_line(box: str) -> str:

@@ -1,0 +1,150 @@
+"""Dataclasses of plain values: checked field by field by the limits in their types, and taken to JSON and back."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from growshrink.base.limits import Limit
+from growshrink.errors import GrowShrinkError, PlanError, did_you_mean
+
+T = TypeVar("T")
+#: Key that names the class where a field may hold one of several.
+KIND = "kind"
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Type of each field of a dataclass, limits included."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {entry.name: hints[entry.name] for entry in fields(cls)}
+
+
+def check_fields(instance: Any, error: type[GrowShrinkError] = PlanError) -> None:
+    """Raise `error` for the first field of a dataclass whose value its type, or a limit in its type, does not allow."""
+    for name, hint in field_types(type(instance)).items():
+        value = getattr(instance, name)
+        if wrong := fault(hint, value):
+            raise error(f"{name}={value!r}: {wrong}")
+
+
+def fault(hint: Any, value: Any) -> str | None:
+    """Say what is wrong with a value of that type, to follow its name; None if nothing is.
+
+    >>> from growshrink.base.limits import Share
+    >>> fault(Share, 0.5), fault(Share | None, None), fault(Share, "0.5"), fault(Share, 1.5)
+    (None, None, 'must be a finite number.', 'must be at least 0 and at most 1.')
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = (limit.fault(value) for limit in inner[1:] if isinstance(limit, Limit))
+        return fault(inner[0], value) or next(filter(None, limits), None)
+    if origin in (Union, UnionType):
+        faults = [fault(kind, value) for kind in sorted(inner, key=lambda kind: kind is NoneType)]
+        return None if None in faults else faults[0]
+    if origin is Literal:
+        return None if value in inner else f"no such choice{did_you_mean(str(value), map(str, inner))}"
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "must be a tuple."
+        return next(filter(None, (fault(inner[0], each) for each in value)), None)
+    return _fault_of_class(origin or hint, value)
+
+
+def _fault_of_class(cls: Any, value: Any) -> str | None:
+    if cls is NoneType:
+        return None if value is None else "must be None."
+    if cls is Any:
+        return None
+    if cls is bool:
+        return None if isinstance(value, bool) else "must be true or false."
+    if cls is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number."
+    if cls is float:  # an int may be larger than any float
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if number and abs(value) <= sys.float_info.max else "must be a finite number."
+    name = {str: "text", Mapping: "a mapping"}.get(cls, f"a {cls.__name__}")
+    return None if isinstance(value, cls) else f"must be {name}."
+
+
+def to_dict(instance: Any) -> Any:
+    """Take a dataclass, or anything made of them, to what JSON can hold; the inverse of `from_dict`."""
+    if is_dataclass(instance) and not isinstance(instance, type):
+        kind = {KIND: getattr(instance, KIND)} if hasattr(instance, "kinds") else {}
+        return {**kind, **{entry.name: to_dict(getattr(instance, entry.name)) for entry in fields(instance)}}
+    if isinstance(instance, Mapping):
+        return {key: to_dict(value) for key, value in instance.items()}
+    if isinstance(instance, (list, tuple)):
+        return [to_dict(value) for value in instance]
+    return instance
+
+
+def from_dict(cls: type[T], values: Any, what: str, error: type[GrowShrinkError] = PlanError) -> T:
+    """Make a dataclass from what JSON can hold.
+
+    Where `cls` is a base whose `kinds` names its subclasses, `values` names one under "kind", or is that name alone.
+
+    Args:
+        cls: The dataclass; its fields may hold others, tuples of them and mappings to them.
+        values: By name of the field.
+        what: Name of the whole in messages.
+        error: What is raised.
+
+    Raises:
+        GrowShrinkError: `error`, for unknown or missing keys and for values that a field cannot have.
+    """
+    if kinds := _kinds(cls):
+        values = {KIND: values} if isinstance(values, str) else values
+        if not isinstance(values, Mapping) or not isinstance(name := values.get(KIND), str):
+            raise error(f"{what}: must be one of {', '.join(kinds)}, got {values!r}.")
+        if name not in kinds:
+            raise error(f"{what}: no such {cls.__name__.lower()} {name!r}{did_you_mean(name, kinds)}")
+        return from_dict(kinds[name], {key: v for key, v in values.items() if key != KIND}, what, error)
+    if not isinstance(values, Mapping):
+        raise error(f"{what}: must be an object, got {values!r}.")
+    types = field_types(cls)
+    for key in values:
+        if key not in types:
+            raise error(f"{what}: {key!r} is not an option of {cls.__name__}{did_you_mean(str(key), types)}")
+    missing = [
+        entry.name
+        for entry in fields(cls)  # type: ignore[arg-type]
+        if entry.name not in values and entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing:
+        raise error(f"{what}: {missing[0]} is missing.")
+    made = {key: _make(types[key], value, _path(what, key), error) for key, value in values.items()}
+    try:
+        return cls(**made)
+    except error as refused:
+        raise error(f"{what}: {refused}") from refused
+
+
+def _path(what: str, key: str) -> str:
+    return f"{what}.{key}" if what and " " not in what else key
+
+
+def _make(hint: Any, value: Any, what: str, error: type[GrowShrinkError]) -> Any:
+    """The value of a field; what is no dataclass is left to the dataclass around it to check."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _make(inner[0], value, what, error)
+    if origin in (Union, UnionType):
+        kinds = [kind for kind in inner if kind is not NoneType]
+        return value if value is None or len(kinds) != 1 else _make(kinds[0], value, what, error)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple(_make(inner[0], each, f"{what}[{index}]", error) for index, each in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+        return {key: _make(inner[1], each, f"{what}.{key}", error) for key, each in value.items()}
+    if isinstance(hint, type) and (is_dataclass(hint) or _kinds(hint)):
+        return from_dict(hint, value, what, error)
+    return value
+
+
+def _kinds(cls: type) -> Mapping[str, type[Any]]:
+    """The classes that a field of class `cls` may hold, by name, where `cls` is the base of several."""
+    return vars(cls).get("kinds", {})

@@ -1,0 +1,197 @@
+"""Limits that stand in the types of fields and options: what a value can be, and what is wrong with one that cannot.
+
+    ratio: Positive = 4.0
+    seeds: tuple[Seed, ...] = (0,)
+
+A dataclass checks itself with `growshrink.base.config.check_fields`, a program its options with
+`growshrink.cli.program.run_program`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+import torch
+
+from growshrink.errors import did_you_mean
+
+#: Upper limit of a number that has no other.
+MANY = 10**9
+#: Of `Ratio`.
+MOST_RATIO = 10_000
+
+
+@runtime_checkable
+class Limit(Protocol):
+    """Something in the type of an option that knows what the option can be."""
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with a value, to follow its name; None if nothing is."""
+        ...
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number in an interval, so never NaN.
+
+    Attributes:
+        low: The least.
+        high: The greatest.
+        above: Whether `low` itself is too little.
+        below: Whether `high` itself is too much.
+    """
+
+    low: float
+    high: float = MANY
+    above: bool = False
+    below: bool = False
+
+    def fault(self, value: float) -> str | None:
+        """See `Limit`."""
+        if self.low <= value <= self.high and not (
+            self.above and value == self.low or self.below and value == self.high
+        ):
+            return None
+        least = f"must be {'above' if self.above else 'at least'} {self.low:,}"
+        return f"{least} and {'below' if self.below else 'at most'} {self.high:,}."
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A name that is known.
+
+    Attributes:
+        what: What to say of a name that is not.
+        names: The names, or what tells them when they are needed.
+        known: Whether a name is known; by default those in `names` are.
+        joined: Split the value at plus signs: each part is a name.
+    """
+
+    what: str
+    names: Callable[[], Iterable[str]] | Iterable[str]
+    known: Callable[[str], bool] | None = None
+    joined: bool = False
+
+    def fault(self, value: str) -> str | None:
+        """See `Limit`."""
+        names = list(self.names() if callable(self.names) else self.names)
+        for name in value.split("+") if self.joined else [value]:
+            if not (self.known(name) if self.known is not None else name in names):
+                return f"{self.what}{did_you_mean(name, names)}"
+        return None
+
+
+@dataclass(frozen=True)
+class ExistingPath:
+    """The path of something to be read.
+
+    Attributes:
+        file: Whether it may be a file.
+        folder: Whether it may be a folder.
+    """
+
+    file: bool = False
+    folder: bool = False
+
+    def fault(self, value: Path) -> str | None:
+        """See `Limit`."""
+        what = " or ".join(name for name, may in (("file", self.file), ("folder", self.folder)) if may)
+        try:
+            path = value.expanduser()
+            if not path.exists():
+                return f"there is no such {what}."
+            if (path.is_dir() and self.folder) or (not path.is_dir() and self.file):
+                return None
+        except (OSError, ValueError, RuntimeError) as error:  # a name too long, a NUL in it, a user there is not
+            return f"not a {what} ({error})."
+        return f"must be a {what}."
+
+
+@dataclass(frozen=True)
+class Writable:
+    """The path of something to be written: above it there are folders only, as far as there is anything.
+
+    Attributes:
+        file: Whether it is a file that is written, not a folder.
+    """
+
+    file: bool = False
+
+    def fault(self, value: Path) -> str | None:
+        """See `Limit`."""
+        try:
+            if self.file and value.is_dir():
+                return "a folder, must be a file."
+            first = next(path for path in (value, *value.parents) if path.exists())
+            if first.is_dir() or self.file and first == value:
+                return None
+        except (OSError, ValueError) as error:
+            return f"cannot be written ({error})."
+        return f"cannot be made, {first} is a file."
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """An argument for a function, as KEY=VALUE."""
+
+    def fault(self, value: str) -> str | None:
+        """See `Limit`."""
+        key, equals, _ = value.partition("=")
+        return None if equals and key.isidentifier() else "must be KEY=VALUE."
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression."""
+
+    def fault(self, value: str) -> str | None:
+        """See `Limit`."""
+        try:
+            re.compile(value)
+        except re.error as error:
+            return f"not a regular expression ({error})."
+        return None
+
+
+@dataclass(frozen=True)
+class DeviceName:
+    """A device as torch spells it; whether it is there, only its use tells."""
+
+    def fault(self, value: str) -> str | None:
+        """See `Limit`."""
+        try:
+            torch.device(value)
+        except RuntimeError as error:
+            return f"not to be had here ({str(error).splitlines()[0]})."
+        return None
+
+
+Count = Annotated[int, Interval(1)]
+BatchSize = Annotated[int, Interval(1, 2**20)]
+Whole = Annotated[int, Interval(0)]
+Seed = Annotated[int, Interval(0, 2**62)]
+Threads = Annotated[int, Interval(1, 1024)]
+Pixels = Annotated[int, Interval(1, 65536)]
+Positive = Annotated[float, Interval(0, above=True)]
+Multiplier = Annotated[float, Interval(0, 100, above=True)]
+Operations = Annotated[float, Interval(0, 10**15, above=True)]
+NotNegative = Annotated[float, Interval(0)]
+Ratio = Annotated[float, Interval(0, MOST_RATIO, above=True)]
+"""Middle width of a branch over the output channels of its layer."""
+Share = Annotated[float, Interval(0, 1)]
+SomeOrAll = Annotated[float, Interval(0, 1, above=True)]
+PartOf = Annotated[float, Interval(0, 1, above=True, below=True)]
+"""A share that is neither nothing nor all."""
+NotAll = Annotated[float, Interval(0, 1, below=True)]
+Device = Annotated[str, DeviceName()]
+Argument = Annotated[str, KeyValue()]
+Regex = Annotated[str, Pattern()]
+InFile = Annotated[Path, ExistingPath(file=True)]
+InFolder = Annotated[Path, ExistingPath(folder=True)]
+OutFile = Annotated[Path, Writable(file=True)]
+OutFolder = Annotated[Path, Writable()]
+Checkpoint = Annotated[Path, ExistingPath(file=True, folder=True)]
