@@ -21,30 +21,26 @@ import torch
 from scipy.stats import t as student
 
 import growshrink as gs
-from growshrink.base.environment import versions
-from growshrink.base.limits import Argument, Count, NotNegative, PartOf
+from growshrink.analysis.trained import num_updates
+from growshrink.base.limits import NotNegative
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import ModelName
+from growshrink.cli.forms import only
+from growshrink.cli.options import LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
-from growshrink.errors import RunError, did_you_mean
-from growshrink.training import evaluate, fit
+from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.training import TrainConfig, evaluate, fit
 
 
-@dataclass(kw_only=True)
-class Args(ComparisonOptions):
-    """Options of closed_loop."""
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
+    """Options of closed_loop; the model is a net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
 
-    model: ModelName = "reducenet20_x2"
-    """A net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
-    model_kwargs: tuple[Argument, ...] = ("width=0.5",)
-    """KEY=VALUE arguments for timm.create_model."""
-    deadline: PartOf = 0.7
-    """Share of the training after which lam is 0, for both."""
-    tolerance: NotNegative = 0.05
+    loss_tolerance: NotNegative = 0.05
     """Of the closed loop: how far the smoothed loss may be above its lowest, relatively."""
-    seeds: Count = 5
-    """How many pairs; at least 2."""
+    length: LengthOptions = LengthOptions(epochs=30.0, seeds=5)
+    training: TrainConfig = TrainConfig(ema_decay=0.0)
+    model: ModelOptions = ModelOptions(model="reducenet20_x2", model_kwargs=("width=0.5",))
+    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 class RecordedLoop(gs.schedules.ClosedLoop):
@@ -63,37 +59,36 @@ class RecordedLoop(gs.schedules.ClosedLoop):
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check(least_seeds=2)
+    if args.length.seeds < 2:
+        raise PlanError(f"--seeds {args.length.seeds}: must be at least 2.")
     known = timm.list_models(["reducenet*_x*", "vanillanet*_x*"])
-    if args.model not in known:
-        raise RunError(f"--model {args.model}: no net that is grown at birth{did_you_mean(args.model, known)}")
-    torch.set_num_threads(args.threads)
-    with args.claim("closed-loop") as folder:
-        record = {**args.record(), "versions": versions()}
-        folder.write_marker("running", record)
-        print(run(args, folder.path))
-        folder.write_marker("finished", record)
+    if args.model.model not in known:
+        raise RunError(
+            f"--model {args.model.name}: no net that is grown at birth{did_you_mean(args.model.name, known)}"
+        )
+    with args.recorded("closed-loop") as path:
+        print(run(args, path))
 
 
 def run(args: Args, path: Path) -> str:
     """All pairs, and what they say."""
     top1: dict[str, list[float]] = {"cosine": [], "closed loop": []}
     curves: list[dict[int, float]] = []
-    for seed in range(args.seeds):
-        feed = args.seed_feed(seed)
-        updates = args.updates_of(args.epochs, feed)
-        zero_at = max(1, round(args.deadline * updates))
-        loop = RecordedLoop(zero_at, tolerance=args.tolerance)
+    for seed in range(args.length.seeds):
+        feed = args.feed(seed)
+        updates = num_updates(feed, args.length.epochs)
+        zero_at = max(1, round(args.length.deadline * updates))
+        loop = RecordedLoop(zero_at, tolerance=args.loss_tolerance)
         for name, lam in (("cosine", gs.schedules.cosine(1.0, 0.0, steps=zero_at)), ("closed loop", loop)):
             torch.manual_seed(seed)
             net = fit(
-                args.make_model(feed)[0],
+                args.model.make(feed)[0],
                 feed.train,
-                args.train_config(),
+                args.training,
                 updates=updates,
                 lam=lam,
                 label=f"seed {seed}: {name}",
-                progress=not args.quiet,
+                progress=not args.running.quiet,
             )
             top1[name].append(evaluate(gs.fuse(net, input_size=feed.input_size), feed.test).top1)
         curves.append(loop.curve)
@@ -121,14 +116,14 @@ def report(args: Args, top1: dict[str, list[float]]) -> str:
         f"| {name} | {statistics.mean(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} |"
         for name, values in top1.items()
     )
-    return f"""# Closed loop against cosine: {args.model} on {args.data}
+    return f"""# Closed loop against cosine: {args.model.name} on {args.data.name}
 
 | lam | test top-1 of the fused net, mean | by seed |
 |---|---|---|
 {rows}
 
-Closed loop less cosine: {mean:+.2f} points, 95 % interval {low:+.2f} .. {high:+.2f} ({args.seeds} seeds, paired): the
-closed loop is **{verdict}**. {args.epochs:g} epochs each, lam 0 after {args.deadline:.0%} of them at the latest.
+Closed loop less cosine: {mean:+.2f} points, 95 % interval {low:+.2f} .. {high:+.2f} ({args.length.seeds} seeds, paired): the
+closed loop is **{verdict}**. {args.length.epochs:g} epochs each, lam 0 after {args.length.deadline:.0%} of them at the latest.
 
 ![lam by update](lam.png)
 """

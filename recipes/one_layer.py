@@ -29,16 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.base.environment import versions
-from growshrink.base.limits import PartOf, Positive, Whole
+from growshrink.analysis.trained import num_updates
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import ModelName
+from growshrink.cli.forms import only
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, SplitBatches
-from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.activations import VanishingReLU, vanishing
-from growshrink.training import evaluate, fit
+from growshrink.training import TrainConfig, evaluate, fit
 
 LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"
 MATRIX = "no activation, collapsed"
@@ -54,20 +53,20 @@ class InplaceBug(VanishingReLU):
         return self.lam * F.relu(x, inplace=True) + (1 - self.lam) * x
 
 
-@dataclass(kw_only=True)
-class Args(ComparisonOptions):
-    """Options of one_layer."""
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
+    """Options of one_layer; the model is a ReduceNet that is grown at birth: reducenet20_x1, _x2, ...
 
-    model: ModelName = "reducenet20_x2"
-    """A ReduceNet that is grown at birth: reducenet20_x1, _x2, ..."""
-    epochs: Positive = 40.0
-    """Of each net."""
-    vanish: PartOf = 0.6
-    """Share of the training after which lam is 0."""
-    crop: Whole | None = 0
-    """None here: nets and classifiers are to see the same pixels."""
-    flip: bool | None = False
-    """None here either."""
+    Nothing is cropped or flipped: nets and classifiers are to see the same pixels.
+    """
+
+    length: LengthOptions = LengthOptions(epochs=40.0, deadline=0.6)
+    training: TrainConfig = TrainConfig(ema_decay=0.0)
+    data: DataOptions = only(
+        DataOptions(crop=0, flip=False), "data", "data_dir", "image_size", "val_fraction", "batch_size"
+    )
+    model: ModelOptions = ModelOptions(model="reducenet20_x2")
+    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 @dataclass
@@ -82,21 +81,12 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check()
-    if args.crop or args.flip or args.cutout or args.stream:
-        raise PlanError("--crop, --flip, --cutout and --stream: not here, nets and classifiers see the same pixels.")
     built_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
-    if args.model not in built_grown:
-        raise RunError(
-            f"--model {args.model}: no ReduceNet that is grown at birth{did_you_mean(args.model, built_grown)}"
-        )
-    torch.set_num_threads(args.threads)
-    with args.claim("one-layer") as folder:
-        record = {**args.record(), "versions": versions()}
-        folder.write_marker("running", record)
-        print(run(args, folder.path))
-        folder.write_marker("finished", record)
-        print(f"Read {folder.path / 'report.md'}")
+    if (name := args.model.name) not in built_grown:
+        raise RunError(f"--model {name}: no ReduceNet that is grown at birth{did_you_mean(name, built_grown)}")
+    with args.recorded("one-layer") as path:
+        print(run(args, path))
+    print(f"Read {path / 'report.md'}")
 
 
 def run(args: Args, path: Path) -> str:
@@ -104,9 +94,8 @@ def run(args: Args, path: Path) -> str:
     rows: dict[str, Row] = {}
     pictures: dict[str, nn.Sequential] = {}
     collapse_error = 0.0
-    for seed in range(args.seeds):
-        feed = args.seed_feed(seed)
-        assert isinstance(feed, MemoryFeed)
+    for seed in range(args.length.seeds):
+        feed = args.memory_feed(seed)
         found = {name: train(args, name, feed, seed) for name in (LINEAR, BUGGY, DEFAULT)}
         exact = copy.deepcopy(found[LINEAR]).double()
         error = gs.compare(exact, gs.collapse(exact, feed.input_size), input_size=feed.input_size).max_rel
@@ -134,15 +123,16 @@ def run(args: Args, path: Path) -> str:
 def train(args: Args, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
     """One of the three nets, trained, and fused where that is possible."""
     torch.manual_seed(seed)
-    net, _ = replace(args, model_kwargs=(*args.model_kwargs, f"linear={name != DEFAULT}")).make_model(feed)
+    kwargs = (*args.model.model_kwargs, f"linear={name != DEFAULT}")
+    net, _ = replace(args.model, model_kwargs=kwargs).make(feed)
     if name == BUGGY:
         for place, _ in list(vanishing(net)):
             net.set_submodule(place, InplaceBug())
         net.set_submodule("stem.act", InplaceBug())  # the article's stem had one too
-    updates = args.updates_of(args.epochs, feed)
-    lam = gs.schedules.hold_then_vanish(hold=updates // 5, vanish=round(args.vanish * updates) - updates // 5)
-    label, progress = f"seed {seed}: {name}", not args.quiet
-    net = fit(net, feed.train, args.train_config(), updates=updates, lam=lam, label=label, progress=progress)
+    updates = num_updates(feed, args.length.epochs)
+    lam = gs.schedules.hold_then_vanish(hold=updates // 5, vanish=round(args.length.deadline * updates) - updates // 5)
+    label, progress = f"seed {seed}: {name}", not args.running.quiet
+    net = fit(net, feed.train, args.training, updates=updates, lam=lam, label=label, progress=progress)
     return net if name == BUGGY else gs.fuse(net, input_size=feed.input_size)
 
 
@@ -217,7 +207,7 @@ def report(args: Args, rows: dict[str, Row], collapse_error: float) -> str:
     mean = {name: statistics.mean(row.top1) for name, row in rows.items()}
     fitted = max((name for name in rows if name not in (LINEAR, BUGGY, DEFAULT, MATRIX)), key=mean.__getitem__)
     verdict = "does not beat" if mean[LINEAR] <= mean[fitted] else "is above"
-    return f"""# One layer: {args.model} on {args.data}
+    return f"""# One layer: {args.model.name} on {args.data.name}
 
 {table(rows)}
 
@@ -230,7 +220,7 @@ def report(args: Args, rows: dict[str, Row], collapse_error: float) -> str:
   What it reaches, {mean[BUGGY]:.2f} %, is what a net with ReLUs reaches; such a number says nothing about a net that
   fuses into one layer. growshrink.fuse refuses it.
 * One ReLU a block, the default: {mean[DEFAULT]:.2f} %. That is what an activation is worth here.
-* {args.seeds} seed(s); the affinity defect is the largest of them. No augmentation, so that all see the same pixels.
+* {args.length.seeds} seed(s); the affinity defect is the largest of them. No augmentation, so that all see the same pixels.
 """
 
 

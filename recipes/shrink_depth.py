@@ -22,20 +22,19 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import timm
 import torch
-import tyro
 from safetensors.torch import save
 from torch import nn
 
 import growshrink as gs
-from growshrink.base.environment import versions
-from growshrink.base.limits import BatchSize, Count, PartOf, Positive
+from growshrink.analysis.trained import num_updates
+from growshrink.base.limits import PartOf, Positive
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.comparison import ComparisonOptions
-from growshrink.cli.limits import ModelName
+from growshrink.cli.forms import only
+from growshrink.cli.options import LengthOptions, Options, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
@@ -45,33 +44,25 @@ from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, van
 from growshrink.errors import PlanError, RunError, did_you_mean
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
-from growshrink.training import evaluate, fit
+from growshrink.training import TrainConfig, evaluate, fit
 
 
-@dataclass(kw_only=True)
-class Args(ComparisonOptions):
-    """Options of shrink_depth."""
+@dataclass(frozen=True, kw_only=True)
+class Args(Options):
+    """Options of shrink_depth; the model is a plain ReduceNet: reducenet20, 32, 44, 56, 110, 18 or 34."""
 
-    model: ModelName = "reducenet20"
-    """A plain ReduceNet: reducenet20, 32, 44, 56, 110, 18 or 34."""
     targets: tuple[PartOf, ...] = (0.9, 0.8, 0.65, 0.5)
     """Latencies to reach, as shares of the net's own."""
-    latency_batch: BatchSize = 1
-    """Images at a time when latencies are measured."""
-    longest: Count = 4
-    """Most blocks that become one."""
-    epochs: Positive = 30.0
-    """Of the net that all cuts start from."""
     shrink_epochs: Positive = 20.0
-    """Of the training in which activations vanish; lam is 0 from the share --vanish of it on. From half of --lr."""
-    vanish: PartOf = 0.5
-    """Share of the shrinking after which lam is 0."""
-    schedule: Annotated[Literal["cosine", "closed-loop"], tyro.conf.arg(metavar="cosine|closed-loop")] = "cosine"
+    """Of the training in which activations vanish, which --deadline is a share of. From half of --lr."""
+    schedule: Literal["cosine", "closed-loop"] = "cosine"
     """How lam falls."""
-    rounds: Count = 200
-    """Turns every net takes when latencies are measured."""
-    fresh: bool = False
+    remeasure: bool = False
     """Measure latencies even where this machine has been measured before, and do not keep them."""
+    timing: TimingOptions = TimingOptions()
+    length: LengthOptions = LengthOptions(epochs=30.0, deadline=0.5)
+    training: TrainConfig = TrainConfig(ema_decay=0.0)
+    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 @dataclass
@@ -91,33 +82,29 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    args.check()
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
-    if args.model not in plain:
-        raise RunError(f"--model {args.model}: not a plain ReduceNet{did_you_mean(args.model, plain)}")
-    torch.set_num_threads(args.threads)
-    with args.claim("depth") as folder:
-        record = {**args.record(), "versions": versions()}
-        folder.write_marker("running", record)
-        rows, latencies = run(args, folder.path)
-        write_report(args, folder.path, rows, latencies)
-        folder.write_marker("finished", record)
-        print(f"{table(rows)}\nRead {folder.path / 'report.md'}")
+    if (name := args.model.name) not in plain:
+        raise RunError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
+    args.timing.check()
+    with args.recorded("depth") as path:
+        rows, latencies = run(args, path)
+        write_report(args, path, rows, latencies)
+    print(f"{table(rows)}\nRead {path / 'report.md'}")
 
 
 def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
     """Train, choose, shrink, merge, compare."""
     rows: list[Row] = []
     latencies: Latencies | None = None
-    for seed in range(args.seeds):
+    aloud, config = not args.running.quiet, args.training
+    say, again = partial(tell, aloud), replace(config, lr=config.lr / 2)
+    for seed in range(args.length.seeds):
         torch.manual_seed(seed)
-        feed = args.seed_feed(seed)
-        size, say = feed.input_size, partial(tell, not args.quiet)
-        model, _ = args.make_model(feed)
-        first, more = args.updates_of(args.epochs, feed), args.updates_of(args.shrink_epochs, feed)
-        config = args.train_config()
-        again = replace(config, lr=config.lr / 2)
-        train = partial(fit, batches=feed.train, progress=not args.quiet)
+        feed = args.feed(seed)
+        size = feed.input_size
+        model, _ = args.model.make(feed)
+        first, more = num_updates(feed, args.length.epochs), num_updates(feed, args.shrink_epochs)
+        train = partial(fit, batches=feed.train, progress=aloud)
         model = train(model, config=config, updates=first, label=f"seed {seed}: the net")
         say(f"seed {seed}: the trained net, test top-1 {evaluate(model, feed.test).top1:.2f} %")
         spent = first * training_macs(model, size)
@@ -148,19 +135,16 @@ def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
 
 def choose(args: Args, model: nn.Module, feed: Feed) -> tuple[Latencies, list[Row]]:
     """The latency table, and a cut for every target that can be met (the net as it is comes first)."""
+    timing, aloud = args.timing, not args.running.quiet
+    options: dict[str, Any] = {"batch_size": timing.latency_batch, "rounds": timing.turns}
+    cache = None if args.remeasure else CACHE / "latency"
     latencies = measure_latencies(
-        model,
-        feed.input_size,
-        batch_size=args.latency_batch,
-        longest=args.longest,
-        rounds=args.rounds,
-        cache=None if args.fresh else CACHE / "latency",
-        progress=not args.quiet,
+        model, feed.input_size, longest=timing.longest, cache=cache, progress=aloud, **options
     )
-    tell(not args.quiet, f"{latencies.hardware}: {latencies.net_ms:.3f} ms{' (from the table)' * latencies.cached}")
+    tell(aloud, f"{latencies.hardware}: {latencies.net_ms:.3f} ms{' (from the table)' * latencies.cached}")
     batches = [feed.train.batch(update)[0] for update in range(20)]
     loss: Callable[[nn.Module], float] = lambda net: evaluate(net, feed.val).loss  # noqa: E731
-    harms = segment_harms(model, batches, loss, longest=args.longest, progress=not args.quiet)
+    harms = segment_harms(model, batches, loss, longest=timing.longest, progress=aloud)
     frontier = depth_frontier(latencies, harms)
     plans = [DepthPlan(uncut(model), latencies.net_ms, 0.0)]
     for share in sorted(args.targets, reverse=True):
@@ -168,22 +152,18 @@ def choose(args: Args, model: nn.Module, feed: Feed) -> tuple[Latencies, list[Ro
             plan = plan_depth(latencies, harms, target_ms=share * latencies.net_ms)
         except PlanError:
             plan = frontier[0]
-            tell(
-                not args.quiet,
-                f"no cut takes {share:.2f} of the time; the fastest: {plan.ms / latencies.net_ms:.2f}",
-            )
+            tell(aloud, f"no cut takes {share:.2f} of the time; the fastest: {plan.ms / latencies.net_ms:.2f}")
         if plan.cut not in [known.cut for known in plans]:
             plans.append(plan)
-    options: dict[str, Any] = {"batch_size": args.latency_batch, "rounds": args.rounds}
     measured = measure_plans(model, plans, latencies, feed.input_size, **options)
     if slower := [str(plan) for plan in plans if plan not in [m.plan for m in measured]]:
-        tell(not args.quiet, f"measured slower than the net, and left out: {', '.join(slower)}")
+        tell(aloud, f"measured slower than the net, and left out: {', '.join(slower)}")
     return latencies, [Row(str(m.plan), m.plan.cut, m.plan.ms, m.ms, m.share, m.error) for m in measured]
 
 
 def schedule_of(args: Args, updates: int) -> Schedule:
-    """Lam over the shrinking: down from the beginning, 0 from the share --vanish on."""
-    zero_at = max(1, round(args.vanish * updates))
+    """Lam over the shrinking: down from the beginning, 0 from the share --deadline on."""
+    zero_at = max(1, round(args.length.deadline * updates))
     if args.schedule == "cosine":
         return gs.schedules.hold_then_vanish(hold=0, vanish=zero_at)
     return gs.schedules.ClosedLoop(zero_at)
@@ -226,24 +206,24 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) 
     write_json(path / "report.json", report)
     wins = sum(k > p for row in rows[1:] for k, p in zip(row.knob, row.plain, strict=True))
     pairs = sum(len(row.knob) for row in rows[1:])
-    text = f"""# The depth knob: {args.model} on {args.data}
+    text = f"""# The depth knob: {args.model.name} on {args.data.name}
 
 {table(rows)}
 
 ![accuracy against latency](pareto.png)
 
-* Latencies: lowest deciles of turns taken together, {args.latency_batch} image(s) at a time, on
+* Latencies: lowest deciles of turns taken together, {args.timing.latency_batch} image(s) at a time, on
   {latencies.hardware}. Predictions are at most {100 * max(errors):.0f} % off
   (as shares of the net's time). Cuts that were measured slower than the net have been left out before any training.
 * Turning the knob was better than training the same shape plainly for the same training MACs in {wins} of {pairs}
-  comparisons over {args.seeds} seed(s). Differences below the spread of the seeds mean nothing.
+  comparisons over {args.length.seeds} seed(s). Differences below the spread of the seeds mean nothing.
 * lam fell by the {args.schedule} schedule. Every merged net was compared with the net it comes from in float64, and
   equals it to 1e-10.
-* A net is made again from report.json: `merge_cut(vanish_cut(timm.create_model("{args.model}", ...), cut), cut)` with
+* A net is made again from report.json: `merge_cut(vanish_cut(timm.create_model("{args.model.name}", ...), cut), cut)` with
   lam 0 (growshrink.depth.segments), then `load_state_dict` of merged-N.safetensors.
 """
     write_atomic(path / "report.md", text.encode())
-    draw(path / "pareto.png", rows, f"{args.model} on {args.data}, batch {args.latency_batch}")
+    draw(path / "pareto.png", rows, f"{args.model.name} on {args.data.name}, batch {args.timing.latency_batch}")
 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:

@@ -16,17 +16,13 @@ same --out share the work. The comparison is in DIR/shrink_space.json, and on th
 from __future__ import annotations
 
 import copy
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
-from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import growshrink as gs
@@ -38,143 +34,66 @@ from growshrink.analysis.scores import SCORES, Bench
 from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.environment import versions
-from growshrink.base.limits import (
-    Argument,
-    BatchSize,
-    Count,
-    Device,
-    InFolder,
-    NotNegative,
-    PartOf,
-    Positive,
-    Seed,
-    Whole,
-)
+from growshrink.base.limits import Count, OneOf
 from growshrink.base.reading import load_weights
-from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import DataName, ModelName
-from growshrink.cli.options import Options
+from growshrink.base.writing import write_json
+from growshrink.cli.forms import only
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
-from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.errors import AnalysisError
 
 
-@dataclass(kw_only=True)
-class Args:
-    """Options of shrink_space."""
+@dataclass(frozen=True, kw_only=True)
+class Args(StudyOptions):
+    """Options of shrink_space; a model that is not grown at birth is grown with bottlenecks."""
 
-    # ---- the loop
-    drivers: tuple[str, ...] = ("angle", "null", "supernet_accuracy", "random")
+    drivers: tuple[Annotated[str, OneOf("no such score", (*SCORES, RANDOM))], ...] = (
+        "angle",
+        "null",
+        "supernet_accuracy",
+        "random",
+    )
     """What choices are dropped by."""
-    first_epochs: Positive = 10.0
-    """Before the first drop."""
-    later_epochs: Positive = 2.0
-    """After each drop."""
-    samples: Count = 50
-    """Subnets sampled for each choice."""
-    drop: Count = 3
-    """Choices dropped at a time."""
-    stop_size: Count = 1000
-    """Stop once this many subnets are left, or fewer."""
-    rebase_after: Whole = 12
-    """Measure angles from the weights of then, once, when more choices than this are gone; 0 is never."""
-
-    # ---- data and training
-    model: ModelName = "reducenet20_x4"
-    """Any timm model; one that is not grown at birth is grown with bottlenecks."""
-    model_kwargs: tuple[Argument, ...] = ()
-    """KEY=VALUE arguments for timm.create_model."""
-    data: DataName = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: InFolder | None = None
-    """Where the data set lies (digits need none)."""
-    val_fraction: PartOf = 0.3
-    """Share of the training images that accuracy as a driver is taken on."""
-    batch_size: BatchSize = 64
-    """Images per update."""
-    lr: Positive = 0.1
-    """Peak learning rate of each stage."""
-    weight_decay: NotNegative = 5e-4
-    """Of SGD."""
-
-    # ---- the run
-    seeds: Count = 3
-    """How many."""
     judged: Count = 50
     """Subnets of the final space that are evaluated."""
-    out: Path | None = None
-    """Folder of the run, which may be a run with the same options already; by default runs/shrink-DATA-MODEL."""
-    seed: Seed = 0
-    """The first of the seeds."""
-    device: Device = "cpu"
-    """cpu, cuda, cuda:1, mps."""
-    quiet: bool = False
-    """No progress bar."""
+    loop: ShrinkPlan = ShrinkPlan()
+    length: LengthOptions = only(LengthOptions(seeds=3), "seeds")
+    data: DataOptions = only(DataOptions(val_fraction=0.3), "data", "data_dir", "val_fraction", "batch_size")
+    model: ModelOptions = ModelOptions(model="reducenet20_x4")
 
 
 def main(args: Args) -> None:
     """Run it, or a part of it; errors of the user's are raised as GrowShrinkError."""
-    for driver in args.drivers:
-        if driver not in SCORES and driver != RANDOM:
-            raise AnalysisError(f"--drivers {driver}: no such score{did_you_mean(driver, (*SCORES, RANDOM))}")
-    if args.seeds < 1 or args.judged < 2 or not args.drivers:
-        raise AnalysisError("needs at least 1 --seeds, 2 --judged, and one of --drivers.")
-    plan = make_plan(args)
-    name = f"shrink-{Path(args.data).resolve().name}-{args.model}".replace("/", "-")
-    with Results(args.out or Path("runs") / name, identity(args)) as results:
-        loops = {
-            f"seed {seed}, {driver}": (seed, driver)
-            for seed in range(args.seed, args.seed + args.seeds)
-            for driver in args.drivers
-        }
+    if args.judged < 2 or not args.drivers or not args.data.val_fraction:
+        raise AnalysisError("needs at least 2 --judged, one of --drivers, and --val-fraction > 0.")
+    with Results(args.running.out or Path("runs") / f"shrink-{args.title}", args.identity()) as results:
+        loops = {f"seed {seed}, {driver}": (seed, driver) for seed in args.seeds() for driver in args.drivers}
         for key in results.unfinished(list(loops)):
-            results.append({"key": key, **run_loop(args, results, plan, *loops[key])})
+            results.append({"key": key, **run_loop(args, results, *loops[key])})
         records = [results.done()[key] for key in loops]
         summary = compare(records, args.drivers)
-        summary["about"] = {"command": shlex.join(["python", *sys.argv]), "versions": versions(), **identity(args)}
+        summary["about"] = {"command": command(), "versions": versions(), **args.identity()}
         write_json(results.path / "shrink_space.json", jsonable(summary))
         results.finish()
         print(text(summary))
         print(f"{results.path / 'shrink_space.json'} has the figures, results.jsonl every loop with its scores.")
 
 
-def make_plan(args: Args) -> ShrinkPlan:
-    """The loop."""
-    return ShrinkPlan(
-        first_epochs=args.first_epochs,
-        later_epochs=args.later_epochs,
-        samples=args.samples,
-        drop=args.drop,
-        stop_size=args.stop_size,
-        rebase_after=args.rebase_after or None,
-    )
-
-
-def identity(args: Args) -> dict[str, Any]:
-    """What has to be the same for all that work on a run."""
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    return {
-        "program": "shrink_space",
-        "options": {key: value for key, value in values.items() if key not in ("out", "quiet", "device")},
-    }
-
-
-def run_loop(args: Args, results: Results, plan: ShrinkPlan, seed: int, driver: str) -> dict[str, Any]:
+def run_loop(args: Args, results: Results, seed: int, driver: str) -> dict[str, Any]:
     """One driver on one seed: what is left, and how good its subnets are."""
-    options = shared(args, seed)
-    feed = options.make_feed(options.torch_device())
-    assert isinstance(feed, MemoryFeed)
-    init, model, space = first_stage(args, options, results, feed, plan, seed)
-    done = f"loop {len(results.done()) + 1} of {args.seeds * len(args.drivers)}, seed {seed}, {driver}"
-    with tqdm(unit="update", desc=done, disable=args.quiet, leave=False) as bar:
+    feed = args.memory_feed(seed)
+    init, model, space = first_stage(args, results, feed, seed)
+    done = f"loop {len(results.done()) + 1} of {args.length.seeds * len(args.drivers)}, seed {seed}, {driver}"
+    with tqdm(unit="update", desc=done, disable=args.running.quiet, leave=False) as bar:
         shrunk = shrink(
             init,
             model,
             space,
             feed,
             driver=driver,
-            plan=plan,
-            config=options.train_config(),
+            plan=args.loop,
+            config=args.training,
             seed=seed,
             after_update=bar.update,
         )
@@ -198,35 +117,21 @@ def run_loop(args: Args, results: Results, plan: ShrinkPlan, seed: int, driver: 
     }
 
 
-def shared(args: Args, seed: int) -> Options:
-    """The options that other programs have too."""
-    return Options.of(args, seed=seed, ema_decay=0.0)
-
-
 def first_stage(
-    args: Args, options: Options, results: Results, feed: MemoryFeed, plan: ShrinkPlan, seed: int
+    args: Args, results: Results, feed: MemoryFeed, seed: int
 ) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace]:
     """The supernet of a seed before training and after the first stage, which all drivers share."""
-    torch.manual_seed(seed)
-    init, about = options.make_model(feed)
+    init, about = args.net(feed, seed)
     space, _ = as_supernet(init, about, input_size=feed.input_size, seed=seed)
-    init = init.to(options.torch_device())
-    model = copy.deepcopy(init)
-    path = results.path / f"supernet-{seed}.safetensors"
-    with results.once(seed):
-        if not path.exists():
-            total = num_updates(feed, plan.first_epochs)
-            with tqdm(total=total, unit="update", desc=f"supernet {seed}", disable=args.quiet, leave=False) as bar:
-                train_supernet(
-                    model,
-                    feed,
-                    epochs=plan.first_epochs,
-                    config=options.train_config(),
-                    seed=seed,
-                    after_update=bar.update,
-                )
-            write_atomic(path, save({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}))
-    load_weights(model, path)
+    init = init.to(args.running.torch_device())
+    model, epochs = copy.deepcopy(init), args.loop.first_epochs
+
+    def make() -> Mapping[str, Tensor]:
+        with args.bar(num_updates(feed, epochs), f"supernet {seed}") as advance:
+            train_supernet(model, feed, epochs=epochs, config=args.training, seed=seed, after_update=advance)
+        return model.state_dict()
+
+    load_weights(model, results.made_once(seed, f"supernet-{seed}.safetensors", make))
     return init, model, space
 
 

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
+from growshrink.base.config import check_fields
+from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import set_width
@@ -75,14 +77,18 @@ class SupernetSpace:
 
 @dataclass(frozen=True)
 class Budget:
-    """MACs that a subnet may have: within `tolerance` of `share` times those of the full net."""
+    """MACs that a subnet may have.
 
-    share: float = 0.5
-    tolerance: float = 0.05
+    Attributes:
+        macs: Over those of the full net.
+        tolerance: Relative; a threshold common to few, wide groups of channels cannot be met more closely.
+    """
+
+    macs: SomeOrAll = 0.5
+    tolerance: PartOf = 0.05
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0 or not 0.0 < self.tolerance < 1.0:
-            raise AnalysisError(f"a budget of {self.share} +- {self.tolerance:.0%}: both must lie in (0, 1).")
+        check_fields(self, AnalysisError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +131,7 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
     random = np.random.default_rng(seed)
     lengths = [len(choices) for choices in space.choices.values()]
     full = int(space.cost(np.array([lengths]) - 1)[1][0])
-    target = budget.share * full
+    target = budget.macs * full
     kept: list[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]] = []
     seen: set[bytes] = set()
     drawn = accepted = found = 0
@@ -143,7 +149,7 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
         kept.append((index[rows], params[rows], macs[rows]))
     if found < num:
         raise AnalysisError(
-            f"{found} subnets within {budget.tolerance:.0%} of {target:,.0f} MACs ({budget.share:g} of the full net) "
+            f"{found} subnets within {budget.tolerance:.0%} of {target:,.0f} MACs ({budget.macs:g} of the full net) "
             f"in {drawn:,} draws, {num} were asked for; the draws have {lowest:,} to {highest:,} MACs, "
             f"{lowest / full:.3f} to {highest / full:.3f} of the full net. Take another budget, or a wider tolerance."
         )
@@ -167,7 +173,7 @@ def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budg
         kept = len(ordered) - np.searchsorted(ordered, thresholds, side="right")
         rows.append(np.abs(np.asarray(choices)[None] - kept[:, None]).argmin(1))
     index = np.stack(rows, axis=1)
-    macs = space.cost(index)[1] / (budget.share * profile_macs(space))
+    macs = space.cost(index)[1] / (budget.macs * profile_macs(space))
     best = int(np.abs(macs - 1.0).argmin())
     if abs(macs[best] - 1.0) > budget.tolerance:
         raise AnalysisError(

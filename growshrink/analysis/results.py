@@ -12,14 +12,17 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from safetensors.torch import save
+from torch import Tensor
+
 from growshrink.base.reading import parse_json, read_json
-from growshrink.base.writing import json_line, write_json
+from growshrink.base.writing import json_line, write_atomic, write_json
 from growshrink.errors import RunError
 from growshrink.runs.folder import LOCK, MARKER, check_same
 
@@ -143,6 +146,14 @@ class Results:
         """One process at a time is inside, for each number: to make what all of them need."""
         with self._locked(_SETUP + 1 + number):
             yield
+
+    def made_once(self, number: int, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Path:
+        """The file of tensors `name`, which one process makes, for all of them."""
+        path = self.path / name
+        with self.once(number):
+            if not path.exists():
+                write_atomic(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}))
+        return path
 
     @contextmanager
     def _locked(self, number: int) -> Iterator[None]:

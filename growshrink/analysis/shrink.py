@@ -22,8 +22,10 @@ from torch import nn
 from growshrink.analysis._angle import AngleTable, Floats, supernet_table
 from growshrink.analysis.scores import SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
+from growshrink.base.config import check_fields
+from growshrink.base.limits import Count, Positive, Whole
 from growshrink.data.feed import Feed
-from growshrink.errors import AnalysisError, PlanError, did_you_mean
+from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import WidthSpace
 from growshrink.training import TrainConfig
 
@@ -46,24 +48,20 @@ class ShrinkPlan:
         drop: Choices dropped at a time, the lowest of all layers; a layer keeps at least one.
         stop_size: Stop once the space has this many subnets or less.
         max_iterations: Stop after this many.
-        rebase_after: Measure angles from the current weights on, once, when more choices than this are gone; None is
-            never.
+        rebase_after: Measure angles from the current weights on, once, when more choices than this are gone; 0 or None
+            is never.
     """
 
-    first_epochs: float = 10.0
-    later_epochs: float = 2.0
-    samples: int = 50
-    drop: int = 3
-    stop_size: int = 1000
-    max_iterations: int = 20
-    rebase_after: int | None = 12
+    first_epochs: Positive = 10.0
+    later_epochs: Positive = 2.0
+    samples: Count = 50
+    drop: Count = 3
+    stop_size: Count = 1000
+    max_iterations: Whole = 20
+    rebase_after: Whole | None = 12
 
     def __post_init__(self) -> None:
-        for name in ("first_epochs", "later_epochs", "samples", "drop", "stop_size"):
-            if not getattr(self, name) > 0:
-                raise PlanError(f"{name}={getattr(self, name)!r}: must be above 0.")
-        if self.max_iterations < 0:
-            raise PlanError(f"max_iterations={self.max_iterations}: must not be negative.")
+        check_fields(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +194,7 @@ def shrink(
                 "scores": {f"{name}: {width}": value for (name, width), value in scores.items()},
             }
         )
-        if plan.rebase_after is not None and rebased_at is None and gone > plan.rebase_after:
+        if plan.rebase_after and rebased_at is None and gone > plan.rebase_after:
             base, rebased_at = copy.deepcopy(model), iteration
         update = stage(update)
     # Drivers reach the stop at different iterations: what is left of the longest possible run is trained too, so that

@@ -1,22 +1,23 @@
-"""Options that programs which train a net have in common, and what follows from them.
-
-A program's `Args` is a dataclass that inherits the groups it wants and adds its own; the names are the command line's.
-"""
+"""Components that programs make their options of: each option is declared here, or in what it is an option of, once."""
 
 from __future__ import annotations
 
-import ast
 import os
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import timm
 import torch
+import tyro
 from torch import nn
+from tqdm import tqdm
 
+from growshrink.base.environment import versions
 from growshrink.base.limits import (
     Argument,
     BatchSize,
@@ -24,102 +25,61 @@ from growshrink.base.limits import (
     Device,
     InFolder,
     NotAll,
-    NotNegative,
+    OutFile,
+    PartOf,
     Pixels,
     Positive,
     Seed,
+    Threads,
     Whole,
 )
 from growshrink.base.ranks import num_ranks, this_rank
-from growshrink.cli.limits import DataName, ModelName
+from growshrink.cli.forms import literal, only, plain_options
+from growshrink.cli.limits import BranchName, DataName, ModelName
+from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment
-from growshrink.data.datasets import DataSet, load_data
+from growshrink.data.datasets import load_data
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.data.stream import stream_data
-from growshrink.errors import RunError, did_you_mean
+from growshrink.errors import PlanError, RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.runs.folder import RunFolder, claim_together
-from growshrink.training.trainer import OptimizerName, TrainConfig
+from growshrink.training.trainer import TrainConfig
 
 
-@dataclass(kw_only=True)
-class RunOptions:
-    """Where a run goes, and on what."""
-
-    out: Path | None = None
-    """Folder of the run; by default runs/DATA-MODEL, numbered if taken."""
-    resume: bool = False
-    """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
-    save_every: Count | None = None
-    """Write a checkpoint after every this many updates too; by default at the ends of epochs and phases."""
-    keep: Count = 2
-    """How many checkpoints are kept, the newest."""
-    seed: Seed = 0
-    """Of initial weights, branches, widths, data order and augmentation."""
-    device: Device = "cpu"
-    """cpu, cuda, cuda:1, mps."""
-    tensorboard: bool = False
-    """Write TensorBoard event files too."""
-    quiet: bool = False
-    """No progress bar."""
-
-
-@dataclass(kw_only=True)
-class TrainOptions:
-    """How to train."""
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """Images in batches."""
 
     batch_size: BatchSize = 64
     """Images per update."""
-    lr: Positive = 0.1
-    """Peak learning rate."""
-    optimizer: OptimizerName = "sgd"
-    """Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron, adahessian)."""
-    weight_decay: NotNegative = 5e-4
-    """Not applied to norms and biases."""
-    momentum: NotAll = 0.9
-    """Of SGD."""
-    label_smoothing: NotAll = 0.0
-    """In [0, 1)."""
-    ema_decay: NotAll = 0.998
-    """Of the averaged weights, which are what is judged and deployed; 0 for none."""
-    clip_grad: Positive | None = None
-    """Largest norm of the gradient."""
-    amp: bool = False
-    """bfloat16 autocast: about twice as fast where the machine has it."""
-
-    def train_config(self) -> TrainConfig:
-        """What the trainer wants to know."""
-        return TrainConfig(
-            optimizer=self.optimizer,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            momentum=self.momentum,
-            label_smoothing=self.label_smoothing,
-            ema_decay=self.ema_decay,
-            clip_grad=self.clip_grad,
-            amp=self.amp,
-        )
 
 
-@dataclass(kw_only=True)
-class DataOptions:
-    """What is trained on what."""
+@dataclass(frozen=True, kw_only=True)
+class NetOptions(BatchOptions):
+    """Nets, and the images they run on."""
 
-    data: DataName = "digits"
+    models: Annotated[tuple[ModelName, ...], tyro.conf.Positional] = ()
+    """timm models."""
+    pixels: Pixels = 32
+    """Side of the images in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(BatchOptions):
+    """What is trained on."""
+
+    data: DataName | None = "digits"
     """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
     data_dir: InFolder | None = None
     """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
-    model: ModelName = "reducenet20"
-    """Any timm model."""
-    model_kwargs: tuple[Argument, ...] = ()
-    """KEY=VALUE arguments for timm.create_model, e.g. width=0.5 drop_path_rate=0.05."""
     image_size: Pixels | None = None
     """Resize the images of a folder to this many pixels."""
     stream: bool = False
     """Decode a folder that does not fit into memory as it is needed, with timm's loader (needs --image-size)."""
     val_fraction: NotAll = 0.1
-    """Share of the training images that rounds are judged by; the test set is read once, at the end."""
+    """Share of the training images that choices are made by (rounds, subnets); the test set takes no part in them."""
     crop: Whole | None = None
     """Pad by this many pixels and crop at random; by default an eighth of the image."""
     flip: bool | None = None
@@ -127,76 +87,138 @@ class DataOptions:
     cutout: Whole = 0
     """Side in pixels of a square blanked at random."""
 
-    def load_feed(self, *, batch_size: int, seed: int, device: torch.device, progress: bool) -> Feed:
-        """Batches of the data set."""
-        ranks: dict[str, Any] = {"rank": this_rank(), "world_size": num_ranks()}
+    @property
+    def name(self) -> str:
+        """The data set."""
+        if self.data is None:
+            raise RunError("--data: name a data set.")
+        return self.data
+
+    def feed(self, *, seed: int, device: torch.device, progress: bool) -> Feed:
+        """Make batches of the data set."""
+        common: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed, "device": device}
+        common |= {"rank": this_rank(), "world_size": num_ranks()}
+        fraction = self.val_fraction
         if self.stream:
             if self.image_size is None:
                 raise RunError("--stream needs --image-size.")
-            return stream_data(
-                self.data_dir or Path(self.data),
-                batch_size=batch_size,
-                image_size=self.image_size,
-                val_fraction=self.val_fraction,
-                seed=seed,
-                device=device,
-                **ranks,
-            )
-        data: DataSet = load_data(
-            self.data,
-            self.data_dir,
-            val_fraction=self.val_fraction,
-            seed=seed,
-            image_size=self.image_size,
-            progress=progress,
-        )
+            folder = self.data_dir or Path(self.name)
+            return stream_data(folder, image_size=self.image_size, val_fraction=fraction, **common)
+        size = self.image_size
+        data = load_data(self.name, self.data_dir, val_fraction=fraction, seed=seed, image_size=size, progress=progress)
         crop = data.input_size[1] // 8 if self.crop is None else self.crop
-        flip = self.data != "digits" if self.flip is None else self.flip
-        augment = Augment(crop=crop, flip=flip, cutout=self.cutout)
-        return MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=seed, device=device, **ranks)
+        flip = self.name != "digits" if self.flip is None else self.flip
+        return MemoryFeed.of(data, augment=Augment(crop=crop, flip=flip, cutout=self.cutout), **common)
 
-    def make_model(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
-        """The model for this data, and how to make it, and its plain form, again."""
-        if not timm.is_model(self.model):
-            raise RunError(
-                f"--model {self.model}: timm knows no such model{did_you_mean(self.model, timm.list_models())}"
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The net."""
+
+    model: ModelName | None = "reducenet20"
+    """Any timm model."""
+    model_kwargs: tuple[Argument, ...] = ()
+    """KEY=VALUE arguments for timm.create_model, e.g. width=0.5 drop_path_rate=0.05."""
+
+    @property
+    def name(self) -> str:
+        """The model."""
+        if self.model is None:
+            raise RunError("--model: name one.")
+        return self.model
+
+    def make(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
+        """Make the model for this data; how to make it, and its plain form, again."""
         kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(self.model_kwargs)}
         try:
-            model = timm.create_model(self.model, **kwargs)
+            model = timm.create_model(self.name, **kwargs)
         except Exception as error:  # models check their arguments in their own ways
-            raise RunError(f"--model {self.model} with {kwargs}: {type(error).__name__}: {error}") from error
-        plain_name, plain_kwargs = plain_form(self.model, kwargs, grown=bool(grown_modules(model)))
-        return model, {"name": self.model, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
+            raise RunError(f"--model {self.name} with {kwargs}: {type(error).__name__}: {error}") from error
+        plain_name, plain_kwargs = plain_form(self.name, kwargs, grown=bool(grown_modules(model)))
+        return model, {"name": self.name, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
 
 
-#: Options that change what the net is fed with: a run is resumed with the same only.
-OF_THE_DATA = ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions:
+    """How long is trained, and how often."""
+
+    group: ClassVar[str] = "training"
+
+    epochs: Positive = 30.0
+    """Of the whole run, or of every net that is trained."""
+    seeds: Count = 1
+    """How many times everything is trained, with other seeds; --seed, where there is one, is the first of them."""
+    deadline: PartOf = 0.7
+    """Share of the training after which lam is 0."""
 
 
-@dataclass(kw_only=True)
-class Options(RunOptions, TrainOptions, DataOptions):
-    """All of them."""
+@dataclass(frozen=True, kw_only=True)
+class GrowOptions:
+    """What is grown, and how often."""
 
-    @staticmethod
-    def of(args: Any, **values: Any) -> Options:
-        """The options that `args`, a program's own dataclass, has by the same names; `values` go before."""
-        known = {field.name for field in fields(Options)}
-        return Options(**{**{name: value for name, value in vars(args).items() if name in known}, **values})
+    group: ClassVar[str] = "rounds"
 
-    def claim(self, prefix: str = "") -> RunFolder:
-        """The folder of the run, `prefix` before its name by default; claimed before anything else is done."""
+    rounds: Whole = 2
+    """How many times to grow and fuse."""
+    branches: tuple[BranchName, ...] = ("bottleneck", "insert")
+    """Kinds or presets: bottleneck, insert, nest, dbb, expandnet, lora, ...; A+B attaches both."""
 
-        def claim() -> RunFolder:
-            if self.out is not None:
-                return RunFolder.claim(self.out, resume=self.resume)
-            name = f"{prefix}{Path(self.data).resolve().name}-{self.model}".replace("/", "-")
-            return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
 
-        return claim_together(claim)
+@dataclass(frozen=True, kw_only=True)
+class TimingOptions:
+    """How latencies are measured."""
+
+    turns: Whole = 200
+    """Turns every net takes; 0 leaves the timing out."""
+    latency_batch: BatchSize = 1
+    """Images at a time."""
+    longest: Count = 4
+    """Most blocks that become one."""
+
+    def check(self) -> None:
+        """PlanError where nothing is timed."""
+        if not self.turns:
+            raise PlanError("--turns 0: must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run goes, and on what."""
+
+    out: Path | None = None
+    """Folder of the run; by default one in runs/, numbered if taken."""
+    file: OutFile | None = None
+    """File of the results."""
+    resume: bool = False
+    """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
+    save_every: Count | None = None
+    """Write a checkpoint after every this many updates too; by default at the ends of epochs and phases."""
+    keep: Count = 2
+    """How many checkpoints are kept, the newest."""
+    seed: Seed = 0
+    """Of all that is drawn at random: weights, branches, widths, order, augmentation."""
+    device: Device = "cpu"
+    """cpu, cuda, cuda:1, mps."""
+    threads: Threads | None = None
+    """Of torch; by default all it takes by itself, the physical cores."""
+    tensorboard: bool = False
+    """Write TensorBoard event files too."""
+    quiet: bool = False
+    """No progress bars."""
+
+    def claim(self, name: str) -> RunFolder:
+        """Claim the folder of the run, by default runs/NAME, before anything else is done."""
+        if self.out is not None:
+            return RunFolder.claim(self.out, resume=self.resume)
+        return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
+
+    def set_threads(self) -> None:
+        """Let torch take as many threads as asked for."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
 
     def torch_device(self) -> torch.device:
-        """The device, if it is there."""
+        """Return the device, if it is there."""
         try:
             device = torch.device(self.device)
             if device.type == "cuda" and device.index is None:  # torchrun's number of the process on this machine
@@ -207,29 +229,110 @@ class Options(RunOptions, TrainOptions, DataOptions):
             raise RunError(f"--device {self.device}: not to be had here ({str(error).splitlines()[0]}).") from error
         return device
 
-    def make_feed(self, device: torch.device) -> Feed:
-        """Batches of the data set."""
-        return self.load_feed(batch_size=self.batch_size, seed=self.seed, device=device, progress=not self.quiet)
 
-    def about(self, model_about: dict[str, Any]) -> dict[str, Any]:
-        """What a run writes down about itself."""
-        return {
-            "command": shlex.join(["python", *sys.argv]),
-            "seed": self.seed,
-            "model": model_about,
-            "options": {name: getattr(self, name) for name in OF_THE_DATA},
-        }
+#: Options that do not change what comes out.
+RUNNING = ("out", "quiet", "device")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Of programs that train a net."""
+
+    length: LengthOptions = LengthOptions()
+    training: TrainConfig = TrainConfig()
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    running: RunOptions = RunOptions()
+
+    @property
+    def title(self) -> str:
+        """The data and the model, as the name of a folder."""
+        return f"{Path(self.data.name).resolve().name}-{self.model.name}".replace("/", "-")
+
+    def feed(self, seed: int | None = None) -> Feed:
+        """Make batches of the data set, by default for --seed."""
+        seed = self.running.seed if seed is None else seed
+        return self.data.feed(seed=seed, device=self.running.torch_device(), progress=not self.running.quiet)
+
+    def memory_feed(self, seed: int | None = None) -> MemoryFeed:
+        """Make them of a program that does not stream."""
+        feed = self.feed(seed)
+        assert isinstance(feed, MemoryFeed)
+        return feed
+
+    def run_cycle(
+        self, plan: CyclePlan, folder: RunFolder, feed: Feed, model: nn.Module, about: dict[str, Any]
+    ) -> CycleResult:
+        """Run a plan as the options have it; `about` says how to make the model again."""
+        running, fed = self.running, {**vars(self.data)}
+        for name in ("batch_size", "data", "data_dir"):
+            del fed[name]
+        return run_cycle(
+            model,
+            feed,
+            plan,
+            out_dir=folder,
+            config=self.training,
+            device=running.torch_device(),
+            progress=not running.quiet,
+            tensorboard=running.tensorboard,
+            about={"command": command(), "seed": running.seed, "model": about, "options": fed},
+            save_every=running.save_every,
+            keep=running.keep,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """Say what has to be the same for all processes that work on a run."""
+        options = {name: value for name, value in plain_options(self).items() if name not in RUNNING}
+        return {"program": Path(sys.argv[0]).stem, "options": options}
+
+    @contextmanager
+    def recorded(self, program: str) -> Iterator[Path]:
+        """Claim the folder of a run, and say there what it is and, at the end, that it is finished."""
+        self.running.set_threads()
+        with self.running.claim(f"{self.title}-{program}") as folder:
+            record = {"command": command(), "options": plain_options(self), "versions": versions()}
+            folder.write_marker("running", record)
+            yield folder.path
+            folder.write_marker("finished", record)
+
+    @contextmanager
+    def bar(self, updates: int, what: str) -> Iterator[Callable[[], object]]:
+        """Show a progress bar; what is to be called after each update."""
+        with tqdm(total=updates, unit="update", desc=what, disable=self.running.quiet, leave=False) as bar:
+            yield bar.update
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(Options):
+    """Of programs that analyse nets."""
+
+    training: TrainConfig = only(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
+    data: DataOptions = only(DataOptions(), "data", "data_dir", "batch_size")
+    running: RunOptions = only(RunOptions(), "out", "seed", "device", "quiet")
+
+    def seeds(self) -> list[int]:
+        """Return the seeds of all nets."""
+        return list(range(self.running.seed, self.running.seed + self.length.seeds))
+
+    def net(self, feed: Feed, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """Make the model with a seed, on the device."""
+        torch.manual_seed(seed)
+        model, about = self.model.make(feed)
+        return model.to(self.running.torch_device()), about
+
+
+def command() -> str:
+    """Return the command line of this process."""
+    return shlex.join(["python", *sys.argv])
 
 
 def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE strings as arguments; values are Python literals, or strings."""
+    """Read KEY=VALUE strings as arguments; values are Python literals, or strings."""
     kwargs = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.isidentifier():
             raise RunError(f"--model-kwargs {pair}: must be KEY=VALUE.")
-        try:
-            kwargs[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            kwargs[key] = text
+        kwargs[key] = literal(text)
     return kwargs

@@ -5,18 +5,17 @@ from __future__ import annotations
 import errno
 import io
 import itertools
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, Union, get_args
 
 import tyro
 
-from growshrink.base.config import fault, field_types
 from growshrink.base.stopping import Stopped, handled
+from growshrink.cli.forms import form_of, read_form
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
@@ -49,32 +48,23 @@ def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] |
     """The options of a command line, all within their limits.
 
     Args:
-        args: A dataclass of the options.
+        args: A dataclass of the options (see `growshrink.cli.forms`), or a union of several, each a program of its own.
         doc: What --help says.
         words: The command line, by default this process's own.
 
     Raises:
         RunError: It is not a command line of this program, or an option lies beyond its limits.
     """
+    forms = {form_of(cls): cls for cls in get_args(args) or (args,)}
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            options = tyro.cli(args, description=doc, args=words)
+            form = tyro.cli(Union[tuple(forms)], description=doc, args=words)  # type: ignore[call-overload]
     except SystemExit as end:
         if not end.code:  # --help
             raise
         raise RunError(_one_line(complaint.getvalue())) from end
-    for name, hint in field_types(type(options)).items():
-        if wrong := fault(hint, value := getattr(options, name)):
-            raise RunError(f"--{name.replace('_', '-')} {_shown(value)}: {wrong}")
-    return options
-
-
-def _shown(value: Any) -> str:
-    """A value as on the command line."""
-    if isinstance(value, tuple):
-        return " ".join(map(_shown, value))
-    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+    return read_form(forms[type(form)], form)
 
 
 def _one_line(box: str) -> str:

@@ -1,0 +1,215 @@
+"""A command line out of a dataclass.
+
+The fields of the dataclass are options. A field that holds another dataclass is a component: the fields of that one
+are options too, a group of their own in --help. A field of a component that holds a dataclass is one option again, in a
+compact form: its kind, or the value of its first field, then FIELD=VALUE for what is not the default.
+
+    --lr 0.2 --exit fuse,accept_within=0.5 --teacher none
+
+Help is taken from the docstrings of the fields, limits from their types (`growshrink.base.limits`).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import docstring_parser
+import tyro
+
+from growshrink.base.config import KIND, fault, field_types, from_dict, to_dict
+from growshrink.base.limits import OneOf
+from growshrink.errors import GrowShrinkError, RunError
+
+T = TypeVar("T")
+_ONLY = "only"
+#: A comma that does not stand in brackets.
+_COMMA = re.compile(r",(?![^(\[]*[)\]])")
+
+
+def only(default: Any, *names: str) -> Any:
+    """Field for a component of which `names` are options; the other fields stay as `default` has them."""
+    assert {entry.name for entry in fields(default)}.issuperset(names), names
+    return field(default=default, metadata={_ONLY: names})
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a program.
+
+    Attributes:
+        name: The field's.
+        owner: The class that declares it.
+        hint: The type, with limits.
+        default: `dataclasses.MISSING` where there is none.
+        compact: The class of its values, where they are given in the compact form.
+    """
+
+    name: str
+    owner: type
+    hint: Any
+    default: Any
+    compact: type | None = None
+
+    def spell(self, value: Any) -> str:
+        """Write the option with a value as a command line has it."""
+        positional = tyro.conf.Positional in getattr(self.hint, "__metadata__", ())
+        return shown(value) if positional else f"--{self.name.replace('_', '-')} {shown(value)}"
+
+    def read(self, value: Any) -> Any:
+        """Return what the field gets; RunError if its type, or a limit in it, does not allow the value."""
+        if self.compact is not None:
+            optional = NoneType in get_args(self.hint) and value.lower() == "none"
+            return None if optional else _from_compact(self.compact, value, self.spell(value))
+        if wrong := fault(self.hint, value):
+            raise RunError(f"{self.spell(value)}: {wrong}")
+        return value
+
+    def form(self) -> tuple[str, Any, Any]:
+        """Make the field of the form."""
+        hint, default, doc, metavar = self.hint, self.default, _docs(self.owner).get(self.name, ""), None
+        if self.compact is not None:
+            none = ["none"] * (NoneType in get_args(self.hint))
+            doc = f"{doc} {' | '.join([*_alternatives(self.compact), *none])}"
+            hint, default, metavar = str, shown(default), "KIND[,FIELD=VALUE ...]"
+        elif known := _known_names(hint):
+            metavar = "|".join(known)
+        conf = tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar)
+        return self.name, Annotated[hint, conf], field() if default is MISSING else field(default=default)
+
+
+@cache
+def parts_of(cls: type) -> dict[str, tuple[Any, dict[str, Option]]]:
+    """The components of a dataclass by name, each as it is by default and with its options; own options under ""."""
+    types, own = field_types(cls), dict[str, Option]()
+    parts: dict[str, tuple[Any, dict[str, Option]]] = {"": (None, own)}
+    for entry in fields(cls):
+        if _class_of(types[entry.name]) is None:
+            own[entry.name] = Option(entry.name, _owner(cls, entry.name), types[entry.name], entry.default)
+            continue
+        part, inner = entry.default, field_types(type(entry.default))
+        parts[entry.name] = (
+            part,
+            {
+                name: Option(name, _owner(type(part), name), hint, getattr(part, name), _class_of(hint))
+                for name, hint in inner.items()
+                if name in entry.metadata.get(_ONLY, inner)
+            },
+        )
+    return parts
+
+
+def form_of(cls: type) -> type:
+    """Make the dataclass that tyro fills and `read_form` reads: what `cls` has, its components as forms too."""
+    entries = []
+    for name, (default, options) in parts_of(cls).items():
+        inner = [option.form() for option in options.values()]
+        if name:
+            part = _make_form(type(default), inner)
+            inner = [(name, Annotated[part, tyro.conf.arg(name=getattr(default, "group", name))], field())]
+        entries += inner
+    return _make_form(cls, entries)
+
+
+def read_form(cls: type[T], form: Any) -> T:
+    """Make a dataclass of its form; RunError, with the option as it is typed, for what it cannot hold."""
+    values: dict[str, Any] = {}
+    for name, (default, options) in parts_of(cls).items():
+        source = getattr(form, name) if name else form
+        given = {key: option.read(getattr(source, key)) for key, option in options.items()}
+        try:
+            values |= {name: replace(default, **given)} if name else given
+        except GrowShrinkError as error:  # a component that checks itself says FIELD=VALUE: ...
+            key, text = str(error).partition("=")[0], str(error).partition(": ")[2]
+            raise RunError(f"{options[key].spell(given[key])}: {text}" if key in options else str(error)) from error
+    return cls(**values)
+
+
+def plain_options(args: Any) -> dict[str, Any]:
+    """Take all options of a program to what JSON can hold, by name."""
+    values = {
+        key: getattr(getattr(args, name) if name else args, key)
+        for name, (_, options) in parts_of(type(args)).items()
+        for key in options
+    }
+    return {key: str(value) if isinstance(value, Path) else to_dict(value) for key, value in values.items()}
+
+
+def shown(value: Any) -> str:
+    """Write a value as a command line has it."""
+    if isinstance(value, tuple):
+        return " ".join(map(shown, value))
+    if is_dataclass(value):
+        names = {entry.name: getattr(value, entry.name) for entry in fields(value)}
+        kind = getattr(value, KIND, None) or names.pop(next(iter(names)))
+        changed = (entry.name for entry in fields(value) if entry.name in names and names[entry.name] != entry.default)
+        return ",".join([str(kind), *(f"{name}={names[name]}" for name in changed)])
+    return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def literal(text: str) -> Any:
+    """Read a Python literal, or take the text as it is."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _from_compact(cls: Any, text: str, what: str) -> Any:
+    pairs = _COMMA.split(text)
+    if "=" not in pairs[0]:
+        pairs[0] = f"{KIND if 'kinds' in vars(cls) else fields(cls)[0].name}={pairs[0]}"
+    if bare := [pair for pair in pairs if "=" not in pair]:
+        raise RunError(f"{what}: {bare[0]!r} must be FIELD=VALUE.")
+    return from_dict(cls, {key: literal(value) for key, _, value in (pair.partition("=") for pair in pairs)}, what)
+
+
+def _alternatives(cls: Any) -> list[str]:
+    """The compact forms that there are, each with its fields and what they are by default."""
+    found = []
+    for kind, each in vars(cls).get("kinds", {None: cls}).items():
+        entries = list(fields(each))
+        if kind is None:
+            first = entries.pop(0).name
+            kind = "|".join(_known_names(field_types(each)[first])) or first.upper()
+        found.append("".join([kind, *(f"[,{entry.name}={entry.default}]" for entry in entries)]))
+    return found
+
+
+def _known_names(hint: Any) -> tuple[str, ...]:
+    """The names that an option can have, where these are few."""
+    for inner in get_args(hint) if get_origin(hint) in (Annotated, Literal) else ():
+        if isinstance(inner, OneOf) and isinstance(inner.names, tuple) and len(inner.names) <= 8:
+            return inner.names
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _class_of(hint: Any) -> type | None:
+    """The dataclass, or the base of several, that a field may hold."""
+    for inner in (hint, *get_args(hint)):
+        if isinstance(inner, type) and (is_dataclass(inner) or "kinds" in vars(inner)):
+            return inner
+    return None
+
+
+def _owner(cls: type, name: str) -> type:
+    return next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", ()))
+
+
+@cache
+def _docs(cls: type) -> dict[str, str]:
+    """Docstrings of the fields that a class declares, below them or under "Attributes:"."""
+    found = docstring_parser.parse_from_object(cls).params
+    return {each.arg_name: " ".join((each.description or "").split()) for each in found}
+
+
+def _make_form(cls: type, entries: list[tuple[str, Any, Any]]) -> type:
+    form = make_dataclass(cls.__name__, entries, kw_only=True)
+    form.__doc__ = (cls.__doc__ or "").split("\n\n")[0]
+    return form
