@@ -203,7 +203,7 @@ def test_what_is_decided_for_a_whole_run_is_not_decided_for_several_nets_at_once
 
 
 def test_a_trial_that_diverges_has_lost(tmp_path):
-    experiment = replace(TINY, arms=("plain",), tuning=Tuning(lr=(1e30, 0.05), budget=1.0))
+    experiment = replace(TINY, arms=("plain",), tuning=Tuning(lr=(1e9, 0.05), budget=1.0))
     trials = trials_of(experiment.comparison)
     lost, _ = (do(experiment, job, tmp_path) for job in trials)
     assert lost.diverged and lost.val == 0.0 and lost.cost is None
