@@ -3,18 +3,19 @@
     python recipes/compare.py recipes/plans/digits.json --out runs/digits            a minute: does it run?
     python recipes/compare.py recipes/plans/cifar10.json --data-dir D --workers 2    hours
     python recipes/compare.py --list                                                 the arms there are
+    python recipes/compare.py --table docs/evidence/digits-ablation                  rebuild a table from its runs
+    python recipes/compare.py --table                                                all tables in docs/evidence/
 
 A plan file names data, net, budget, seeds and arms (see recipes/plans/). Learning rates are tuned first, if the plan
-says so: the same trials for every arm, judged on a part of the training set. Every run is a folder of its own with
-config, versions and log. Started again, the program goes on where it was; nothing that is finished is done again.
-Leaves README.md (the table, the verdicts), table.json and curves.png in --out.
+says so: the same trials for every arm, judged on a part of the training set. A finished run is a line of runs.jsonl in
+--out, with config, versions, scores and history. What has a line is not trained again, here or on another machine that
+has plan.json and runs.jsonl, so arms and seeds may be added there; unfinished runs are resumed from --out/runs/.
+README.md (the table, the verdicts), table.json and curves.png are made from these two files alone.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,12 +30,18 @@ from tqdm import tqdm
 
 from growshrink.base.limits import Device, InFile, InFolder, OutFolder, Threads
 from growshrink.base.reading import read_json
-from growshrink.base.writing import write_json
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
-from growshrink.evidence.experiment import Experiment, Job, chosen_lr, jobs_of, read_scores, run_job, trials_of
-from growshrink.evidence.table import rows_of, write_table
+from growshrink.evidence.comparison import Comparison, chosen_lr, trials_of
+from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
+from growshrink.evidence.record import PLAN_FILE, Job, read_plan, read_runs
+from growshrink.evidence.scan import ScanPlan
+from growshrink.evidence.scan_table import write_report
+from growshrink.evidence.table import write_table
+
+#: Where the published experiments lie.
+EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
 
 
 @dataclass(kw_only=True)
@@ -44,7 +51,7 @@ class Args:
     plan: Annotated[InFile | None, tyro.conf.Positional] = None
     """A JSON file: the experiment."""
     out: OutFolder | None = None
-    """Folder of the results; by default recipes/results/ and the plan's name."""
+    """Folder of the results; by default docs/evidence/ and the plan's name."""
     data_dir: InFolder | None = None
     """Where the data set lies."""
     workers: Threads = 1
@@ -55,8 +62,8 @@ class Args:
     """cpu, cuda, cuda:1."""
     list: bool = False
     """Only print the arms."""
-    table: bool = False
-    """Train nothing: only write the table of what is finished."""
+    table: tuple[InFolder, ...] | None = None
+    """Train nothing: only rebuild the tables in these folders, of scans too; without a folder all in docs/evidence/."""
     quiet: bool = False
     """No progress bars."""
 
@@ -67,35 +74,46 @@ def main(args: Args) -> None:
         for name, arm in ARMS.items():
             print(f"{name:16s} {arm.about}")
         return
+    if args.table is not None:
+        if args.plan is not None:
+            raise RunError("--table takes folders of results, and no plan file.")
+        for folder in args.table or sorted(path.parent for path in EVIDENCE.glob(f"*/{PLAN_FILE}")):
+            rebuild(folder)
+        return
     if args.plan is None:
         raise RunError("name a plan file, e.g. recipes/plans/digits.json (or --list the arms).")
     experiment = Experiment.from_dict(read_json(args.plan))
-    out = args.out or Path(__file__).parent / "results" / args.plan.stem
-    out.mkdir(parents=True, exist_ok=True)
-    kept = out / "plan.json"
-    if kept.exists() and (key := experiment.differs(read_json(kept))):
-        raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
-    write_json(kept, experiment.to_json())
-    if not args.table:
-        train(args, experiment, trials_of(experiment), out, "tuning")
-    lr = chosen_lr(experiment, out)
-    jobs = jobs_of(experiment, lr, stack=args.stack)
-    if not args.table:
-        train(args, experiment, jobs, out, "training")
-    rows = rows_of(experiment, jobs, out)
-    write_table(rows, experiment, jobs, out, shlex.join(["python", *sys.argv]))
-    for row in rows:
+    out = args.out or EVIDENCE / args.plan.stem
+    keep_plan(experiment, out)
+    train(args, experiment, trials_of(experiment.comparison), out, "tuning")
+    records = read_runs(out)
+    lr = chosen_lr(experiment.comparison, records)
+    train(args, experiment, jobs_of(experiment, lr, records, stack=args.stack), out, "training")
+    rebuild(out)
+
+
+def rebuild(out: Path) -> None:
+    """Write the table, or a scan's report, from plan.json and runs.jsonl."""
+    plan = read_plan(out)
+    if plan is None:
+        raise RunError(f"{out}: holds no experiment (there is no {PLAN_FILE} in it).")
+    if "candidates" in plan:
+        write_report(ScanPlan.from_dict(plan), out)
+        print(f"Read {out / 'report.md'}")
+        return
+    for row in write_table(Comparison.from_plan(plan), read_runs(out), out):
         print(f"{row.arm:16s} {row.top1:6.2f}  {row.verdict}")
     print(f"Read {out / 'README.md'}")
 
 
-def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: OutFolder, what: str) -> None:
-    """All jobs, `workers` at a time."""
-    missing = [job for job in jobs if not read_scores(out, job)]
+def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, what: str) -> None:
+    """Do the jobs that are not finished, `workers` at a time."""
+    finished = {record.job for record in read_runs(out)}
+    missing = [job for job in jobs if job not in finished]
     do = partial(run_job, experiment, out=out, data_dir=args.data_dir, device=args.device)
     if args.workers == 1 or len(missing) <= 1:
         for number, job in enumerate(missing, start=1):
-            print(f"{what}: run {number} of {len(missing)}, {job.folder}", flush=True)
+            print(f"{what}: run {number} of {len(missing)}, {job.name}", flush=True)
             do(job, progress=not args.quiet)
         return
     context = multiprocessing.get_context("spawn")
@@ -109,7 +127,7 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: OutFolde
             for future in as_completed(futures):
                 future.result()
                 bar.update()
-                bar.write(f"{time.strftime('%H:%M:%S')} {futures[future].folder}")
+                bar.write(f"{time.strftime('%H:%M:%S')} {futures[future].name}")
         except BaseException:  # a signal to this program alone: the runs are to end too, at their last checkpoints
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in multiprocessing.active_children():

@@ -3,7 +3,7 @@
     python recipes/grow_cycle.py                                    digits, two rounds, well under 3 minutes on 2 cores
     python recipes/grow_cycle.py --data cifar10 --data-dir D --model reducenet20 --epochs 60 --amp
     python recipes/grow_cycle.py --data D --model mobilenetv3_small_050 --branches bottleneck insert+bottleneck
-    python recipes/grow_cycle.py --arm orepa-online --epochs 200    a recipe of the experiment's (recipes/RESULTS.md)
+    python recipes/grow_cycle.py --arm orepa-online --epochs 200    a recipe of the experiment's (docs/evidence)
     python recipes/grow_cycle.py --augment lazy --exit choose       with middle widths sampled, as NetAug does
     torchrun --nproc-per-node 2 --max-restarts 3 recipes/grow_cycle.py --resume --out DIR ...      on several processes,
                                                                     started again where one of them dies

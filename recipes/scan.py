@@ -6,17 +6,16 @@
 
 The plan file names data, net, seeds and training, as for compare. Every net of the grid within the bound is trained for
 a short budget, the better half (on the val split) for twice as long, until one is left: once with the branches of
---arm, once as plain nets for the same MACs. The test split takes no part in any choice. Started again with the same
---out, the program goes on where it was. Leaves report.md, scan.json and front.png there.
+--arm, once as plain nets for the same MACs. The test split takes no part in any choice. A finished run is a line of
+runs.jsonl in --out. Started again with the same --out, the program trains what has no line yet; unfinished runs are
+resumed from --out/runs/. report.md, scan.json and front.png are made from plan.json and runs.jsonl alone
+(recipes/compare.py --table FOLDER rebuilds them).
 """
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,12 +24,14 @@ import tyro
 
 from growshrink.base.limits import Count, Device, InFile, InFolder, Multiplier, Operations, OutFolder, Positive
 from growshrink.base.reading import read_json
-from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.base.writing import write_json
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.experiment import Experiment, Job, feed_of, read_scores, run_job
-from growshrink.evidence.scan import BOUNDS, Entry, candidates_of, front, halve
+from growshrink.evidence.experiment import Experiment, feed_of, run_job
+from growshrink.evidence.record import PLAN_FILE, Job, RunRecord, read_plan, read_runs
+from growshrink.evidence.scan import BOUNDS, ScanPlan, candidates_of, halve
+from growshrink.evidence.scan_table import winner, write_report
 
 
 @dataclass(kw_only=True)
@@ -70,17 +71,45 @@ def main(args: Args) -> None:
         raise PlanError(f"--arm {args.arm}: is an upper bound, and makes no plain net.")
     if not args.widths or not args.depths:
         raise PlanError("--widths, --depths: name at least one of each.")
-    args.out.mkdir(parents=True, exist_ok=True)
-    options = {
-        **json.loads(json.dumps(asdict(args), default=str)),
-        "experiment": experiment.to_json(),
-    }
-    for key in ("plan", "out", "data_dir", "quiet", "device"):
-        del options[key]
-    kept = args.out / "options.json"
-    if kept.exists() and read_json(kept) != options:
-        raise RunError(f"{args.out}: holds another scan. Choose another folder with --out.")
-    write_json(kept, options)
+    plan = keep_scan(args, experiment)
+    print(f"{len(plan.candidates)} of {len(args.widths) * len(args.depths)} nets have {args.bound} <= {args.at_most:g}")
+
+    def train(runs: Sequence[tuple[Experiment, Job]]) -> list[RunRecord]:
+        for number, (own, job) in enumerate(runs, start=1):
+            if job not in {record.job for record in read_runs(args.out)}:
+                print(f"run {number} of {len(runs)}: {job.name}", flush=True)
+                run_job(own, job, args.out, data_dir=args.data_dir, device=args.device, progress=not args.quiet)
+        finished = {record.job: record for record in read_runs(args.out)}
+        return [finished[job] for _, job in runs]
+
+    for arm in experiment.arms:
+        halve(experiment, plan.candidates, arm, args.budget, train)
+    for arm, entries in write_report(plan, args.out).items():
+        print(f"{arm}: {winner(entries)}")
+    print(f"Read {args.out / 'report.md'}")
+
+
+def keep_scan(args: Args, experiment: Experiment) -> ScanPlan:
+    """Write plan.json, or read the one that is there: costs are measured once.
+
+    Raises:
+        RunError: The folder holds another scan.
+    """
+    plan = ScanPlan(
+        experiment=experiment,
+        bound=args.bound,
+        at_most=args.at_most,
+        widths=args.widths,
+        depths=args.depths,
+        arm=args.arm,
+        budget=args.budget,
+    )
+    values = read_plan(args.out)
+    if values is not None:
+        old = ScanPlan.from_dict(values)
+        if key := plan.differs(old):
+            raise RunError(f"{args.out}: holds another scan ({key} differs). Choose another folder with --out.")
+        return old
     feed = feed_of(experiment, experiment.seeds[0], args.data_dir, torch.device("cpu"))
     candidates = candidates_of(
         experiment,
@@ -91,66 +120,10 @@ def main(args: Args) -> None:
         input_size=feed.input_size,
         num_classes=len(feed.classes),
     )
-    print(f"{len(candidates)} of {len(args.widths) * len(args.depths)} nets have {args.bound} <= {args.at_most:g}")
-
-    def train(runs: Sequence[tuple[Experiment, Job, Path]]) -> None:
-        for number, (own, job, folder) in enumerate(runs, start=1):
-            if not read_scores(folder, job):
-                print(f"run {number} of {len(runs)}: {folder.name}, {job.folder}", flush=True)
-                run_job(own, job, folder, data_dir=args.data_dir, device=args.device, progress=not args.quiet)
-
-    scans = {arm: halve(experiment, candidates, arm, args.budget, args.out, train) for arm in experiment.arms}
-    write_report(args, scans)
-    for arm, entries in scans.items():
-        print(f"{arm}: {winner(entries)}")
-    print(f"Read {args.out / 'report.md'}")
-
-
-def winner(entries: Sequence[Entry]) -> str:
-    """The last one standing, in a line."""
-    last = entries[-1]
-    return (
-        f"{last.candidate.name}, cost {last.candidate.cost:g}, val {last.val:.2f} %, test {last.test:.2f} % after "
-        f"{last.budget:g} epochs' worth"
-    )
-
-
-def write_report(args: Args, scans: dict[str, list[Entry]]) -> None:
-    """report.md, scan.json, front.png."""
-    lines = [f"# Scan: {args.bound} <= {args.at_most:g}", ""]
-    for arm, entries in scans.items():
-        best = {entry.candidate.name for entry in front(entries)}
-        lines += [f"## {arm}", "", f"Won: {winner(entries)}.", ""]
-        lines += [f"| net | {args.bound} | budget (epochs) | val top-1 | |", "|---|---|---|---|---|"]
-        for entry in entries:
-            mark = "on the front" if entry.rung == 0 and entry.candidate.name in best else ""
-            lines.append(
-                f"| {entry.candidate.name} | {entry.candidate.cost:g} | {entry.budget:g} | {entry.val:.2f} | {mark} |"
-            )
-        lines.append("")
-    lines += ["![front](front.png)", "", f"`{shlex.join(['python', *sys.argv])}`", ""]
-    write_json(args.out / "scan.json", {arm: [asdict(entry) for entry in entries] for arm, entries in scans.items()})
-    draw(args, scans)
-    write_atomic(args.out / "report.md", "\n".join(lines).encode())
-
-
-def draw(args: Args, scans: dict[str, list[Entry]]) -> None:
-    """Cost and accuracy of all candidates after the first rung, and the fronts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for colour, (arm, entries) in zip(("black", "C1"), scans.items(), strict=False):
-        first = [entry for entry in entries if entry.rung == 0]
-        axis.scatter([e.candidate.cost for e in first], [e.val for e in first], color=colour, s=14)
-        best = front(entries)
-        axis.step([e.candidate.cost for e in best], [e.val for e in best], where="post", color=colour, label=arm)
-    axis.set_xlabel(f"{args.bound} of the plain net")
-    axis.set_ylabel(f"val top-1 (%) after {args.budget:g} epochs' worth of training")
-    axis.legend(frameon=False)
-    save_picture(figure, args.out / "front.png")
+    plan = replace(plan, candidates=tuple(candidates))
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(args.out / PLAN_FILE, plan.to_json())
+    return plan
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
@@ -21,11 +23,23 @@ from growshrink.cycle.timeline import Timeline
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled
 from growshrink.data.feed import Feed, MemoryFeed
-from growshrink.errors import DivergedError, PlanError, did_you_mean
+from growshrink.errors import DivergedError, PlanError, RunError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
+from growshrink.evidence.comparison import Comparison, Tuning, runs_of
+from growshrink.evidence.record import (
+    PLAN_FILE,
+    Cost,
+    History,
+    Job,
+    RunRecord,
+    SeedScore,
+    append_run,
+    read_plan,
+    read_runs,
+)
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
 from growshrink.proofs._profile import training_macs
-from growshrink.runs.folder import RunFolder
+from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
 from growshrink.training.trainer import TrainConfig
 
@@ -35,23 +49,6 @@ MAY_GROW = ("arms", "seeds", "own_arms")
 TOLERANCE = 0.02
 #: Optimizers (of timm's names) to which S nets side by side are S nets.
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
-#: What a run leaves beside run_cycle's files: the scores of every seed.
-SCORES = "seeds.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How the learning rate of every arm is chosen: the same trials for each, judged on the val split.
-
-    Attributes:
-        lr: Learning rates to try.
-        budget: Of a trial, in epochs of the plain net.
-        seeds: Of the trials; none of the experiment's.
-    """
-
-    lr: tuple[float, ...]
-    budget: float
-    seeds: tuple[int, ...] = (100,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +103,21 @@ class Experiment:
         """By its name."""
         return {**ARMS, **self.own_arms}[name]
 
+    @property
+    def comparison(self) -> Comparison:
+        """The part of it that tables are made from."""
+        return Comparison(
+            data=self.data,
+            model=self.model,
+            model_kwargs=self.model_kwargs,
+            pool=self.pool,
+            budget=self.budget,
+            seeds=self.seeds,
+            arms=self.arms,
+            lr=self.config.lr,
+            tuning=self.tuning,
+        )
+
     def stackable(self, name: str) -> bool:
         """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
         arm = self.arm(name)
@@ -157,81 +169,53 @@ class Experiment:
             raise PlanError(f"the plan: {error}.") from error
 
 
-@dataclass(frozen=True)
-class Job:
-    """One training run: an arm with all its seeds side by side, or with one."""
+def keep_plan(experiment: Experiment, out: Path) -> None:
+    """Write plan.json into the folder of an experiment, made here if need be.
 
-    arm: str
-    seeds: tuple[int, ...]
-    lr: float
-    budget: float
-
-    @property
-    def folder(self) -> str:
-        """Of the run, under the experiment's."""
-        seeds = "-".join(map(str, self.seeds))
-        return f"{self.arm}/budget-{self.budget:g}-lr-{self.lr:g}-seeds-{seeds}"
+    Raises:
+        RunError: The folder holds the runs of another experiment.
+    """
+    old = read_plan(out)
+    if old is not None and (key := experiment.differs(old)):
+        raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / PLAN_FILE, experiment.to_json())
 
 
-def jobs_of(experiment: Experiment, lr: Mapping[str, float], *, stack: bool) -> list[Job]:
-    """The runs that the table is made of, with the learning rate of each arm."""
-    alone = [(seed,) for seed in experiment.seeds]
+def jobs_of(
+    experiment: Experiment, lr: Mapping[str, float], records: Sequence[RunRecord] = (), *, stack: bool
+) -> list[Job]:
+    """List the runs that are missing from `records`, with the learning rate of each arm.
+
+    Only seeds that an arm lacks are trained, side by side with `stack`, however the others were trained.
+    """
     jobs = []
-    for arm in experiment.arms:
-        groups = [experiment.seeds] if stack and experiment.stackable(arm) else alone
-        jobs += [Job(arm, seeds, lr[arm], experiment.budget) for seeds in groups]
+    for arm, runs in runs_of(experiment.comparison, lr, records).items():
+        done = {seed for run in runs for seed in run.seeds}
+        missing = tuple(seed for seed in experiment.seeds if seed not in done)
+        groups = [missing] if stack and missing and experiment.stackable(arm) else [(seed,) for seed in missing]
+        jobs += [Job(arm=arm, seeds=seeds, lr=lr[arm], budget=experiment.budget) for seeds in groups]
     return jobs
 
 
-def trials_of(experiment: Experiment) -> list[Job]:
-    """The runs that learning rates are chosen by."""
-    tuning = experiment.tuning
-    if tuning is None:
-        return []
-    return [Job(arm, tuning.seeds, lr, tuning.budget) for arm in experiment.arms for lr in tuning.lr]
-
-
-def chosen_lr(experiment: Experiment, out: Path) -> dict[str, float]:
-    """Of every arm the learning rate with the best mean val top-1 of its finished trials; without any, the config's."""
-    best = dict.fromkeys(experiment.arms, experiment.config.lr)
-    for arm in experiment.arms:
-        trials = [job for job in trials_of(experiment) if job.arm == arm and read_scores(out, job)]
-        if trials:
-            best[arm] = max(trials, key=lambda job: _mean(read_scores(out, job), "val")).lr
-    return best
-
-
-def read_scores(out: Path, job: Job) -> list[dict[str, Any]]:
-    """What a finished run says of its seeds; an empty list if it is not finished."""
-    path = out / job.folder / SCORES
-    return list(read_json(path)["seeds"]) if path.exists() else []
-
-
-def _mean(scores: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(score[key] for score in scores) / len(scores)
-
-
 def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | None, device: str, progress: bool) -> None:
-    """Do a run, or the rest of it, or nothing if it is finished."""
+    """Do a run, or the rest of it, and append its line to the record; do nothing if there is such a line."""
+    if job in {record.job for record in read_runs(out)}:
+        return
     folder = RunFolder.claim(out / job.folder, resume=True)
     with folder:
-        if folder.finished and (folder.path / SCORES).exists():
+        if job in {record.job for record in read_runs(out)}:  # another process was faster
             return
-        folder.finished = False  # it was ended between the two: its last checkpoint has all that is to be scored
+        folder.finished = False  # it was ended before its line was written: its last checkpoint has all to be scored
         arm = experiment.arm(job.arm)
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
-        nets = [
-            _net(experiment, arm.model(experiment.model), feed, seed)
-            for feed, seed in zip(feeds, job.seeds, strict=True)
-        ]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
-        budget = round(job.budget * feeds[0].train.updates_per_epoch) * training_macs(plain, feeds[0].input_size)
-        single = len(nets) == 1
-        feed: Feed = feeds[0] if single else StackedFeed(feeds)
-        net = nets[0] if single else stack_nets(nets, feeds[0].input_size)  # widths are sampled in steps of its own
-        whole = budget * feeds[0].train.batch_size * len(nets)
-        epochs = matched_epochs(arm, net, feed, whole, job.seeds[0])
+        net, feed = _side_by_side(experiment, arm, feeds, job.seeds)
+        count, batch_size = len(feeds), feeds[0].train.batch_size
+        budget = batch_size * round(job.budget * feeds[0].train.updates_per_epoch)
+        budget *= training_macs(plain, feeds[0].input_size)
+        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0])
         torch.manual_seed(job.seeds[0])
         try:
             result = run_cycle(
@@ -243,36 +227,63 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
                 device=where,
                 progress=progress,
                 about={
+                    "command": shlex.join(sys.argv),
                     "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
                     "job": json.loads(json.dumps(asdict(job))),
                 },
             )
         except DivergedError as error:
-            if experiment.tuning is None or job.seeds != experiment.tuning.seeds:
+            if job.kind != "trial":
                 raise
-            lost = [{"seed": seed, "val": 0.0, "test": None, "loss": None} for seed in job.seeds]
-            write_json(folder.path / SCORES, {"seeds": lost, "diverged": str(error)})
+            lost = tuple(SeedScore(seed=seed, val=0.0, test=None, loss=None) for seed in job.seeds)
+            append_run(out, _record(job, arm, lost, folder, diverged=str(error)))
             return
-        spent = result.training_macs / len(nets)
-        if not abs(spent / (budget * feeds[0].train.batch_size) - 1) <= TOLERANCE:
-            raise PlanError(
-                f"{job.folder}: cost {spent:.3e} MACs of a budget of {budget * feeds[0].train.batch_size:.3e}."
-            )
-        trained = [result.model] if single else unstack_net(result.model, plain.to(where), len(nets))
-        write_json(
-            folder.path / SCORES,
-            {
-                "seeds": [
-                    _scores(net, one, seed, arm, result.rounds)
-                    for net, one, seed in zip(trained, feeds, job.seeds, strict=True)
-                ],
-                "macs": spent,
-                "budget": budget * feeds[0].train.batch_size,
-                "images": result.timeline.total * feeds[0].train.batch_size,
-                "seconds": result.seconds,
-                "epochs": epochs,
-            },
+        spent = result.training_macs / count
+        if not abs(spent / budget - 1) <= TOLERANCE:
+            raise PlanError(f"{job.name}: cost {spent:.3e} MACs of a budget of {budget:.3e}.")
+        trained = [result.model] if count == 1 else unstack_net(result.model, plain.to(where), count)
+        scores = tuple(
+            _score(one, own, seed, arm, result.rounds) for one, own, seed in zip(trained, feeds, job.seeds, strict=True)
         )
+        images = result.timeline.total * batch_size
+        cost = Cost(epochs=epochs, macs=spent, budget=budget, images=images, seconds=result.seconds)
+        append_run(out, _record(job, arm, scores, folder, cost=cost, rounds=result.rounds, history=result.history))
+
+
+def _side_by_side(
+    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int]
+) -> tuple[nn.Module, Feed]:
+    """Make the nets of all seeds and their feeds into one of each."""
+    name = arm.model(experiment.model)
+    nets = [_net(experiment, name, feed, seed) for feed, seed in zip(feeds, seeds, strict=True)]
+    if len(nets) == 1:
+        return nets[0], feeds[0]
+    return stack_nets(nets, feeds[0].input_size), StackedFeed(feeds)  # widths are sampled in steps of its own
+
+
+def _record(
+    job: Job,
+    arm: Arm,
+    scores: tuple[SeedScore, ...],
+    folder: RunFolder,
+    *,
+    cost: Cost | None = None,
+    diverged: str | None = None,
+    rounds: Sequence[Mapping[str, Any]] = (),
+    history: Sequence[Mapping[str, Any]] = (),
+) -> RunRecord:
+    """Collect what is kept of a run, from its folder and what it has returned."""
+    about = read_json(folder.path / MARKER)
+    return RunRecord(
+        job=job,
+        about=arm.about,
+        scores=scores,
+        cost=cost,
+        diverged=diverged,
+        rounds=tuple(rounds),
+        history=History.from_rows(history),
+        **{key: about[key] for key in ("command", "plan", "config", "data", "updates", "versions")},
+    )
 
 
 def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0) -> float:
@@ -299,11 +310,11 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
     raise PlanError(f"{arm.about!r}: no number of epochs costs {budget:.3e} MACs; give it a larger budget.")
 
 
-def _scores(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Mapping[str, Any]]) -> SeedScore:
     if not arm.shrinks:  # judged at its peak, by the records; the mean over the seeds where they were stacked
-        return {"seed": seed, "val": rounds[-1]["top1"]["peak"], "test": None, "loss": None}
+        return SeedScore(seed=seed, val=rounds[-1]["top1"]["peak"], test=None, loss=None)
     test = evaluate(net, feed.test)
-    return {"seed": seed, "val": evaluate(net, feed.val).top1, "test": test.top1, "loss": test.loss}
+    return SeedScore(seed=seed, val=evaluate(net, feed.val).top1, test=test.top1, loss=test.loss)
 
 
 def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:

@@ -7,11 +7,11 @@ the branches of an arm, trained for a short budget, and the better half is train
 from __future__ import annotations
 
 import itertools
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -20,7 +20,8 @@ import torch
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.timing import interleaved_timings
 from growshrink.errors import PlanError
-from growshrink.evidence.experiment import Experiment, Job, read_scores
+from growshrink.evidence.experiment import Experiment
+from growshrink.evidence.record import Job, RunRecord
 from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
@@ -42,9 +43,56 @@ class Candidate:
         return f"width-{self.width:g}-depth-{self.depth}"
 
     def of(self, experiment: Experiment) -> Experiment:
-        """The experiment, on this net."""
+        """Put this net into an experiment."""
         kwargs = {**experiment.model_kwargs, "width": self.width, "depths": [self.depth] * 3}
         return replace(experiment, model_kwargs=kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanPlan:
+    """What is scanned: plan.json of a scan's folder.
+
+    Attributes:
+        experiment: Seeds, data and training; its arms are those of the scan, its budget is not used.
+        bound: What is bounded, one of `BOUNDS`.
+        at_most: The bound.
+        widths: Channel multipliers of the grid.
+        depths: Blocks per stage of the grid.
+        arm: What the nets are filled with.
+        budget: Of the first rung, in epochs of each plain net.
+        candidates: The nets within the bound with their costs, measured once: milliseconds differ between machines.
+    """
+
+    experiment: Experiment
+    bound: str
+    at_most: float
+    widths: tuple[float, ...]
+    depths: tuple[int, ...]
+    arm: str
+    budget: float
+    candidates: tuple[Candidate, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Convert to plain lists and numbers."""
+        candidates = [asdict(candidate) for candidate in self.candidates]
+        values = {**vars(self), "candidates": candidates, "experiment": self.experiment.to_json()}
+        plain: dict[str, Any] = json.loads(json.dumps(values))
+        return plain
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ScanPlan:
+        """Convert back from `to_json`; PlanError for what is no plan of a scan."""
+        try:
+            lists = {key: tuple(values[key]) for key in ("widths", "depths")}
+            candidates = tuple(Candidate(**candidate) for candidate in values["candidates"])
+            experiment = Experiment.from_dict(values["experiment"])
+            return ScanPlan(**{**values, **lists, "candidates": candidates, "experiment": experiment})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"the plan of the scan: {type(error).__name__}: {error}.") from error
+
+    def differs(self, old: ScanPlan) -> str | None:
+        """Name the first key in which this is another scan than `old`; candidates follow from the others."""
+        return next((key for key in vars(self) if key != "candidates" and vars(old)[key] != vars(self)[key]), None)
 
 
 @dataclass(frozen=True)
@@ -125,8 +173,7 @@ def halve(
     candidates: Iterable[Candidate],
     arm: str,
     budget: float,
-    out: Path,
-    train: Callable[[Sequence[tuple[Experiment, Job, Path]]], None],
+    train: Callable[[Sequence[tuple[Experiment, Job]]], Sequence[RunRecord]],
 ) -> list[Entry]:
     """Successive halving of one arm: all that was trained, the winner last.
 
@@ -135,17 +182,19 @@ def halve(
         candidates: To begin with.
         arm: What they are filled with; "plain" for nothing.
         budget: Of the first rung, in epochs of each plain net.
-        out: Folder of the scan; every run is a folder below it.
-        train: Does the runs, or what of them is missing.
+        train: Returns the record of every run, after doing what of them is missing.
     """
     left, entries = list(candidates), list[Entry]()
     for rung, (number, epochs) in enumerate(rungs_of(len(left), budget)):
         left = left[:number]
-        jobs = {candidate: Job(arm, experiment.seeds, experiment.config.lr, epochs) for candidate in left}
-        train([(candidate.of(experiment), job, out / candidate.name) for candidate, job in jobs.items()])
+        jobs = [
+            Job(net=candidate.name, arm=arm, seeds=experiment.seeds, lr=experiment.config.lr, budget=epochs)
+            for candidate in left
+        ]
+        records = train([(candidate.of(experiment), job) for candidate, job in zip(left, jobs, strict=True)])
         reached = [
-            Entry(candidate, arm, rung, epochs, *_means(read_scores(out / candidate.name, job)))
-            for candidate, job in jobs.items()
+            Entry(candidate, arm, rung, epochs, record.val, _mean_test(record))
+            for candidate, record in zip(left, records, strict=True)
         ]
         reached.sort(key=lambda entry: entry.val, reverse=True)
         left = [entry.candidate for entry in reached]
@@ -162,6 +211,6 @@ def front(entries: Iterable[Entry]) -> list[Entry]:
     return best
 
 
-def _means(scores: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    val, test = (sum(score[key] for score in scores) / len(scores) for key in ("val", "test"))
-    return val, test
+def _mean_test(record: RunRecord) -> float:
+    tests = [score.test for score in record.scores if score.test is not None]
+    return sum(tests) / len(tests)

@@ -1,10 +1,10 @@
 """Arms on equal budgets: what is run, what it costs, what is said of it."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
+from records import record_of
 
 from growshrink.analysis.stats import Interval
 from growshrink.cycle.timeline import Timeline
@@ -13,19 +13,10 @@ from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.experiment import (
-    SCORES,
-    TOLERANCE,
-    Experiment,
-    Tuning,
-    chosen_lr,
-    jobs_of,
-    matched_epochs,
-    read_scores,
-    run_job,
-    trials_of,
-)
-from growshrink.evidence.table import bootstrap_interval, markdown, rows_of, verdict
+from growshrink.evidence.comparison import Comparison, Tuning, chosen_lr, trials_of
+from growshrink.evidence.experiment import TOLERANCE, Experiment, jobs_of, matched_epochs, run_job
+from growshrink.evidence.record import RUNS_FILE, read_runs
+from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig
 from nets import net
@@ -67,45 +58,70 @@ def test_a_budget_that_no_length_meets_is_refused():
         matched_epochs(ARMS["cycles-3"], net(in_chans=1), feed, 1e8)
 
 
-def test_tuning_trials_are_as_many_for_every_arm_and_choose_on_the_val_split(tmp_path):
+def rates(experiment, records=()):
+    return chosen_lr(experiment.comparison, records)
+
+
+def do(experiment, job, out):
+    """Do a run, and return its line."""
+    run_job(experiment, job, out, data_dir=None, device="cpu", progress=False)
+    return next(record for record in read_runs(out) if record.job == job)
+
+
+def test_tuning_trials_are_as_many_for_every_arm_and_choose_on_the_val_split():
     experiment = Experiment(data="digits", arms=("plain", "dbb"), tuning=Tuning(lr=(0.1, 0.2, 0.4), budget=3))
-    trials = trials_of(experiment)
+    trials = trials_of(experiment.comparison)
     assert [sum(job.arm == arm for job in trials) for arm in experiment.arms] == [3, 3]
     best = {"plain": 0.4, "dbb": 0.1}
-    for job in trials:
-        (tmp_path / job.folder).mkdir(parents=True)
-        value = {"seed": 100, "val": 90.0 + (job.lr == best[job.arm]), "test": 99.0 - 9 * (job.lr == best[job.arm])}
-        (tmp_path / job.folder / SCORES).write_text(json.dumps({"seeds": [value]}))
-    assert chosen_lr(experiment, tmp_path) == best
+    records = [
+        record_of(job, val=90.0 + (job.lr == best[job.arm]), test=99.0 - 9 * (job.lr == best[job.arm]))
+        for job in trials
+    ]
+    assert rates(experiment, records) == best
     assert {job.lr for job in jobs_of(experiment, best, stack=True)} == {0.4, 0.1}
 
 
 def test_seeds_are_stacked_unless_a_peak_is_to_be_judged():
     experiment = Experiment(data="digits", arms=("plain", "never-shrunk"))
-    lr = chosen_lr(experiment, None)
+    lr = rates(experiment)
     assert [job.seeds for job in jobs_of(experiment, lr, stack=True)] == [(0, 1, 2), (0,), (1,), (2,)]
     assert [job.seeds for job in jobs_of(experiment, lr, stack=False)] == [(0,), (1,), (2,)] * 2
 
 
+def test_only_seeds_that_an_arm_lacks_are_trained():
+    experiment = Experiment(data="digits", arms=("plain", "dbb"))
+    lr = rates(experiment)
+    done = [record_of(job) for job in jobs_of(experiment, lr, stack=False) if job.arm == "plain" and job.seeds != (1,)]
+    more = replace(experiment, seeds=(0, 1, 2, 3))
+    left = [(job.arm, job.seeds) for job in jobs_of(more, lr, done, stack=True)]
+    assert left == [("plain", (1, 3)), ("dbb", (0, 1, 2, 3))]
+    stacked = [record_of(job) for job in jobs_of(experiment, lr, stack=True)]
+    assert jobs_of(experiment, lr, stacked, stack=False) == []
+
+
 def test_runs_are_made_once_cost_their_budget_and_are_told_of(tmp_path):
     experiment = TINY
-    jobs = jobs_of(experiment, chosen_lr(experiment, tmp_path), stack=True)
-    for job in jobs:
-        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
-        run = json.loads((tmp_path / job.folder / SCORES).read_text())
-        assert abs(run["macs"] / run["budget"] - 1) <= TOLERANCE
-        before = (tmp_path / job.folder / SCORES).stat().st_mtime_ns
-        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
-        assert (tmp_path / job.folder / SCORES).stat().st_mtime_ns == before
-        assert [score["seed"] for score in read_scores(tmp_path, job)] == [0, 1]
+    jobs = jobs_of(experiment, rates(experiment), stack=True)
+    for number, job in enumerate(jobs, start=1):
+        record = do(experiment, job, tmp_path)
+        assert abs(record.cost.macs / record.cost.budget - 1) <= TOLERANCE
+        before = (tmp_path / RUNS_FILE).stat().st_mtime_ns
+        do(experiment, job, tmp_path)
+        assert (tmp_path / RUNS_FILE).stat().st_mtime_ns == before and len(read_runs(tmp_path)) == number
+        assert record.seeds == (0, 1)
         report = json.loads((tmp_path / job.folder / "report.json").read_text())
-        assert report["about"]["versions"] and report["about"]["job"]["arm"] == job.arm
-        assert report["final"]["top1"] == pytest.approx(sum(s["test"] for s in read_scores(tmp_path, job)) / 2)
-    rows = rows_of(experiment, jobs, tmp_path)
+        assert report["about"]["job"]["arm"] == job.arm and record.versions == report["about"]["versions"]
+        assert report["final"]["top1"] == pytest.approx(sum(score.test for score in record.scores) / 2)
+        assert list(record.rounds) == report["rounds"] and record.plan == report["about"]["plan"]
+        log = [json.loads(line) for line in (tmp_path / job.folder / "log.jsonl").read_text().splitlines()]
+        assert record.history.val_top1 == tuple(row["val_top1"] for row in log)
+        assert record.history.train_loss == pytest.approx([row["train_loss"] for row in log], rel=1e-5)
+    records = read_runs(tmp_path)
+    rows = rows_of(experiment.comparison, records)
     assert [row.arm for row in rows] == ["plain", "distil"]
-    a, b = ([score["test"] for score in read_scores(tmp_path, job)] for job in jobs)
+    a, b = ([score.test for score in record.scores] for record in records)
     assert rows[1].difference.value == pytest.approx(sum(b) / 2 - sum(a) / 2)
-    page = markdown(rows, experiment, "python x")
+    page = markdown(rows, experiment.comparison, "python x")
     assert page.count("\n| ") == 3 and "**distil**" in page and "python x" in page
 
 
@@ -128,12 +144,6 @@ def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
     assert verdict("dbb", own, sharper).startswith("better by the noise of all arms, not told apart by its own seeds")
     assert verdict("dbb", own, sharper).endswith("(+0.50, +0.10 .. +0.90)")
     assert verdict("dbb", own, vague) == verdict("dbb", own)
-
-
-def test_the_bootstrap_of_equal_differences_is_that_difference():
-    assert bootstrap_interval([2.0, 3.0], [1.0, 2.0]) == (1.0, 1.0)
-    low, high = bootstrap_interval([1.0, 2.0, 6.0], [0.0, 0.0, 0.0])
-    assert 1.0 <= low < 3.0 < high <= 6.0 and not math.isnan(low)
 
 
 @pytest.mark.parametrize(
@@ -161,6 +171,17 @@ def test_plans_that_cannot_be_are_refused(values, words):
 
 def test_an_experiment_goes_through_json_and_back():
     assert Experiment.from_dict(TINY.to_json()) == TINY
+    tuned = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=3))
+    for experiment in (TINY, tuned):
+        assert Comparison.from_plan(experiment.to_json()) == experiment.comparison
+
+
+@pytest.mark.parametrize("key", ["data", "seeds", "config"])
+def test_a_plan_without_what_a_table_needs_is_refused(key):
+    plan = TINY.to_json()
+    del plan[key]
+    with pytest.raises(PlanError, match=f"KeyError: '{key}'"):
+        Comparison.from_plan(plan)
 
 
 def test_more_arms_and_seeds_are_the_same_experiment_and_nothing_else_is():
@@ -182,33 +203,30 @@ def test_what_is_decided_for_a_whole_run_is_not_decided_for_several_nets_at_once
 
 
 def test_a_trial_that_diverges_has_lost(tmp_path):
-    experiment = replace(TINY, arms=("plain",), tuning=Tuning(lr=(1e30, 0.05), budget=1.0))
-    for job in trials_of(experiment):
-        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
-    assert chosen_lr(experiment, tmp_path) == {"plain": 0.05}
+    experiment = replace(TINY, arms=("plain",), tuning=Tuning(lr=(1e9, 0.05), budget=1.0))
+    trials = trials_of(experiment.comparison)
+    lost, _ = (do(experiment, job, tmp_path) for job in trials)
+    assert lost.diverged and lost.val == 0.0 and lost.cost is None
+    assert rates(experiment, read_runs(tmp_path)) == {"plain": 0.05}
     with pytest.raises(DivergedError):
-        job = replace(trials_of(experiment)[0], seeds=(0,))
-        run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
+        do(experiment, replace(trials[0], kind="run", seeds=(0,)), tmp_path)
 
 
 def test_a_run_that_was_ended_before_it_was_scored_is_scored(tmp_path):
-    job = jobs_of(TINY, chosen_lr(TINY, tmp_path), stack=True)[0]
-    run_job(TINY, job, tmp_path, data_dir=None, device="cpu", progress=False)
-    scores = tmp_path / job.folder / SCORES
-    before = read_scores(tmp_path, job)
-    scores.unlink()
-    run_job(TINY, job, tmp_path, data_dir=None, device="cpu", progress=False)
-    assert read_scores(tmp_path, job) == before
+    job = jobs_of(TINY, rates(TINY), stack=True)[0]
+    before = do(TINY, job, tmp_path)
+    (tmp_path / RUNS_FILE).unlink()
+    after = do(TINY, job, tmp_path)
+    assert after.scores == before.scores and after.history == before.history
 
 
-def test_without_a_finished_trial_the_rate_is_the_configs(tmp_path):
+def test_without_a_finished_trial_the_rate_is_the_configs():
     experiment = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=3))
-    assert set(chosen_lr(experiment, tmp_path).values()) == {TINY.config.lr}
+    assert set(rates(experiment).values()) == {TINY.config.lr}
 
 
 def test_sampled_widths_of_several_nets_side_by_side_cost_their_budget(tmp_path):
     experiment = replace(TINY, arms=("plain", "lazy-distil"), model_kwargs={"width": 0.375}, seeds=(0, 1, 2))
-    job = jobs_of(experiment, chosen_lr(experiment, tmp_path), stack=True)[1]
-    run_job(experiment, job, tmp_path, data_dir=None, device="cpu", progress=False)
-    run = json.loads((tmp_path / job.folder / SCORES).read_text())
-    assert abs(run["macs"] / run["budget"] - 1) <= TOLERANCE and len(run["seeds"]) == 3
+    job = jobs_of(experiment, rates(experiment), stack=True)[1]
+    record = do(experiment, job, tmp_path)
+    assert abs(record.cost.macs / record.cost.budget - 1) <= TOLERANCE and len(record.scores) == 3

@@ -1,14 +1,12 @@
 """Successive halving over depth and width."""
 
-import json
-
 import pytest
+from records import record_of
 from test_experiment import TINY
 
 import growshrink as gs
 from growshrink.errors import PlanError
-from growshrink.evidence.experiment import SCORES
-from growshrink.evidence.scan import Candidate, Entry, candidates_of, front, halve, rungs_of
+from growshrink.evidence.scan import Candidate, Entry, ScanPlan, candidates_of, front, halve, rungs_of
 
 SIZE = (1, 8, 8)
 
@@ -37,21 +35,22 @@ def test_rungs():
     assert rungs_of(5, 1.0) == [(5, 1.0), (3, 2.0), (2, 4.0), (1, 8.0)]
 
 
-def test_the_better_half_goes_on_and_the_best_is_last(tmp_path):
+def test_the_better_half_goes_on_and_the_best_is_last():
     """With scores that are made up: the widest is best, but for the first rung."""
     candidates = [Candidate(width, 1, 100 * width) for width in (0.1, 0.2, 0.3, 0.4)]
     trained = []
 
     def train(runs):
-        for own, job, folder in runs:
+        records = []
+        for own, job in runs:
             width = own.model_kwargs["width"]
-            assert own.model_kwargs["depths"] == [1, 1, 1] and f"{width:g}" in folder.name
+            assert own.model_kwargs["depths"] == [1, 1, 1] and job.net == f"width-{width:g}-depth-1"
             trained.append((width, job.budget))
             value = 90 + (0.35 if width == 0.3 and job.budget == 2.0 else width)
-            (folder / job.folder).mkdir(parents=True)
-            (folder / job.folder / SCORES).write_text(json.dumps({"seeds": [{"val": value, "test": value - 1}]}))
+            records.append(record_of(job, val=value, test=value - 1))
+        return records
 
-    entries = halve(TINY, candidates, "plain", 1.0, tmp_path, train)
+    entries = halve(TINY, candidates, "plain", 1.0, train)
     assert sorted(trained) == [(0.1, 1.0), (0.2, 1.0), (0.3, 1.0), (0.3, 2.0), (0.4, 1.0), (0.4, 2.0), (0.4, 4.0)]
     assert entries[-1].candidate.width == 0.4 and entries[-1].test == pytest.approx(89.4)
 
@@ -62,3 +61,19 @@ def test_the_front_is_what_nothing_cheaper_beats():
     ]
     entries.append(Entry(Candidate(0.1, 1, 0.5), "plain", 1, 2.0, 99.0, 0.0))
     assert [(entry.candidate.cost, entry.val) for entry in front(entries)] == [(1, 5), (3, 7)]
+
+
+def test_the_plan_of_a_scan_goes_through_json_and_back():
+    plan = ScanPlan(
+        experiment=TINY,
+        bound="ms",
+        at_most=1.0,
+        widths=(0.125, 0.25),
+        depths=(1,),
+        arm="short",
+        budget=5.0,
+        candidates=(Candidate(0.125, 1, 0.3),),
+    )
+    assert ScanPlan.from_dict(plan.to_json()) == plan
+    with pytest.raises(PlanError, match="plan of the scan: KeyError: 'widths'"):
+        ScanPlan.from_dict({"bound": "ms"})

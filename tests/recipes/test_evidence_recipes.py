@@ -2,15 +2,21 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from program import run
 
+TOP = Path(__file__).parents[2]
+EVIDENCE = TOP / "docs" / "evidence"
+EXPERIMENTS = sorted(path.parent.name for path in EVIDENCE.glob("*/plan.json"))
 PLAN = {
     "data": "digits",
     "model_kwargs": {"width": 0.125},
@@ -25,6 +31,10 @@ PLAN = {
 }
 
 
+#: What compare leaves beside run folders.
+FILES = ("README.md", "curves.png", "plan.json", "runs.jsonl", "table.json")
+
+
 def compare(folder, *args, **values):
     (folder / "plan.json").write_text(json.dumps({**PLAN, **values}))
     return run("recipes/compare.py", folder / "plan.json", "--out", folder / "out", "--quiet", *args)
@@ -37,8 +47,90 @@ def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
     assert "short" in capsys.readouterr().out
     assert (tmp_path / "out" / "README.md").exists() and (tmp_path / "out" / "curves.png").exists()
     assert len(json.loads((tmp_path / "out" / "table.json").read_text())) == 2
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted([*FILES, "runs"])
     assert compare(tmp_path, budget=13.0) == 2
     assert "another plan (budget differs)" in capsys.readouterr().err
+
+
+def test_an_experiment_is_extended_from_its_two_files_alone(tmp_path, capsys):
+    assert compare(tmp_path, seeds=[0]) == 0
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("plan.json", "runs.jsonl"):
+        shutil.copy(tmp_path / "out" / name, moved / name)
+    first = (moved / "runs.jsonl").read_text()
+    capsys.readouterr()
+    plan = tmp_path / "more.json"
+    plan.write_text(json.dumps({**PLAN, "arms": ["plain", "short"]}))
+    assert run("recipes/compare.py", plan, "--out", moved, "--quiet") == 0
+    assert re.findall(r"run \d of \d, (\S+)", capsys.readouterr().out) == [
+        "plain/budget-6-lr-0.05-seeds-1",
+        "short/budget-6-lr-0.05-seeds-0-1",
+    ]
+    lines = (moved / "runs.jsonl").read_text()
+    assert lines.startswith(first) and lines.count("\n") == 3
+    made = {name: (moved / name).read_bytes() for name in FILES}
+    for name in set(FILES) - {"plan.json", "runs.jsonl"}:
+        (moved / name).unlink()
+    shutil.rmtree(moved / "runs")
+    assert run("recipes/compare.py", "--table", moved) == 0
+    assert {name: (moved / name).read_bytes() for name in FILES} == made
+
+
+def test_a_damaged_record_and_the_form_before_are_refused(tmp_path, capsys):
+    assert compare(tmp_path, seeds=[0]) == 0
+    with open(tmp_path / "out" / "runs.jsonl", "a") as file:
+        file.write('{"format":1,"job":\n')
+    old = tmp_path / "old"
+    (old / "plain" / "budget-6-lr-0.4-seeds-0").mkdir(parents=True)
+    (old / "plain" / "budget-6-lr-0.4-seeds-0" / "seeds.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    plan = tmp_path / "plan.json"
+    for args, words in (
+        ((plan, "--out", tmp_path / "out"), "runs.jsonl, line 2: damaged"),
+        (("--table", tmp_path / "out"), "runs.jsonl, line 2: damaged"),
+        ((plan, "--out", old), "run folders from before runs.jsonl (growshrink 0.1.0"),
+        (("--table", old), "run folders from before runs.jsonl (growshrink 0.1.0"),
+        (("--table", tmp_path / "empty"), "holds no experiment"),
+        (("--table", tmp_path / "out", "--out", old, plan), "takes folders of results"),
+    ):
+        assert run("recipes/compare.py", *args) == 2
+        err = capsys.readouterr().err
+        assert words in err and err.count("\n") == 1
+
+
+def approx(value):
+    """Equal to the last digit but one, whichever versions of numpy and scipy sum."""
+    if isinstance(value, dict):
+        return {key: approx(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [approx(inner) for inner in value]
+    return pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_tables_are_made_from_their_records(name, tmp_path):
+    out = tmp_path / name
+    out.mkdir()
+    for needed in ("plan.json", "runs.jsonl"):
+        shutil.copy(EVIDENCE / name / needed, out / needed)
+    assert run("recipes/compare.py", "--table", out) == 0
+    published = {path.name for path in (EVIDENCE / name).iterdir()} - {"runs"}
+    assert {path.name for path in out.iterdir()} == published
+    for page in out.glob("*.md"):
+        assert page.read_text() == (EVIDENCE / name / page.name).read_text()
+    for table in {"table.json", "scan.json"} & published:
+        assert json.loads((out / table).read_text()) == approx(json.loads((EVIDENCE / name / table).read_text()))
+
+
+@pytest.mark.skipif(not EVIDENCE.exists(), reason="an sdist has no docs")
+def test_published_evidence_is_small_and_its_links_lead_somewhere():
+    files = [path for path in EVIDENCE.rglob("*") if path.is_file() and "runs" not in path.relative_to(EVIDENCE).parts]
+    assert len(EXPERIMENTS) >= 10 and len(files) == 5 * len(EXPERIMENTS) + 1
+    for page in EVIDENCE.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            assert link.startswith("https://") or (page.parent / link.split("#")[0]).exists(), f"{page}: {link}"
 
 
 def test_where_it_is_ended_its_workers_end_too(tmp_path):
@@ -47,7 +139,7 @@ def test_where_it_is_ended_its_workers_end_too(tmp_path):
     program = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.PIPE, start_new_session=True)
     try:
         for _ in range(1200):
-            if len(list((tmp_path / "out").glob("*/*/log.jsonl"))) == 2:
+            if len(list((tmp_path / "out").glob("runs/*/*/log.jsonl"))) == 2:
                 break
             time.sleep(0.1)
         program.send_signal(signal.SIGTERM)
@@ -87,5 +179,15 @@ def test_a_scan_of_two_nets_filled_and_unfilled(tmp_path, capsys):
     scan = json.loads((tmp_path / "out" / "scan.json").read_text())
     assert [len(entries) for entries in scan.values()] == [3, 3]
     assert (tmp_path / "out" / "front.png").exists() and "Won:" in (tmp_path / "out" / "report.md").read_text()
+    made = [(tmp_path / "out" / name).read_bytes() for name in ("scan.json", "report.md", "front.png", "runs.jsonl")]
+    shutil.rmtree(tmp_path / "out" / "runs")
+    assert run("recipes/scan.py", *args) == 0
+    assert run("recipes/compare.py", "--table", tmp_path / "out") == 0
+    again = [(tmp_path / "out" / name).read_bytes() for name in ("scan.json", "report.md", "front.png", "runs.jsonl")]
+    assert again == made
     assert run("recipes/scan.py", *args, "--at-most", "2e9") == 2
-    assert "another scan" in capsys.readouterr().err
+    assert "another scan (at_most differs)" in capsys.readouterr().err
+    lines = (tmp_path / "out" / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "out" / "runs.jsonl").write_text("".join(lines[:-1]))
+    assert run("recipes/compare.py", "--table", tmp_path / "out") == 2
+    assert "the scan is not finished (width-0.125" in capsys.readouterr().err

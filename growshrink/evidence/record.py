@@ -1,0 +1,292 @@
+"""The record of an experiment: one line of runs.jsonl for each finished run, from which every table is made.
+
+The folder of an experiment holds plan.json (what is compared), runs.jsonl, and what is made from these two: a page, a
+table, a picture. A run that is not finished has a run folder of its own under runs/, which nobody but the run itself
+reads: once its line is written it is done, on this machine and on every other that has the two files.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from growshrink.base.reading import parse_json, read_bytes, read_json
+from growshrink.base.writing import write_atomic
+from growshrink.errors import RunError
+
+PLAN_FILE = "plan.json"
+RUNS_FILE = "runs.jsonl"
+#: Folder, under the experiment's, of the run folders of unfinished runs.
+WORK = "runs"
+#: Version of the lines.
+FORMAT = 1
+#: Columns of a history that are kept to the last digit, because pictures are drawn from them; the others are rounded.
+EXACT = ("val_top1",)
+#: Significant digits of the others.
+DIGITS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Identify a training run: an arm with all its seeds side by side, or with some of them.
+
+    Attributes:
+        kind: "run" for a run that a table is made of, "trial" for one that a learning rate is chosen by.
+        net: Name of the candidate in a scan; empty where the experiment has one net.
+        arm: Name of the arm.
+        seeds: One a net.
+        lr: Learning rate.
+        budget: In epochs of the plain net.
+    """
+
+    kind: Literal["run", "trial"] = "run"
+    net: str = ""
+    arm: str
+    seeds: tuple[int, ...]
+    lr: float
+    budget: float
+
+    @property
+    def name(self) -> str:
+        """Name for messages, and of the run folder."""
+        seeds = "-".join(map(str, self.seeds))
+        return f"{self.net}{'/' * bool(self.net)}{self.arm}/budget-{self.budget:g}-lr-{self.lr:g}-seeds-{seeds}"
+
+    @property
+    def folder(self) -> str:
+        """Path of the run folder, relative to the experiment's."""
+        return f"{WORK}/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedScore:
+    """Scores of the net of one seed, in percent.
+
+    Attributes:
+        seed: Of the net.
+        val: Top-1 on the val split; 0 for a trial that diverged.
+        test: Top-1 on the test split; None for a net that is judged on the val split only.
+        loss: On the test split.
+    """
+
+    seed: int
+    val: float
+    test: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Cost of training, per net.
+
+    Attributes:
+        epochs: Length of the run.
+        macs: Training MACs, forward and backward, teachers included.
+        budget: Training MACs it was given.
+        images: Shown in training.
+        seconds: Of training, for all nets of the run together.
+    """
+
+    epochs: float
+    macs: float
+    budget: float
+    images: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """The rows of a run's log.jsonl as columns of equal length.
+
+    Numbers are rounded to `DIGITS` significant digits, those of `EXACT` and whole numbers excepted.
+    """
+
+    update: tuple[int, ...] = ()
+    epoch: tuple[float, ...] = ()
+    round: tuple[int, ...] = ()
+    phase: tuple[str, ...] = ()
+    train_loss: tuple[float, ...] = ()
+    val_top1: tuple[float, ...] = ()
+    val_loss: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    lam: tuple[float | None, ...] = ()
+    training_macs: tuple[int, ...] = ()
+    images_per_second: tuple[float, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len({len(column) for column in vars(self).values()}) > 1:
+            raise ValueError("the columns of the history differ in length")
+
+    @staticmethod
+    def from_rows(rows: Sequence[Mapping[str, Any]]) -> History:
+        """Collect rows of log.jsonl; keys that are no column are left out."""
+        return History(
+            **{
+                entry.name: tuple(row[entry.name] if entry.name in EXACT else _rounded(row[entry.name]) for row in rows)
+                for entry in fields(History)
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A finished run: one line of runs.jsonl.
+
+    Attributes:
+        job: Which run it is.
+        about: What its arm is, in a line.
+        scores: One a seed, in the order of `job.seeds`.
+        cost: None for a trial that diverged.
+        diverged: Why it was given up; None for a run that came to its end.
+        rounds: Records of the rounds, as in the run's report.json.
+        command: Command line of the program.
+        plan: Plan of the run, in epochs, as the version in `versions` writes plans.
+        config: Options of the training, the learning rate included.
+        data: Name, size and fingerprint of the data set.
+        updates: Length of the run.
+        versions: Of what the result depends on.
+        history: Loss and accuracy during the run.
+    """
+
+    job: Job
+    about: str
+    scores: tuple[SeedScore, ...]
+    cost: Cost | None
+    diverged: str | None = None
+    rounds: tuple[Mapping[str, Any], ...] = ()
+    command: str = ""
+    plan: Mapping[str, Any]
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    updates: int
+    versions: Mapping[str, str]
+    history: History = History()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if tuple(score.seed for score in self.scores) != self.job.seeds or not self.scores:
+            raise ValueError("the scores are not those of the seeds")
+        numbers = [self.job.lr, self.job.budget, *(score.val for score in self.scores)]
+        numbers += [score.test for score in self.scores if score.test is not None]
+        numbers += [] if self.cost is None else vars(self.cost).values()
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise ValueError("a score or a cost is not a number")
+        if self.cost is None and (self.diverged is None or self.job.kind != "trial"):
+            raise ValueError("a cost is missing, which only a diverged trial may lack")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of its nets."""
+        return self.job.seeds
+
+    @property
+    def val(self) -> float:
+        """Mean top-1 on the val split."""
+        return sum(score.val for score in self.scores) / len(self.scores)
+
+    @property
+    def spent(self) -> Cost:
+        """The cost of a run that came to its end."""
+        assert self.cost is not None
+        return self.cost
+
+    def to_line(self) -> str:
+        """Write as a line of runs.jsonl."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def from_line(line: str | bytes) -> RunRecord:
+        """Read a line of runs.jsonl; ValueError if it is none, or of another version."""
+        values = parse_json(line)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        if (found := values.pop("format", None)) != FORMAT:
+            raise ValueError(f"written in format {found!r}, this version of growshrink reads {FORMAT}")
+        try:
+            job = {**values["job"], "seeds": tuple(values["job"]["seeds"])}
+            history = {key: tuple(column) for key, column in values["history"].items()}
+            known = {
+                "job": Job(**job),
+                "scores": tuple(SeedScore(**score) for score in values["scores"]),
+                "cost": None if values["cost"] is None else Cost(**values["cost"]),
+                "rounds": tuple(values["rounds"]),
+                "history": History(**history),
+            }
+            return RunRecord(**{**values, **known})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def read_runs(out: Path) -> tuple[RunRecord, ...]:
+    """Read the finished runs of the experiment in `out`, in the order in which they were finished.
+
+    Raises:
+        RunError: A line is damaged, or the folder holds run folders of the form without runs.jsonl.
+    """
+    path = out / RUNS_FILE
+    if not path.exists():
+        _refuse_old_form(out)
+        return ()
+    records = []
+    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
+        try:
+            records.append(RunRecord.from_line(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: damaged or of another version ({error}).") from error
+    return tuple(records)
+
+
+def append_run(out: Path, record: RunRecord) -> None:
+    """Add the line of a finished run, atomically; nothing happens if there is one of the same job.
+
+    Several processes may do so at once.
+    """
+    path = out / RUNS_FILE
+    with _locked(out / WORK):
+        if record.job in {old.job for old in read_runs(out)}:
+            return
+        content = read_bytes(path) if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            content += b"\n"
+        write_atomic(path, content + record.to_line().encode())
+
+
+def read_plan(out: Path) -> dict[str, Any] | None:
+    """Read the plan of the experiment in `out`; None if there is no experiment in it.
+
+    Raises:
+        RunError: The folder holds run folders of the form without runs.jsonl.
+    """
+    if not (out / RUNS_FILE).exists():
+        _refuse_old_form(out)
+    return read_json(out / PLAN_FILE) if (out / PLAN_FILE).exists() else None
+
+
+def _refuse_old_form(out: Path) -> None:
+    """RunError for an experiment of early growshrink 0.1.0: run folders directly in it, each with its seeds.json."""
+    folders = ("*/budget-*", "width-*/*/budget-*")
+    old = next((path for folder in folders for path in out.glob(f"{folder}/seeds.json")), None)
+    if old is not None:
+        raise RunError(
+            f"{out}: holds run folders from before runs.jsonl (growshrink 0.1.0, {old.parent.relative_to(out)}), which "
+            "this version does not read. Choose another folder with --out, or read it with the version that wrote it."
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time inside."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as lock:  # closing it ends the lock
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
