@@ -24,7 +24,7 @@ import growshrink as gs
 from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import NotNegative
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.forms import only
+from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError, did_you_mean
@@ -40,7 +40,7 @@ class Args(Options):
     length: LengthOptions = LengthOptions(epochs=30.0, seeds=5)
     training: TrainConfig = TrainConfig(ema_decay=0.0)
     model: ModelOptions = ModelOptions(model="reducenet20_x2", model_kwargs=("width=0.5",))
-    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
+    running: RunOptions = pick(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 class RecordedLoop(gs.schedules.ClosedLoop):
@@ -110,7 +110,7 @@ def difference(top1: dict[str, list[float]]) -> tuple[float, float, float]:
 
 def report(args: Args, top1: dict[str, list[float]]) -> str:
     """report.md."""
-    mean, low, high = difference(top1)
+    (mean, low, high), length = difference(top1), args.length
     verdict = "better" if low > 0 else "worse" if high < 0 else "not told apart from it"
     rows = "\n".join(
         f"| {name} | {statistics.mean(values):.2f} | {', '.join(f'{value:.2f}' for value in values)} |"
@@ -122,8 +122,8 @@ def report(args: Args, top1: dict[str, list[float]]) -> str:
 |---|---|---|
 {rows}
 
-Closed loop less cosine: {mean:+.2f} points, 95 % interval {low:+.2f} .. {high:+.2f} ({args.length.seeds} seeds, paired): the
-closed loop is **{verdict}**. {args.length.epochs:g} epochs each, lam 0 after {args.length.deadline:.0%} of them at the latest.
+Closed loop less cosine: {mean:+.2f} points, 95 % interval {low:+.2f} .. {high:+.2f} ({length.seeds} seeds, paired): the
+closed loop is **{verdict}**. {length.epochs:g} epochs each, lam 0 after {length.deadline:.0%} of them at the latest.
 
 ![lam by update](lam.png)
 """

@@ -22,14 +22,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from tqdm import tqdm
 
-from growshrink.base.limits import Device, InFile, InFolder, OutFolder, Threads
+from growshrink.base.limits import InFolder, Threads
 from growshrink.base.reading import read_json
+from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
@@ -44,28 +43,18 @@ from growshrink.evidence.table import write_table
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
 
 
-@dataclass(kw_only=True)
-class Args:
-    """Options of compare."""
+@dataclass(frozen=True, kw_only=True)
+class Args(ExperimentOptions):
+    """Options of compare; by default the results go to docs/evidence/ and the plan's name."""
 
-    plan: Annotated[InFile | None, tyro.conf.Positional] = None
-    """A JSON file: the experiment."""
-    out: OutFolder | None = None
-    """Folder of the results; by default docs/evidence/ and the plan's name."""
-    data_dir: InFolder | None = None
-    """Where the data set lies."""
     workers: Threads = 1
     """Runs at a time, each in a process with its share of the cores."""
     stack: bool = True
     """Train all seeds of an arm side by side, as one net with grouped convolutions."""
-    device: Device = "cpu"
-    """cpu, cuda, cuda:1."""
     list: bool = False
     """Only print the arms."""
     table: tuple[InFolder, ...] | None = None
     """Train nothing: only rebuild the tables in these folders, of scans too; without a folder all in docs/evidence/."""
-    quiet: bool = False
-    """No progress bars."""
 
 
 def main(args: Args) -> None:
@@ -75,15 +64,13 @@ def main(args: Args) -> None:
             print(f"{name:16s} {arm.about}")
         return
     if args.table is not None:
-        if args.plan is not None:
+        if args.experiment is not None:
             raise RunError("--table takes folders of results, and no plan file.")
         for folder in args.table or sorted(path.parent for path in EVIDENCE.glob(f"*/{PLAN_FILE}")):
             rebuild(folder)
         return
-    if args.plan is None:
-        raise RunError("name a plan file, e.g. recipes/plans/digits.json (or --list the arms).")
     experiment = Experiment.from_dict(read_json(args.plan))
-    out = args.out or EVIDENCE / args.plan.stem
+    out = args.running.out or EVIDENCE / args.plan.stem
     keep_plan(experiment, out)
     train(args, experiment, trials_of(experiment.comparison), out, "tuning")
     records = read_runs(out)
@@ -110,17 +97,17 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, wh
     """Do the jobs that are not finished, `workers` at a time."""
     finished = {record.job for record in read_runs(out)}
     missing = [job for job in jobs if job not in finished]
-    do = partial(run_job, experiment, out=out, data_dir=args.data_dir, device=args.device)
+    do = partial(run_job, experiment, out=out, data_dir=args.data.data_dir, device=args.running.device)
     if args.workers == 1 or len(missing) <= 1:
         for number, job in enumerate(missing, start=1):
             print(f"{what}: run {number} of {len(missing)}, {job.name}", flush=True)
-            do(job, progress=not args.quiet)
+            do(job, progress=not args.running.quiet)
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // args.workers)
     with (
         ProcessPoolExecutor(args.workers, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool,
-        tqdm(total=len(missing), desc=what, unit="run", disable=args.quiet, ncols=110) as bar,
+        tqdm(total=len(missing), desc=what, unit="run", disable=args.running.quiet, ncols=110) as bar,
     ):
         futures = {pool.submit(do, job, progress=False): job for job in missing}
         try:

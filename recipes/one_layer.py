@@ -31,7 +31,7 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.analysis.trained import num_updates
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.forms import only
+from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, SplitBatches
@@ -62,11 +62,11 @@ class Args(Options):
 
     length: LengthOptions = LengthOptions(epochs=40.0, deadline=0.6)
     training: TrainConfig = TrainConfig(ema_decay=0.0)
-    data: DataOptions = only(
+    data: DataOptions = pick(
         DataOptions(crop=0, flip=False), "data", "data_dir", "image_size", "val_fraction", "batch_size"
     )
     model: ModelOptions = ModelOptions(model="reducenet20_x2")
-    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
+    running: RunOptions = pick(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 @dataclass
@@ -220,7 +220,7 @@ def report(args: Args, rows: dict[str, Row], collapse_error: float) -> str:
   What it reaches, {mean[BUGGY]:.2f} %, is what a net with ReLUs reaches; such a number says nothing about a net that
   fuses into one layer. growshrink.fuse refuses it.
 * One ReLU a block, the default: {mean[DEFAULT]:.2f} %. That is what an activation is worth here.
-* {args.length.seeds} seed(s); the affinity defect is the largest of them. No augmentation, so that all see the same pixels.
+* {args.length.seeds} seed(s); the affinity defect is the largest of them. No augmentation: all see the same pixels.
 """
 
 

@@ -32,7 +32,7 @@ from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf, Positive
 from growshrink.base.reading import load_weights, read_tensors
 from growshrink.base.writing import write_json
-from growshrink.cli.forms import only
+from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
@@ -57,8 +57,8 @@ class Args(StudyOptions):
     tuning_seeds: Count = 1
     """How many seeds learning rates are tuned on; none of them is measured."""
     budget: Budget = Budget()
-    length: LengthOptions = only(LengthOptions(epochs=10.0, seeds=5), "epochs", "seeds")
-    training: TrainConfig = only(TrainConfig(ema_decay=0.0), "lr", "weight_decay", "amp")
+    length: LengthOptions = pick(LengthOptions(epochs=10.0, seeds=5), "epochs", "seeds")
+    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay", "amp")
 
 
 def main(args: Args) -> None:

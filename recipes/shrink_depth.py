@@ -33,7 +33,7 @@ import growshrink as gs
 from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import PartOf, Positive
 from growshrink.base.writing import save_picture, write_atomic, write_json
-from growshrink.cli.forms import only
+from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, Options, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
@@ -62,7 +62,7 @@ class Args(Options):
     timing: TimingOptions = TimingOptions()
     length: LengthOptions = LengthOptions(epochs=30.0, deadline=0.5)
     training: TrainConfig = TrainConfig(ema_decay=0.0)
-    running: RunOptions = only(RunOptions(threads=1), "out", "threads", "quiet")
+    running: RunOptions = pick(RunOptions(threads=1), "out", "threads", "quiet")
 
 
 @dataclass
@@ -219,8 +219,8 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) 
   comparisons over {args.length.seeds} seed(s). Differences below the spread of the seeds mean nothing.
 * lam fell by the {args.schedule} schedule. Every merged net was compared with the net it comes from in float64, and
   equals it to 1e-10.
-* A net is made again from report.json: `merge_cut(vanish_cut(timm.create_model("{args.model.name}", ...), cut), cut)` with
-  lam 0 (growshrink.depth.segments), then `load_state_dict` of merged-N.safetensors.
+* A net is made again from report.json: `merge_cut(vanish_cut(timm.create_model("{args.model.name}", ...), cut), cut)`
+  with lam 0 (growshrink.depth.segments), then `load_state_dict` of merged-N.safetensors.
 """
     write_atomic(path / "report.md", text.encode())
     draw(path / "pareto.png", rows, f"{args.model.name} on {args.data.name}, batch {args.timing.latency_batch}")

@@ -37,7 +37,7 @@ from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_json
-from growshrink.cli.forms import only
+from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
@@ -58,8 +58,8 @@ class Args(StudyOptions):
     judged: Count = 50
     """Subnets of the final space that are evaluated."""
     loop: ShrinkPlan = ShrinkPlan()
-    length: LengthOptions = only(LengthOptions(seeds=3), "seeds")
-    data: DataOptions = only(DataOptions(val_fraction=0.3), "data", "data_dir", "val_fraction", "batch_size")
+    length: LengthOptions = pick(LengthOptions(seeds=3), "seeds")
+    data: DataOptions = pick(DataOptions(val_fraction=0.3), "data", "data_dir", "val_fraction", "batch_size")
     model: ModelOptions = ModelOptions(model="reducenet20_x4")
 
 

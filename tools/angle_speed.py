@@ -22,51 +22,47 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis._angle import AngleTable, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
-from growshrink.base.limits import Count, Pixels, Positive
+from growshrink.base.limits import Count
 from growshrink.base.timing import machine, seconds_of
-from growshrink.cli.limits import ModelName
+from growshrink.cli.forms import pick
+from growshrink.cli.options import ModelOptions, NetOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError
 from growshrink.layers.grown import grown_modules
-from paired import TimedArgs, load
+from paired import PairOptions, TimedArgs, load
 
+MODEL = "reducenet20_x4"
 #: Targets: subnets a second, times the slow way, radians.
 RATE, RATIO, DIFFERENCE = 1e6, 200.0, 1e-12
 #: More subnets than this are not ranked at a time.
 MANY = 1_000_000
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
-    """Options of angle_speed."""
+    """Options of angle_speed; the model is grown at birth, without grouped convolutions."""
 
-    model: ModelName = "reducenet20_x4"
-    """timm model that is grown at birth, without grouped convolutions."""
-    image_size: Pixels = 32
-    """Side of the images in pixels, for the MACs."""
-    num: Count = 100_000
+    many: Count = 100_000
     """Subnets of a turn by look-up."""
     few: Count = 20
     """Subnets of a turn by slicing, and those that are compared."""
-    strict: bool = False
-    """Exit 1 if a target is missed."""
-    seconds: Positive = 10.0
-    """To spend on each comparison, longer if that is needed for enough pairs."""
+    model: ModelOptions = pick(ModelOptions(model=MODEL), "model")
+    nets: NetOptions = pick(NetOptions(), "pixels")
+    pairs: PairOptions = PairOptions(seconds=10.0)
 
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
     torch.manual_seed(0)
-    init = timm.create_model(args.model, num_classes=10)
+    name = args.model.name
+    init = timm.create_model(name, num_classes=10)
     if not grown_modules(init):
-        raise AnalysisError(
-            f"--model {args.model}: has no widths; take one that is grown at birth, such as {Args.model}."
-        )
+        raise AnalysisError(f"--model {name}: has no widths; take one that is grown at birth, such as {MODEL}.")
     trained = moved(init)
-    size = (3, args.image_size, args.image_size)
+    size = (3, args.nets.pixels, args.nets.pixels)
     table = supernet_table(init, trained, gs.width_space(init), input_size=size)
     slow = slicing(supernet_layers(init, size), init, trained)
-    index = table.sample(args.num)
+    index = table.sample(args.many)
     few = table.sample(args.few, seed=1)
     widths = [table.width(row) for row in few]
 
@@ -81,15 +77,15 @@ def main(args: Args) -> int:
     )
     difference = float(np.abs(table.score(few).angle - [slow(width) for width in widths]).max())
     missed = row.a < RATE or row.ratio < RATIO or difference > DIFFERENCE
-    print(f"{args.model}: {row.a:,.0f} subnets/s by look-up (target {RATE:,.0f}), {row.b:,.0f} by slicing")
+    print(f"{name}: {row.a:,.0f} subnets/s by look-up (target {RATE:,.0f}), {row.b:,.0f} by slicing")
     print(f"ratio {row.ratio:,.0f}, quartiles {row.q1:,.0f} .. {row.q3:,.0f} of {row.repeats} pairs (target {RATIO:g})")
     print(f"largest difference {difference:.1e} rad of {args.few} subnets (target {DIFFERENCE:g})")
     print(ranked(table))
     about = machine()
     print(f"on {about['processor']}, {about['cores']} cores; load average {before} before, {load()} after")
-    if missed and not args.quick:
+    if missed and not args.pairs.quick:
         print("A target is MISSED.")
-    return int(args.strict and missed)
+    return int(args.pairs.strict and missed)
 
 
 def moved(model: nn.Module) -> nn.Module:

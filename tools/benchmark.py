@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                             every section, about 3 minutes on 2 quiet cores
     python tools/benchmark.py --only fused grown --threads 1
-    python tools/benchmark.py --out bench.json --strict   exit 1 if a target is missed
+    python tools/benchmark.py --file bench.json --strict   exit 1 if a target is missed
 
 Every row compares two things, A and B, in one process on the CPU: they take turns (A, B, A, B, ...), each pair of
 turns gives a ratio A / B, and the row shows the median of the ratios and their quartiles. What slows the machine down
@@ -28,27 +28,24 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import timm
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.environment import versions
-from growshrink.base.limits import Positive
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import write_json
+from growshrink.cli.forms import pick
+from growshrink.cli.options import RunOptions, command
 from growshrink.cli.program import run_program
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.cycle.timeline import Timeline
@@ -57,7 +54,7 @@ from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
-from paired import Bench, OneBatch, TimedArgs, channels_last, load, table
+from paired import Bench, OneBatch, PairOptions, TimedArgs, channels_last, load, table
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
@@ -67,31 +64,27 @@ SIZE = (3, 32, 32)
 ROUND_SAMPLES = 10
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
-    """Options of benchmark."""
+    """Options of benchmark; the file, which must not exist, gets everything as JSON, single ratios included."""
 
-    only: Annotated[tuple[Section, ...], tyro.conf.arg(metavar="{" + ",".join(SECTIONS) + "} ...")] = SECTIONS
+    only: tuple[Section, ...] = SECTIONS
     """Sections to run."""
-    strict: bool = False
-    """Exit 1 if a target is missed."""
-    out: Path | None = None
-    """Write everything, single ratios included, to this JSON file, which must not exist."""
-    seconds: Positive = 4.0
-    """To spend on each comparison, longer if that is needed for enough pairs."""
+    pairs: PairOptions = PairOptions(seconds=4.0)
+    running: RunOptions = pick(RunOptions(), "file", "threads", "quiet")
 
 
 def main(args: Args) -> int:
     """Measure, print, write; the exit status."""
     if not args.only:
         raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
-    if args.out is not None and args.out.exists():
-        raise RunError(f"--out {args.out}: exists; choose another name or remove it.")
-    if args.out is not None and not args.out.absolute().parent.is_dir():
-        raise RunError(f"--out {args.out}: the folder {args.out.parent} does not exist.")
+    if (file := args.running.file) is not None and file.exists():
+        raise RunError(f"--file {file}: exists; choose another name or remove it.")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise RunError(f"--file {file}: the folder {file.parent} does not exist.")
     bench = args.bench(quick=Bench(0.02, 3, 4, 256, 2, 120))
     about: dict[str, Any] = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "versions": versions(),
         **machine(),
         "load_before": load(),
@@ -104,11 +97,11 @@ def main(args: Args) -> int:
             gc.collect()  # worker processes too
     about |= {"seconds": time.perf_counter() - began, "load_after": load()}
     print(table(bench.rows, about))
-    if args.out is not None:
-        if args.out.exists():
-            raise RunError(f"--out {args.out}: File exists.")
-        write_json(args.out, {**about, **asdict(bench)})
-    return int(args.strict and any(row.verdict == "MISSED" for row in bench.rows))
+    if file is not None:
+        if file.exists():
+            raise RunError(f"--file {file}: File exists.")
+        write_json(file, {**about, **asdict(bench)})
+    return int(args.pairs.strict and any(row.verdict == "MISSED" for row in bench.rows))
 
 
 # ---- fused, grown

@@ -1,7 +1,7 @@
 """How fast the experiment trains: images/s of its loop, of timm's loader and loop, and of the original ReduceNet's.
 
     python tools/experiment_speed.py                          reducenet20 at half width, 32x32, about 4 minutes
-    python tools/experiment_speed.py --threads 1 --seeds 5
+    python tools/experiment_speed.py --threads 1 --stacked 5
 
 All train the same net with SGD in batches of 128, crop and flip; they take turns, each turn a pass over the images, and
 each pair of turns gives a ratio (see benchmark.py).
@@ -30,8 +30,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from growshrink.base.limits import Count, Pixels, Positive
+from growshrink.base.limits import Count
 from growshrink.base.timing import Call, machine
+from growshrink.cli.forms import pick
+from growshrink.cli.options import ModelOptions, NetOptions, parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split
@@ -40,39 +42,36 @@ from growshrink.evidence.stack import StackedFeed, stack_nets
 from growshrink.schedules.functions import constant
 from growshrink.training import TrainConfig, Trainer
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
-from paired import TimedArgs, channels_last, load
+from paired import PairOptions, TimedArgs, channels_last, load
 
 BATCH = 128
 CLASSES = 10
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
-    """Options of experiment_speed."""
+    """Options of experiment_speed; what is trained is reducenet20."""
 
-    width: Positive = 0.5
-    """Of reducenet20."""
-    image_size: Pixels = 32
-    """Side of the images in pixels."""
-    seeds: Count = 3
+    stacked: Count = 3
     """Nets side by side."""
     images: Count = 4096
     """In a pass."""
-    seconds: Positive = 60.0
-    """To spend on each comparison, longer if that is needed for enough pairs."""
+    model: ModelOptions = pick(ModelOptions(model_kwargs=("width=0.5",)), "model_kwargs")
+    nets: NetOptions = pick(NetOptions(), "pixels")
+    pairs: PairOptions = pick(PairOptions(seconds=60.0), "seconds", "quick")
 
 
 def main(args: Args) -> int:
     """Measure and print."""
-    count = 2 * BATCH if args.quick else max(BATCH, args.images // BATCH * BATCH)
+    count = 2 * BATCH if args.pairs.quick else max(BATCH, args.images // BATCH * BATCH)
     bench = args.bench(5)
-    before, side = load(), args.image_size
+    before, side = load(), args.nets.pixels
     split = random_split(count, side)
     with tempfile.TemporaryDirectory(prefix="growshrink-speed-") as folder:
         png_folder(split, folder, bench)
-        ours = our_loop(args, split, args.seeds)
+        ours = our_loop(args, split, args.stacked)
         rows = [
-            bench.compare(f"speed: {name}", ours, call, images=(args.seeds * count, count))
+            bench.compare(f"speed: {name}", ours, call, images=(args.stacked * count, count))
             for name, call in {
                 "one seed": our_loop(args, split, 1),
                 "timm": timm_loop(args, timm_loader(folder, BATCH, side)),
@@ -84,7 +83,7 @@ def main(args: Args) -> int:
         print(f"{row.what:12s} {row.a:9,.0f} {row.b:9,.0f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}")
     about = machine()
     print(
-        f"\nreducenet20, width {args.width:g}, {side} pixels, {args.seeds} seeds side by side; {about['threads']} "
+        f"\nreducenet20, {' '.join(args.model.model_kwargs)}, {side} pixels, {args.stacked} seeds side by side; {about['threads']} "
         f"threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}, timm "
         f"{timm.__version__}; load average {before} before, {load()} after."
     )
@@ -102,7 +101,7 @@ def our_loop(args: Args, split: Split, seeds: int) -> Call:
         mean=MEAN,
         std=STD,
     )
-    augment = Augment(crop=args.image_size // 8, flip=True)
+    augment = Augment(crop=args.nets.pixels // 8, flip=True)
     feeds = [MemoryFeed.of(data, batch_size=BATCH, augment=augment, seed=seed) for seed in range(seeds)]
     nets = [plain_net(args) for _ in feeds]
     feed, net = (StackedFeed(feeds), stack_nets(nets, data.input_size)) if seeds > 1 else (feeds[0], nets[0])
@@ -136,7 +135,7 @@ def original_loop(args: Args, split: Split) -> Call:
     """A pass with the settings of the original's script (ohmydroid/reducenet, f16c096)."""
     transform = transforms.Compose(
         [
-            transforms.RandomCrop(args.image_size, padding=args.image_size // 8),
+            transforms.RandomCrop(args.nets.pixels, padding=args.nets.pixels // 8),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
         ]
@@ -178,7 +177,7 @@ class InMemory(Dataset[tuple[Tensor, int]]):
 
 def plain_net(args: Args) -> nn.Module:
     """What all of them train."""
-    return timm.create_model("reducenet20", num_classes=CLASSES, width=args.width)
+    return timm.create_model("reducenet20", num_classes=CLASSES, **parse_kwargs(args.model.model_kwargs))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.base.limits import BatchSize, Ratio
 from growshrink.base.timing import Call, machine
-from growshrink.cli.limits import BranchName
+from growshrink.cli.forms import pick
+from growshrink.cli.options import BatchOptions, GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError, did_you_mean
 from paired import Bench, Row, TimedArgs, channels_last, load
@@ -37,7 +37,7 @@ AT_MOST = 1.3
 TARGETS = ("dbb", "expandnet")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
     """Options of online_cost."""
 
@@ -48,30 +48,25 @@ class Args(TimedArgs):
         "resnet18@128",
     )
     """timm models, and the side of the images each is trained on."""
-    branches: tuple[BranchName, ...] = TARGETS
-    """Kinds or presets: dbb, expandnet, repvgg, acnet, mobileone, orepa, lora, mixture, ..."""
-    ratio: Ratio = 2.0
-    """Middle width of a branch over the output channels of its convolution."""
-    batch_size: BatchSize = 128
-    """Images per update."""
-    choose: Annotated[Literal["measured", "always"], tyro.conf.arg(metavar="measured|always")] = "measured"
+    choose: Literal["measured", "always"] = "measured"
     """Which convolutions run merged: those where that is measured to be faster, or all."""
     report: bool = False
     """Also print what every convolution costs either way."""
-    strict: bool = False
-    """Exit 1 if a target is missed."""
+    batches: BatchOptions = BatchOptions(batch_size=128)
+    grow: GrowOptions = pick(GrowOptions(branches=TARGETS), "branches")
+    rounds: gs.RoundPlan = pick(gs.RoundPlan(epochs=1), "ratio")
 
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
-    if args.batch_size < 2:
-        raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
+    if args.batches.batch_size < 2:
+        raise RunError(f"--batch-size {args.batches.batch_size}: must be at least 2.")
     nets = [parse(net) for net in args.nets]
     bench = args.bench(5)
     before = load()
     print(f"{'net':22s} {'branches':16s} {'plain ms':>9s}  {'branch by branch':24s} {'merged':24s} merged in")
     for name, pixels in nets:
-        for branch in args.branches:
+        for branch in args.grow.branches:
             grown, collapsed, report = measure(bench, args, name, pixels, branch)
             print(
                 f"{f'{name}@{pixels}':22s} {branch:16s} {collapsed.b:9.1f}  {ratio(grown):24s} {ratio(collapsed):24s} "
@@ -82,14 +77,14 @@ def main(args: Args) -> int:
                 print(report)
     about = machine()
     print(
-        f"\nOver an update of the plain net; batch {args.batch_size}, ratio {args.ratio:g}; {about['threads']} threads "
+        f"\nOver an update of the plain net; batch {args.batches.batch_size}, ratio {args.rounds.ratio:g}; {about['threads']} threads "
         f"on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average {before} before, "
         f"{load()} after."
     )
     missed = sum(row.verdict == "MISSED" for row in bench.rows)
     if missed:
         print(f"{missed} of {sum(bool(row.verdict) for row in bench.rows)} targets MISSED (at most {AT_MOST}).")
-    return int(args.strict and missed > 0)
+    return int(args.pairs.strict and missed > 0)
 
 
 def parse(net: str) -> tuple[str, int]:
@@ -108,16 +103,16 @@ def measure(
     """The step of the grown net over that of the plain one, branch by branch and collapsed, and what was collapsed."""
     torch.manual_seed(0)
     size = (3, pixels, pixels)
-    images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(10, (args.batch_size,))
+    images = torch.randn(args.batches.batch_size, *size).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (args.batches.batch_size,))
     plain = channels_last(timm.create_model(name, num_classes=10)).train()
-    grown = channels_last(gs.grow(plain, branch, ratio=args.ratio, input_size=size))
+    grown = channels_last(gs.grow(plain, branch, ratio=args.rounds.ratio, input_size=size))
     collapsed = gs.collapse_online(
         grown,
         choose=args.choose,
-        batch_size=args.batch_size,
+        batch_size=args.batches.batch_size,
         input_size=size,
-        rounds=2 if args.quick else 5,
+        rounds=2 if args.pairs.quick else 5,
         progress=bench.progress,
     )
     target = AT_MOST if branch in TARGETS else math.inf

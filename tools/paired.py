@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from growshrink.base.limits import Positive, Threads
+from growshrink.base.limits import Positive
 from growshrink.base.timing import Call, seconds_of
+from growshrink.cli.forms import pick
+from growshrink.cli.options import RunOptions
 from growshrink.data.batches import Batch
 
 Values = Sequence[float]
@@ -97,25 +98,30 @@ class Bench:
         return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
 
 
-@dataclass(kw_only=True)
-class TimedArgs:
-    """Options that all programs with paired timings have."""
+@dataclass(frozen=True, kw_only=True)
+class PairOptions:
+    """How long is measured."""
 
     seconds: Positive = 6.0
     """To spend on each comparison, longer if that is needed for enough pairs."""
-    threads: Threads | None = None
-    """Of torch, worker processes not counted; by default all it takes by itself, the physical cores."""
     quick: bool = False
     """A smoke run: very few repeats, times that mean nothing."""
-    quiet: bool = False
-    """No progress bar."""
+    strict: bool = False
+    """Exit 1 if a target is missed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimedArgs:
+    """Of programs with paired timings."""
+
+    pairs: PairOptions = PairOptions()
+    running: RunOptions = pick(RunOptions(), "threads", "quiet")
 
     def bench(self, least_repeats: int = 15, quick: Bench | None = None) -> Bench:
         """As they say; `quick` is that of a smoke run."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        bench = (quick or Bench(0.02, 2)) if self.quick else Bench(self.seconds, least_repeats)
-        bench.progress = not self.quiet
+        self.running.set_threads()
+        bench = (quick or Bench(0.02, 2)) if self.pairs.quick else Bench(self.pairs.seconds, least_repeats)
+        bench.progress = not self.running.quiet
         return bench
 
 

@@ -1,7 +1,7 @@
 """What a training step with sampled widths costs: MACs counted, time measured in pairs, both over a plain step.
 
     python tools/step_cost.py                               every mode on reducenet20 grown with ratio 4, and _x4
-    python tools/step_cost.py --models resnet18 --ratio 2 --image-size 64 --batch-size 16
+    python tools/step_cost.py resnet18 --ratio 2 --pixels 64 --batch-size 16
     python tools/step_cost.py --strict                      exit 1 if the default mode costs more than 1.5 plain steps
 
 A plain step trains the plain net. The two take turns and each pair of turns gives a ratio (see benchmark.py); a mode
@@ -18,10 +18,11 @@ import timm
 import torch
 
 import growshrink as gs
-from growshrink.base.limits import BatchSize, Pixels, Ratio
 from growshrink.base.timing import machine
+from growshrink.cli.forms import pick
+from growshrink.cli.options import NetOptions
 from growshrink.cli.program import run_program
-from growshrink.errors import RunError, did_you_mean
+from growshrink.errors import RunError
 from growshrink.proofs._profile import training_macs
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
@@ -43,58 +44,48 @@ MODES: dict[str, dict[str, Any]] = {
 DEFAULT_AT_MOST = 1.5
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
-    """Options of step_cost."""
+    """Options of step_cost; plain models are grown."""
 
-    models: tuple[str, ...] = ("reducenet20", "reducenet20_x4")
-    """timm models; plain ones are grown."""
-    ratio: Ratio = 4.0
-    """Middle width of the widest net over the output channels."""
-    image_size: Pixels = 32
-    """Side of the images in pixels."""
-    batch_size: BatchSize = 64
-    """Images per update."""
-    strict: bool = False
-    """Exit 1 if the default mode's MACs are above the target."""
+    nets: NetOptions = NetOptions(models=("reducenet20", "reducenet20_x4"))
+    rounds: gs.RoundPlan = pick(gs.RoundPlan(epochs=1, ratio=4.0), "ratio")
 
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
-    if args.batch_size < 2:
-        raise RunError(f"--batch-size {args.batch_size}: must be at least 2.")
-    for name in args.models:
-        if not timm.is_model(name):
-            raise RunError(f"--models {name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
+    nets = args.nets
+    if nets.batch_size < 2:
+        raise RunError(f"--batch-size {nets.batch_size}: must be at least 2.")
     bench = args.bench()
     before, missed = load(), False
     print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")
-    for name in args.models:
+    for name in nets.models:
         for mode, options in MODES.items():
             macs, row = measure(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
             print(f"{name:16s} {mode:22s} {macs:6.2f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}", flush=True)
     about = machine()
     print(
-        f"\nOver a step of the plain net; batch {args.batch_size}, {args.image_size} pixels; {about['threads']} "
+        f"\nOver a step of the plain net; batch {nets.batch_size}, {nets.pixels} pixels; {about['threads']} "
         f"threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average "
         f"{before} before, {load()} after."
     )
     if missed:
         print(f"MISSED: the default mode is to cost at most {DEFAULT_AT_MOST} plain steps in MACs.")
-    return int(args.strict and missed)
+    return int(args.pairs.strict and missed)
 
 
 def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> tuple[float, Any]:
     """MACs of an average update over the plain net's, and the paired times."""
-    size = (3, args.image_size, args.image_size)
+    size = (3, args.nets.pixels, args.nets.pixels)
     plain = timm.create_model(name.split("_x")[0], num_classes=10)
     grown = timm.create_model(name, num_classes=10)
     if "_x" not in name:
-        gs.grow(grown, ratio=args.ratio, inplace=True, input_size=size)
+        gs.grow(grown, ratio=args.rounds.ratio, inplace=True, input_size=size)
     task = gs.NetAugTask(grown, verbose=False, input_size=size, **options)
-    images = torch.randn(args.batch_size, *size).contiguous(memory_format=torch.channels_last)
-    batches = OneBatch((images, torch.randint(10, (args.batch_size,))), args.batch_size)
+    images = torch.randn(args.nets.batch_size, *size).contiguous(memory_format=torch.channels_last)
+    batches = OneBatch((images, torch.randint(10, (args.nets.batch_size,))), args.nets.batch_size)
     trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), batches) for net in (grown, plain)]
     task.attach(trainers[0].optimizer)
     one = gs.schedules.constant(1.0)

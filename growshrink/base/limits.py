@@ -131,7 +131,7 @@ class Writable:
                 return None
         except (OSError, ValueError) as error:
             return f"cannot be written ({error})."
-        return f"cannot be made, {first} is a file."
+        return f"cannot be used as a folder, {first} is a file."
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,15 @@ from growshrink.base.limits import OneOf
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
-_ONLY = "only"
+_PICKED = "picked"
 #: A comma that does not stand in brackets.
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")
 
 
-def only(default: Any, *names: str) -> Any:
+def pick(default: Any, *names: str) -> Any:
     """Field for a component of which `names` are options; the other fields stay as `default` has them."""
     assert {entry.name for entry in fields(default)}.issuperset(names), names
-    return field(default=default, metadata={_ONLY: names})
+    return field(default=default, metadata={_PICKED: names})
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def parts_of(cls: type) -> dict[str, tuple[Any, dict[str, Option]]]:
             {
                 name: Option(name, _owner(type(part), name), hint, getattr(part, name), _class_of(hint))
                 for name, hint in inner.items()
-                if name in entry.metadata.get(_ONLY, inner)
+                if name in entry.metadata.get(_PICKED, inner)
             },
         )
     return parts

@@ -23,9 +23,11 @@ from growshrink.base.limits import (
     BatchSize,
     Count,
     Device,
+    InFile,
     InFolder,
     NotAll,
     OutFile,
+    OutFolder,
     PartOf,
     Pixels,
     Positive,
@@ -34,7 +36,7 @@ from growshrink.base.limits import (
     Whole,
 )
 from growshrink.base.ranks import num_ranks, this_rank
-from growshrink.cli.forms import literal, only, plain_options
+from growshrink.cli.forms import literal, pick, plain_options
 from growshrink.cli.limits import BranchName, DataName, ModelName
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment
@@ -185,7 +187,7 @@ class TimingOptions:
 class RunOptions:
     """Where a run goes, and on what."""
 
-    out: Path | None = None
+    out: OutFolder | None = None
     """Folder of the run; by default one in runs/, numbered if taken."""
     file: OutFile | None = None
     """File of the results."""
@@ -208,9 +210,13 @@ class RunOptions:
 
     def claim(self, name: str) -> RunFolder:
         """Claim the folder of the run, by default runs/NAME, before anything else is done."""
-        if self.out is not None:
-            return RunFolder.claim(self.out, resume=self.resume)
-        return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
+
+        def claim() -> RunFolder:
+            if self.out is not None:
+                return RunFolder.claim(self.out, resume=self.resume)
+            return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
+
+        return claim_together(claim)
 
     def set_threads(self) -> None:
         """Let torch take as many threads as asked for."""
@@ -307,9 +313,9 @@ class Options:
 class StudyOptions(Options):
     """Of programs that analyse nets."""
 
-    training: TrainConfig = only(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
-    data: DataOptions = only(DataOptions(), "data", "data_dir", "batch_size")
-    running: RunOptions = only(RunOptions(), "out", "seed", "device", "quiet")
+    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
+    data: DataOptions = pick(DataOptions(), "data", "data_dir", "batch_size")
+    running: RunOptions = pick(RunOptions(), "out", "seed", "device", "quiet")
 
     def seeds(self) -> list[int]:
         """Return the seeds of all nets."""
@@ -320,6 +326,23 @@ class StudyOptions(Options):
         torch.manual_seed(seed)
         model, about = self.model.make(feed)
         return model.to(self.running.torch_device()), about
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentOptions:
+    """Of programs that compare arms."""
+
+    experiment: Annotated[InFile | None, tyro.conf.Positional] = None
+    """A JSON file: data, net, seeds and training (see recipes/plans/)."""
+    data: DataOptions = pick(DataOptions(), "data_dir")
+    running: RunOptions = pick(RunOptions(), "out", "device", "quiet")
+
+    @property
+    def plan(self) -> Path:
+        """The file."""
+        if self.experiment is None:
+            raise RunError("name a plan file, e.g. recipes/plans/digits.json (recipes/compare.py --list has the arms).")
+        return self.experiment
 
 
 def command() -> str:

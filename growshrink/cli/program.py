@@ -9,8 +9,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, Union, get_args
+from typing import NoReturn, TypeVar, get_args
 
 import tyro
 
@@ -59,7 +61,7 @@ def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] |
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            form = tyro.cli(Union[tuple(forms)], description=doc, args=words)  # type: ignore[call-overload]
+            form = tyro.cli(reduce(or_, forms), description=doc, args=words)
     except SystemExit as end:
         if not end.code:  # --help
             raise
