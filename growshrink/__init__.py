@@ -23,7 +23,7 @@ from growshrink.analysis import rank as rank
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
 from growshrink.cycle import CyclePlan as CyclePlan
-from growshrink.cycle import RoundPlan as RoundPlan
+from growshrink.cycle import Round as Round
 from growshrink.cycle import run_cycle as run_cycle
 from growshrink.depth import collapse as collapse
 from growshrink.layers.activations import get_lambda as get_lambda

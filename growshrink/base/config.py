@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from growshrink.base.limits import Limit
 from growshrink.errors import GrowShrinkError, PlanError, did_you_mean
@@ -14,6 +14,26 @@ from growshrink.errors import GrowShrinkError, PlanError, did_you_mean
 T = TypeVar("T")
 #: Key that names the class where a field may hold one of several.
 KIND = "kind"
+
+
+class Variant:
+    """Base of dataclasses of which a field may hold one of several, named in the class statement.
+
+    `class Exit(Variant)` opens a family, `class Fuse(Exit, kind="fuse")` is one of it; `kind=""` makes a base of
+    others.
+    """
+
+    kinds: ClassVar[dict[str, type[Any]]]
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, kind: str | None = None, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind is None:
+            cls.kinds = {}
+        else:
+            cls.kind = kind
+            if kind:
+                cls.kinds[kind] = cls
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -46,9 +66,9 @@ def fault(hint: Any, value: Any) -> str | None:
         return None if None in faults else faults[0]
     if origin is Literal:
         return None if value in inner else f"no such choice{did_you_mean(str(value), map(str, inner))}"
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return "must be a tuple."
+    if origin in (tuple, list):
+        if not isinstance(value, origin):
+            return f"must be a {origin.__name__}."
         return next(filter(None, (fault(inner[0], each) for each in value)), None)
     return _fault_of_class(origin or hint, value)
 
@@ -72,7 +92,7 @@ def _fault_of_class(cls: Any, value: Any) -> str | None:
 def to_dict(instance: Any) -> Any:
     """Take a dataclass, or anything made of them, to what JSON can hold; the inverse of `from_dict`."""
     if is_dataclass(instance) and not isinstance(instance, type):
-        kind = {KIND: getattr(instance, KIND)} if hasattr(instance, "kinds") else {}
+        kind = {KIND: instance.kind} if isinstance(instance, Variant) else {}
         return {**kind, **{entry.name: to_dict(getattr(instance, entry.name)) for entry in fields(instance)}}
     if isinstance(instance, Mapping):
         return {key: to_dict(value) for key, value in instance.items()}
@@ -84,7 +104,7 @@ def to_dict(instance: Any) -> Any:
 def from_dict(cls: type[T], values: Any, what: str, error: type[GrowShrinkError] = PlanError) -> T:
     """Make a dataclass from what JSON can hold.
 
-    Where `cls` is a base whose `kinds` names its subclasses, `values` names one under "kind", or is that name alone.
+    Where `cls` opens a family (see `Variant`), `values` names one of it under "kind", or is that name alone.
 
     Args:
         cls: The dataclass; its fields may hold others, tuples of them and mappings to them.
@@ -134,11 +154,9 @@ def _make(hint: Any, value: Any, what: str, error: type[GrowShrinkError]) -> Any
     if origin in (Union, UnionType):
         kinds = [kind for kind in inner if kind is not NoneType]
         return value if value is None or len(kinds) != 1 else _make(kinds[0], value, what, error)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            return value
-        return tuple(_make(inner[0], each, f"{what}[{index}]", error) for index, each in enumerate(value))
-    if origin is not None and issubclass(origin, Mapping) and isinstance(value, Mapping):
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        return origin(_make(inner[0], each, f"{what}[{index}]", error) for index, each in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {key: _make(inner[1], each, f"{what}.{key}", error) for key, each in value.items()}
     if isinstance(hint, type) and (is_dataclass(hint) or _kinds(hint)):
         return from_dict(hint, value, what, error)
@@ -146,5 +164,5 @@ def _make(hint: Any, value: Any, what: str, error: type[GrowShrinkError]) -> Any
 
 
 def _kinds(cls: type) -> Mapping[str, type[Any]]:
-    """The classes that a field of class `cls` may hold, by name, where `cls` is the base of several."""
-    return vars(cls).get("kinds", {})
+    """The family that `cls` opens, by name; empty for every other class."""
+    return cls.kinds if issubclass(cls, Variant) and "kinds" in vars(cls) else {}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from growshrink.base.limits import MOST_RATIO
+from growshrink.base.limits import MOST_RATIO, OneOf
 from growshrink.errors import GrowError, did_you_mean
 from growshrink.layers.branch import Branch
 
@@ -21,6 +22,9 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     # with the kernel itself the four copies of MobileOne-S0
     "mobileone": ("copy", "copy", "copy", "pointwise", "identity"),
 }
+
+
+BranchKind = Annotated[str, OneOf("no such branch", lambda: [*Branch.kinds, *PRESETS])]
 
 
 @dataclass(frozen=True, kw_only=True)

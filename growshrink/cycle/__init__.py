@@ -1,7 +1,15 @@
-"""Rounds of grow -> train -> vanish -> fuse -> train: plan, execution, record."""
+"""Rounds of grow -> train -> vanish -> exit -> train: plan, phases, run, record."""
 
+from growshrink.cycle.augmented import NetAug as NetAug
+from growshrink.cycle.exits import Choose as Choose
+from growshrink.cycle.exits import Drop as Drop
+from growshrink.cycle.exits import Exit as Exit
+from growshrink.cycle.exits import Fuse as Fuse
+from growshrink.cycle.exits import Rewind as Rewind
+from growshrink.cycle.layout import Phases as Phases
+from growshrink.cycle.layout import lay_out as lay_out
 from growshrink.cycle.plan import CyclePlan as CyclePlan
-from growshrink.cycle.plan import RoundPlan as RoundPlan
+from growshrink.cycle.plan import Round as Round
 from growshrink.cycle.result import CycleResult as CycleResult
 from growshrink.cycle.run import run_cycle as run_cycle
-from growshrink.cycle.timeline import Timeline as Timeline
+from growshrink.cycle.teaching import Teacher as Teacher

@@ -1,86 +1,115 @@
-"""A round whose middle widths are sampled: NetAug in the place of plain training, and the ways out of it."""
+"""A round whose middle widths are sampled: NetAug in the place of plain training."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.config import check_fields
+from growshrink.base.limits import NotNegative, OneOf, Share
 from growshrink.base.ranks import this_rank
-from growshrink.cycle.plan import RoundPlan
-from growshrink.cycle.timeline import Segment, Timeline
+from growshrink.cycle.records import Grew, LeftBy, TriedWidth
 from growshrink.layers.widths import Width, WidthSpace, set_width, width_space
-from growshrink.schedules.functions import Schedule
-from growshrink.supernet import NetAugTask, choose_width, default_candidates, save_supernet
+from growshrink.schedules import Schedule
+from growshrink.supernet import NetAugTask, WidthChoice, save_supernet
 from growshrink.supernet.cost import StepCost
-from growshrink.supernet.passes import NUM_AUGMENTED, default_alpha
+from growshrink.supernet.passes import MODES, NUM_AUGMENTED, default_alpha
 from growshrink.training.calibrate import calibrate_bn
-from growshrink.training.distil import Teacher
+from growshrink.training.distil import TeacherNet
 from growshrink.training.trainer import Trainer
 
 #: Batches that batch norm statistics of a wider net are taken from.
 CALIBRATION_BATCHES = 20
 
 
-class Augmentation:
-    """The sampled widths of a round, for as long as the structure and the teacher stay as they are.
+@dataclass(frozen=True)
+class NetAug:
+    """How middle widths are sampled while the net is grown (NetAug, Cai et al., arXiv:2110.08890).
 
     Attributes:
-        task: What computes the gradients.
-        space: The widths it draws from.
+        mode: Of `NetAugTask`.
+        alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
+            that have one, the weight of the base's.
+        inplace_distil: Share of the base net's loss that comes from the augmented net's logits of the same update;
+            None is the mode's own.
     """
 
-    def __init__(
+    mode: Annotated[str, OneOf("no such mode", MODES)] = "netaug"
+    alpha: NotNegative | None = None
+    inplace_distil: Share | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def task(
         self,
-        trainer: Trainer,
-        plan: RoundPlan,
+        model: nn.Module,
         *,
-        lam: Schedule,
+        lam: Schedule | None,
         seed: int,
-        teacher: Teacher | None,
+        label_smoothing: float,
+        teacher: TeacherNet | None,
         input_size: InputSize,
-    ) -> None:
-        self.space = width_space(trainer.model)
-        # Dropped at its end, the round fades its branches out with lam; fused, it trains them to the end.
-        alpha = default_alpha(plan.augment) if plan.alpha is None else plan.alpha
-        distilled: dict[str, Any] = {}
+    ) -> NetAugTask:
+        """What computes loss and gradients of a grown net.
+
+        Args:
+            model: The grown net.
+            lam: What the augmented net fades out with; None keeps it to the end.
+            seed: Of the widths.
+            label_smoothing: Of the cross-entropy.
+            teacher: Teaches the base net.
+            input_size: `(C, H, W)`.
+        """
+        alpha = default_alpha(self.mode) if self.alpha is None else self.alpha
+        taught: dict[str, Any] = {}
         if teacher is not None:
-            distilled = {
+            taught = {
                 "teacher": teacher.model,
                 "teacher_weight": teacher.weight,
                 "teacher_temperature": teacher.temperature,
             }
-        self.task = NetAugTask(
-            trainer.model,
-            nn.CrossEntropyLoss(label_smoothing=trainer.config.label_smoothing),
+        return NetAugTask(
+            model,
+            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
             verbose=False,
-            space=self.space,
-            mode=plan.augment,
-            alpha=(lambda update: alpha * lam(update)) if plan.exit == "drop" else alpha,
-            inplace_distil=plan.inplace_distil,
+            space=width_space(model),
+            mode=self.mode,
+            alpha=alpha if lam is None else lambda update: alpha * lam(update),
+            inplace_distil=self.inplace_distil,
             seed=seed,
             input_size=input_size,
-            **distilled,
+            **taught,
         )
-        self.task.attach(trainer.optimizer)
+
+
+class Augmentation:
+    """The sampled widths of a round, for as long as the structure and the teacher stay as they are.
+
+    Args:
+        trainer: Of the grown net.
+        task: What computes the gradients.
+        span: The updates in which the net of the round is grown, from and to (exclusive).
+        input_size: `(C, H, W)`.
+
+    Attributes:
+        task: The same.
+        space: The widths it draws from.
+    """
+
+    def __init__(self, trainer: Trainer, task: NetAugTask, span: tuple[int, int], input_size: InputSize) -> None:
+        self.task = task.attach(trainer.optimizer)
+        self.space: WidthSpace = task.space
+        self._span = span
         if trainer.ema is not None:
             set_width(trainer.ema, self.space.base)
-        self._cost = StepCost(self.task, input_size)
-
-    def describe(self, start: int, stop: int) -> dict[str, Any]:
-        """What the round's record says of it; `step_macs` is of an average update of `start` to `stop`, an image."""
-        task = self.task
-        return {
-            "mode": task.mode,
-            "every": task.every,
-            "inplace_distil": task.inplace_distil,
-            "nets": self.space.size,
-            "step_macs": self._cost.mean(start, stop),
-        }
+        self._cost = StepCost(task, input_size)
 
     def macs(self, start: int, stop: int) -> int:
         """MACs an image of the updates from `start` to `stop`, all passes and the teacher's."""
@@ -88,71 +117,31 @@ class Augmentation:
 
     def full_net(self, trainer: Trainer) -> nn.Module:
         """A copy of the net to be judged, at full width, with statistics of its own."""
-        return _recalibrated(trainer, self.space.full)
-
-    def leave(
-        self, trainer: Trainer, plan: RoundPlan, score: Callable[[nn.Module], float], input_size: InputSize
-    ) -> dict[str, Any]:
-        """Set all nets to the width that the plan's exit asks for, ready to be fused; returns the record of it."""
-        base, width, record = self.space.base, self.space.full, {}
-        batches = [] if plan.exit == "drop" else list(trainer.recent_images(CALIBRATION_BATCHES))
-        if plan.exit == "drop":
-            width = base
-        elif plan.exit == "choose":
-            choice = choose_width(
-                trainer.best,
-                default_candidates(self.space),
-                batches=batches,
-                score=score,
-                keep_statistics=base,
-                input_size=input_size,
-            )
-            width = choice.width
-            record["candidates"] = [{"width": _name(c.width, self.space), "top1": c.score} for c in choice.candidates]
-        for net in trainer.nets:
-            set_width(net, width)
-            if width != base:
-                calibrate_bn(net, batches)
-        return {**record, "exit": plan.exit, "width": _name(width, self.space)}
-
-
-class Augmentations:
-    """The augmentation of whatever phase the run is in: kept while the round and its teacher stay, made anew after."""
-
-    def __init__(self, timeline: Timeline, input_size: InputSize) -> None:
-        self._timeline = timeline
-        self._size = input_size
-        self._now: tuple[tuple[int, bool], Augmentation] | None = None
-
-    def of(self, segment: Segment, trainer: Trainer, teacher: Teacher | None) -> Augmentation | None:
-        """The augmentation of a phase; None where widths are not sampled."""
-        plan = self._timeline.plan.rounds[segment.round - 1] if segment.grown else None
-        if plan is None or plan.augment == "none":
-            return None
-        key = (segment.round, teacher is not None)
-        if self._now is None or self._now[0] != key:
-            self.close()
-            seed = self._timeline.plan.seed + segment.round
-            made = Augmentation(
-                trainer, plan, lam=self._timeline.lam, seed=seed, teacher=teacher, input_size=self._size
-            )
-            self._now = (key, made)
-        return self._now[1]
+        return recalibrated(trainer, self.space.full)
 
     def judged(self, trainer: Trainer) -> nn.Module:
         """The net to score while training: the one to judge, with statistics of its own where no update has any."""
-        if self._now is None or NUM_AUGMENTED[self._now[1].task.mode]:
+        if NUM_AUGMENTED[self.task.mode]:
             return trainer.best
-        return _recalibrated(trainer, self._now[1].space.base)  # `single` trains no base net
+        return recalibrated(trainer, self.space.base)  # `single` trains no base net
 
-    def close(self) -> None:
-        """Let go of the optimizer."""
-        if self._now is not None:
-            self._now[1].task.detach()
-        self._now = None
+    def describe(self, exit: str, width: Width, choice: WidthChoice | None) -> LeftBy:
+        """What the round's record says of widths that were left at `width`."""
+        task = self.task
+        tried = choice.candidates if choice is not None else ()
+        return LeftBy(
+            mode=task.mode,
+            every=task.every,
+            inplace_distil=task.inplace_distil,
+            nets=self.space.size,
+            step_macs=self._cost.mean(*self._span),
+            exit=exit,
+            width=name_width(width, self.space),
+            candidates=[TriedWidth(width=name_width(c.width, self.space), top1=c.score) for c in tried],
+        )
 
 
-def _recalibrated(trainer: Trainer, width: Width) -> nn.Module:
+def recalibrated(trainer: Trainer, width: Width) -> nn.Module:
     """A copy of the net to be judged at `width`, with statistics of its own."""
     net = copy.deepcopy(trainer.best)
     set_width(net, width)
@@ -160,35 +149,32 @@ def _recalibrated(trainer: Trainer, width: Width) -> nn.Module:
     return net
 
 
-def save_net(
-    path: Path, model: nn.Module, model_about: Mapping[str, Any], grown: Mapping[str, Any], input_size: InputSize
-) -> None:
+def save_net(path: Path, model: nn.Module, model_about: Mapping[str, Any], grew: Grew, input_size: InputSize) -> None:
     """Write a supernet of the run, if it is known how to make its model.
 
     Args:
         path: The file.
         model: The grown net.
         model_about: What the run was told of its model: name and kwargs, and those of the plain net.
-        grown: The entry of the growth log that made it.
+        grew: The growth that made it.
         input_size: `(C, H, W)`.
     """
     if "name" not in model_about or this_rank() > 0:
         return
-    about: dict[str, Any] = {"input_size": list(input_size)}
-    if grown["names"]:
-        about["name"], about["kwargs"] = model_about["plain_name"], model_about["plain_kwargs"]
-        about["grow"] = {
-            "branch": [branch["kind"] for branch in grown["branches"]],
-            "ratio": grown["branches"][0]["ratio"],
-            "where": grown["names"],
-            "seed": grown["seed"],
-        }
-    else:
-        about["name"], about["kwargs"], about["grow"] = model_about["name"], model_about["kwargs"], None
+    own = "plain_" if grew.names else ""
+    about: dict[str, Any] = {
+        "input_size": list(input_size),
+        "name": model_about[f"{own}name"],
+        "kwargs": model_about[f"{own}kwargs"],
+        "grow": None,
+    }
+    if grew.names:
+        about["grow"] = {"branch": grew.branches, "ratio": grew.ratio, "where": grew.names, "seed": grew.seed}
     save_supernet(path, model, width_space(model), about)
 
 
-def _name(width: Width, space: WidthSpace) -> str | dict[str, int]:
+def name_width(width: Width, space: WidthSpace) -> str | dict[str, int]:
+    """A width by the name of its level, where it has one."""
     for index in (0, *range(space.diversity, 0, -1)):  # a space of few choices has equal levels
         if width == space.level(index / space.diversity):
             return {0: "base", space.diversity: "full"}.get(index, f"level {index} of {space.diversity}")

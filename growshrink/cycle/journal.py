@@ -1,9 +1,10 @@
-"""What a run tells while it runs: rows in log.jsonl and in TensorBoard, and a progress bar."""
+"""Progress of a run: rows in log.jsonl and in TensorBoard, and a progress bar."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from growshrink.base.ranks import this_rank
 from growshrink.base.writing import json_line, write_atomic
-from growshrink.cycle.timeline import Segment
+from growshrink.cycle.records import RoundRecord, Row
 from growshrink.errors import RunError
 
 
@@ -29,10 +30,10 @@ class Journal:
             total=total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05, mininterval=every
         )
 
-    def restart(self, rows: Iterable[Mapping[str, Any]], update: int) -> None:
+    def restart(self, rows: Iterable[Row], update: int) -> None:
         """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""
         if not self._mute:
-            write_atomic(self._path, "".join(map(json_line, rows)).encode())
+            write_atomic(self._path, "".join(json_line(asdict(row)) for row in rows).encode())
         if self._progress:
             self._bar.n = self._bar.initial = update  # the rate, and with it the time left, count from here
 
@@ -40,22 +41,21 @@ class Journal:
         """One more update is done."""
         self._bar.update()
 
-    def enter(self, segment: Segment) -> None:
+    def enter(self, name: str) -> None:
         """Name the phase beside the bar."""
-        name = f"round {segment.round} {segment.phase}" if segment.round else segment.phase
         self._bar.set_description(name, refresh=False)
 
-    def add(self, row: Mapping[str, Any]) -> None:
+    def add(self, row: Row) -> None:
         """Write a row."""
         if self._mute:
             return
         with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json_line(row))
-        self._bar.set_postfix(loss=f"{row['train_loss']:.3f}", val=f"{row['val_top1']:.1f}", refresh=False)
+            file.write(json_line(asdict(row)))
+        self._bar.set_postfix(loss=f"{row.train_loss:.3f}", val=f"{row.val_top1:.1f}", refresh=False)
         if self._writer is not None:
             for key in ("train_loss", "val_top1", "val_loss", "lr", "images_per_second"):
-                self._writer.add_scalar(key, row[key], row["update"])
-            self._writer.add_scalar("lam", row["lam"] or 0.0, row["update"])
+                self._writer.add_scalar(key, getattr(row, key), row.update)
+            self._writer.add_scalar("lam", row.lam or 0.0, row.update)
 
     def warn(self, text: str) -> None:
         """A line on stderr, asked for or not."""
@@ -67,13 +67,12 @@ class Journal:
         if self._progress:
             self._bar.write(text)
 
-    def end_round(self, record: Mapping[str, Any]) -> None:
+    def end_round(self, record: RoundRecord) -> None:
         """A line on the round that is over."""
-        top1 = record["top1"]
         stages = ("before", "peak", "vanished", "fused", "end")
-        parts = [f"{key} {top1[key]:.2f}" for key in stages if top1.get(key) is not None]
-        undone = " (undone)" if record.get("undone") else ""
-        self.say(f"round {record['number']} ({', '.join(record['branch'])}): val top-1 {' -> '.join(parts)}{undone}")
+        parts = [f"{name} {value:.2f}" for name in stages if (value := getattr(record.top1, name)) is not None]
+        undone = " (undone)" if record.undone else ""
+        self.say(f"round {record.number} ({', '.join(record.branch)}): val top-1 {' -> '.join(parts)}{undone}")
 
     def close(self) -> None:
         """Remove nothing, close everything."""

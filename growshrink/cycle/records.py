@@ -1,41 +1,353 @@
-"""What the record of a round says of the net that has just been grown."""
+"""What a run writes down: the changes of structure, rows of the log, and a record for each round.
+
+All are plain values, taken to JSON and back by `growshrink.base.config`.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.cycle.log import replay
-from growshrink.cycle.plan import RoundPlan
+from growshrink.base.config import Variant
+from growshrink.branches import BranchSpec
+from growshrink.errors import RunError
+from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
-from growshrink.proofs._profile import profile, training_macs
-from growshrink.transforms import growth_report
+from growshrink.transforms import collapse_online, fuse, grow
 
 
-def round_record(
-    plan: RoundPlan, grown: nn.Module, initial: nn.Module, input_size: InputSize, *, built_grown: bool
-) -> dict[str, Any]:
-    """Sizes and costs, for report.json.
+@dataclass(frozen=True, kw_only=True)
+class Change(Variant):
+    """A change of structure, enough to make it again.
 
-    Args:
-        plan: Of the round.
-        grown: With its branches.
-        initial: The net the run began with.
-        input_size: `(C, H, W)`.
-        built_grown: It had its branches before.
+    Attributes:
+        update: Updates done before it.
+        round: Number of the round, from 1.
     """
-    plain = replay(initial, [{"op": "fuse"}], input_size)
-    before, after = profile(grown if built_grown else plain, input_size), profile(grown, input_size)
+
+    update: int = 0
+    round: int = 0
+
+    def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """The model after the change; it may be `model` itself, changed in place.
+
+        Args:
+            model: As the changes before have left it.
+            plain: The net that the run began with.
+            input_size: `(C, H, W)`.
+        """
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grew(Change, kind="grow"):
+    """Branches were attached.
+
+    Attributes:
+        branches: Kinds, in order.
+        ratio: Middle width over output channels.
+        names: The layers, by dotted name; empty where the net had its branches from the beginning.
+        init: As for `grow`.
+        seed: Of the branches' weights.
+        shapes: Of every parameter of every grown module afterwards, by dotted name.
+    """
+
+    branches: list[str] = field(default_factory=list)
+    ratio: float = 2.0
+    names: list[str] = field(default_factory=list)
+    init: str = "silent"
+    seed: int = 0
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+
+    def grow(self, model: nn.Module, input_size: InputSize) -> None:
+        """Grow a plain net in place, by exact names, so that nothing is decided twice."""
+        specs = [BranchSpec(kind=kind, ratio=self.ratio) for kind in self.branches]
+        grow(model, specs, where=self.names, init=self.init, seed=self.seed, inplace=True, input_size=input_size)
+
+    def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """See `Change.apply`; RunError where the shapes are not those of then."""
+        if self.names:
+            self.grow(model, input_size)
+        if shapes_of(model) != self.shapes:
+            raise RunError("the growth log is of another model: its shapes differ.")
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collapsed(Change, kind="collapse"):
+    """Branches that are linear at `lam` became part of their layers' kernels, for training."""
+
+    lam: float
+    names: list[str]
+
+    def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """See `Change.apply`."""
+        set_lambda(model, self.lam)
+        return collapse_online(model, choose=self.names, inplace=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fused(Change, kind="fuse"):
+    """The branches were merged.
+
+    Attributes:
+        max_rel: Relative difference of the outputs before and after, in float64.
+        effect: Relative change of the outputs without the branches, with random norms.
+    """
+
+    max_rel: float = 0.0
+    effect: float = 0.0
+
+    def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """See `Change.apply`."""
+        set_lambda(model, 0.0)
+        return fuse(model, inplace=True, input_size=input_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Undone(Change, kind="undo"):
+    """A round was undone, because its fused net was worse than the net that was grown; the structure is the same.
+
+    Attributes:
+        before: Top-1 before the growth.
+        fused: After the fuse.
+        accept_within: What a round may cost.
+    """
+
+    before: float
+    fused: float
+    accept_within: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewound(Change, kind="rewind"):
+    """The plain net from before the growth came back."""
+
+    def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """See `Change.apply`."""
+        return plain_net(plain, input_size)
+
+
+def replay(model: nn.Module, changes: Sequence[Change], input_size: InputSize) -> nn.Module:
+    """A copy of the initial `model` with the structure that `changes` describe (its values are to be loaded after).
+
+    Raises:
+        RunError: A change does not fit the model: it is the log of another one.
+    """
+    plain, model = model, copy.deepcopy(model)
+    for change in changes:
+        model = change.apply(model, plain, input_size)
+    return model
+
+
+def plain_net(model: nn.Module, input_size: InputSize) -> nn.Module:
+    """A copy of a net without branches; one that was grown at birth is fused."""
+    return replay(model, [Fused()] if grown_modules(model) else [], input_size)
+
+
+def shapes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Shape of every parameter of every grown module, by dotted name."""
     return {
-        "branch": ["born grown"] if built_grown else list(plan.branch),
-        "ratio": plan.ratio,
-        "augment": plan.augment,
-        "distil": plan.distil,
-        "num_grown": len(grown_modules(grown)),
-        "num_skipped": len(growth_report(grown, input_size=input_size).skipped),
-        "params": {"plain": before.params, "grown": after.params},
-        "macs": {"plain": before.macs, "grown": after.macs},
-        "plain_step_macs": training_macs(plain, input_size),
+        f"{name}.{key}": list(parameter.shape)
+        for name, module in grown_modules(model).items()
+        for key, parameter in module.named_parameters()
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of log.jsonl: the end of an epoch or of a phase.
+
+    Attributes:
+        update: Updates done.
+        epoch: The same in epochs.
+        round: Number of the round; 0 before the first.
+        phase: Name of the phase.
+        train_loss: Mean since the last row.
+        val_top1: In percent.
+        val_loss: Cross-entropy.
+        lr: Of the last update.
+        lam: Of the last update; None where nothing is grown.
+        training_macs: Spent so far.
+        images_per_second: Since the last row.
+        seconds: Of training so far.
+    """
+
+    update: int
+    epoch: float
+    round: int
+    phase: str
+    train_loss: float
+    val_top1: float
+    val_loss: float
+    lr: float
+    lam: float | None
+    training_macs: int
+    images_per_second: float
+    seconds: float
+
+
+@dataclass
+class Top1:
+    """Top-1 on the val split at the stages of a round; None where there is no such stage.
+
+    Attributes:
+        before: The net as the round found it.
+        peak: Grown, activations alive.
+        base: At the narrowest width, where widths are sampled.
+        vanished: Grown, lam = 0.
+        dropped: Vanished, the branches cut off instead of merged.
+        fused: The plain net right after merging.
+        end: After the tail.
+    """
+
+    before: float | None = None
+    peak: float | None = None
+    base: float | None = None
+    vanished: float | None = None
+    dropped: float | None = None
+    fused: float | None = None
+    end: float | None = None
+
+    @property
+    def retention(self) -> float | None:
+        """(fused - before) / (peak - before); None where the peak is no higher than the start: nothing to retain."""
+        before, peak, fused = self.before, self.peak, self.fused
+        if before is None or peak is None or fused is None or peak <= before:
+            return None
+        return (fused - before) / (peak - before)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Which of the new tensors the last update had a gradient for, and their share of the whole gradient's norm."""
+
+    new_parameters: int
+    with_gradient: int
+    share_of_norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A number of the plain net, and the same of the grown one."""
+
+    plain: int
+    grown: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TriedWidth:
+    """A width that was tried at the end of a round, and its top-1."""
+
+    width: str | dict[str, int]
+    top1: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftBy:
+    """How a round with sampled widths ended.
+
+    Attributes:
+        mode: Of the sampling.
+        every: Updates from one augmented net to the next.
+        inplace_distil: Share of the base's loss that came from the wider net.
+        nets: How many nets there were to draw from.
+        step_macs: Of an average update, an image.
+        exit: Kind of the exit.
+        width: What was merged: "base", "full", a level, or the widths by name.
+        candidates: What was tried, the best first.
+    """
+
+    mode: str
+    every: int
+    inplace_distil: float
+    nets: int
+    step_macs: float
+    exit: str
+    width: str | dict[str, int]
+    candidates: list[TriedWidth] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class RoundRecord:
+    """What became of a round.
+
+    Attributes:
+        number: From 1.
+        branch: Kinds that were attached; "born grown" where the net had its own.
+        ratio: Middle width over output channels.
+        widths: Mode of the sampling, or None.
+        teacher: Who taught, or None.
+        num_grown: Layers that carry branches.
+        num_skipped: Layers that were left alone.
+        params: Parameters.
+        macs: Of an image forward.
+        plain_step_macs: Of an image forward and backward through the plain net.
+        tail_share: Share of the updates that train the plain net.
+        macs_before: Training MACs of the run before the round.
+        top1: By stage.
+        gradients_at_update_2: After the second update with the branches.
+        gradients_at_peak: At the end of the hold.
+        left_by: Where widths were sampled.
+        effect: Relative change of the outputs without the branches, with random norms; None where nothing was merged.
+        trained_effect: The same as trained.
+        max_rel: Relative difference of the outputs, grown against fused, in float64.
+        max_rel_float32: The same in float32.
+        top1_agreement: Share of random images on which both say the same.
+        retention: See `Top1.retention`.
+        undone: Whether the round was undone; None where it could not be.
+        training_macs: Of the round, forward and backward, teachers included.
+    """
+
+    number: int
+    branch: list[str]
+    ratio: float
+    widths: str | None
+    teacher: str | None
+    num_grown: int
+    num_skipped: int
+    params: Size
+    macs: Size
+    plain_step_macs: int
+    tail_share: float
+    macs_before: int
+    top1: Top1
+    gradients_at_update_2: Gradients | None = None
+    gradients_at_peak: Gradients | None = None
+    left_by: LeftBy | None = None
+    effect: float | None = None
+    trained_effect: float | None = None
+    max_rel: float | None = None
+    max_rel_float32: float | None = None
+    top1_agreement: float | None = None
+    retention: float | None = None
+    undone: bool | None = None
+    training_macs: int = 0
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside tensors.
+
+    Attributes:
+        log: Changes of structure so far.
+        history: Rows so far.
+        rounds: Records so far, the last perhaps unfinished.
+        macs_spent: Training MACs.
+        seconds: Of training.
+        lam: States of the closed loops by number of the round.
+        teacher_log: Entries of the log that make the teacher's structure; None without a teacher.
+    """
+
+    log: list[Change] = field(default_factory=list)
+    history: list[Row] = field(default_factory=list)
+    rounds: list[RoundRecord] = field(default_factory=list)
+    macs_spent: int = 0
+    seconds: float = 0.0
+    lam: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher_log: int | None = None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from growshrink.base.ranks import num_ranks, this_rank
-from growshrink.cycle.execution import Execution
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.environment import versions
+from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.cycle.layout import Phases, lay_out
 from growshrink.cycle.plan import CyclePlan
+from growshrink.cycle.records import plain_net
+from growshrink.cycle.report import leave_result
 from growshrink.cycle.result import CycleResult
+from growshrink.cycle.resume import identity_of, restore
+from growshrink.cycle.running import Run
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.surgery import check_rounds
-from growshrink.cycle.timeline import Timeline
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.errors import PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.runs.folder import RunFolder, claim_together
+from growshrink.supernet import NetAugTask
 from growshrink.training.trainer import TrainConfig
+from growshrink.transforms import grow
 
 
 def run_cycle(
@@ -61,7 +68,7 @@ def run_cycle(
         batch_size: Images per update, where `data` is a data set.
         augment: Of the training images, where `data` is a data set.
         device: Where to train.
-        resume: Go on with the unfinished run in `out_dir`.
+        resume: Continue the unfinished run in `out_dir`.
         progress: Show a progress bar, and a line per round.
         tensorboard: Also write event files (needs the extra `tensorboard`).
         about: Written into the run's marker and report: "command", and whatever else makes the run what it is (the
@@ -94,10 +101,10 @@ def run_cycle(
         about["augment"] = asdict(augment)
     else:
         feed = data
-    timeline = Timeline(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
-    assert timeline.total > 0  # a plan that does not fit the data fails here, before anything is written
+    phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
     check_model_fits(model, feed)
-    check_rounds(model, plan, feed.input_size)
+    rehearse(model, plan, feed.input_size)
+    config, command = config or TrainConfig(), about.pop("command", " ".join(sys.argv))
     if isinstance(out_dir, RunFolder):
         claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)  # whoever claimed it releases it
     else:
@@ -105,16 +112,63 @@ def run_cycle(
     with claim as folder:
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
-        place = torch.device(device)
-        run = Execution(
+        run = Run(
             model,
             feed,
-            timeline,
-            config or TrainConfig(),
+            config,
             folder,
-            Saving(save_every, keep, place),
-            device=place,
+            Saving(save_every, keep, torch.device(device)),
+            torch.device(device),
             progress=progress,
             tensorboard=tensorboard,
+            learning_rate=phases.learning_rate,
+            lam=phases.lam_control(),
+            model_about=about.get("model", {}),
+            num_rounds=len(plan.rounds),
+            total=phases.total,
+            identity=identity_of(feed, plan, phases.total, config, about),
         )
-        return run.execute(about)
+        return _execute(run, phases, plan, command)
+
+
+def _execute(run: Run, phases: Phases, plan: CyclePlan, command: str) -> CycleResult:
+    """Start, or continue, and come to the end."""
+    record = {"command": command, **run.identity, "versions": versions()}
+    with closing(run.journal), run.saving:
+        if run.folder.fresh:
+            run.folder.write_marker("running", record)
+        else:
+            run_on_rank0(lambda: run.folder.check_same(run.identity))
+            restore(run, phases, plan)
+        if not run.trainer.update:
+            broadcast_nets_(run.trainer.nets)
+            if this_rank():  # a dropout of its own
+                torch.manual_seed(torch.initial_seed() + this_rank())
+        for phase in phases.all[run.phase :]:
+            if run.trainer.update == phase.start:
+                phase.enter(run)
+            phase.train(run)
+            phase.leave(run)
+            run.phase += 1
+            run.checkpoint()
+        return leave_result(run, phases, record)
+
+
+def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
+    """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
+    rounds = plan.rounds
+    if grown_modules(model):
+        if not rounds:
+            raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
+        leaves, rounds = rounds[0].exit, rounds[1:]
+        if leaves.needs_kernels:
+            raise PlanError(
+                f"exit={leaves.kind!r} in round 1: a net that is grown at birth has no kernels that would remain."
+            )
+        if leaves.may_go_back:
+            raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
+    plain = plain_net(model, input_size)
+    for entry in rounds:
+        grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
+        if entry.widths is not None:
+            NetAugTask(grown, mode=entry.widths.mode, verbose=False, input_size=input_size)

@@ -1,16 +1,17 @@
-"""What a run is made of at any moment, and how it goes to disk and comes back."""
+"""What a trainer holds at any moment, and how a run goes to disk and comes back."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from growshrink.base.config import to_dict
 from growshrink.base.ranks import all_gather, this_rank
+from growshrink.cycle.records import RunState
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import (
     find_checkpoints,
@@ -20,19 +21,6 @@ from growshrink.runs.checkpoints import (
     set_random_state,
 )
 from growshrink.training.trainer import Trainer
-
-
-@dataclass
-class RunState:
-    """What a checkpoint holds beside tensors: plain values, all of it written to and read from JSON."""
-
-    log: list[dict[str, Any]] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    macs_spent: int = 0
-    seconds: float = 0.0
-    lam: dict[str, Any] = field(default_factory=dict)  # of a LamControl
-    teacher_log: int | None = None  # entries of the log that make the teacher's structure; None: no teacher
 
 
 def values_of(trainer: Trainer) -> dict[str, Any]:
@@ -86,7 +74,7 @@ def undo(trainer: Trainer, before: Mapping[str, Any]) -> None:
 
 def save_run(
     folder: Path,
-    next_segment: int,
+    next_phase: int,
     state: RunState,
     trainer: Trainer,
     *,
@@ -99,7 +87,7 @@ def save_run(
 
     Args:
         folder: Of the run.
-        next_segment: The phase that the next update belongs to.
+        next_phase: The number of the phase that the next update belongs to.
         state: Plain values.
         trainer: What is trained.
         identity: What the run is: a checkpoint is loaded into the same one only.
@@ -109,8 +97,8 @@ def save_run(
     """
     values: dict[str, Any] = {
         "update": trainer.update,
-        "next_segment": next_segment,
-        "run": asdict(state),
+        "next_phase": next_phase,
+        "run": to_dict(state),
         "identity": identity,
         **values_of(trainer),
     }

@@ -1,23 +1,20 @@
-"""The two changes of structure of a round, made on the net in training and on its average at once."""
+"""Changes of structure, made on the net in training and on its average at once."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.cycle.log import apply_grow, replay, shapes_of
-from growshrink.cycle.plan import CyclePlan, RoundPlan
-from growshrink.errors import PlanError, RunError
+from growshrink.cycle.records import Collapsed, Gradients, Grew, RoundRecord, shapes_of
+from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.widths import get_width
 from growshrink.proofs._compare import EXACT_FLOAT64, branch_effect, compare, verify
-from growshrink.supernet import NetAugTask
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
@@ -26,36 +23,53 @@ from growshrink.transforms import collapse_online, collapse_report, drop, fuse, 
 CALIBRATION_BATCHES = 20
 
 
-def grow_nets(trainer: Trainer, plan: RoundPlan, seed: int, input_size: InputSize) -> dict[str, Any]:
-    """Grow model and average alike, and make the optimizer anew; returns what the growth log needs."""
+def grow_nets(
+    trainer: Trainer,
+    branch: Sequence[str],
+    *,
+    number: int = 0,
+    ratio: float,
+    where: str | None,
+    init: str,
+    seed: int,
+    input_size: InputSize,
+) -> Grew:
+    """Grow model and average alike, and recreate the optimizer; returns what the growth log needs.
+
+    Args:
+        trainer: Of a plain net.
+        branch: Kinds to attach.
+        number: Of the round.
+        ratio: As for `grow`, like the rest.
+        where: Regular expression on dotted names.
+        init: How branches start.
+        seed: Of the branches' weights.
+        input_size: `(C, H, W)`.
+    """
     model = trainer.model
-    grow(
-        model,
-        plan.branch,
-        ratio=plan.ratio,
-        where=plan.where,
-        init=plan.init,
+    grow(model, branch, ratio=ratio, where=where, init=init, seed=seed, inplace=True, input_size=input_size)
+    names = list(grown_modules(model))  # it was plain before
+    change = Grew(
+        update=trainer.update,
+        round=number,
+        branches=list(branch),
+        ratio=ratio,
+        names=names,
+        init=init,
         seed=seed,
-        inplace=True,
-        input_size=input_size,
+        shapes=shapes_of(model),
     )
-    entry = {
-        "branches": [{"kind": kind, "ratio": plan.ratio} for kind in plan.branch],
-        "names": list(grown_modules(model)),  # it was plain before
-        "init": plan.init,
-        "seed": seed,
-    }
     if trainer.ema is not None:
-        apply_grow(trainer.ema, entry, input_size)
+        change.grow(trainer.ema, input_size)
     trainer.structure_changed()
-    return entry
+    return change
 
 
-def collapse_net(trainer: Trainer, lam: float) -> dict[str, Any] | None:
+def collapse_net(trainer: Trainer, lam: float, number: int) -> Collapsed | None:
     """Merge the branches of the model (not of its average) that are linear at `lam` into kernels, for training.
 
-    Whatever the clock would say: a run is to be the same on every machine. Returns what the growth log needs; None
-    where no branch is linear.
+    Whatever was faster: a run is to be the same on every machine. Returns what the growth log needs, for the round
+    of that number; None where no branch is linear.
     """
     model = trainer.model
     set_lambda(model, lam)
@@ -64,17 +78,20 @@ def collapse_net(trainer: Trainer, lam: float) -> dict[str, Any] | None:
     begin = trainer.update
     calibrate_bn(model, (trainer.batches.batch(update)[0] for update in range(begin, begin + CALIBRATION_BATCHES)))
     collapse_online(model, choose="always", inplace=True)
-    return {"lam": lam, "names": collapse_report(model).collapsed}
+    return Collapsed(update=begin, round=number, lam=lam, names=list(collapse_report(model).collapsed))
 
 
-def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size: InputSize) -> dict[str, Any]:
-    """Fuse model and average, proving it; returns the record: top-1 before and after, effects, errors.
+def fuse_nets(
+    trainer: Trainer, record: RoundRecord, score: Callable[[nn.Module], float], input_size: InputSize
+) -> None:
+    """Fuse model and average, proving it; scores, effects and errors go into the record of the round.
 
     The proof is made twice, on the net as it was trained and on a copy with random norms, in which the branches are at
     work whatever they have learnt.
 
     Args:
         trainer: With every lam at 0.
+        record: Of the round.
         score: Top-1 of a net on the val split.
         input_size: `(C, H, W)`.
 
@@ -82,9 +99,9 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
         FuseError: A net cannot be merged exactly.
         RunError: The averaged net and its fused form differ.
     """
-    best = copy.deepcopy(trainer.best)
+    best, top1 = copy.deepcopy(trainer.best), record.top1
     owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
-    vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
+    top1.vanished, top1.dropped = score(best), score(drop(best)) if owns_kernels else None
     exact = copy.deepcopy(best).double()
     max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
     effect = trained_effect = 0.0
@@ -99,17 +116,12 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
         fuse(net, inplace=True, input_size=input_size)
     trainer.structure_changed(reset)
     single = compare(best, trainer.best, input_size=input_size, dtype=torch.float32)
-    return {
-        "top1": {"vanished": vanished, "dropped": dropped, "fused": score(trainer.best)},
-        "effect": effect,
-        "trained_effect": trained_effect,
-        "max_rel": max_rel,
-        "max_rel_float32": single.max_rel,
-        "top1_agreement": single.top1_agreement,
-    }
+    top1.fused = score(trainer.best)
+    record.max_rel, record.effect, record.trained_effect = max_rel, effect, trained_effect
+    record.max_rel_float32, record.top1_agreement = single.max_rel, single.top1_agreement
 
 
-def gradients(trainer: Trainer) -> dict[str, Any]:
+def gradients(trainer: Trainer) -> Gradients:
     """How many of the new parameters the last update had a gradient for, and their share of its norm."""
     grown = shapes_of(trainer.model)
     # Lists, not sets: sums in the order of a set differ in their last bit from process to process.
@@ -118,19 +130,11 @@ def gradients(trainer: Trainer) -> dict[str, Any]:
     norms = {name: float(parameter.grad.norm()) for name, parameter in named if parameter.grad is not None}
     total = sum(value**2 for value in norms.values()) ** 0.5
     own = sum(norms.get(name, 0.0) ** 2 for name in new) ** 0.5
-    return {
-        "new_parameters": len(new),
-        "with_gradient": sum(norms.get(name, 0.0) > 0 for name in new),
-        "share_of_norm": own / total if total else 0.0,
-    }
-
-
-def retention(top1: Mapping[str, float | None]) -> float | None:
-    """(fused - before) / (peak - before); None where the peak is no higher than the start: nothing to retain."""
-    before, peak, fused = top1["before"], top1["peak"], top1["fused"]
-    if before is None or peak is None or fused is None or peak <= before:
-        return None
-    return (fused - before) / (peak - before)
+    return Gradients(
+        new_parameters=len(new),
+        with_gradient=sum(norms.get(name, 0.0) > 0 for name in new),
+        share_of_norm=own / total if total else 0.0,
+    )
 
 
 def _meaning_changes(model: nn.Module) -> set[str]:
@@ -142,23 +146,3 @@ def _meaning_changes(model: nn.Module) -> set[str]:
         and not all(getattr(branch, "parallel", False) or branch.skipped for branch in module.branches)
         for key in ("weight", "bias")
     }
-
-
-def check_rounds(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
-    """Grow copies as the rounds will, so that a round that cannot be is refused before the first update."""
-    built_grown = bool(grown_modules(model))
-    if built_grown and not plan.rounds:
-        raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
-    if built_grown and plan.rounds[0].exit == "drop":
-        raise PlanError(
-            "exit='drop' in round 1: a net that is grown at birth has no kernels that would remain; choose."
-        )
-    if built_grown and any(entry.exit == "teach" for entry in plan.rounds):
-        raise PlanError("exit='teach': a net that is grown at birth has no plain net of its own that could start anew.")
-    if built_grown and plan.rounds[0].accept_within is not None:
-        raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
-    plain = replay(model, [{"op": "fuse"}], input_size)
-    for entry in plan.rounds[1:] if built_grown else plan.rounds:
-        grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
-        if entry.augment != "none":
-            NetAugTask(grown, mode=entry.augment, verbose=False, input_size=input_size)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherNet:
     """A finished net to learn from: loss = (1 - weight) CE(labels) + weight T^2 KL(teacher || student).
 
     Attributes:

@@ -23,7 +23,7 @@ from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
-from growshrink.training.distil import Teacher, distillation_loss
+from growshrink.training.distil import TeacherNet, distillation_loss
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
 #: change of structure it would be wrong for the old parameters or for the new ones.
@@ -121,7 +121,7 @@ class Trainer:
         *,
         learning_rate: Schedule,
         lam: Schedule,
-        teacher: Teacher | None = None,
+        teacher: TeacherNet | None = None,
         task: Task | None = None,
         after_update: Callable[[], None] | None = None,
         stop_early: Callable[[], bool] | None = None,
@@ -227,7 +227,7 @@ class Trainer:
             parameter = named[name]
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
-    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: Teacher | None, question: int = 0) -> Tensor:
+    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: TeacherNet | None, question: int = 0) -> Tensor:
         with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
             if teacher is not None:

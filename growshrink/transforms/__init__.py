@@ -2,6 +2,7 @@
 
 from growshrink.transforms._fold import fold as fold
 from growshrink.transforms._fuse import fuse as fuse
+from growshrink.transforms._grow import INITS as INITS
 from growshrink.transforms._grow import GrowthReport as GrowthReport
 from growshrink.transforms._grow import branch_specs as branch_specs
 from growshrink.transforms._grow import drop as drop

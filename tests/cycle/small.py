@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.cycle import timeline as timeline_module
+from growshrink.cycle import layout as layout_module
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.datasets import DataSet, Split
 from growshrink.data.feed import MemoryFeed
@@ -107,4 +107,4 @@ def two_rounds(branches=(("bottleneck",), ("insert",)), **kwargs):
 
 
 def shorten_settle(monkeypatch):
-    monkeypatch.setattr(timeline_module, "LEAST_SETTLE", 2)
+    monkeypatch.setattr(layout_module, "LEAST_SETTLE", 2)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
 from growshrink.schedules.functions import constant, linear
-from growshrink.training import Teacher, TrainConfig, Trainer, calibrate_bn
+from growshrink.training import TeacherNet, TrainConfig, Trainer, calibrate_bn
 from nets import Batches, net, randomized
 
 SIZE = (3, 8, 8)
@@ -137,7 +137,7 @@ def test_the_loop_never_waits_for_the_device(monkeypatch, teacher, grown):
             4,
             learning_rate=constant(1.0),
             lam=linear(1.0, 0.0, steps=3),
-            teacher=Teacher(net(seed=1).eval(), 0.5, 2.0) if teacher else None,
+            teacher=TeacherNet(net(seed=1).eval(), 0.5, 2.0) if teacher else None,
         )
         assert syncs.count == 0
         float(torch.ones(()) * 2)
@@ -150,7 +150,7 @@ def test_the_loss_with_a_teacher_equals_its_slow_twin(weight, temperature, smoot
     ours = Trainer(model, TrainConfig(label_smoothing=smoothing), Batches())
     images, labels = Batches().batch(3)
     images = images.double()
-    loss = ours._loss(images, labels, Teacher(teacher, weight, temperature))
+    loss = ours._loss(images, labels, TeacherNet(teacher, weight, temperature))
 
     def softmax(logits):
         exps = [math.exp(float(v) / temperature) for v in logits]
@@ -174,7 +174,7 @@ def test_a_net_that_agrees_with_its_teacher_learns_nothing_from_it():
     model = randomized(net()).eval()
     ours = trainer(model)
     ours.model.eval()
-    loss = ours._loss(*Batches().batch(0), Teacher(copy.deepcopy(model), 1.0, 3.0))
+    loss = ours._loss(*Batches().batch(0), TeacherNet(copy.deepcopy(model), 1.0, 3.0))
     assert abs(float(loss.detach())) < 1e-6
 
 
@@ -292,14 +292,14 @@ def test_a_teacher_that_is_asked_for_a_while_is_learnt_from_by_its_answers():
     asked, batches = [], Batches()
     wise = net(seed=1).eval()
     wise.register_forward_pre_hook(lambda module, args: asked.append(args[0].clone()))
-    teacher, trainer = Teacher(wise, 0.5, 2.0, repeat=(1, 2)), Trainer(net(), TrainConfig(lr=0.01), batches)
+    teacher, trainer = TeacherNet(wise, 0.5, 2.0, repeat=(1, 2)), Trainer(net(), TrainConfig(lr=0.01), batches)
     trainer.train(1, learning_rate=constant(1.0), lam=constant(0.0))
     trainer.train(6, learning_rate=constant(1.0), lam=constant(0.0), teacher=teacher)
     assert len(asked) == 2 and all(torch.equal(asked[n], batches.batch(1 + n)[0]) for n in range(2))
 
     by_hand = Trainer(net(), TrainConfig(lr=0.01), Again(batches, [0, 1, 2, 1, 2, 1]))
     by_hand.train(1, learning_rate=constant(1.0), lam=constant(0.0))
-    by_hand.train(6, learning_rate=constant(1.0), lam=constant(0.0), teacher=Teacher(wise, 0.5, 2.0))
+    by_hand.train(6, learning_rate=constant(1.0), lam=constant(0.0), teacher=TeacherNet(wise, 0.5, 2.0))
     for ours, theirs in zip(trainer.model.parameters(), by_hand.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

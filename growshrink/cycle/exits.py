@@ -1,0 +1,179 @@
+"""How the grown part of a round ends: one class each.
+
+A new exit is one class statement, `class Mine(Exit, kind="mine")`, a frozen dataclass of its options, wherever it
+stands: plans, costs, checkpoints and reports ask it and know no exit by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from growshrink.base.config import Variant, check_fields
+from growshrink.base.limits import NotNegative
+from growshrink.cycle.augmented import CALIBRATION_BATCHES
+from growshrink.cycle.records import Fused, Rewound, Undone, plain_net
+from growshrink.cycle.running import Run
+from growshrink.cycle.state import set_values, undo
+from growshrink.cycle.surgery import fuse_nets
+from growshrink.layers.widths import Width, set_width, width_space
+from growshrink.supernet import WidthChoice, choose_width, default_candidates
+from growshrink.training.calibrate import calibrate_bn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exit(Variant, ABC):
+    """What becomes of the branches when the grown part of a round is over."""
+
+    #: The net must be linear by then, and its statistics settled.
+    linear: ClassVar[bool] = True
+    #: Only a round with sampled widths has it.
+    needs_widths: ClassVar[bool] = False
+    #: Layers need kernels of their own, which a net that is grown at birth does not have.
+    needs_kernels: ClassVar[bool] = False
+    #: An augmented net fades out with lam.
+    fades: ClassVar[bool] = False
+    #: The grown net is trained as a teacher alone, by a learning rate of its own: the plain net comes back.
+    rewinds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def may_go_back(self) -> bool:
+        """Whether the net from before the growth has to be kept."""
+        return self.rewinds
+
+    @abstractmethod
+    def leave(self, run: Run) -> None:
+        """End the grown part of a round: afterwards the net is plain."""
+
+    def macs(self, forward: int, train: int) -> int:
+        """Training MACs of an image that leaving takes, beyond the updates of the round; it must spend just these.
+
+        Args:
+            forward: MACs of an image through the plain net.
+            train: The same, forward and backward.
+        """
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Merge(Exit, kind=""):
+    """Base of the exits that merge the grown net, at some width.
+
+    Attributes:
+        accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
+            than this against the net that was grown, the round is undone: net, average, optimizer and random states
+            are those from before the growth again, bit for bit, and the tail goes on from there. None accepts all.
+    """
+
+    accept_within: NotNegative | None = None
+
+    @property
+    def may_go_back(self) -> bool:
+        """See `Exit.may_go_back`."""
+        return self.accept_within is not None
+
+    def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
+        """The width to merge at, and what was tried to find it."""
+        return width_space(run.trainer.model).full, None
+
+    def leave(self, run: Run) -> None:
+        """See `Exit.leave`."""
+        trainer, record = run.trainer, run.record
+        trainer.calibrate_average()
+        if run.augmentation is not None:
+            run.save_supernet("supernet")
+            record.top1.base = run.top1()
+        width, choice = self.width(run)
+        if run.augmentation is not None:
+            record.left_by = run.augmentation.describe(self.kind, width, choice)
+        moved = run.augmentation is not None and width != run.augmentation.space.base
+        images = list(trainer.recent_images(CALIBRATION_BATCHES)) if moved else []
+        for net in trainer.nets:
+            set_width(net, width)
+            if moved:
+                calibrate_bn(net, images)
+        run.augment(None, None)
+        run.same_on_all_ranks()
+        fuse_nets(trainer, record, run.top1, run.size)
+        assert record.max_rel is not None and record.effect is not None
+        run.changed(Fused(update=trainer.update, round=record.number, max_rel=record.max_rel, effect=record.effect))
+        record.retention = record.top1.retention
+        if self.accept_within is not None:
+            assert record.top1.before is not None and record.top1.fused is not None
+            self.judge(run, record.top1.before, record.top1.fused)
+
+    def judge(self, run: Run, before: float, fused: float) -> None:
+        """Undo the round if it has cost too much."""
+        assert self.accept_within is not None and run.before is not None
+        undone = before - fused > self.accept_within
+        run.record.undone = undone
+        if undone:
+            undo(run.trainer, run.before)
+            values = {"before": before, "fused": fused, "accept_within": self.accept_within}
+            run.changed(Undone(update=run.trainer.update, round=run.record.number, **values))
+        run.before = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fuse(_Merge, kind="fuse"):
+    """Merge the net at full width."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop(_Merge, kind="drop"):
+    """Cut the branches off; vanish and settle may be 0, and sampled widths fade out with lam."""
+
+    linear = False
+    needs_kernels = True
+    fades = True
+
+    def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
+        """The base: no branch is merged."""
+        return width_space(run.trainer.model).base, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choose(_Merge, kind="choose"):
+    """Fuse copies at several widths and keep the best on the val split; for rounds with sampled widths."""
+
+    needs_widths = True
+
+    def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
+        """The best of `default_candidates`."""
+        assert run.augmentation is not None
+        space = run.augmentation.space
+        choice = choose_width(
+            run.trainer.best,
+            default_candidates(space),
+            batches=list(run.trainer.recent_images(CALIBRATION_BATCHES)),
+            score=run.top1,
+            keep_statistics=space.base,
+            input_size=run.size,
+        )
+        return choice.width, choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewind(Exit, kind="rewind"):
+    """Merge nothing: the plain net from before the growth comes back, to be taught by what it grew into.
+
+    The grown net has a learning rate of its own over the hold; weights, average and optimizer of the plain net are
+    those it had when the round began. Needs `vanish=0, settle=0, teacher=Teacher("peak")`.
+    """
+
+    linear = False
+    needs_kernels = True
+    rewinds = True
+
+    def leave(self, run: Run) -> None:
+        """See `Exit.leave`."""
+        assert run.before is not None
+        update = run.trainer.update
+        run.trainer = run.make_trainer(plain_net(run.initial, run.size))
+        set_values(run.trainer, run.before)
+        run.trainer.update, run.before = update, None
+        run.changed(Rewound(update=update, round=run.record.number))

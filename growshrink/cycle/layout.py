@@ -1,0 +1,176 @@
+"""A plan in optimizer updates: its phases, and the schedules of learning rate and lam that follow from them.
+
+All are values: the phases, the learning rate and lam at any update follow from the plan and the number of updates per
+epoch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from growshrink.cycle.control import LamControl, LoopSpan
+from growshrink.cycle.costs import Costs
+from growshrink.cycle.phases import Base, Hold, Phase, Settle, Tail, Vanish
+from growshrink.cycle.plan import SLACK, CyclePlan, Round
+from growshrink.cycle.spans import RoundSpan
+from growshrink.cycle.teaching import Lessons
+from growshrink.errors import PlanError
+from growshrink.schedules import Schedule, constant, cosine, join, rewarm
+
+#: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
+LEAST_SETTLE = 50
+MOST_UPDATES = 10**12
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The phases of a run, in order.
+
+    Attributes:
+        all: None is empty; they cover [0, total).
+        rewarm: Updates over which the learning rate comes back.
+        restarts: Updates at which it does so beside the phases'.
+        built_grown: The net is grown before the first round already; its activations are then alive in the base.
+    """
+
+    all: tuple[Phase, ...]
+    rewarm: int
+    restarts: tuple[int, ...]
+    built_grown: bool
+
+    @property
+    def total(self) -> int:
+        """Updates of the whole run."""
+        return self.all[-1].stop
+
+    @cached_property
+    def spans(self) -> tuple[RoundSpan, ...]:
+        """The rounds."""
+        return tuple({phase.round: phase.span for phase in self.all if phase.span is not None}.values())
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [phase.start for phase in self.all]
+
+    def at(self, update: int) -> Phase:
+        """The phase that update number `update` (the first is 0) belongs to."""
+        return self.all[bisect_right(self._starts, update) - 1]
+
+    def macs(self, costs: Costs) -> int:
+        """Exactly what `run_cycle` reports as `training_macs` of such a run on one rank afterwards."""
+        return costs.batch_size * sum(phase.macs(costs) for phase in self.all)
+
+    def lam(self, update: int) -> float:
+        """Lam by the plan's schedules; 0 where nothing is grown."""
+        span = self.at(update).span
+        return float(self.built_grown) if span is None else span.lam(update)
+
+    def lam_control(self) -> LamControl:
+        """Lam, in a closed loop where a round asks for it."""
+        spans = [
+            LoopSpan(
+                span.number,
+                span.start,
+                span.hold_stop,
+                span.vanish_stop,
+                span.stop,
+                observes_from=span.start if span.lessons is None else span.hold_stop,
+            )
+            for span in self.spans
+            if span.plan.controlled
+        ]
+        return LamControl(self.lam, spans)
+
+    @cached_property
+    def learning_rate(self) -> Schedule:
+        """Learning rate over its peak by update: a cosine over the whole run, jagged at every change of structure.
+
+        A phase with a rate of its own has a cosine of its own, and that of the plain net stands still.
+        """
+        changes = [update for phase in self.all for update in phase.warmups] + list(self.restarts)
+        anneals = [(phase.anneal[0], phase.stop, phase.anneal[1]) for phase in self.all if phase.anneal is not None]
+        apart = [phase for phase in self.all if phase.own_rate]
+        own = cosine(1.0, 0.0, steps=self.total - sum(phase.stop - phase.start for phase in apart))
+
+        def later(done: int, step: int) -> float:
+            return own(done + step)
+
+        lives, cuts, elsewhere = [own], list[int](), 0
+        for phase in apart:
+            length = phase.stop - phase.start
+            elsewhere += length
+            lives += [cosine(1.0, 0.0, steps=length), partial(later, phase.stop - elsewhere)]
+            cuts += [phase.start, phase.stop]
+        envelope = rewarm(join(lives, cuts), changes, self.rewarm)
+        flat = constant(1.0)
+
+        def schedule(update: int) -> float:
+            start, _, anneal = next((a for a in anneals if a[0] <= update < a[1]), (0, 0, flat))
+            return envelope(update) * anneal(update - start)
+
+        return schedule
+
+
+def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = False) -> Phases:
+    """Lay a plan out in updates.
+
+    Args:
+        plan: The plan.
+        updates_per_epoch: Of the data.
+        built_grown: The net is grown before the first round already.
+
+    Raises:
+        PlanError: A round, or the whole plan, has too few updates.
+    """
+    stop = _updates(plan.base_epochs, updates_per_epoch)
+    phases: list[Phase] = [Base(0, stop)]
+    for number, entry in enumerate(plan.rounds, start=1):
+        span = _span(entry, number, plan.seed, stop, updates_per_epoch)
+        phases += [
+            Hold(span.start, span.hold_stop, span),
+            Vanish(span.hold_stop, span.vanish_stop, span),
+            Settle(span.vanish_stop, span.grown_stop, span),
+            Tail(span.grown_stop, span.stop, span),
+        ]
+        stop = span.stop
+    if stop == 0:
+        raise PlanError(f"base_epochs={plan.base_epochs!r}: less than one update.")
+    restarts = tuple(_updates(at, updates_per_epoch) for at in plan.restarts)
+    return Phases(tuple(phase for phase in phases if phase.stop > phase.start), plan.rewarm, restarts, built_grown)
+
+
+def _span(entry: Round, number: int, seed: int, start: int, updates_per_epoch: int) -> RoundSpan:
+    total = _updates(entry.epochs, updates_per_epoch)
+    # Sums are rounded, and down: three shares rounded up one by one may exceed the round.
+    hold, alive, grown = (
+        math.floor(share * total + SLACK)
+        for share in (entry.hold, entry.hold + entry.vanish, entry.hold + entry.vanish + entry.settle)
+    )
+    merged = entry.exit.linear  # else no need to be linear, or to settle
+    vanish, settle = alive - hold, max(LEAST_SETTLE if merged else 0, grown - alive)
+    tail = total - hold - vanish - settle
+    if hold < 1 or (vanish < 1 and (merged or entry.controlled)) or tail < entry.exit.rewinds:
+        raise PlanError(
+            f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
+            "Give it more epochs or a smaller batch size."
+        )
+    hold_stop, stop = start + hold, start + total
+    lessons = None
+    if entry.teacher is not None:
+        taught = stop - hold_stop
+        asked = max(round(entry.teacher.asked * taught), updates_per_epoch)
+        lessons = Lessons(hold_stop, min(asked, taught), entry.teacher)
+    grown_stop = hold_stop + vanish + settle
+    return RoundSpan(number, entry, seed, start, hold_stop, hold_stop + vanish, grown_stop, stop, lessons)
+
+
+def _updates(epochs: float, updates_per_epoch: int) -> int:
+    updates = epochs * updates_per_epoch
+    if updates > MOST_UPDATES:
+        raise PlanError(
+            f"{epochs:g} epochs of {updates_per_epoch} updates: exceeds the limit of {MOST_UPDATES:.0e} updates."
+        )
+    return round(updates)

@@ -1,0 +1,335 @@
+"""The phases of a run: each knows what happens at its ends, how it trains, and what it costs."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from growshrink.base.ranks import broadcast_nets_
+from growshrink.cycle.augmented import Augmentation
+from growshrink.cycle.costs import Costs, NetCost
+from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
+from growshrink.cycle.running import Run
+from growshrink.cycle.spans import RoundSpan
+from growshrink.cycle.surgery import collapse_net, gradients, grow_nets
+from growshrink.cycle.teaching import Lessons
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs._profile import profile, training_macs
+from growshrink.schedules import Schedule, cosine
+from growshrink.training.distil import TeacherNet
+from growshrink.transforms import growth_report
+
+#: Share of a hold, at its end, over which the learning rate is annealed where the peak is to be a teacher.
+PEAK_ANNEAL = 0.5
+
+
+@dataclass(frozen=True)
+class Phase(ABC):
+    """Updates `start` to `stop` (exclusive) of a run, in which the structure of the net stays as it is.
+
+    Attributes:
+        start: The first update.
+        stop: The first update after it.
+        span: The round it belongs to; None before the first.
+    """
+
+    name: ClassVar[str]
+    #: What to try where training diverges in it.
+    advice: ClassVar[str] = "a longer vanish, a lower lr, or clip_grad=1"
+    #: Whether the net carries branches.
+    grown: ClassVar[bool] = False
+
+    start: int
+    stop: int
+    span: RoundSpan | None = None
+
+    @property
+    def round(self) -> int:
+        """Number of the round; 0 before the first."""
+        return 0 if self.span is None else self.span.number
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """Updates from which on the learning rate is led back up."""
+        return ()
+
+    @property
+    def anneal(self) -> tuple[int, Schedule] | None:
+        """An update, and a factor on the learning rate from there on to the end of the phase."""
+        return None
+
+    @property
+    def own_rate(self) -> bool:
+        """Whether the learning rate has a cosine of its own here, which the rest of the run does not count."""
+        return False
+
+    @property
+    def lessons(self) -> Lessons | None:
+        """When a teacher is asked."""
+        return None if self.span is None else self.span.lessons
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Updates after which training pauses, beside the ends of epochs."""
+        return ()
+
+    def enter(self, run: Run) -> None:  # noqa: B027 - nothing, in most phases
+        """What happens before the first update."""
+
+    def train(self, run: Run) -> None:
+        """Do the updates, in pieces that end at every epoch, from wherever the run stands."""
+        per_epoch = run.feed.train.updates_per_epoch
+        run.journal.enter(f"round {self.round} {self.name}" if self.round else self.name)
+        teacher = run.teaching.during(self.lessons)
+        self.sample_widths(run, teacher)
+        while (start := run.trainer.update) < self.stop:
+            stops = (self.stop, (start // per_epoch + 1) * per_epoch, *self.looks)
+            began = time.perf_counter()
+            loss = run.train_until(min(stop for stop in stops if stop > start), teacher)
+            seconds, done = time.perf_counter() - began, run.trainer.update
+            run.check_finite(loss, f"round {self.round}, phase {self.name}", start, self.advice)
+            run.state.seconds += seconds
+            run.state.macs_spent += run.images_per_update * run.macs(self.lessons, start, done)
+            self.look(run)
+            if done % per_epoch == 0 or done == self.stop:
+                run.add_row(self.round, self.name, start, loss, seconds)
+            if done < self.stop and (done % per_epoch == 0 or run.saving.due(done)):
+                run.checkpoint()
+
+    def look(self, run: Run) -> None:  # noqa: B027
+        """What happens in the pauses."""
+
+    def sample_widths(self, run: Run, teacher: TeacherNet | None) -> None:
+        """Make what samples the widths of a grown net, where the round asks for it."""
+        span = self.span
+        if span is None or not self.grown or span.plan.widths is None:
+            return
+
+        def make() -> Augmentation:
+            task = span.sampling(run.trainer.model, run, teacher)
+            return Augmentation(run.trainer, task, (span.start, span.grown_stop), run.size)
+
+        run.augment((span.number, teacher is not None), make)
+
+    def leave(self, run: Run) -> None:
+        """What happens after the last update."""
+        span = self.span
+        if span is None:
+            return
+        if self.grown and self.stop == span.grown_stop:
+            span.plan.exit.leave(run)
+            plain = NetCost.of(run.trainer.model, run.size)
+            run.state.macs_spent += run.images_per_update * span.plan.exit.macs(plain.forward, plain.train)
+        if self.stop == span.stop:
+            run.end_round()
+
+    @abstractmethod
+    def macs(self, costs: Costs) -> int:
+        """Training MACs of an image: of all its updates, the teacher's forward, and the exit."""
+
+
+@dataclass(frozen=True)
+class Base(Phase):
+    """Before the first round: the net as it came."""
+
+    name = "base"
+    advice = "a lower lr, or clip_grad=1"
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """See `Phase.warmups`."""
+        return (self.start,)
+
+    def macs(self, costs: Costs) -> int:
+        """See `Phase.macs`."""
+        return (self.stop - self.start) * costs.first.train
+
+
+@dataclass(frozen=True)
+class _InRound(Phase):
+    """Base of the phases of a round."""
+
+    span: RoundSpan
+
+    def answers(self, costs: Costs) -> int:
+        """MACs of an image through the teacher, as often as it is asked."""
+        teacher, lessons = self.teacher_cost(costs), self.lessons
+        return 0 if teacher is None or lessons is None else lessons.asked(self.start, self.stop) * teacher.forward
+
+    def teacher_cost(self, costs: Costs) -> NetCost | None:
+        """The teacher's net, where there is one."""
+        if self.lessons is None:
+            return None
+        if self.lessons.teacher.is_peak:
+            return costs.grown[self.round - 1]
+        return costs.first if self.round == 1 else costs.plain
+
+
+@dataclass(frozen=True)
+class _Grown(_InRound):
+    """Base of the phases in which the net carries branches."""
+
+    grown = True
+
+    def macs(self, costs: Costs) -> int:
+        """See `Phase.macs`."""
+        plan, grown, updates = self.span.plan, costs.grown[self.round - 1], self.stop - self.start
+        last = self.stop == self.span.grown_stop
+        leaving = plan.exit.macs(costs.plain.forward, costs.plain.train) if last else 0
+        if plan.online:
+            return updates * costs.online(grown, self.span.lam(self.start)) + self.answers(costs) + leaving
+        if plan.widths is not None:
+            sampled = self.span.sampling_costs(costs, grown, self.teacher_cost(costs))
+            return sampled.total(self.start, self.stop) + leaving
+        return updates * grown.train + self.answers(costs) + leaving
+
+
+@dataclass(frozen=True)
+class Hold(_Grown):
+    """The net grows, and trains with its branches' activations alive."""
+
+    name = "hold"
+    advice = "a lower lr, clip_grad=1, a smaller ratio, or more updates of rewarm after the growth"
+
+    @property
+    def _annealed(self) -> bool:
+        return self.span.plan.teaches_peak and not self.own_rate
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """See `Phase.warmups`."""
+        return (self.start, self.stop) if self._annealed else (self.start,)
+
+    @property
+    def anneal(self) -> tuple[int, Schedule] | None:
+        """See `Phase.anneal`."""
+        length = round(PEAK_ANNEAL * (self.stop - self.start))
+        return (self.stop - length, cosine(1.0, 0.0, steps=length)) if self._annealed else None
+
+    @property
+    def own_rate(self) -> bool:
+        """See `Phase.own_rate`."""
+        return self.span.plan.exit.rewinds
+
+    @property
+    def lessons(self) -> Lessons | None:
+        """None: the teacher comes afterwards."""
+        return None
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The second update: by then every new parameter must have a gradient."""
+        return (self.start + 2,)
+
+    def enter(self, run: Run) -> None:
+        """Grow."""
+        span, plan = self.span, self.span.plan
+        before = run.top1()
+        built_grown = bool(grown_modules(run.trainer.model))
+        if plan.teacher is not None and plan.teacher.is_start:
+            run.set_teacher(run.trainer.best)
+        if plan.exit.may_go_back:
+            run.remember()
+        seed = span.seed + 1000 * span.number
+        if built_grown:
+            change = Grew(update=self.start, round=span.number, seed=seed, shapes=shapes_of(run.trainer.model))
+        else:
+            change = grow_nets(
+                run.trainer,
+                plan.branch,
+                number=span.number,
+                ratio=plan.ratio,
+                where=plan.where,
+                init=plan.init,
+                seed=seed,
+                input_size=run.size,
+            )
+        run.same_on_all_ranks()
+        run.changed(change)
+        if plan.widths is not None:
+            run.save_supernet("init")
+        run.state.rounds.append(self._record(run, before, built_grown))
+        if plan.online:
+            collapse(run, self)
+
+    def look(self, run: Run) -> None:
+        """After the second update: do the new parameters learn?"""
+        if run.trainer.update == self.looks[0] and run.augmentation is None:
+            run.record.gradients_at_update_2 = gradients(run.trainer)
+
+    def leave(self, run: Run) -> None:
+        """Score the peak, which may become the teacher."""
+        record, plan = run.record, self.span.plan
+        peak = run.trainer.best if run.augmentation is None else run.augmentation.full_net(run.trainer)
+        broadcast_nets_([peak])
+        record.top1.peak = run.top1(peak)
+        if run.augmentation is None:
+            record.gradients_at_peak = gradients(run.trainer)
+        if plan.teaches_peak:
+            run.set_teacher(peak)
+        super().leave(run)
+
+    def _record(self, run: Run, before: float, built_grown: bool) -> RoundRecord:
+        plan, size, model = self.span.plan, run.size, run.trainer.model
+        plain = plain_net(run.initial, size)
+        then, now = profile(model if built_grown else plain, size), profile(model, size)
+        return RoundRecord(
+            number=self.span.number,
+            branch=["born grown"] if built_grown else list(plan.branch),
+            ratio=plan.ratio,
+            widths=None if plan.widths is None else plan.widths.mode,
+            teacher=None if plan.teacher is None else plan.teacher.of,
+            num_grown=len(grown_modules(model)),
+            num_skipped=len(growth_report(model, input_size=size).skipped),
+            params=Size(plain=then.params, grown=now.params),
+            macs=Size(plain=then.macs, grown=now.macs),
+            plain_step_macs=training_macs(plain, size),
+            tail_share=self.span.tail_share,
+            macs_before=run.state.macs_spent,
+            top1=Top1(before=None if built_grown else before),
+        )
+
+
+@dataclass(frozen=True)
+class Vanish(_Grown):
+    """The branches' activations fade: lam falls to 0."""
+
+    name = "vanish"
+
+
+@dataclass(frozen=True)
+class Settle(_Grown):
+    """The branches are linear, and the statistics of norms catch up."""
+
+    name = "settle"
+
+    def enter(self, run: Run) -> None:
+        """Merge the branches for training, where the round asks for it and it has not been done."""
+        if self.span.plan.online and not self.span.plan.linear:
+            collapse(run, self)
+
+
+@dataclass(frozen=True)
+class Tail(_InRound):
+    """The plain net trains on."""
+
+    name = "tail"
+    advice = "a lower lr, clip_grad=1, or more updates of rewarm after the fuse"
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """See `Phase.warmups`."""
+        return (self.start,)
+
+    def macs(self, costs: Costs) -> int:
+        """See `Phase.macs`."""
+        return (self.stop - self.start) * costs.plain.train + self.answers(costs)
+
+
+def collapse(run: Run, phase: Phase) -> None:
+    """Merge the branches that are linear when a phase begins into their kernels, for training."""
+    if change := collapse_net(run.trainer, run.lam(phase.start), phase.round):
+        run.same_on_all_ranks()
+        run.changed(change)

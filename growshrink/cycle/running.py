@@ -1,0 +1,275 @@
+"""A run in progress: what its phases and exits work on."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0
+from growshrink.cycle.augmented import Augmentation, save_net
+from growshrink.cycle.control import LamControl
+from growshrink.cycle.journal import Journal
+from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState
+from growshrink.cycle.saving import Saving
+from growshrink.cycle.state import save_run, snapshot
+from growshrink.cycle.teaching import Lessons, Teaching
+from growshrink.data.feed import Feed
+from growshrink.errors import DivergedError
+from growshrink.layers.grown import grown_modules
+from growshrink.proofs._profile import training_macs
+from growshrink.runs.checkpoints import find_checkpoints
+from growshrink.runs.folder import RunFolder
+from growshrink.schedules import Schedule
+from growshrink.training import ListeningTrainer, Score, TrainConfig, Trainer, evaluate
+from growshrink.training.distil import TeacherNet
+
+
+class Run:
+    """What the phases of a run change, and what they need for it.
+
+    Args:
+        initial: The model as `run_cycle` was given it.
+        feed: What it is trained and judged on.
+        config: How to train.
+        folder: Claimed.
+        saving: When to save.
+        device: Where to train.
+        progress: Show a bar.
+        tensorboard: Write event files too.
+        learning_rate: Factor on the config's rate, by update.
+        lam: By update.
+        model_about: What the run was told of its model.
+        num_rounds: Of the plan.
+        total: Updates of the whole run.
+        identity: Everything that the result depends on; the run is resumed with the same only.
+
+    Attributes:
+        trainer: Of the net in training and its average.
+        state: Plain values.
+        phase: Number of the phase that the next update belongs to.
+        teaching: Who teaches.
+        augmentation: The sampled widths of the present phase, or None.
+        before: A snapshot, in a round that may go back to where it began.
+    """
+
+    def __init__(
+        self,
+        initial: nn.Module,
+        feed: Feed,
+        config: TrainConfig,
+        folder: RunFolder,
+        saving: Saving,
+        device: torch.device,
+        *,
+        progress: bool,
+        tensorboard: bool,
+        learning_rate: Schedule,
+        lam: LamControl,
+        model_about: Mapping[str, Any],
+        num_rounds: int,
+        total: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.initial = copy.deepcopy(initial)
+        self.feed = feed
+        self.config = config
+        self.folder = folder
+        self.saving = saving
+        self.device = device
+        self.learning_rate = learning_rate
+        self.lam = lam
+        self.model_about = model_about
+        self.num_rounds = num_rounds
+        self.total = total
+        self.identity = identity
+        self.phase = 0
+        self.state = RunState()
+        self.size = feed.input_size
+        self.images_per_update = feed.train.batch_size * num_ranks()
+        self.teaching = Teaching(feed.input_size)
+        self.augmentation: Augmentation | None = None
+        self.before: Mapping[str, Any] | None = None
+        self.trainer = self.make_trainer(self.initial)
+        self.journal = Journal(folder.path, total, progress=progress, tensorboard=tensorboard)
+        self._augmented_for: object = None
+        self._cost: int | None = None  # MACs of the present structure, see macs
+
+    # ---- structure
+
+    @property
+    def record(self) -> RoundRecord:
+        """Of the present round."""
+        return self.state.rounds[-1]
+
+    @property
+    def grew(self) -> Grew:
+        """The last growth."""
+        return next(change for change in reversed(self.state.log) if isinstance(change, Grew))
+
+    def make_trainer(self, model: nn.Module) -> Trainer:
+        """Of a copy of `model`, on the run's device."""
+        trainer = ListeningTrainer(self.placed(copy.deepcopy(model)), self.config, self.feed.train)
+        trainer.listener = self.lam.observe
+        return trainer
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """`model` on the run's device and in its memory format."""
+        return model.to(self.device).to(memory_format=torch.channels_last)
+
+    def changed(self, change: Change) -> None:
+        """Log a change of structure that has just been made."""
+        self.state.log.append(change)
+        self._cost = None
+
+    def remember(self) -> None:
+        """Keep what the round may have to go back to."""
+        self.before = snapshot(self.trainer)
+
+    def set_teacher(self, net: nn.Module | None) -> None:
+        """A copy of `net`, whose structure is that of the log, teaches from now on; None ends the teaching."""
+        self.teaching.set_teacher(net)
+        self.state.teacher_log = None if net is None else len(self.state.log)
+
+    def augment(self, key: object, make: Callable[[], Augmentation] | None) -> None:
+        """Sample widths from now on, or (None) no more; what was made for the same `key` stays.
+
+        Args:
+            key: What the sampling belongs to: a round and its teacher.
+            make: Makes it.
+        """
+        if make is not None and key == self._augmented_for:
+            return
+        if self.augmentation is not None:
+            self.augmentation.task.detach()
+        self.augmentation = None if make is None else make()
+        self._augmented_for = None if make is None else key
+
+    def save_supernet(self, name: str) -> None:
+        """Write the grown net for the tools, named by its round where there are several."""
+        file = f"{name}-{self.grew.round}.safetensors" if self.num_rounds > 1 else f"{name}.safetensors"
+        save_net(self.folder.path / file, self.trainer.best, self.model_about, self.grew, self.size)
+
+    # ---- scores and costs
+
+    def score(self, model: nn.Module | None = None) -> Score:
+        """Of a net, by default the one to judge, on the val split."""
+        return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val))
+
+    def top1(self, model: nn.Module | None = None) -> float:
+        """See `score`."""
+        return self.score(model).top1
+
+    def macs(self, lessons: Lessons | None, start: int, stop: int) -> int:
+        """MACs of an image in each of these updates: forward and backward of the present graph, teacher's forward."""
+        if self.augmentation is not None:
+            return self.augmentation.macs(start, stop)
+        if self._cost is None:
+            self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size)
+        return (stop - start) * self._cost + self.teaching.macs(lessons, start, stop)
+
+    def add_row(self, number: int, phase: str, start: int, loss: float, seconds: float) -> None:
+        """Score the net and log the updates since `start`."""
+        trainer, last = self.trainer, self.trainer.update - 1
+        score = self.score(trainer.best if self.augmentation is None else self.augmentation.judged(trainer))
+        row = Row(
+            update=trainer.update,
+            epoch=trainer.update / self.feed.train.updates_per_epoch,
+            round=number,
+            phase=phase,
+            train_loss=loss,
+            val_top1=score.top1,
+            val_loss=score.loss,
+            lr=self.config.lr * self.learning_rate(last),
+            lam=self.lam(last) if grown_modules(trainer.model) else None,
+            training_macs=self.state.macs_spent,
+            images_per_second=(trainer.update - start) * self.images_per_update / seconds,
+            seconds=self.state.seconds,
+        )
+        self.state.history.append(row)
+        self.journal.add(row)
+
+    def end_round(self) -> None:
+        """Complete the record of the round and let its teacher go."""
+        record = self.record
+        record.top1.end = self.top1()
+        record.training_macs = self.state.macs_spent - record.macs_before
+        self.set_teacher(None)
+        self.journal.end_round(record)
+
+    # ---- training
+
+    def train_until(self, stop: int, teacher: TeacherNet | None) -> float:
+        """Do updates until `stop`, or until it is time to save; returns their mean loss."""
+        loss = self.trainer.train(
+            stop,
+            learning_rate=self.learning_rate,
+            lam=self.lam,
+            teacher=teacher,
+            task=self.augmentation.task if self.augmentation is not None else None,
+            after_update=self.journal.updated,
+            stop_early=lambda: self.saving.due(self.trainer.update),
+        )
+        return float(loss)
+
+    def check_finite(self, loss: float, where: str, start: int, advice: str) -> None:
+        """Raise DivergedError if the loss of the updates since `start`, or a weight after them, is not finite.
+
+        To be called before every checkpoint, so that all of them are of a sound net. Waits for the device.
+
+        Args:
+            loss: Mean of these updates.
+            where: Round and phase, for the message.
+            start: The first of these updates.
+            advice: What to try instead.
+        """
+        found = find_not_finite(self.trainer) if math.isfinite(loss) else f"the loss is {loss}"
+        if found is None:
+            return
+        kept = find_checkpoints(self.folder.path)
+        raise DivergedError(
+            f"{found} in {where}, between updates {start} and {self.trainer.update}. "
+            f"{f'{kept[0]} is kept' if kept else 'There is no checkpoint yet'}. The same run would end here again: "
+            f"start another, with {advice}{', or without amp' if self.config.amp else ''}."
+        )
+
+    def checkpoint(self) -> None:
+        """Save, and stop if a signal asked for it."""
+        update = self.trainer.update
+        self.state.lam = self.lam.state_dict()
+        save_run(
+            self.folder.path,
+            self.phase,
+            self.state,
+            self.trainer,
+            identity=self.identity,
+            teacher=self.teaching.net,
+            before=self.before,
+            keep=self.saving.keep,
+        )
+        if update < self.total:
+            self.saving.leave_if_asked(f"after update {update} of {self.total}, saved in {self.folder.path}")
+
+    def same_on_all_ranks(self) -> None:
+        """Give every rank the nets of rank 0: statistics were taken on images of each rank's own."""
+        broadcast_nets_(self.trainer.nets)
+
+
+def find_not_finite(trainer: Trainer) -> str | None:
+    """Say which tensor of the nets or the optimizer has a NaN or an infinity in it; None if none has.
+
+    Buffers may be infinite (masks are), parameters and what the optimizer keeps may not.
+    """
+    named: dict[str, Tensor] = dict(trainer.model.named_parameters())
+    average = trainer.ema or nn.Module()
+    named |= {f"{name} of the average": parameter for name, parameter in average.named_parameters()}
+    for name, values in trainer.optimizer_state().items():
+        named |= {f"the optimizer's {key} of {name}": v for key, v in values.items() if isinstance(v, Tensor)}
+    named = {name: tensor for name, tensor in named.items() if tensor.is_floating_point()}
+    device = next(trainer.model.parameters()).device
+    finite = torch.stack([torch.isfinite(tensor.detach()).all().to(device) for tensor in named.values()])
+    return None if finite.all() else f"{[*named][int(finite.int().argmin())]} is not finite"
