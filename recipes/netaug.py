@@ -2,7 +2,7 @@
 
     python recipes/netaug.py                                          digits, about a minute on 2 cores
     python recipes/netaug.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2 --amp
-    python recipes/netaug.py --mode suffix --inplace-distil 0.5       other ways to draw the wider nets; see --help
+    python recipes/netaug.py --widths suffix,inplace_distil=0.5        other ways to draw the wider nets; see --help
     python recipes/netaug.py --exit choose                            branches go linear, the best width is merged
     python recipes/netaug.py --model reducenet20_x4 --exit choose     a net that is grown at birth has no other exit
 
@@ -17,81 +17,63 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 import torch
-import tyro
 from torch import nn
 
 import growshrink as gs
-from growshrink.base.limits import NotNegative, Positive, Ratio, Share, Whole
+from growshrink.base.limits import Share
 from growshrink.base.reading import read_json
 from growshrink.base.writing import save_picture, write_json
-from growshrink.cli.options import Options
+from growshrink.cli.forms import pick
+from growshrink.cli.options import LengthOptions, Options, TimingOptions
 from growshrink.cli.program import run_program
-from growshrink.cycle.plan import EXITS
 from growshrink.data.feed import Feed
+from growshrink.errors import PlanError
 from growshrink.supernet import load_supernet
-from growshrink.supernet.passes import MODES
 from growshrink.training import Trainer
 
+#: Shares that every exit allows.
+ROUND = gs.Round(
+    epochs=1, ratio=4.0, hold=0.5, vanish=0.2, settle=0.3, exit=gs.cycle.Drop(), widths=gs.cycle.NetAug("lazy")
+)
 
-@dataclass(kw_only=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Args(Options):
-    """Options of netaug."""
+    """Options of netaug.
 
-    epochs: Positive = 40.0
-    """Of the whole run."""
-    mode: Annotated[str, tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
-    """netaug: base and one wider net in every update. lazy: in every 8th. suffix: only the blocks from a random one on
-    are widened, the others run once for both. single: one random net, no base. sandwich: widest, random, base."""
-    ratio: Ratio = 4.0
-    """r: middle width of the widest net over the output channels."""
-    alpha: NotNegative | None = None
-    """Weight of the wider net's loss, averaged over updates; by default that of the base's where it is there."""
-    inplace_distil: Share | None = None
-    """Share of the base net's loss that comes from the wider net's logits of the same update."""
-    exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "drop"
-    """drop: the base net alone, NetAug's own way. fuse: the branches go linear and are merged at full width. choose: at
-    the best of several widths."""
-    hold: Share | None = None
+    Modes of --widths: netaug has the base and one wider net in every update, lazy in every 8th; in suffix only the
+    blocks from a random one on are widened, the others run once for both; single is one random net and no base,
+    sandwich the widest, random ones and the base.
+    """
+
+    alive: Share | None = None
     """Share of the run with activations alive; by default all of it before a drop, and half of it before a fuse."""
-    steps_to_time: Whole = 20
-    """Pairs of steps that the cost in time is measured by; 0 leaves it out."""
+    rounds: gs.Round = pick(ROUND, "ratio", "exit", "widths")
+    timing: TimingOptions = pick(TimingOptions(turns=20), "turns")
+    length: LengthOptions = pick(LengthOptions(epochs=40.0), "epochs")
 
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    plan, config = make_plan(args), args.train_config()  # before there is a folder, or data are decoded
-    folder = args.claim("netaug-")
-    with folder:
+    plan = make_plan(args)  # before there is a folder, or data are decoded
+    with args.running.claim(f"netaug-{args.title}") as folder:
         summary_file = folder.path / "netaug.json"
         if folder.finished and summary_file.exists():
             print(f"{folder.path} is finished: {folder.path / 'report.md'}")
             return
-        device = args.torch_device()
-        torch.manual_seed(args.seed)
-        feed = args.make_feed(device)
-        model, about = args.make_model(feed)
+        torch.manual_seed(args.running.seed)
+        feed = args.feed()
+        model, about = args.model.make(feed)
         if not folder.finished:  # else it was stopped between the training and its summary
-            gs.run_cycle(
-                model,
-                feed,
-                plan,
-                out_dir=folder,
-                config=config,
-                device=device,
-                progress=not args.quiet,
-                tensorboard=args.tensorboard,
-                about=args.about(about),
-                save_every=args.save_every,
-                keep=args.keep,
-            )
+            args.run_cycle(plan, folder, feed, model, about)
         report = read_json(folder.path / "report.json")
-        cost = cost_of_a_step(args, feed, folder.path, about) if args.steps_to_time else None
+        cost = cost_of_a_step(args, feed, folder.path, about) if args.timing.turns else None
         summary = {**summarise(report), "seconds_of_a_step": cost}
         draw(folder.path, summary)
         write_json(summary_file, summary)
@@ -101,21 +83,14 @@ def main(args: Args) -> None:
 
 def make_plan(args: Args) -> gs.CyclePlan:
     """One round, all of it with sampled widths."""
-    drop = args.exit == "drop"
-    hold = (1.0 if drop else 0.5) if args.hold is None else args.hold
-    vanish = min(0.2, 1.0 - hold) if not drop else 1.0 - hold
-    plan = gs.RoundPlan(
-        epochs=args.epochs,
-        ratio=args.ratio,
-        hold=hold,
-        vanish=vanish,
-        settle=max(0.0, 1.0 - hold - vanish),
-        augment=args.mode,
-        alpha=args.alpha,
-        inplace_distil=args.inplace_distil,
-        exit=args.exit,
-    )
-    return gs.CyclePlan(rounds=(plan,), seed=args.seed)
+    if args.rounds.widths is None:
+        raise PlanError("--widths none: there would be no wider net.")
+    merges = args.rounds.exit.linear
+    hold = (0.5 if merges else 1.0) if args.alive is None else args.alive
+    vanish = min(0.2, 1.0 - hold) if merges else 1.0 - hold
+    settle = max(0.0, 1.0 - hold - vanish)
+    plan = replace(args.rounds, epochs=args.length.epochs, hold=hold, vanish=vanish, settle=settle)
+    return gs.CyclePlan(rounds=(plan,), seed=args.running.seed)
 
 
 def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,16 +116,15 @@ def cost_of_a_step(args: Args, feed: Feed, path: Path, about: Mapping[str, Any])
     """Time of a step of this run over that of a plain step, taking turns: median and quartiles of the ratios."""
     supernet, space, _ = load_supernet(path / "supernet.safetensors")
     plain = timm.create_model(about["plain_name"], **about["plain_kwargs"])
-    trainers = [Trainer(place(net, args), args.train_config(), feed.train) for net in (supernet, plain)]
+    trainers = [Trainer(place(net, args), args.training, feed.train) for net in (supernet, plain)]
+    assert args.rounds.widths is not None
     task = gs.NetAugTask(
         trainers[0].model,
         space=space,
-        mode=args.mode,
-        alpha=args.alpha,
-        inplace_distil=args.inplace_distil,
-        seed=args.seed,
+        seed=args.running.seed,
         verbose=False,
         input_size=feed.input_size,
+        **asdict(args.rounds.widths),
     ).attach(trainers[0].optimizer)
 
     def seconds(trainer: Trainer, task: gs.NetAugTask | None) -> float:
@@ -161,14 +135,14 @@ def cost_of_a_step(args: Args, feed: Feed, path: Path, about: Mapping[str, Any])
 
     task_period = task.every  # a lazy task is dear in one update of several
     seconds(trainers[0], task), seconds(trainers[1], None)
-    ratios = [seconds(trainers[0], task) / seconds(trainers[1], None) for _ in range(args.steps_to_time)]
+    ratios = [seconds(trainers[0], task) / seconds(trainers[1], None) for _ in range(args.timing.turns)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {"ratio": middle, "low": low, "high": high, "pairs": len(ratios)}
 
 
 def place(net: nn.Module, args: Args) -> nn.Module:
     """Where and how the run had it."""
-    return net.to(args.device).to(memory_format=torch.channels_last)
+    return net.to(args.running.device).to(memory_format=torch.channels_last)
 
 
 def text(summary: Mapping[str, Any]) -> str:

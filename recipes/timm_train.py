@@ -1,7 +1,7 @@
 """timm's own train.py, unchanged, with a grown net and NetAugTask in the place of its task.
 
     python recipes/timm_train.py TRAIN_PY --model resnet18 --data-dir D --epochs 90 ...      timm's arguments
-    python recipes/timm_train.py --ratio 2 --mode netaug TRAIN_PY --model ...                ours come first
+    python recipes/timm_train.py --ratio 2 --widths netaug TRAIN_PY --model ...              ours come first
 
 TRAIN_PY is train.py of https://github.com/huggingface/pytorch-image-models, in a folder without a folder `timm` beside
 it (Python would take that one). The model that --model names is grown before its optimizer is made, and trained at base
@@ -14,43 +14,31 @@ from __future__ import annotations
 
 import runpy
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm.optim
 import timm.task
 import torch
-import tyro
 from torch import nn
 
 import growshrink as gs
-from growshrink.base.limits import NotNegative, OneOf, Ratio, Regex, Seed, Share
-from growshrink.cli.limits import BranchName
+from growshrink.cli.forms import pick
+from growshrink.cli.options import RunOptions
 from growshrink.cli.program import guarded, read_options
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
-from growshrink.supernet.passes import MODES
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args:
     """Options of timm_train; they come before TRAIN_PY."""
 
-    branch: tuple[BranchName, ...] = ("bottleneck",)
-    """What to attach to every convolution: bottleneck, insert, nest."""
-    ratio: Ratio = 4.0
-    """Middle width of the widest net over the output channels."""
-    where: Regex | None = None
-    """Regular expression on module names; by default every convolution that can be grown exactly."""
-    mode: Annotated[str, OneOf("no such mode", tuple(MODES)), tyro.conf.arg(metavar="|".join(MODES))] = "lazy"
-    """How widths are sampled; see NetAugTask."""
-    alpha: NotNegative | None = None
-    """Weight of the augmented net's loss, averaged over updates."""
-    inplace_distil: Share | None = None
-    """Share of the base's loss that comes from the augmented net's logits."""
-    seed: Seed = 0
-    """Of the branches and the widths."""
+    rounds: gs.Round = pick(
+        gs.Round(epochs=1, ratio=4.0, widths=gs.cycle.NetAug("lazy")), "branch", "ratio", "where", "widths"
+    )
+    running: RunOptions = pick(RunOptions(), "seed")
 
 
 def main(args: Args, script: Path, arguments: list[str]) -> None:
@@ -60,14 +48,17 @@ def main(args: Args, script: Path, arguments: list[str]) -> None:
     if (script.parent / "timm").is_dir():
         raise RunError(f"{script}: there is a folder timm beside it, which Python would import. Copy the script away.")
 
+    if (widths := args.rounds.widths) is None:
+        raise RunError("--widths none: there would be no wider net.")
+    how, seed = args.rounds, args.running.seed
+
     class Task(gs.NetAugTask):
         """What train.py makes in the place of its own task."""
 
         def __init__(self, model: nn.Module, **keywords: Any) -> None:
             if not grown_modules(model):
-                gs.grow(model, args.branch, ratio=args.ratio, where=args.where, seed=args.seed, inplace=True)
-            keywords |= {"mode": args.mode, "alpha": args.alpha, "inplace_distil": args.inplace_distil}
-            super().__init__(model, **keywords, seed=args.seed)
+                gs.grow(model, how.branch, ratio=how.ratio, where=how.where, seed=seed, inplace=True)
+            super().__init__(model, **{**keywords, **asdict(widths)}, seed=seed)
             made.append(self)
 
     def create_optimizer(*positional: Any, **keywords: Any) -> torch.optim.Optimizer:

@@ -37,6 +37,7 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
+from growshrink.cycle.timeline import Timeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -44,11 +45,9 @@ import growshrink as gs
 from growshrink.base.environment import versions
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import write_json
-from growshrink.cli.forms import pick
-from growshrink.cli.options import RunOptions, command
+from growshrink.cli.options import FileOptions, command
 from growshrink.cli.program import run_program
 from growshrink.cycle.surgery import fuse_nets, grow_nets
-from growshrink.cycle.timeline import Timeline
 from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
@@ -71,14 +70,14 @@ class Args(TimedArgs):
     only: tuple[Section, ...] = SECTIONS
     """Sections to run."""
     pairs: PairOptions = PairOptions(seconds=4.0)
-    running: RunOptions = pick(RunOptions(), "file", "threads", "quiet")
+    output: FileOptions = FileOptions()
 
 
 def main(args: Args) -> int:
     """Measure, print, write; the exit status."""
     if not args.only:
         raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
-    if (file := args.running.file) is not None and file.exists():
+    if (file := args.output.file) is not None and file.exists():
         raise RunError(f"--file {file}: exists; choose another name or remove it.")
     if file is not None and not file.absolute().parent.is_dir():
         raise RunError(f"--file {file}: the folder {file.parent} does not exist.")

@@ -32,8 +32,9 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.algebra.dataflow import InputSize, trace
-from growshrink.base.limits import Pixels, Positive, Ratio
-from growshrink.cli.limits import BranchName
+from growshrink.base.limits import Positive
+from growshrink.cli.forms import pick
+from growshrink.cli.options import GrowOptions, NetOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import did_you_mean
 from growshrink.layers.grown import grown_modules
@@ -48,20 +49,17 @@ STEADY = 1e-14
 HOPELESS = 1e-3
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of coverage."""
+    """Options of coverage; every kind of branch is grown on a net of its own, which takes its own image size if need be."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    patterns: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of timm models, with wildcards. By default the first net of each family that the limit lets through."""
-    branches: tuple[BranchName, ...] = ("bottleneck", "insert", "dbb")
-    """What to grow with, one net each; A+B attaches both."""
-    ratio: Ratio = 0.5
-    """Middle width over the output channels."""
     max_params: Positive = 10.0
     """Largest net, in millions of parameters."""
-    image_size: Pixels = 64
-    """Pixels, where the net runs on so few; else its own."""
+    grow: GrowOptions = pick(GrowOptions(branches=("bottleneck", "insert", "dbb")), "branches")
+    rounds: gs.Round = pick(gs.Round(epochs=1, ratio=0.5), "ratio")
+    nets: NetOptions = pick(NetOptions(pixels=64), "pixels")
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Result:
 def main(args: Args) -> int:
     """Print the table and its totals; 1 if a net crashed or is not exact."""
     torch.manual_seed(0)
-    names = [name for pattern in args.models for name in timm.list_models(pattern)]
-    for pattern in args.models:
+    names = [name for pattern in args.patterns for name in timm.list_models(pattern)]
+    for pattern in args.patterns:
         if not timm.list_models(pattern):
             raise gs.errors.GrowShrinkError(
                 f"{pattern}: matches no model of timm{did_you_mean(pattern, timm.list_models())}"
@@ -111,14 +109,14 @@ def cover_all(args: Args, groups: list[list[str]], results: dict[tuple[str, str]
         if name is None:
             others["too large"] += 1
             continue
-        size = size_for(name, args.image_size)
+        size = size_for(name, args.nets.pixels)
         if size is None or layer_share(name, size) < LEAST_LAYER_SHARE:
             others["with most of its MACs outside convolutions and linear layers"] += 1
             continue
-        for branch in args.branches:
+        for branch in args.grow.branches:
             start = time.perf_counter()
             try:
-                results[name, branch] = result = cover(name, branch, size, args.ratio)
+                results[name, branch] = result = cover(name, branch, size, args.rounds.ratio)
             except gs.errors.GrowError as error:
                 others["without anything to grow"] += 1
                 bar.write(f"{name:32s} {branch:11s} {error}", file=sys.stdout)

@@ -1,77 +1,62 @@
 """What merging runs of blocks does to a ReduceNet's latency on this machine, and how well that is predicted.
 
     python tools/depth_latency.py                                    reducenet20 at 32x32, one image at a time
-    python tools/depth_latency.py reducenet56 --batch-size 16
+    python tools/depth_latency.py --model reducenet56 --latency-batch 16
 
 Makes the depth knob's table of latencies (in turns, but nothing is read from or written to the disk): what merging each
 run of neighbouring blocks does to the net's time. Then draws whole cuts at random, predicts their latency by adding up,
 and times those that are predicted to be no slower than the net (the knob plans no others), in turns of their own. Exit
-code 1 if a prediction is further off than --tolerance.
+code 1 if a prediction is further off than --most-off.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import timm
-import torch
-import tyro
 
 import growshrink  # noqa: F401 - registers the models
-from growshrink.base.limits import BatchSize, Count, Multiplier, NotNegative, Pixels, Seed, Threads
-from growshrink.cli.limits import ModelName
+from growshrink.base.limits import Count, NotNegative
+from growshrink.cli.forms import pick
+from growshrink.cli.options import ModelOptions, NetOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut
 from growshrink.errors import PlanError, did_you_mean
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of depth_latency."""
+    """Options of depth_latency; the model is a plain ReduceNet."""
 
-    model: Annotated[ModelName, tyro.conf.Positional] = "reducenet20"
-    """A plain ReduceNet."""
-    width: Multiplier = 1.0
-    """Multiplier of its channels."""
-    image_size: Pixels = 32
-    """Pixels."""
-    batch_size: BatchSize = 1
-    """Images at a time."""
-    longest: Count = 4
-    """Most blocks that become one."""
     cuts: Count = 12
     """How many cuts to draw."""
-    rounds: Count = 200
-    """Turns every net takes."""
-    tolerance: NotNegative = 0.15
-    """Of a prediction, relatively to what is measured."""
-    threads: Threads = 1
-    """Of torch."""
-    seed: Seed = 0
-    """Of the cuts."""
-    quiet: bool = False
-    """No progress bars."""
+    most_off: NotNegative = 0.15
+    """How far a prediction may be off, relatively to what is measured."""
+    model: ModelOptions = ModelOptions()
+    nets: NetOptions = pick(NetOptions(), "pixels")
+    timing: TimingOptions = TimingOptions()
+    running: RunOptions = pick(RunOptions(threads=1), "seed", "threads", "quiet")
 
 
 def main(args: Args) -> int:
     """Print both tables; 1 if a prediction is too far off."""
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
-    if args.model not in plain:
-        raise PlanError(f"{args.model}: not a plain ReduceNet{did_you_mean(args.model, plain)}")
-    if min(args.longest, args.cuts, args.rounds, args.batch_size, args.image_size) < 1:
-        raise PlanError("--longest, --cuts, --rounds, --batch-size and --image-size must be at least 1.")
-    torch.set_num_threads(args.threads)
-    model, size = timm.create_model(args.model, width=args.width), (3, args.image_size, args.image_size)
-    options: dict[str, Any] = {"batch_size": args.batch_size, "rounds": args.rounds, "progress": not args.quiet}
-    latencies = measure_latencies(model, size, longest=args.longest, cache=None, **options)
+    if (name := args.model.name) not in plain:
+        raise PlanError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
+    args.timing.check()
+    args.running.set_threads()
+    (model, _), size = args.model.create(), (3, args.nets.pixels, args.nets.pixels)
+    options: dict[str, Any] = {"batch_size": args.timing.latency_batch, "rounds": args.timing.turns}
+    options["progress"] = not args.running.quiet
+    latencies = measure_latencies(model, size, longest=args.timing.longest, cache=None, **options)
     print(f"{latencies.hardware}: {latencies.net_ms:.3f} ms")
     for segment, change in latencies.change_ms.items():
         if segment.length > 1:
             print(f"{segment!s:24s} {1 + change / latencies.net_ms:6.2f} of the net's time")
-    cuts = draw_cuts(latencies, args.cuts, random.Random(args.seed))
+    cuts = draw_cuts(latencies, args.cuts, random.Random(args.running.seed))
     if not cuts:
         print("no merging makes the net faster here")
         return 0
@@ -83,7 +68,7 @@ def main(args: Args) -> int:
         merged = " ".join(str(segment) for segment in cut if segment.length > 1)
         print(f"predicted {predicted:.2f}, measured {measured:.2f} of the net's time: {merged}")
     print(f"predictions are at most {max(errors):.1%} off ({len(cuts)} cuts)")
-    return int(max(errors) > args.tolerance)
+    return int(max(errors) > args.most_off)
 
 
 def draw_cuts(latencies: Latencies, number: int, draw: random.Random) -> list[Cut]:

@@ -1,7 +1,7 @@
 """Is the fused net the grown one? Errors in float64 and float32 for any timm models, as a table.
 
     python tools/exactness.py                                every ReduceNet that is grown at birth, at full width
-    python tools/exactness.py resnet18 efficientnet_lite0 --branch nest --image-size 64
+    python tools/exactness.py resnet18 efficientnet_lite0 --branch nest --pixels 64
 
 Norm parameters and statistics are random: a fresh batch norm hides most mistakes. `effect` is the relative change of
 the output when the branches are silenced; at 0 the comparison would prove nothing. `drift` is what three rounds of
@@ -13,44 +13,34 @@ from __future__ import annotations
 import copy
 import sys
 from dataclasses import dataclass
-from typing import Annotated
 
 import timm
 import torch
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.base.limits import Pixels
-from growshrink.cli.limits import BranchName
+from growshrink.cli.forms import pick
+from growshrink.cli.options import NetOptions
 from growshrink.cli.program import run_program
-from growshrink.errors import did_you_mean
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs.probes import randomize_norms_
 
 COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of exactness."""
+    """Options of exactness; plain models are grown first, images are no larger than a model's own."""
 
-    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """timm models; plain ones are grown first. By default every ReduceNet that is grown at birth."""
-    branch: BranchName = "bottleneck"
-    """What plain models are grown with; A+B attaches both."""
-    image_size: Pixels | None = None
-    """Pixels; by default the model's own, at most 64."""
+    nets: NetOptions = pick(NetOptions(pixels=64), "models", "pixels")
+    rounds: gs.Round = pick(gs.Round(epochs=1), "branch")
 
 
 def main(args: Args) -> int:
     """Print the table; 1 if a net is not exact."""
     torch.manual_seed(0)
-    names = args.models or [name for name in timm.list_models("reducenet*") if "_x" in name]
-    for name in names:
-        if not timm.is_model(name):
-            raise gs.errors.GrowShrinkError(f"{name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
+    names = args.nets.models or [name for name in timm.list_models("reducenet*") if "_x" in name]
     print(f"{'model':24s} {'grown':>5s}" + "".join(f"{title:>10s}" for title in COLUMNS))
     num_wrong = 0
     for name in (bar := tqdm(names, unit="net", leave=False)):
@@ -58,12 +48,12 @@ def main(args: Args) -> int:
         cfg = timm.get_pretrained_cfg(name)
         assert cfg is not None
         channels, height, _ = cfg.input_size
-        side = args.image_size or min(height, 64)
+        side = min(height, args.nets.pixels)
         size = (channels, side, side)
         if not grown_modules(model):
-            model = gs.grow(model, args.branch.split("+"), input_size=size)
+            model = gs.grow(model, args.rounds.branch, input_size=size)
         proof = gs.verify(model, input_size=size)
-        drift = drift_of_rounds(model, args.branch.split("+"), size)
+        drift = drift_of_rounds(model, args.rounds.branch, size)
         num_wrong += not (proof.ok and drift < 1e-9)
         bar.write(
             f"{name:24s} {len(grown_modules(model)):5d}{proof.max_rel:10.1e}{proof.max_rel_float32:10.1e}"
@@ -73,7 +63,7 @@ def main(args: Args) -> int:
     return int(num_wrong > 0)
 
 
-def drift_of_rounds(model: nn.Module, branch: list[str], size: tuple[int, int, int], rounds: int = 3) -> float:
+def drift_of_rounds(model: nn.Module, branch: tuple[str, ...], size: tuple[int, int, int], rounds: int = 3) -> float:
     """Relative differences of plain to grown and grown to fused, added up over rounds in float64."""
     plain = gs.fuse(_vanished(copy.deepcopy(model).double()), input_size=size)
     drift = 0.0

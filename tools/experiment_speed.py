@@ -33,7 +33,7 @@ from torchvision import transforms
 from growshrink.base.limits import Count
 from growshrink.base.timing import Call, machine
 from growshrink.cli.forms import pick
-from growshrink.cli.options import ModelOptions, NetOptions, parse_kwargs
+from growshrink.cli.options import ModelOptions, NetOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split
@@ -177,7 +177,7 @@ class InMemory(Dataset[tuple[Tensor, int]]):
 
 def plain_net(args: Args) -> nn.Module:
     """What all of them train."""
-    return timm.create_model("reducenet20", num_classes=CLASSES, **parse_kwargs(args.model.model_kwargs))
+    return args.model.create(num_classes=CLASSES)[0]
 
 
 if __name__ == "__main__":

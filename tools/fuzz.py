@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,34 +35,37 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fuzzing.architectures import Outcome, check_architecture
 from fuzzing.commands import check_command
 from fuzzing.files import check_file
-from growshrink.base.limits import Count, Seed
+from growshrink.base.limits import Count
+from growshrink.cli.forms import pick
+from growshrink.cli.options import RunOptions
 from growshrink.cli.program import run_program
 
 
-@dataclass
-class Architectures:
-    """Grow, train and fuse random nets."""
+@dataclass(frozen=True, kw_only=True)
+class Cases:
+    """Cases, which are numbered from --seed on."""
 
     count: Count = 5000
-    """How many nets."""
-    seed: Seed = 0
-    """Number of the first; they are numbered on from there."""
-    quiet: bool = False
-    """No progress bar."""
+    """How many cases."""
+    running: RunOptions = pick(RunOptions(), "seed", "quiet")
+
+    def numbers(self, unit: str) -> Any:
+        """Their numbers, with a progress bar."""
+        first = self.running.seed
+        return tqdm(range(first, first + self.count), unit=unit, disable=self.running.quiet)
 
 
-@dataclass
-class Files:
+@dataclass(frozen=True, kw_only=True)
+class Architectures(Cases):
+    """Grow, train and fuse random nets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Cases):
     """Give damaged files to their readers."""
 
-    count: Count = 10000
-    """How many files."""
-    seed: Seed = 0
-    """Number of the first; they are numbered on from there."""
     commands: bool = False
     """Through the programs, each in a process of its own (seconds a file), not through the package's readers."""
-    quiet: bool = False
-    """No progress bar."""
 
 
 Which = Architectures | Files
@@ -79,7 +83,7 @@ def run_architectures(args: Architectures) -> int:
     """Nets number `seed` to `seed + count - 1`."""
     began = time.perf_counter()
     wrong, crashed, outcomes = 0, 0, []
-    bar = tqdm(range(args.seed, args.seed + args.count), unit="net", disable=args.quiet)
+    bar = args.numbers("net")
     for number in bar:
         torch.manual_seed(number)
         try:
@@ -121,7 +125,7 @@ def run_files(args: Files) -> int:
     logging.disable()  # timm's, a line for each image that it skips
     began = time.perf_counter()
     found: Counter[tuple[str, str]] = Counter()
-    bar = tqdm(range(args.seed, args.seed + args.count), unit="file", disable=args.quiet)
+    bar = args.numbers("file")
     with keep_quiet():
         for number in bar:
             case = check_command(number) if args.commands else check_file(number)

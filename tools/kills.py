@@ -1,7 +1,7 @@
 """Kill a training run with SIGKILL at random moments, resume it, and see whether it ends as if nothing had happened.
 
     python tools/kills.py                 100 kills of recipes/grow_cycle.py on digits, some minutes on one core
-    python tools/kills.py --num 10 --fresh
+    python tools/kills.py --kills 10 --fresh
 
 One run is left alone. Then runs with the same options are started, killed, started with --resume, killed, ... until
 they finish, over and over, until as many kills as asked for have landed in a process at work (past its start-up, and
@@ -34,49 +34,46 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - this and the next are for the forks
 import sklearn.datasets  # noqa: F401
 import torch
+from growshrink.cycle.timeline import Timeline
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.base.environment import versions
-from growshrink.base.limits import Count, Positive, Seed
+from growshrink.base.limits import Count, Positive
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
+from growshrink.cli.forms import pick
+from growshrink.cli.options import RunOptions
 from growshrink.cli.program import run_program
 from growshrink.cycle.result import PLAIN_FILE
-from growshrink.cycle.timeline import Timeline
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
-from growshrink.runs.folder import MARKER, RunFolder
+from growshrink.runs.folder import MARKER
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.
 OPTIONS = (
     *("--model-kwargs", "width=0.25", "drop_rate=0.2", "--ratio", "1", "--where", "2.conv", "--batch-size", "64"),
-    *("--epochs", "8", "--hold", "0.15", "--vanish", "0.1", "--distil", "peak", "--accept-within", "1"),
+    *("--epochs", "8", "--hold", "0.15", "--vanish", "0.1", "--teacher", "peak", "--exit", "fuse,accept_within=1"),
     *("--save-every", "5", "--quiet"),
 )
 #: What may differ from run to run.
 TIMES = ("seconds", "images_per_second")
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args:
     """Options of kills."""
 
-    num: Count = 100
-    """Kills."""
+    kills: Count = 100
+    """How many."""
     spread: Positive = 0.2
     """A process is killed within this share of the time that the undisturbed run took, from the moment on that it is at
     work; uniformly drawn."""
     fresh: bool = False
     """Start a new process for every attempt."""
-    seed: Seed = 0
-    """Of the moments."""
-    out: Path | None = None
-    """Folder of the log; by default runs/kills, numbered if taken."""
-    quiet: bool = False
-    """No progress bar."""
+    running: RunOptions = pick(RunOptions(), "out", "seed", "quiet")
 
 
 def main(args: Args) -> int:
@@ -84,19 +81,22 @@ def main(args: Args) -> int:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     tqdm.monitor_interval = 0  # a thread
-    claim = RunFolder.claim(args.out) if args.out is not None else RunFolder.claim_next(Path("runs"), "kills")
-    with claim as folder, tqdm(total=args.num, unit="kill", disable=args.quiet) as bar:
-        folder.write_marker("running", {"options": OPTIONS, "seed": args.seed, "fresh": args.fresh})
+    seed = args.running.seed
+    with (
+        args.running.claim("kills") as folder,
+        tqdm(total=args.kills, unit="kill", disable=args.running.quiet) as bar,
+    ):
+        folder.write_marker("running", {"options": OPTIONS, "seed": seed, "fresh": args.fresh})
         with Attempt(folder.path / "undisturbed", fresh=args.fresh) as alone:
             began = alone.wait_until_at_work()
             alone.wait()
         whole = time.perf_counter() - began
         expected = outcome(alone.path)
-        draw, kills, runs = random.Random(args.seed), list[dict[str, Any]](), list[dict[str, Any]]()
-        while len(kills) < args.num:
+        draw, kills, runs = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
+        while len(kills) < args.kills:
             path = folder.path / f"run-{len(runs) + 1}"
             before = len(kills)
-            for kill in run_killed(path, args.fresh, lambda: draw.uniform(0, args.spread * whole), args.num - before):
+            for kill in run_killed(path, args.fresh, lambda: draw.uniform(0, args.spread * whole), args.kills - before):
                 kills.append(kill)
                 bar.update()
             equal = outcome(path) == expected
@@ -105,7 +105,7 @@ def main(args: Args) -> int:
                 shutil.rmtree(path)
             survived = sum(run["kills"] for run in runs if run["equal"])
             figures = {"kills": len(kills), "survived": survived, "seconds_undisturbed": whole}
-            about = {"spread": args.spread, "fresh": args.fresh, "seed": args.seed, "options": OPTIONS}
+            about = {"spread": args.spread, "fresh": args.fresh, "seed": seed, "options": OPTIONS}
             write_json(
                 folder.path / "kills.json", {**figures, "runs": runs, "each": kills, **about, "versions": versions()}
             )

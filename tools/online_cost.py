@@ -54,7 +54,7 @@ class Args(TimedArgs):
     """Also print what every convolution costs either way."""
     batches: BatchOptions = BatchOptions(batch_size=128)
     grow: GrowOptions = pick(GrowOptions(branches=TARGETS), "branches")
-    rounds: gs.RoundPlan = pick(gs.RoundPlan(epochs=1), "ratio")
+    rounds: gs.Round = pick(gs.Round(epochs=1), "ratio")
 
 
 def main(args: Args) -> int:

@@ -1,7 +1,7 @@
 """Grow, train, vanish and fuse, again and again: is memory constant, and does what is exact stay exact?
 
     python tools/soak.py                                        50 rounds of a ReduceNet in float64, about a minute
-    python tools/soak.py --rounds 500 --model mobilenetv3_small_050 --log runs/soak.jsonl
+    python tools/soak.py --rounds 500 --model mobilenetv3_small_050 --file runs/soak.jsonl
 
 Every round grows branches of other kinds silently, trains for a few updates while lam falls to 0, gives the norms
 random values, and fuses. Four differences are measured on fixed inputs, relatively: plain to grown, grown to fused, and
@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.base.limits import Count, OutFile, Pixels, Positive, Seed
-from growshrink.cli.limits import ModelName
+from growshrink.base.limits import Count, Positive
+from growshrink.cli.forms import pick
+from growshrink.cli.options import FileOptions, GrowOptions, ModelOptions, NetOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
@@ -40,26 +41,19 @@ MOST_DRIFT = 1e-9
 BRANCHES = ("bottleneck", "insert", "nest", "dbb", "repvgg", "acnet", "expandnet", "orepa", "lora", "mixture")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of soak."""
+    """Options of soak; the model is a plain one, the file, which must be new, gets a line of JSON per round."""
 
-    rounds: Count = 50
-    """How many."""
-    model: ModelName = "reducenet20"
-    """A plain timm model."""
-    image_size: Pixels = 16
-    """Pixels."""
     updates: Count = 5
     """Of training in each round."""
     most_growth: Positive = 16.0
     """MiB that the process may grow by over the second half of the rounds: allocators keep some."""
-    log: OutFile | None = None
-    """A new file for a line of JSON per round."""
-    seed: Seed = 0
-    """Of weights, branches, norms and inputs."""
-    quiet: bool = False
-    """No progress bar."""
+    grow: GrowOptions = pick(GrowOptions(rounds=50), "rounds")
+    model: ModelOptions = pick(ModelOptions(), "model")
+    nets: NetOptions = pick(NetOptions(pixels=16), "pixels")
+    output: FileOptions = FileOptions()
+    running: RunOptions = pick(RunOptions(), "seed", "quiet")
 
 
 @dataclass(frozen=True)
@@ -80,16 +74,16 @@ class Round:
 
 def main(args: Args) -> int:
     """Print the rounds and the verdict; 1 if it is not as it must be."""
-    if args.rounds < 2 or args.image_size < 8:
-        raise RunError("needs at least 2 --rounds, and --image-size 8.")
-    if args.log is not None and args.log.exists():
-        raise RunError(f"--log {args.log}: exists; choose another name or remove it.")
+    if args.grow.rounds < 2 or args.nets.pixels < 8:
+        raise RunError("needs at least 2 --rounds, and --pixels 8.")
+    if (file := args.output.file) is not None and file.exists():
+        raise RunError(f"--file {file}: exists; choose another name or remove it.")
     began = time.perf_counter()
     rounds: list[Round] = []
-    for entry in tqdm(soak(args), total=args.rounds, unit="round", disable=args.quiet):
+    for entry in tqdm(soak(args), total=args.grow.rounds, unit="round", disable=args.running.quiet):
         rounds.append(entry)
-        if args.log is not None:
-            write_line(args.log, entry)
+        if file is not None:
+            write_line(file, entry)
     print(table(rounds))
     problems = judge(rounds, args.most_growth)
     print(f"{len(rounds)} rounds, {time.perf_counter() - began:.0f} s: {'; '.join(problems) or 'all as it must be'}")
@@ -103,35 +97,36 @@ def write_line(path: Path, entry: Round) -> None:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(entry)) + "\n")
     except OSError as error:
-        raise RunError(f"--log {path}: cannot be written ({error.strerror}).") from error
+        raise RunError(f"--file {path}: cannot be written ({error.strerror}).") from error
 
 
 def soak(args: Args) -> Iterator[Round]:
     """The rounds, one by one."""
-    torch.manual_seed(args.seed)
-    plain = timm.create_model(args.model, num_classes=10).double().eval()
+    name, seed, pixels = args.model.name, args.running.seed, args.nets.pixels
+    torch.manual_seed(seed)
+    plain = timm.create_model(name, num_classes=10).double().eval()
     stem = next(module for module in plain.modules() if isinstance(module, nn.Conv2d))
-    size = (stem.in_channels, args.image_size, args.image_size)
+    size = (stem.in_channels, pixels, pixels)
     del stem
     x = torch.randn(4, *size, dtype=torch.float64)
     drift = 0.0
-    for number in range(args.rounds):
+    for number in range(args.grow.rounds):
         branch = BRANCHES[number % len(BRANCHES)]
         before = outputs(plain, x)
-        net = gs.grow(plain, branch, ratio=1.0, seed=args.seed + number, input_size=size)
+        net = gs.grow(plain, branch, ratio=1.0, seed=seed + number, input_size=size)
         watched = [weakref.ref(m) for m in net.modules() if isinstance(m, gs.Branch)]
         difference = relative(before, outputs(net, x))
-        train(net, size, args.updates, seed=args.seed + number)
+        train(net, size, args.updates, seed=seed + number)
         for module in net.modules():
             if isinstance(module, gs.Branch):
                 module.silence_()  # the few updates leave a factor next to 0 where there is no norm: it is drawn anew
-        randomize_norms_(net, args.seed + number)
+        randomize_norms_(net, seed + number)
         gs.set_lambda(net.eval(), 0.0)
         grown, silenced = outputs(net, x), outputs(gs.drop(net), x)
         num_grown = len(grown_modules(net))
         plain = gs.fuse(net, input_size=size)
         fused = outputs(plain, x)
-        fresh = timm.create_model(args.model, num_classes=10).double().eval()
+        fresh = timm.create_model(name, num_classes=10).double().eval()
         fresh.load_state_dict(plain.state_dict(), strict=True)
         difference += relative(grown, fused) + relative(fused, outputs(fresh, x))
         drift += difference

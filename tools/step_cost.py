@@ -49,7 +49,7 @@ class Args(TimedArgs):
     """Options of step_cost; plain models are grown."""
 
     nets: NetOptions = NetOptions(models=("reducenet20", "reducenet20_x4"))
-    rounds: gs.RoundPlan = pick(gs.RoundPlan(epochs=1, ratio=4.0), "ratio")
+    rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
 
 
 def main(args: Args) -> int:

@@ -185,8 +185,8 @@ def _alternatives(cls: Any) -> list[str]:
 def _known_names(hint: Any) -> tuple[str, ...]:
     """The names that an option can have, where these are few."""
     for inner in get_args(hint) if get_origin(hint) in (Annotated, Literal) else ():
-        if isinstance(inner, OneOf) and isinstance(inner.names, tuple) and len(inner.names) <= 8:
-            return inner.names
+        if isinstance(inner, OneOf) and not callable(inner.names) and len(names := tuple(inner.names)) <= 8:
+            return names
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 

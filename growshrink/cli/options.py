@@ -129,13 +129,17 @@ class ModelOptions:
             raise RunError("--model: name one.")
         return self.model
 
-    def make(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
-        """Make the model for this data; how to make it, and its plain form, again."""
-        kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **parse_kwargs(self.model_kwargs)}
+    def create(self, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """Create the model with these arguments and --model-kwargs, which it returns together."""
+        kwargs |= parse_kwargs(self.model_kwargs)
         try:
-            model = timm.create_model(self.name, **kwargs)
+            return timm.create_model(self.name, **kwargs), kwargs
         except Exception as error:  # models check their arguments in their own ways
             raise RunError(f"--model {self.name} with {kwargs}: {type(error).__name__}: {error}") from error
+
+    def make(self, feed: Feed) -> tuple[nn.Module, dict[str, Any]]:
+        """Make the model for this data; how to make it, and its plain form, again."""
+        model, kwargs = self.create(num_classes=len(feed.classes), in_chans=feed.input_size[0])
         plain_name, plain_kwargs = plain_form(self.name, kwargs, grown=bool(grown_modules(model)))
         return model, {"name": self.name, "kwargs": kwargs, "plain_name": plain_name, "plain_kwargs": plain_kwargs}
 
@@ -189,8 +193,6 @@ class RunOptions:
 
     out: OutFolder | None = None
     """Folder of the run; by default one in runs/, numbered if taken."""
-    file: OutFile | None = None
-    """File of the results."""
     resume: bool = False
     """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
     save_every: Count | None = None
@@ -241,6 +243,16 @@ RUNNING = ("out", "quiet", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """What is written."""
+
+    group: ClassVar[str] = "running"
+
+    file: OutFile | None = None
+    """File of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """Of programs that train a net."""
 
@@ -271,6 +283,7 @@ class Options:
     ) -> CycleResult:
         """Run a plan as the options have it; `about` says how to make the model again."""
         running, fed = self.running, {**vars(self.data)}
+        running.set_threads()
         for name in ("batch_size", "data", "data_dir"):
             del fed[name]
         return run_cycle(
