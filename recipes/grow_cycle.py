@@ -138,7 +138,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
         raise PlanError("--branches: name at least one.")
     base = args.epochs * args.base if args.rounds else args.epochs
     rounds = tuple(
-        gs.RoundPlan(
+        gs.Round(
             epochs=(args.epochs - base) / args.rounds,
             branch=tuple(args.branches[min(number, len(args.branches) - 1)].split("+")),
             ratio=args.ratio,

@@ -104,7 +104,7 @@ def make_plan(args: Args) -> gs.CyclePlan:
     drop = args.exit == "drop"
     hold = (1.0 if drop else 0.5) if args.hold is None else args.hold
     vanish = min(0.2, 1.0 - hold) if not drop else 1.0 - hold
-    plan = gs.RoundPlan(
+    plan = gs.Round(
         epochs=args.epochs,
         ratio=args.ratio,
         hold=hold,

@@ -44,7 +44,7 @@ from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
 from growshrink.cli.program import run_program
 from growshrink.cycle.result import PLAIN_FILE
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle import lay_out
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.runs.folder import MARKER, RunFolder
