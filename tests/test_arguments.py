@@ -87,11 +87,11 @@ BAD = {
     + each(lambda v: gs.CyclePlan(rounds=v), (None, 3, "x", (3,), ({},), []))
     + each(gs.CyclePlan.from_dict, (None, 3, [], {}, {"round": []}, {"rounds": 3})),
     "CycleResult": [lambda: gs.cycle.CycleResult()],
-    "RoundPlan": [lambda: gs.RoundPlan()]
-    + [lambda k=k, v=v: gs.RoundPlan(**{"epochs": 5.0, k: v})
+    "Round": [lambda: gs.Round()]
+    + [lambda k=k, v=v: gs.Round(**{"epochs": 5.0, k: v})
        for k in ("epochs", "ratio", "hold", "vanish", "settle", "distil_weight", "distil_asked", "temperature")
        for v in (-1, NAN, INF, None, "1", [])]
-    + [lambda k=k, v=v: gs.RoundPlan(epochs=5.0, **{k: v})
+    + [lambda k=k, v=v: gs.Round(epochs=5.0, **{k: v})
        for k in ("branch", "control", "augment", "exit", "distil") for v in ("x", None, 3, [], ("x",))],
     "run_cycle": [
         lambda: gs.run_cycle(None, None, None, out_dir="never"),

@@ -48,6 +48,10 @@ from growshrink.base.writing import write_json
 from growshrink.cli.options import FileOptions, command
 from growshrink.cli.program import run_program
 from growshrink.cycle.surgery import fuse_nets, grow_nets
+<<<<<<< HEAD
+=======
+from growshrink.cycle import lay_out
+>>>>>>> main
 from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
@@ -215,7 +219,7 @@ def measure_round(bench: Bench) -> None:
     size, per_epoch = bench.round_batch, 100
     plain = channels_last(timm.create_model("reducenet20", num_classes=10))
     batches = TrainBatches(random_split(per_epoch * size), batch_size=size, mean=MEAN, std=STD)
-    plan = gs.RoundPlan(epochs=bench.round_updates / per_epoch)
+    plan = gs.Round(epochs=bench.round_updates / per_epoch)
     timeline = Timeline(gs.CyclePlan(rounds=(plan,)), batches.updates_per_epoch)
     tail = next(segment.start for segment in timeline.segments if segment.phase == "tail")
 
@@ -298,7 +302,7 @@ class BareLoop:
 def measure_step(bench: Bench) -> None:
     """What average, schedules and lam add to an update."""
     batches = OneBatch(random_batch(bench.batch_size), bench.batch_size)
-    timeline = Timeline(gs.CyclePlan(rounds=(gs.RoundPlan(epochs=1),)), batches.updates_per_epoch)
+    timeline = Timeline(gs.CyclePlan(rounds=(gs.Round(epochs=1),)), batches.updates_per_epoch)
     plain = channels_last(timm.create_model("reducenet20", num_classes=10))
     grown = gs.grow(plain, ratio=4, input_size=SIZE)
     for name, net, decay in (("plain", plain, 0.998), ("plain, no average", plain, 0.0), ("grown", grown, 0.998)):

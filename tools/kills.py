@@ -46,6 +46,7 @@ from growshrink.base.writing import PARTIAL, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
 from growshrink.cli.program import run_program
+from growshrink.cycle import lay_out
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints

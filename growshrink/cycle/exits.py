@@ -45,6 +45,11 @@ class Exit(Variant, ABC):
         """Whether the net from before the growth has to be kept."""
         return self.rewinds
 
+    @property
+    def decides(self) -> bool:
+        """Whether scores on the val split have a say in it."""
+        return False
+
     @abstractmethod
     def leave(self, run: Run) -> None:
         """End the grown part of a round: afterwards the net is plain."""
@@ -74,6 +79,11 @@ class _Merge(Exit, kind=""):
     @property
     def may_go_back(self) -> bool:
         """See `Exit.may_go_back`."""
+        return self.accept_within is not None
+
+    @property
+    def decides(self) -> bool:
+        """See `Exit.decides`."""
         return self.accept_within is not None
 
     def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
@@ -141,6 +151,11 @@ class Choose(_Merge, kind="choose"):
     """Fuse copies at several widths and keep the best on the val split; for rounds with sampled widths."""
 
     needs_widths = True
+
+    @property
+    def decides(self) -> bool:
+        """See `Exit.decides`."""
+        return True
 
     def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
         """The best of `default_candidates`."""

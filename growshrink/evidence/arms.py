@@ -6,16 +6,18 @@ A new arm is one entry in `ARMS`, or one in a plan file (see `Arm.from_dict`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.base.config import check_fields, from_dict
+from growshrink.base.limits import Share, Whole
+from growshrink.cycle import CyclePlan, Drop, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
 
 _LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
 _PURE = {"hold": 0.50, "vanish": 0.20, "settle": 0.30}  # grown to the end, linear towards it
-_NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": "drop"}  # augmented to the end, fading out
-_TEACH = {"exit": "teach", "vanish": 0.0, "settle": 0.0, "distil": "peak"}
+_NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": Drop()}  # augmented to the end, fading out
+_REWIND = {"exit": Rewind(), "vanish": 0.0, "settle": 0.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,15 @@ class Arm:
         shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
     """
 
-    about: str
-    base: float = 0.0
-    rounds: tuple[RoundPlan, ...] = ()
-    restarts: tuple[float, ...] = field(default=())
-    expansion: int = 0
+    about: str = ""
+    base: Share = 0.0
+    rounds: tuple[Round, ...] = ()
+    restarts: tuple[Share, ...] = ()
+    expansion: Whole = 0
     shrinks: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         total = self.base + sum(entry.epochs for entry in self.rounds)
         if abs(total - 1.0) > 1e-6:
             raise PlanError(f"{self.about!r}: base and rounds are shares of a run, and sum to {total:g}, not 1.")
@@ -58,42 +61,25 @@ class Arm:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Arm:
-        """From a plan file: the attributes by name, `rounds` as in a plan of grow_cycle's.
+        """From a plan file: the attributes by name.
 
         Raises:
             PlanError: Unknown keys, values out of range, or shares that do not sum to 1.
         """
-        known = dict(values)
-        cycle = CyclePlan.from_dict(
-            {
-                "base_epochs": known.pop("base", 0.0),
-                "rounds": known.pop("rounds", []),
-                "restarts": known.pop("restarts", []),
-            }
-        )
-        try:
-            return Arm(
-                about=str(known.pop("about", "")),
-                base=cycle.base_epochs,
-                rounds=cycle.rounds,
-                restarts=cycle.restarts,
-                **known,
-            )
-        except TypeError as error:
-            raise PlanError(f"an arm of the plan: {error}.") from error
+        return from_dict(Arm, values, "an arm of the plan")
 
 
-def _one(**values: Any) -> tuple[RoundPlan, ...]:
-    return (RoundPlan(**{"epochs": 1.0, "ratio": 2.0, **values}),)
+def _one(**values: Any) -> tuple[Round, ...]:
+    return (Round(**{"epochs": 1.0, "ratio": 2.0, **values}),)
 
 
-def _from_the_start(branch: str, init: str = "paper", **values: Any) -> tuple[RoundPlan, ...]:
+def _from_the_start(branch: str, init: str = "paper", **values: Any) -> tuple[Round, ...]:
     return _one(branch=(branch,), linear=True, init=init, **_LINEAR, **values)
 
 
-def _cycles(number: int, **values: Any) -> tuple[RoundPlan, ...]:
+def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
     branches = (("bottleneck",), ("insert", "bottleneck"), ("insert", "bottleneck"))
-    return tuple(RoundPlan(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
+    return tuple(Round(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
 
 
 PLAIN = "plain"
@@ -106,17 +92,19 @@ ARMS: Mapping[str, Arm] = {
     ),
     "distil": Arm(
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",
-        rounds=_one(hold=0.25, **_TEACH),
+        rounds=_one(hold=0.25, teacher=Teacher("peak"), **_REWIND),
     ),
     "return": Arm(
         about="plain, then grown to be its own teacher; the plain net goes on where it was, by answers that are kept",
         base=0.4,
-        rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, **_TEACH),
+        rounds=_one(epochs=0.6, hold=1 / 3, teacher=Teacher("peak", asked=0.3), **_REWIND),
     ),
     "return-strict": Arm(
         about="return, learning little from the labels (weight 0.9, temperature 4)",
         base=0.4,
-        rounds=_one(epochs=0.6, hold=1 / 3, distil_asked=0.3, distil_weight=0.9, temperature=4.0, **_TEACH),
+        rounds=_one(
+            epochs=0.6, hold=1 / 3, teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0), **_REWIND
+        ),
     ),
     "repvgg": Arm(
         about="1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", rounds=_from_the_start("repvgg")
@@ -153,29 +141,29 @@ ARMS: Mapping[str, Arm] = {
     "reducenet-x8": Arm(about="reducenet-x2, but 8 times as wide", rounds=_one(**_PURE), expansion=8),
     "netaug": Arm(
         about="widths sampled in every update, then dropped (arXiv:2110.08890)",
-        rounds=_one(ratio=4.0, augment="netaug", **_NETAUG),
+        rounds=_one(ratio=4.0, widths=NetAug("netaug"), **_NETAUG),
     ),
     "netaug-distil": Arm(
         about="netaug, the plain net learning from the wider one in the same update",
-        rounds=_one(ratio=4.0, augment="netaug", inplace_distil=0.5, **_NETAUG),
+        rounds=_one(ratio=4.0, widths=NetAug("netaug", inplace_distil=0.5), **_NETAUG),
     ),
     "lazy-distil": Arm(
         about="netaug-distil in every 8th update only: our cheap mode",
-        rounds=_one(ratio=4.0, augment="lazy", inplace_distil=0.5, **_NETAUG),
+        rounds=_one(ratio=4.0, widths=NetAug("lazy", inplace_distil=0.5), **_NETAUG),
     ),
     "cycles-2": Arm(about="two rounds of grow, vanish, fuse", base=0.1, rounds=_cycles(2)),
     "cycles-3": Arm(about="three rounds", base=0.1, rounds=_cycles(3)),
-    "cycles-2-peak": Arm(about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, distil="peak")),
+    "cycles-2-peak": Arm(about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, teacher=Teacher("peak"))),
     "cycles-2-linear": Arm(
         about="two rounds without any activation in the branches", base=0.1, rounds=_cycles(2, linear=True)
     ),
     "drop-layers": Arm(
         about="bottlenecks that keep their activations and are cut off halfway, instead of vanishing",
-        rounds=_one(hold=0.50, vanish=0.0, settle=0.0, exit="drop"),
+        rounds=_one(hold=0.50, vanish=0.0, settle=0.0, exit=Drop()),
     ),
     "never-shrunk": Arm(
         about="the grown net itself on the same budget: what there is to be kept, on the val split",
-        rounds=_one(hold=0.98, **_TEACH),
+        rounds=_one(hold=0.98, teacher=Teacher("peak"), **_REWIND),
         shrinks=False,
     ),
 }

@@ -15,11 +15,13 @@ import timm
 import torch
 from torch import nn
 
+from growshrink.base.config import check_fields, from_dict, to_dict
+from growshrink.base.limits import BatchSize, Count, Positive, Whole
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
-from growshrink.cycle import run_cycle
-from growshrink.cycle.cost import PlanCost
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle import lay_out, run_cycle
+from growshrink.cycle.costs import Costs
+from growshrink.cycle.records import RoundRecord, Row
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled
 from growshrink.data.feed import Feed, MemoryFeed
@@ -74,18 +76,19 @@ class Experiment:
     data: str
     model: str = "reducenet20"
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    pool: int = 1
-    budget: float = 30.0
+    pool: Count = 1
+    budget: Positive = 30.0
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
     own_arms: Mapping[str, Arm] = field(default_factory=dict)
-    batch_size: int = 128
+    batch_size: BatchSize = 128
     config: TrainConfig = TrainConfig(lr=0.2)  # noqa: RUF009 - frozen
-    crop: int | None = None
+    crop: Whole | None = None
     flip: bool = True
     tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         known = {**ARMS, **self.own_arms}
         for name in self.arms:
             if name not in known:
@@ -94,8 +97,6 @@ class Experiment:
             raise PlanError(f"arms: {PLAIN!r} must be among them: it is what the others are compared with.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise PlanError(f"seeds={self.seeds!r}: at least one, none twice.")
-        if not self.budget > 0:
-            raise PlanError(f"budget={self.budget!r}: epochs of the plain net, must be above 0.")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
             raise PlanError("tuning.seeds: must be others than the experiment's.")
 
@@ -121,16 +122,13 @@ class Experiment:
     def stackable(self, name: str) -> bool:
         """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
         arm = self.arm(name)
-        listens = any(
-            entry.control != "schedule" or entry.exit == "choose" or entry.accept_within is not None
-            for entry in arm.rounds
-        )
+        listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
         elementwise = self.config.optimizer in ELEMENTWISE and self.config.clip_grad is None
         return arm.shrinks and elementwise and not listens  # a peak is scored by run_cycle, which knows of one net only
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; the inverse of `from_dict`."""
-        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = to_dict(self)
         return values
 
     def differs(self, old: Mapping[str, Any]) -> str | None:
@@ -145,28 +143,7 @@ class Experiment:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Experiment:
         """From a plan file; PlanError for unknown keys and values that cannot be."""
-        if not isinstance(values, Mapping):
-            raise PlanError(f"the plan must be an object, got {values!r}.")
-        known = dict(values)
-        names = [entry.name for entry in fields(Experiment)]
-        for key in known:
-            if key not in names:
-                raise PlanError(f"the plan: {key!r} is not an option of an experiment{did_you_mean(key, names)}")
-        try:
-            for key in ("seeds", "arms"):
-                if key in known:
-                    known[key] = tuple(known[key])
-            if "config" in known:
-                known["config"] = TrainConfig(**known["config"])
-            if known.get("tuning"):
-                tuning: dict[str, Any] = {**known["tuning"]}
-                lists = {key: tuple(value) for key, value in tuning.items() if isinstance(value, list)}
-                known["tuning"] = Tuning(**{**tuning, **lists})
-            if "own_arms" in known:
-                known["own_arms"] = {name: Arm.from_dict(arm) for name, arm in known["own_arms"].items()}
-            return Experiment(**known)
-        except (TypeError, AttributeError) as error:
-            raise PlanError(f"the plan: {error}.") from error
+        return from_dict(Experiment, values, "the plan")
 
 
 def keep_plan(experiment: Experiment, out: Path) -> None:
@@ -229,7 +206,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
                 about={
                     "command": shlex.join(sys.argv),
                     "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
-                    "job": json.loads(json.dumps(asdict(job))),
+                    "job": to_dict(job),
                 },
             )
         except DivergedError as error:
@@ -245,7 +222,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         scores = tuple(
             _score(one, own, seed, arm, result.rounds) for one, own, seed in zip(trained, feeds, job.seeds, strict=True)
         )
-        images = result.timeline.total * batch_size
+        images = result.phases.total * batch_size
         cost = Cost(epochs=epochs, macs=spent, budget=budget, images=images, seconds=result.seconds)
         append_run(out, _record(job, arm, scores, folder, cost=cost, rounds=result.rounds, history=result.history))
 
@@ -269,8 +246,8 @@ def _record(
     *,
     cost: Cost | None = None,
     diverged: str | None = None,
-    rounds: Sequence[Mapping[str, Any]] = (),
-    history: Sequence[Mapping[str, Any]] = (),
+    rounds: Sequence[RoundRecord] = (),
+    history: Sequence[Row] = (),
 ) -> RunRecord:
     """Collect what is kept of a run, from its folder and what it has returned."""
     about = read_json(folder.path / MARKER)
@@ -280,7 +257,7 @@ def _record(
         scores=scores,
         cost=cost,
         diverged=diverged,
-        rounds=tuple(rounds),
+        rounds=tuple(to_dict(rounds)),
         history=History.from_rows(history),
         **{key: about[key] for key in ("command", "plan", "config", "data", "updates", "versions")},
     )
@@ -295,11 +272,11 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
         PlanError: None do: the budget is too small for the phases of its rounds.
     """
     epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
-    cost = PlanCost(net, arm.plan(epochs, seed), feed.train, feed.input_size)
+    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size)
     off: dict[float, float] = {}
     for _ in range(12):
-        timeline = Timeline(arm.plan(epochs, seed), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
-        ratio = cost.macs(timeline) / budget
+        phases = lay_out(arm.plan(epochs, seed), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
+        ratio = phases.macs(costs) / budget
         off[epochs] = abs(ratio - 1)
         if off[epochs] <= TOLERANCE / 4:
             break
@@ -310,9 +287,11 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
     raise PlanError(f"{arm.about!r}: no number of epochs costs {budget:.3e} MACs; give it a larger budget.")
 
 
-def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Mapping[str, Any]]) -> SeedScore:
+def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[RoundRecord]) -> SeedScore:
     if not arm.shrinks:  # judged at its peak, by the records; the mean over the seeds where they were stacked
-        return SeedScore(seed=seed, val=rounds[-1]["top1"]["peak"], test=None, loss=None)
+        peak = rounds[-1].top1.peak
+        assert peak is not None
+        return SeedScore(seed=seed, val=peak, test=None, loss=None)
     test = evaluate(net, feed.test)
     return SeedScore(seed=seed, val=evaluate(net, feed.val).top1, test=test.top1, loss=test.loss)
 

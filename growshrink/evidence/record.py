@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from growshrink.base.reading import parse_json, read_bytes, read_json
 from growshrink.base.writing import write_atomic
+from growshrink.cycle.records import Row
 from growshrink.errors import RunError
 
 PLAN_FILE = "plan.json"
@@ -125,11 +126,11 @@ class History:
             raise ValueError("the columns of the history differ in length")
 
     @staticmethod
-    def from_rows(rows: Sequence[Mapping[str, Any]]) -> History:
-        """Collect rows of log.jsonl; keys that are no column are left out."""
+    def from_rows(rows: Sequence[Row]) -> History:
+        """Collect rows of log.jsonl."""
         return History(
             **{
-                entry.name: tuple(row[entry.name] if entry.name in EXACT else _rounded(row[entry.name]) for row in rows)
+                entry.name: tuple(_kept(entry.name, getattr(row, entry.name)) for row in rows)
                 for entry in fields(History)
             }
         )
@@ -288,5 +289,5 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def _kept(name: str, value: Any) -> Any:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and name not in EXACT else value

@@ -13,6 +13,7 @@ import growshrink as gs
 from growshrink.base.ranks import all_gather, joined, num_ranks, this_rank
 from growshrink.base.reading import read_json
 from growshrink.base.stopping import Stopped, handled
+from growshrink.cycle import Fuse, Teacher
 from growshrink.cycle import timeline as timeline_module
 from growshrink.data.batches import Augment
 from growshrink.data.feed import MemoryFeed
@@ -20,10 +21,10 @@ from growshrink.runs import checkpoints
 from growshrink.training import Trainer
 
 timeline_module.LEAST_SETTLE = 2
-gs.cycle.result._draw_curves = lambda result: False
+gs.cycle.report.draw_curves = lambda result: False
 FOLDER = Path(sys.argv[1])
 LIFE = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-PLAN = two_rounds(distil="peak", accept_within=0.0)
+PLAN = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))
 
 
 def feed(batch_size=4):

@@ -102,7 +102,7 @@ def two_rounds(branches=(("bottleneck",), ("insert",)), **kwargs):
     """base 3 updates; 24 updates a round: hold 6, vanish 4, settle 4, tail 10 (with a shortened settle)."""
     kwargs = {"epochs": 6, "ratio": 1.0, "hold": 0.25, "vanish": 1 / 6, "settle": 1 / 6, **kwargs}
     return gs.CyclePlan(
-        base_epochs=0.75, rounds=tuple(gs.RoundPlan(branch=kinds, **kwargs) for kinds in branches), rewarm=2
+        base_epochs=0.75, rounds=tuple(gs.Round(branch=kinds, **kwargs) for kinds in branches), rewarm=2
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from small import BATCH, CONFIG, SIZE, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle import Choose, Drop, Fuse, NetAug, Teacher
 from growshrink.data.batches import Augment
 from growshrink.errors import PlanError
 from growshrink.supernet import load_supernet
@@ -15,19 +15,19 @@ from growshrink.training.calibrate import calibrate_bn
 
 ALIVE = {"hold": 0.9, "vanish": 0.0, "settle": 0.0}
 CASES = {
-    "drop": ({"augment": "netaug", "exit": "drop", **ALIVE}, {}),
-    "drop, annealed": ({"augment": "lazy", "exit": "drop", "inplace_distil": 0.5}, {}),
-    "fuse": ({"augment": "netaug", "exit": "fuse"}, {}),
-    "choose": ({"augment": "single", "exit": "choose"}, {}),
-    "choose, born grown": ({"augment": "sandwich", "exit": "choose"}, {"built_grown": True}),
-    "peak": ({"augment": "netaug", "exit": "choose", "distil": "peak"}, {"dropout": 0.3}),
+    "drop": ({"widths": NetAug("netaug"), "exit": Drop(), **ALIVE}, {}),
+    "drop, annealed": ({"widths": NetAug("lazy", inplace_distil=0.5), "exit": Drop()}, {}),
+    "fuse": ({"widths": NetAug("netaug"), "exit": Fuse()}, {}),
+    "choose": ({"widths": NetAug("single"), "exit": Choose()}, {}),
+    "choose, born grown": ({"widths": NetAug("sandwich"), "exit": Choose()}, {"built_grown": True}),
+    "peak": ({"widths": NetAug("netaug"), "exit": Choose(), "teacher": Teacher("peak")}, {"dropout": 0.3}),
 }
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     shorten_settle(monkeypatch)
-    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+    monkeypatch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
 
 
 def plan_of(case, branches=(("bottleneck",), ("insert", "bottleneck"))):
@@ -86,7 +86,7 @@ def test_a_run_ends_plain_and_a_resumed_one_ends_alike(tmp_path, case):
 def test_the_dropped_net_is_the_base_net_of_the_run_bit_for_bit(tmp_path):
     """Against the same updates made by hand: plain loss plus that of the augmented net, then the branches off."""
     plan = gs.CyclePlan(
-        rounds=(gs.RoundPlan(epochs=2, ratio=2.0, augment="netaug", exit="drop", hold=1.0, vanish=0.0, settle=0.0),),
+        rounds=(gs.Round(epochs=2, ratio=2.0, widths=NetAug("netaug"), exit=Drop(), hold=1.0, vanish=0.0, settle=0.0),),
         seed=3,
     )
     result = run(tmp_path / "run", "drop", plan=plan)
@@ -142,11 +142,11 @@ def test_supernets_are_kept_for_the_tools(tmp_path):
 BAD = {
     "mode": ({"augment": "netog"}, "augment='netog': no such mode; did you mean netaug"),
     "exit": ({"exit": "fall"}, "exit='fall': no such exit"),
-    "exit without widths": ({"exit": "choose"}, "only a round with sampled widths"),
-    "alpha": ({"augment": "lazy", "alpha": -1.0}, "alpha=-1.0: must not be negative"),
-    "distil": ({"augment": "lazy", "inplace_distil": 2.0}, "inplace_distil=2.0: must lie in"),
-    "vanish": ({"augment": "lazy", "exit": "choose", "vanish": 0.0}, "vanish=0.0: must be above 0"),
-    "hold": ({"augment": "lazy", "exit": "drop", "hold": 0.0}, "hold=0.0: must be above 0"),
+    "exit without widths": ({"exit": Choose()}, "only a round with sampled widths"),
+    "alpha": ({"widths": NetAug("lazy"), "alpha": -1.0}, "alpha=-1.0: must not be negative"),
+    "distil": ({"widths": NetAug("lazy"), "inplace_distil": 2.0}, "inplace_distil=2.0: must lie in"),
+    "vanish": ({"widths": NetAug("lazy"), "exit": Choose(), "vanish": 0.0}, "vanish=0.0: must be above 0"),
+    "hold": ({"widths": NetAug("lazy"), "exit": Drop(), "hold": 0.0}, "hold=0.0: must be above 0"),
 }
 
 
@@ -154,7 +154,7 @@ BAD = {
 def test_plans_that_cannot_be(case):
     options, words = BAD[case]
     with pytest.raises(PlanError, match="(?s).*".join(map(__import__("re").escape, [words]))):
-        gs.RoundPlan(epochs=1, **options)
+        gs.Round(epochs=1, **options)
 
 
 def test_a_net_grown_at_birth_cannot_be_dropped(tmp_path):
@@ -170,7 +170,7 @@ def test_the_plan_survives_json():
 
 def test_a_base_that_no_update_runs_is_scored_with_statistics_of_its_own(tmp_path):
     """In mode `single` the base's own would be those of whatever was drawn."""
-    plan = two_rounds((("bottleneck",),), augment="single", exit="choose")
+    plan = two_rounds((("bottleneck",),), widths=NetAug("single"), exit=Choose())
     result = run(tmp_path / "run", "choose", plan=plan)
     left = next(r for r in result.history if r["phase"] == "settle" and r["update"] == 17)  # the fuse comes after it
     assert left["val_top1"] == result.rounds[0]["top1"]["base"]

@@ -4,15 +4,14 @@ import pytest
 import torch
 
 from growshrink.cycle.control import LamControl
-from growshrink.cycle.plan import CyclePlan, RoundPlan
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle.plan import CyclePlan, Round
 
 #: base 2 updates; each round: hold 40, vanish 100, settle 60.
 SHARES = {"epochs": 200, "hold": 0.2, "vanish": 0.5, "settle": 0.3}
 
 
 def timeline(*controls, **kwargs):
-    rounds = tuple(RoundPlan(**SHARES, control=control, **kwargs) for control in controls)
+    rounds = tuple(Round(**SHARES, control=control, **kwargs) for control in controls)
     return Timeline(CyclePlan(base_epochs=2, rounds=rounds), 1)
 
 

@@ -15,7 +15,7 @@ from test_resume import outcome
 
 import growshrink as gs
 from growshrink.base.stopping import Stopped, handled
-from growshrink.cycle import execution
+from growshrink.cycle import Fuse, Teacher, execution
 from growshrink.data.batches import Augment
 from growshrink.data.feed import MemoryFeed
 from growshrink.data.stream import stream_data
@@ -26,13 +26,13 @@ from growshrink.training import TrainConfig
 from growshrink.training.trainer import Trainer
 
 #: Of the two rounds, the first is undone and the second is not.
-UNDONE = two_rounds(distil="peak", accept_within=0.0)
+UNDONE = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     shorten_settle(monkeypatch)
-    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+    monkeypatch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def run(path, plan=UNDONE, *, fail_at=None, config=CONFIG, model=None, feed=None
 def undisturbed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         shorten_settle(patch)
-        patch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+        patch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
         judged.__wrapped__(patch)
         path = tmp_path_factory.mktemp("undisturbed")
         return outcome(path, run(path))
@@ -254,7 +254,7 @@ def bits(trainer):
 def test_the_tolerance_is_in_points_and_inclusive(tmp_path, monkeypatch, cost):
     real = execution.Execution._judge
     monkeypatch.setattr(execution.Execution, "_judge", lambda self, segment, *_: real(self, segment, 50.0, 50.0 - cost))
-    result = run(tmp_path, two_rounds((("bottleneck",),), accept_within=0.5))
+    result = run(tmp_path, two_rounds((("bottleneck",),), exit=Fuse(accept_within=0.5)))
     assert result.rounds[0]["undone"] is (cost > 0.5)
 
 
@@ -276,7 +276,7 @@ def test_what_has_nothing_to_go_back_to_is_refused(tmp_path):
         run(tmp_path, model=small(built_grown=True, outputs=4))
     for value in (-0.1, math.nan, "1"):
         with pytest.raises(PlanError, match="accept_within="):
-            gs.RoundPlan(epochs=1, accept_within=value)
+            gs.Round(epochs=1, accept_within=value)
 
 
 # ---- not a number
@@ -392,7 +392,10 @@ def test_other_data_of_the_same_name_and_size_are_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
-    for name, plan in (("a", UNDONE), ("b", two_rounds(distil="peak", accept_within=0.0, ratio=2.0))):
+    for name, plan in (
+        ("a", UNDONE),
+        ("b", two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0)),
+    ):
         with pytest.raises(Interrupt):
             run(tmp_path / name, plan, fail_at=9)
     for path in find_checkpoints(tmp_path / "b"):
@@ -403,7 +406,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
         RunError,
         match=r"000000009.safetensors: it is of a run with another plan \(rounds: \[0\]: ratio: 1.0 then, 2.0 now",
     ):
-        run(tmp_path / "b", two_rounds(distil="peak", accept_within=0.0, ratio=2.0), resume=True)
+        run(tmp_path / "b", two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0), resume=True)
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):

@@ -2,17 +2,18 @@ import json
 import math
 
 import pytest
+from growshrink.cycle.timeline import LEAST_SETTLE, Segment, Timeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growshrink.cycle.plan import CyclePlan, RoundPlan
-from growshrink.cycle.timeline import LEAST_SETTLE, Segment, Timeline
+from growshrink.cycle import NetAug, Teacher
+from growshrink.cycle.plan import CyclePlan, Round
 from growshrink.errors import PlanError
 
 ROUND = {"epochs": 10.0}
 TWO_ROUNDS = CyclePlan(
     base_epochs=3,
-    rounds=(RoundPlan(epochs=20, distil="peak"), RoundPlan(epochs=15, branch=("insert", "bottleneck"), hold=0.3)),
+    rounds=(Round(epochs=20, teacher=Teacher("peak")), Round(epochs=15, branch=("insert", "bottleneck"), hold=0.3)),
 )
 
 
@@ -28,7 +29,7 @@ def timelines(draw):
         updates = draw(st.integers(60, 800))
         distil = draw(st.sampled_from(["none", "peak", "previous"]))
         rounds.append(
-            RoundPlan(epochs=updates / per_epoch, hold=hold, vanish=vanish, settle=settle, distil=distil),
+            Round(epochs=updates / per_epoch, hold=hold, vanish=vanish, settle=settle, distil=distil),
         )
     base, rewarm = draw(st.sampled_from([0.0, 0.3, 2.0])), draw(st.sampled_from([0, 1, 20]))
     timeline = Timeline(CyclePlan(rounds=tuple(rounds), base_epochs=base, rewarm=rewarm), per_epoch)
@@ -77,14 +78,14 @@ def test_phases_cover_the_run_and_lam_and_learning_rate_keep_their_promises(time
 
 
 def test_shares_that_add_up_in_decimals_are_not_refused_for_their_last_bit():
-    RoundPlan(epochs=10, hold=0.45, vanish=0.4, settle=0.15)  # 0.8500000000000001
-    timeline = Timeline(CyclePlan(rounds=(RoundPlan(epochs=203, hold=0.5, vanish=0.25, settle=0.25),)), 1)
+    Round(epochs=10, hold=0.45, vanish=0.4, settle=0.15)  # 0.8500000000000001
+    timeline = Timeline(CyclePlan(rounds=(Round(epochs=203, hold=0.5, vanish=0.25, settle=0.25),)), 1)
     assert timeline.total == 203  # 101.5 + 50.75 + 50.75, each rounded up, are 204
 
 
 @pytest.mark.parametrize("distil", ["none", "previous", "peak"])
 def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_change(distil):
-    plan = CyclePlan(base_epochs=10, rounds=(RoundPlan(epochs=40, distil=distil),) * 2, rewarm=8)
+    plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40, distil=distil),) * 2, rewarm=8)
     timeline = Timeline(plan, 10)
 
     def envelope(update):
@@ -107,7 +108,7 @@ def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_chan
 
 
 def test_a_net_that_is_born_grown_is_alive_from_the_first_update():
-    plan = CyclePlan(base_epochs=10, rounds=(RoundPlan(epochs=40),))
+    plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40),))
     assert [Timeline(plan, 10, built_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
     assert Timeline(plan, 10, built_grown=True).lam(499) == 0.0
 
@@ -146,15 +147,15 @@ def test_a_plan_goes_through_json_and_back():
         ({"settle": 0.9}, "hold .* settle = 1.25: more than the round"),
         ({"hold": 0.6, "vanish": 0.3}, "hold .* vanish = 0.9: at most 0.85"),
         ({"control": "loop"}, "control='loop': no such control.*closed_loop"),
-        ({"control": "closed_loop", "augment": "lazy"}, "control='closed_loop': listens to plain training"),
+        ({"control": "closed_loop", "widths": NetAug("lazy")}, "control='closed_loop': listens to plain training"),
         ({"distil": "peek"}, "distil='peek'.*did you mean peak"),
         ({"distil": None}, "distil=None"),
         ({"distil_weight": 0}, "distil_weight=0"),
         ({"distil_weight": 1.5}, "distil_weight=1.5"),
         ({"distil_asked": 0}, "distil_asked=0"),
-        ({"distil_asked": 0.5, "augment": "lazy"}, "distil_asked: with sampled widths"),
+        ({"distil_asked": 0.5, "widths": NetAug("lazy")}, "distil_asked: with sampled widths"),
         ({"online": "yes"}, "online='yes': must be true or false"),
-        ({"online": True, "augment": "lazy"}, "online=True: .* sampled widths"),
+        ({"online": True, "widths": NetAug("lazy")}, "online=True: .* sampled widths"),
         ({"temperature": 0}, "temperature=0"),
         ({"temperature": math.inf}, "temperature=inf"),
     ],
@@ -162,7 +163,7 @@ def test_a_plan_goes_through_json_and_back():
 )
 def test_a_round_that_cannot_be_is_refused_by_the_name_of_its_field(values, words):
     with pytest.raises(PlanError, match=words):
-        RoundPlan(**{**ROUND, **values})
+        Round(**{**ROUND, **values})
 
 
 @pytest.mark.parametrize(
@@ -197,9 +198,9 @@ def test_a_malformed_plan_file_is_refused_by_the_name_of_its_field(values, words
 @pytest.mark.parametrize(
     ("plan", "words"),
     [
-        (CyclePlan(rounds=(RoundPlan(epochs=5),)), "round 1 has 50 updates: too few"),
-        (CyclePlan(rounds=(RoundPlan(epochs=20), RoundPlan(epochs=1))), "round 2 has 10 updates: too few"),
-        (CyclePlan(rounds=(RoundPlan(epochs=20, hold=0.001),)), "too few for hold 0"),
+        (CyclePlan(rounds=(Round(epochs=5),)), "round 1 has 50 updates: too few"),
+        (CyclePlan(rounds=(Round(epochs=20), Round(epochs=1))), "round 2 has 10 updates: too few"),
+        (CyclePlan(rounds=(Round(epochs=20, hold=0.001),)), "too few for hold 0"),
         (CyclePlan(rounds=(), base_epochs=0.01), "base_epochs=0.01: less than one update"),
     ],
     ids=["all", "second", "hold", "base"],

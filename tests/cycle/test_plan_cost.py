@@ -5,42 +5,42 @@ import json
 
 import pytest
 import torch
+from growshrink.cycle.cost import PlanCost
 from small import CONFIG, SIZE, Feed, shorten_settle, small
 
 import growshrink as gs
-from growshrink.cycle.cost import PlanCost
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher
 from growshrink.errors import PlanError
 from growshrink.schedules.functions import cosine
 
 PLANS = {
     "plain": [],
-    "previous, then peak": [{"distil": "previous"}, {"distil": "peak"}],
+    "previous, then peak": [{"teacher": Teacher("previous")}, {"teacher": Teacher("peak")}],
     "fuse": [{}],
     "two kinds": [{}, {"branch": ("insert", "nest")}],
     "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
     "online": [{"branch": ("expandnet", "insert"), "online": True}],
-    "online, linear": [{"branch": ("dbb",), "online": True, "linear": True, "distil": "peak"}],
-    "drop": [{"exit": "drop", "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
-    "teach": [{"exit": "teach", "hold": 0.5, "vanish": 0.0, "settle": 0.0, "distil": "peak"}],
+    "online, linear": [{"branch": ("dbb",), "online": True, "linear": True, "teacher": Teacher("peak")}],
+    "drop": [{"exit": Drop(), "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
+    "teach": [{"exit": Rewind(), "hold": 0.5, "vanish": 0.0, "settle": 0.0, "teacher": Teacher("peak")}],
     "asked for a while": [
-        {"exit": "teach", "hold": 0.3, "vanish": 0.0, "settle": 0.0, "distil": "peak", "distil_asked": 0.3},
-        {"distil": "previous", "distil_asked": 0.5},
-        {"distil": "peak", "distil_asked": 0.01},
+        {"exit": Rewind(), "hold": 0.3, "vanish": 0.0, "settle": 0.0, "teacher": Teacher("peak", asked=0.3)},
+        {"teacher": Teacher("previous", asked=0.5)},
+        {"teacher": Teacher("peak", asked=0.01)},
     ],
-    "lazy, peak": [{"augment": "lazy", "exit": "drop", "distil": "peak"}],
-    "netaug, previous": [{"augment": "netaug", "distil": "previous"}],
+    "lazy, peak": [{"widths": NetAug("lazy"), "exit": Drop(), "teacher": Teacher("peak")}],
+    "netaug, previous": [{"widths": NetAug("netaug"), "teacher": Teacher("previous")}],
 }
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     shorten_settle(monkeypatch)
-    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+    monkeypatch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
 
 
 def plan_of(name, **values):
-    rounds = tuple(gs.RoundPlan(epochs=6, **entry) for entry in PLANS[name])
+    rounds = tuple(gs.Round(epochs=6, **entry) for entry in PLANS[name])
     return gs.CyclePlan(rounds=rounds, base_epochs=1, **values)
 
 
@@ -117,9 +117,9 @@ def test_restarts_lead_the_learning_rate_back_up():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"exit": "teach", "distil": "peak"}, "exit='teach': needs vanish=0"),
-        ({"exit": "teach", "vanish": 0.0, "settle": 0.0}, "exit='teach': needs"),
-        ({"exit": "choose"}, "exit='choose': only a round with sampled widths"),
+        ({"exit": Rewind(), "teacher": Teacher("peak")}, "exit='teach': needs vanish=0"),
+        ({"exit": Rewind(), "vanish": 0.0, "settle": 0.0}, "exit='teach': needs"),
+        ({"exit": Choose()}, "exit='choose': only a round with sampled widths"),
         ({"init": "papre"}, "init='papre'.*did you mean paper"),
         ({"linear": True, "control": "closed_loop"}, "linear=True"),
     ],
@@ -127,7 +127,7 @@ def test_restarts_lead_the_learning_rate_back_up():
 )
 def test_what_cannot_be_is_refused(values, words):
     with pytest.raises(PlanError, match=words):
-        gs.RoundPlan(epochs=1, **values)
+        gs.Round(epochs=1, **values)
 
 
 @pytest.mark.parametrize("restarts", [(-1.0,), ("a",), [1.0]])

@@ -9,21 +9,21 @@ import torch
 from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle.timeline import Timeline
+from growshrink.cycle import Drop, Rewind, Teacher
 from growshrink.data.batches import Augment
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.training import TrainConfig
 
 CASES = {
-    "peak": {"plan": two_rounds(distil="peak"), "model": {"dropout": 0.3}, "config": CONFIG},
+    "peak": {"plan": two_rounds(teacher=Teacher("peak")), "model": {"dropout": 0.3}, "config": CONFIG},
     "previous": {
-        "plan": two_rounds((("insert", "bottleneck"), ("nest",)), distil="previous"),
+        "plan": two_rounds((("insert", "bottleneck"), ("nest",)), teacher=Teacher("previous")),
         "model": {"bias": True},
         "config": TrainConfig(optimizer="adamw", lr=0.003, ema_decay=0.0, clip_grad=1.0),
     },
     "born grown": {
-        "plan": two_rounds(distil="peak"),
+        "plan": two_rounds(teacher=Teacher("peak")),
         "model": {"built_grown": True, "dropout": 0.3},
         "config": TrainConfig(optimizer="nadamw", lr=0.003, ema_decay=0.9),
     },
@@ -36,9 +36,9 @@ CASES["closed loop"] = {
 CASES["teach"] = {
     "plan": gs.CyclePlan(
         rounds=(
-            gs.RoundPlan(epochs=4, init="paper", linear=True, branch=("dbb",)),
-            gs.RoundPlan(epochs=6, exit="teach", hold=0.5, vanish=0, settle=0, distil="peak", distil_asked=0.4),
-            gs.RoundPlan(epochs=4, exit="drop", hold=0.5, vanish=0, settle=0),
+            gs.Round(epochs=4, init="paper", linear=True, branch=("dbb",)),
+            gs.Round(epochs=6, exit=Rewind(), hold=0.5, vanish=0, settle=0, teacher=Teacher("peak", asked=0.4)),
+            gs.Round(epochs=4, exit=Drop(), hold=0.5, vanish=0, settle=0),
         ),
         base_epochs=1,
         restarts=(0.5,),
@@ -47,7 +47,9 @@ CASES["teach"] = {
     "config": CONFIG,
 }
 CASES["online"] = {
-    "plan": two_rounds((("pointwise_conv", "expandnet", "insert"), ("bottleneck",)), online=True, distil="peak"),
+    "plan": two_rounds(
+        (("pointwise_conv", "expandnet", "insert"), ("bottleneck",)), online=True, teacher=Teacher("peak")
+    ),
     "model": {"dropout": 0.3},
     "config": CONFIG,
 }
@@ -57,7 +59,7 @@ TIMES = ("seconds", "images_per_second")
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     shorten_settle(monkeypatch)
-    monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+    monkeypatch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
 
 
 def run(path, case, *, fail_at=None, resume=False):

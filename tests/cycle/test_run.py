@@ -25,7 +25,8 @@ from small import (
 from timm.models.mlp_mixer import MlpMixer
 
 import growshrink as gs
-from growshrink.cycle.log import replay
+from growshrink.cycle import Teacher
+from growshrink.cycle.records import replay
 from growshrink.data.batches import NO_AUGMENT, Augment
 from growshrink.errors import GrowError, PlanError, RunError
 from growshrink.layers.grown import grown_modules
@@ -43,7 +44,7 @@ FORWARD_PLAIN = STEM + 2 * CONV + HEAD
 def _short(monkeypatch, request):
     shorten_settle(monkeypatch)
     if not request.node.name.startswith(("test_two_rounds", "test_the_report")):  # drawing takes a third of a run
-        monkeypatch.setattr("growshrink.cycle.result._draw_curves", lambda result: False)
+        monkeypatch.setattr("growshrink.cycle.report.draw_curves", lambda result: False)
 
 
 def run(path, model=None, plan=None, feed=None, config=CONFIG, **kwargs):
@@ -347,7 +348,7 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
     options = {"feed": data(), "batch_size": BATCH, "augment": NO_AUGMENT, "about": {"model": "a", "command": "x"}}
     other_model = small(outputs=4, norm=False, bias=True)
     changes = [
-        ({"plan": two_rounds(distil="peak")}, "another plan"),
+        ({"plan": two_rounds(teacher=Teacher("peak"))}, "another plan"),
         ({"config": TrainConfig(lr=0.05, ema_decay=0.8)}, r"another config \(ema_decay: 0.9 then, 0.8 now\)"),
         ({"about": {"model": "b"}}, r"another model \('a' then, 'b' now\)"),
         ({"batch_size": 4}, "another data"),

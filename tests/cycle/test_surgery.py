@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.cycle import RoundPlan
-from growshrink.cycle.log import replay, shapes_of
+from growshrink.cycle import Round
+from growshrink.cycle.records import replay, shapes_of
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
 from growshrink.errors import FuseError, RunError
 from growshrink.layers.grown import grown_modules
@@ -33,7 +33,7 @@ def train(trainer, updates, lam=1.0):
 
 
 def grow(trainer, kinds=("bottleneck",), ratio=1.0, seed=3):
-    return grow_nets(trainer, RoundPlan(epochs=1, branch=kinds, ratio=ratio), seed, SIZE)
+    return grow_nets(trainer, Round(epochs=1, branch=kinds, ratio=ratio), seed, SIZE)
 
 
 def fuse(trainer):

@@ -7,7 +7,6 @@ import pytest
 from records import record_of
 
 from growshrink.analysis.stats import Interval
-from growshrink.cycle.timeline import Timeline
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed

@@ -111,7 +111,7 @@ def test_a_stack_goes_through_rounds_like_any_net(tmp_path):
     ]
     nets = [net(seed=s, in_chans=1) for s in (0, 1)]
     feed = StackedFeed(feeds)
-    plan = gs.CyclePlan(rounds=(gs.RoundPlan(epochs=4, hold=0.1, vanish=0.1, settle=0.6, ratio=1.0),))
+    plan = gs.CyclePlan(rounds=(gs.Round(epochs=4, hold=0.1, vanish=0.1, settle=0.6, ratio=1.0),))
     result = gs.run_cycle(stack_nets(nets, (1, 8, 8)), feed, plan, out_dir=tmp_path / "run")
     ends = [evaluate(one, f.test).top1 for one, f in zip(unstack_net(result.model, nets[0], 2), feeds, strict=True)]
     assert result.final["top1"] == pytest.approx(sum(ends) / 2)

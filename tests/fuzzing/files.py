@@ -24,6 +24,8 @@ from types import FrameType
 import numpy as np
 import timm
 import torch
+from growshrink.cycle.execution import Execution
+from growshrink.cycle.identity import identity_of
 from PIL import Image
 from safetensors.torch import save
 
@@ -33,12 +35,10 @@ from growshrink.analysis.results import FILE as RESULTS
 from growshrink.analysis.results import Results
 from growshrink.analysis.truth import read_truth, subnet_name
 from growshrink.base.reading import load_weights, read_bytes, read_json
-from growshrink.cycle.execution import Execution
-from growshrink.cycle.identity import identity_of
-from growshrink.cycle.plan import CyclePlan, RoundPlan
+from growshrink.cycle import Teacher
+from growshrink.cycle.plan import CyclePlan, Round
 from growshrink.cycle.run import run_cycle
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.timeline import Timeline
 from growshrink.data.datasets import DataSet, Split, channel_statistics, load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.data.formats import read_cifar_binary, read_cifar_pickled, read_idx_pair
@@ -158,7 +158,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 def _plan() -> CyclePlan:
     # two phases of a few updates, so that a resumed run is over at once
-    rounds = (RoundPlan(epochs=14.0, ratio=1.0, hold=0.1, vanish=0.05, settle=0.71, where="0.conv"),)
+    rounds = (Round(epochs=14.0, ratio=1.0, hold=0.1, vanish=0.05, settle=0.71, where="0.conv"),)
     return CyclePlan(rounds=rounds, base_epochs=1.0, rewarm=2)
 
 
@@ -180,7 +180,7 @@ def _net() -> torch.nn.Module:
 @cache
 def plan_files() -> dict[str, bytes]:
     """A plan, as run.json has it."""
-    plan = CyclePlan(rounds=(RoundPlan(epochs=9.0), RoundPlan(epochs=9.0, branch=("insert", "dbb"), distil="peak")))
+    plan = CyclePlan(rounds=(Round(epochs=9.0), Round(epochs=9.0, branch=("insert", "dbb"), teacher=Teacher("peak"))))
     return {"plan.json": json.dumps({"plan": plan.to_dict(), "status": "finished"}).encode()}
 
 

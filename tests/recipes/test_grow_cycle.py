@@ -293,7 +293,7 @@ def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, case):
         ("", "not readable as JSON"),
         ("[1]", "not a JSON object"),
         ('{"plan": 3}', "the plan: must be an object"),
-        ('{"rounds": [{"epochs": 60, "brnch": ["insert"]}]}', "'brnch' is not an option of RoundPlan; did you mean"),
+        ('{"rounds": [{"epochs": 60, "brnch": ["insert"]}]}', "'brnch' is not an option of Round; did you mean"),
         ('{"rounds": [{"branch": ["insert"]}]}', "rounds[0]: "),
         ('{"rounds": [{"epochs": "many"}]}', "rounds[0]: epochs='many'"),
     ],
