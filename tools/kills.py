@@ -43,8 +43,8 @@ from growshrink.base.limits import Count, Positive, Seed
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
 from growshrink.cli.program import run_program
-from growshrink.cycle.result import PLAIN_FILE
 from growshrink.cycle import lay_out
+from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.runs.folder import MARKER, RunFolder
@@ -235,9 +235,8 @@ def state_of(path: Path) -> dict[str, Any]:
     place, history = "base", path / "log.jsonl"
     if found and history.exists() and (rows := history.read_text().splitlines()[:1]):  # else the first epoch
         row, about = json.loads(rows[0]), read_json(path / MARKER)
-        timeline = Timeline(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
-        segment = timeline.segment_at(min(update, timeline.total - 1))
-        place = segment.phase if update < timeline.total else "end"
+        phases = lay_out(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
+        place = phases.at(min(update, phases.total - 1)).name if update < phases.total else "end"
     return {"update": update, "place": place, "writing": [p.name for p in path.iterdir() if p.name.endswith(PARTIAL)]}
 
 
