@@ -37,7 +37,6 @@ from typing import Any, Literal, get_args
 
 import timm
 import torch
-from growshrink.cycle.timeline import Timeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -47,11 +46,8 @@ from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import write_json
 from growshrink.cli.options import FileOptions, command
 from growshrink.cli.program import run_program
-from growshrink.cycle.surgery import fuse_nets, grow_nets
-<<<<<<< HEAD
-=======
 from growshrink.cycle import lay_out
->>>>>>> main
+from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
@@ -220,32 +216,35 @@ def measure_round(bench: Bench) -> None:
     plain = channels_last(timm.create_model("reducenet20", num_classes=10))
     batches = TrainBatches(random_split(per_epoch * size), batch_size=size, mean=MEAN, std=STD)
     plan = gs.Round(epochs=bench.round_updates / per_epoch)
-    timeline = Timeline(gs.CyclePlan(rounds=(plan,)), batches.updates_per_epoch)
-    tail = next(segment.start for segment in timeline.segments if segment.phase == "tail")
+    phases = lay_out(gs.CyclePlan(rounds=(plan,)), batches.updates_per_epoch)
+    tail = phases.spans[0].grown_stop
+
+    def grow(trainer: Trainer) -> None:
+        grow_nets(trainer, plan.branch, ratio=plan.ratio, where=None, init=plan.init, seed=0, input_size=SIZE)
 
     def make(grown: bool) -> Trainer:
         trainer = Trainer(copy.deepcopy(plain), TrainConfig(), batches)
         if grown:
-            grow_nets(trainer, plan, 0, SIZE)
+            grow(trainer)
         return trainer
 
     def advance(trainer: Trainer) -> Call:
-        return lambda: trainer.train(trainer.update + 1, learning_rate=timeline.learning_rate, lam=timeline.lam)
+        return lambda: trainer.train(trainer.update + 1, learning_rate=phases.learning_rate, lam=phases.lam)
 
     what = f"round: c, training step of Trainer, grown / plain, batch {size}"
     c = bench.compare(what, advance(make(grown=True)), advance(make(grown=False))).ratio
 
     twin, actual = make(grown=True), make(grown=False)
     step_actual, step_twin = advance(actual), advance(twin)
-    grow_seconds, fuse_seconds = seconds_of(lambda: grow_nets(actual, plan, 0, SIZE)), 0.0
+    grow_seconds, fuse_seconds = seconds_of(lambda: grow(actual)), 0.0
     parts_actual, parts_twin = ([0.0] * ROUND_SAMPLES for _ in range(2))
-    what = f"round: round / twin that stays grown, {timeline.total} updates of {size}"
-    for update in bench.bar(timeline.total, what):
+    what = f"round: round / twin that stays grown, {phases.total} updates of {size}"
+    for update in bench.bar(phases.total, what):
         if update == tail:
             fuse_seconds = seconds_of(lambda: fuse_nets(actual, lambda net: 0.0, SIZE))
         parts_actual[update % ROUND_SAMPLES] += seconds_of(step_actual)
         parts_twin[update % ROUND_SAMPLES] += seconds_of(step_twin)
-    surgery, updates, t = grow_seconds + fuse_seconds, sum(parts_actual), timeline.tail_share(1)
+    surgery, updates, t = grow_seconds + fuse_seconds, sum(parts_actual), phases.spans[0].tail_share
     bound = ROUND_MARGIN * ((1 - t) + t / c)
     note = (
         f"bound {bound:.3f} = {ROUND_MARGIN} * ((1 - t) + t / c), t = {t:.3f}, c = {c:.2f}. The round took "
@@ -302,14 +301,14 @@ class BareLoop:
 def measure_step(bench: Bench) -> None:
     """What average, schedules and lam add to an update."""
     batches = OneBatch(random_batch(bench.batch_size), bench.batch_size)
-    timeline = Timeline(gs.CyclePlan(rounds=(gs.Round(epochs=1),)), batches.updates_per_epoch)
+    phases = lay_out(gs.CyclePlan(rounds=(gs.Round(epochs=1),)), batches.updates_per_epoch)
     plain = channels_last(timm.create_model("reducenet20", num_classes=10))
     grown = gs.grow(plain, ratio=4, input_size=SIZE)
     for name, net, decay in (("plain", plain, 0.998), ("plain, no average", plain, 0.0), ("grown", grown, 0.998)):
         trainer = Trainer(copy.deepcopy(net), TrainConfig(lr=1e-3, ema_decay=decay), batches)
 
         def advance(trainer: Trainer = trainer) -> None:
-            trainer.train(trainer.update + 1, learning_rate=timeline.learning_rate, lam=timeline.lam)
+            trainer.train(trainer.update + 1, learning_rate=phases.learning_rate, lam=phases.lam)
 
         what = f"step: Trainer / bare loop, {name}, batch {batches.batch_size}"
         bench.compare(what, advance, partial(BareLoop(copy.deepcopy(net)), *batches.value))

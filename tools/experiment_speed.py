@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from growshrink.base.limits import Count
-from growshrink.base.timing import Call, machine
+from growshrink.base.timing import Call
 from growshrink.cli.forms import pick
 from growshrink.cli.options import ModelOptions, NetOptions
 from growshrink.cli.program import run_program
@@ -42,7 +42,7 @@ from growshrink.evidence.stack import StackedFeed, stack_nets
 from growshrink.schedules.functions import constant
 from growshrink.training import TrainConfig, Trainer
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
-from paired import PairOptions, TimedArgs, channels_last, load
+from paired import PairOptions, TimedArgs, channels_last, conditions, load
 
 BATCH = 128
 CLASSES = 10
@@ -81,12 +81,8 @@ def main(args: Args) -> int:
     print(f"{'ours over':12s} {'ours':>9s} {'theirs':>9s} {'ratio':>6s}  quartiles      (images/s)")
     for row in rows:
         print(f"{row.what:12s} {row.a:9,.0f} {row.b:9,.0f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}")
-    about = machine()
-    print(
-        f"\nreducenet20, {' '.join(args.model.model_kwargs)}, {side} pixels, {args.stacked} seeds side by side; {about['threads']} "
-        f"threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}, timm "
-        f"{timm.__version__}; load average {before} before, {load()} after."
-    )
+    settings = f"reducenet20, {' '.join(args.model.model_kwargs)}, {side} pixels, {args.stacked} seeds side by side"
+    print(f"\n{settings}; {conditions(before)}")
     return 0
 
 

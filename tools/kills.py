@@ -34,7 +34,6 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - this and the next are for the forks
 import sklearn.datasets  # noqa: F401
 import torch
-from growshrink.cycle.timeline import Timeline
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -236,9 +235,8 @@ def state_of(path: Path) -> dict[str, Any]:
     place, history = "base", path / "log.jsonl"
     if found and history.exists() and (rows := history.read_text().splitlines()[:1]):  # else the first epoch
         row, about = json.loads(rows[0]), read_json(path / MARKER)
-        timeline = Timeline(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
-        segment = timeline.segment_at(min(update, timeline.total - 1))
-        place = segment.phase if update < timeline.total else "end"
+        phases = lay_out(gs.CyclePlan.from_dict(about["plan"]), round(row["update"] / row["epoch"]))
+        place = phases.at(min(update, phases.total - 1)).name if update < phases.total else "end"
     return {"update": update, "place": place, "writing": [p.name for p in path.iterdir() if p.name.endswith(PARTIAL)]}
 
 

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.base.timing import Call, machine
+from growshrink.base.timing import Call
 from growshrink.cli.forms import pick
 from growshrink.cli.options import BatchOptions, GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError, did_you_mean
-from paired import Bench, Row, TimedArgs, channels_last, load
+from paired import Bench, Row, TimedArgs, channels_last, conditions, load
 
 AT_MOST = 1.3
 #: The branches the target is for.
@@ -75,12 +75,8 @@ def main(args: Args) -> int:
             )
             if args.report:
                 print(report)
-    about = machine()
-    print(
-        f"\nOver an update of the plain net; batch {args.batches.batch_size}, ratio {args.rounds.ratio:g}; {about['threads']} threads "
-        f"on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average {before} before, "
-        f"{load()} after."
-    )
+    settings = f"batch {args.batches.batch_size}, ratio {args.rounds.ratio:g}"
+    print(f"\nOver an update of the plain net; {settings}; {conditions(before)}")
     missed = sum(row.verdict == "MISSED" for row in bench.rows)
     if missed:
         print(f"{missed} of {sum(bool(row.verdict) for row in bench.rows)} targets MISSED (at most {AT_MOST}).")

@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import timm
+import torch
 from torch import nn
 from tqdm import tqdm
 
 from growshrink.base.limits import Positive
-from growshrink.base.timing import Call, seconds_of
+from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
 from growshrink.data.batches import Batch
@@ -146,6 +148,15 @@ def channels_last(model: nn.Module) -> nn.Module:
 def load() -> float | None:
     """How many processes wanted to run in the last minute, on average; None where the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def conditions(before: float | None) -> str:
+    """What times depend on besides the code; `before` is the load that there was at the beginning."""
+    about = machine()
+    return (
+        f"{about['threads']} threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}, "
+        f"timm {timm.__version__}; load average {before} before, {load()} after."
+    )
 
 
 def table(rows: Sequence[Row], about: dict[str, Any]) -> str:

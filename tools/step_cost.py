@@ -18,7 +18,6 @@ import timm
 import torch
 
 import growshrink as gs
-from growshrink.base.timing import machine
 from growshrink.cli.forms import pick
 from growshrink.cli.options import NetOptions
 from growshrink.cli.program import run_program
@@ -26,7 +25,7 @@ from growshrink.errors import RunError
 from growshrink.proofs._profile import training_macs
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
-from paired import Bench, OneBatch, TimedArgs, channels_last, load
+from paired import Bench, OneBatch, TimedArgs, channels_last, conditions, load
 
 #: NetAugTask's own defaults, and every mode.
 MODES: dict[str, dict[str, Any]] = {
@@ -65,12 +64,8 @@ def main(args: Args) -> int:
             macs, row = measure(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
             print(f"{name:16s} {mode:22s} {macs:6.2f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}", flush=True)
-    about = machine()
-    print(
-        f"\nOver a step of the plain net; batch {nets.batch_size}, {nets.pixels} pixels; {about['threads']} "
-        f"threads on {about['cores']} cores of {about['processor']}, torch {torch.__version__}; load average "
-        f"{before} before, {load()} after."
-    )
+    settings = f"batch {nets.batch_size}, {nets.pixels} pixels"
+    print(f"\nOver a step of the plain net; {settings}; {conditions(before)}")
     if missed:
         print(f"MISSED: the default mode is to cost at most {DEFAULT_AT_MOST} plain steps in MACs.")
     return int(args.pairs.strict and missed)

@@ -108,13 +108,12 @@ class _Merge(Exit, kind=""):
                 calibrate_bn(net, images)
         run.augment(None, None)
         run.same_on_all_ranks()
-        fuse_nets(trainer, record, run.top1, run.size)
-        assert record.max_rel is not None and record.effect is not None
-        run.changed(Fused(update=trainer.update, round=record.number, max_rel=record.max_rel, effect=record.effect))
-        record.retention = record.top1.retention
+        merged = fuse_nets(trainer, run.top1, run.size)
+        record.take(merged)
+        run.changed(Fused(update=trainer.update, round=record.number, max_rel=merged.max_rel, effect=merged.effect))
         if self.accept_within is not None:
-            assert record.top1.before is not None and record.top1.fused is not None
-            self.judge(run, record.top1.before, record.top1.fused)
+            assert record.top1.before is not None
+            self.judge(run, record.top1.before, merged.fused)
 
     def judge(self, run: Run, before: float, fused: float) -> None:
         """Undo the round if it has cost too much."""

@@ -233,6 +233,31 @@ class Gradients:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What merging a net came to: top-1 on the val split by stage (see `Top1`), effects and errors.
+
+    Attributes:
+        vanished: Before.
+        dropped: Without the branches; None for a net that has no kernels of its own.
+        fused: Afterwards.
+        effect: Relative change of the outputs without the branches, with random norms.
+        trained_effect: The same as trained.
+        max_rel: Relative difference of the outputs, grown against fused, in float64.
+        max_rel_float32: The same in float32.
+        top1_agreement: Share of random images on which both say the same.
+    """
+
+    vanished: float
+    dropped: float | None
+    fused: float
+    effect: float
+    trained_effect: float
+    max_rel: float
+    max_rel_float32: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Size:
     """A number of the plain net, and the same of the grown one."""
 
@@ -294,11 +319,11 @@ class RoundRecord:
         gradients_at_update_2: After the second update with the branches.
         gradients_at_peak: At the end of the hold.
         left_by: Where widths were sampled.
-        effect: Relative change of the outputs without the branches, with random norms; None where nothing was merged.
-        trained_effect: The same as trained.
-        max_rel: Relative difference of the outputs, grown against fused, in float64.
-        max_rel_float32: The same in float32.
-        top1_agreement: Share of random images on which both say the same.
+        effect: See `Merged`, like the next four; None where nothing was merged.
+        trained_effect: See there.
+        max_rel: See there.
+        max_rel_float32: See there.
+        top1_agreement: See there.
         retention: See `Top1.retention`.
         undone: Whether the round was undone; None where it could not be.
         training_macs: Of the round, forward and backward, teachers included.
@@ -328,6 +353,12 @@ class RoundRecord:
     retention: float | None = None
     undone: bool | None = None
     training_macs: int = 0
+
+    def take(self, merged: Merged) -> None:
+        """Record what merging came to."""
+        for name, value in vars(merged).items():
+            setattr(self.top1 if hasattr(self.top1, name) else self, name, value)
+        self.retention = self.top1.retention
 
 
 @dataclass

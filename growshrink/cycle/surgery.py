@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.cycle.records import Collapsed, Gradients, Grew, RoundRecord, shapes_of
+from growshrink.cycle.records import Collapsed, Gradients, Grew, Merged, shapes_of
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
@@ -81,17 +81,14 @@ def collapse_net(trainer: Trainer, lam: float, number: int) -> Collapsed | None:
     return Collapsed(update=begin, round=number, lam=lam, names=list(collapse_report(model).collapsed))
 
 
-def fuse_nets(
-    trainer: Trainer, record: RoundRecord, score: Callable[[nn.Module], float], input_size: InputSize
-) -> None:
-    """Fuse model and average, proving it; scores, effects and errors go into the record of the round.
+def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size: InputSize) -> Merged:
+    """Fuse model and average, proving it.
 
     The proof is made twice, on the net as it was trained and on a copy with random norms, in which the branches are at
     work whatever they have learnt.
 
     Args:
         trainer: With every lam at 0.
-        record: Of the round.
         score: Top-1 of a net on the val split.
         input_size: `(C, H, W)`.
 
@@ -99,9 +96,9 @@ def fuse_nets(
         FuseError: A net cannot be merged exactly.
         RunError: The averaged net and its fused form differ.
     """
-    best, top1 = copy.deepcopy(trainer.best), record.top1
+    best = copy.deepcopy(trainer.best)
     owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
-    top1.vanished, top1.dropped = score(best), score(drop(best)) if owns_kernels else None
+    vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
     exact = copy.deepcopy(best).double()
     max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
     effect = trained_effect = 0.0
@@ -116,9 +113,16 @@ def fuse_nets(
         fuse(net, inplace=True, input_size=input_size)
     trainer.structure_changed(reset)
     single = compare(best, trainer.best, input_size=input_size, dtype=torch.float32)
-    top1.fused = score(trainer.best)
-    record.max_rel, record.effect, record.trained_effect = max_rel, effect, trained_effect
-    record.max_rel_float32, record.top1_agreement = single.max_rel, single.top1_agreement
+    return Merged(
+        vanished=vanished,
+        dropped=dropped,
+        fused=score(trainer.best),
+        effect=effect,
+        trained_effect=trained_effect,
+        max_rel=max_rel,
+        max_rel_float32=single.max_rel,
+        top1_agreement=single.top1_agreement,
+    )
 
 
 def gradients(trainer: Trainer) -> Gradients:

@@ -102,9 +102,7 @@ ARMS: Mapping[str, Arm] = {
     "return-strict": Arm(
         about="return, learning little from the labels (weight 0.9, temperature 4)",
         base=0.4,
-        rounds=_one(
-            epochs=0.6, hold=1 / 3, teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0), **_REWIND
-        ),
+        rounds=_one(epochs=0.6, hold=1 / 3, teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0), **_REWIND),
     ),
     "repvgg": Arm(
         about="1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", rounds=_from_the_start("repvgg")
@@ -153,7 +151,9 @@ ARMS: Mapping[str, Arm] = {
     ),
     "cycles-2": Arm(about="two rounds of grow, vanish, fuse", base=0.1, rounds=_cycles(2)),
     "cycles-3": Arm(about="three rounds", base=0.1, rounds=_cycles(3)),
-    "cycles-2-peak": Arm(about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, teacher=Teacher("peak"))),
+    "cycles-2-peak": Arm(
+        about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, teacher=Teacher("peak"))
+    ),
     "cycles-2-linear": Arm(
         about="two rounds without any activation in the branches", base=0.1, rounds=_cycles(2, linear=True)
     ),

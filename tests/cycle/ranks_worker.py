@@ -13,15 +13,14 @@ import growshrink as gs
 from growshrink.base.ranks import all_gather, joined, num_ranks, this_rank
 from growshrink.base.reading import read_json
 from growshrink.base.stopping import Stopped, handled
-from growshrink.cycle import Fuse, Teacher
-from growshrink.cycle import timeline as timeline_module
+from growshrink.cycle import Fuse, Teacher, layout, report
 from growshrink.data.batches import Augment
 from growshrink.data.feed import MemoryFeed
 from growshrink.runs import checkpoints
 from growshrink.training import Trainer
 
-timeline_module.LEAST_SETTLE = 2
-gs.cycle.report.draw_curves = lambda result: False
+layout.LEAST_SETTLE = 2
+report.draw_curves = lambda result: False
 FOLDER = Path(sys.argv[1])
 LIFE = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 PLAN = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))

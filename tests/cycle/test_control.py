@@ -3,16 +3,16 @@ import json
 import pytest
 import torch
 
-from growshrink.cycle.control import LamControl
+from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
 
 #: base 2 updates; each round: hold 40, vanish 100, settle 60.
 SHARES = {"epochs": 200, "hold": 0.2, "vanish": 0.5, "settle": 0.3}
 
 
-def timeline(*controls, **kwargs):
+def phases(*controls, **kwargs):
     rounds = tuple(Round(**SHARES, control=control, **kwargs) for control in controls)
-    return Timeline(CyclePlan(base_epochs=2, rounds=rounds), 1)
+    return lay_out(CyclePlan(base_epochs=2, rounds=rounds), 1)
 
 
 def follow(control, losses, start=0):
@@ -24,8 +24,8 @@ def follow(control, losses, start=0):
 
 
 def test_only_the_round_that_asks_for_it_is_controlled():
-    plan = timeline("schedule", "closed_loop")
-    values = follow(LamControl(plan), [1.0] * plan.total)
+    plan = phases("schedule", "closed_loop")
+    values = follow(plan.lam_control(), [1.0] * plan.total)
     assert values[:202] == [plan.lam(update) for update in range(202)]
     assert values[202:243] == [1.0] * 41
     assert values[267] == pytest.approx(0.5)  # nothing objects: down in half the time of the vanishing
@@ -33,28 +33,28 @@ def test_only_the_round_that_asks_for_it_is_controlled():
 
 
 def test_it_waits_for_the_loss_and_is_0_when_the_vanishing_is_over():
-    plan = timeline("closed_loop", "closed_loop")
+    plan = phases("closed_loop", "closed_loop")
     rising = [1.0 + 0.1 * update for update in range(plan.total)]
-    values = follow(LamControl(plan), rising)
+    values = follow(plan.lam_control(), rising)
     for start in (2, 202):
         assert values[start : start + 41] == [1.0] * 41 and values[start + 139] > 0.05
         assert values[start + 140 : start + 200] == [0.0] * 60
 
 
-@pytest.mark.parametrize(("distil", "waits"), [("none", True), ("peak", False), ("previous", False)])
-def test_losses_without_the_teacher_are_not_compared_with_those_it_has_part_in(distil, waits):
-    plan = timeline("closed_loop", distil=distil)
-    values = follow(LamControl(plan), [1.0] * 42 + [9.0] * 160)
+@pytest.mark.parametrize(("of", "waits"), [(None, True), ("peak", False), ("previous", False)])
+def test_losses_without_the_teacher_are_not_compared_with_those_it_has_part_in(of, waits):
+    plan = phases("closed_loop", teacher=of and Teacher(of))
+    values = follow(plan.lam_control(), [1.0] * 42 + [9.0] * 160)
     assert (values[100] > 0.8) == waits
 
 
 def test_a_state_in_json_is_all_there_is():
-    plan = timeline("closed_loop", "closed_loop")
+    plan = phases("closed_loop", "closed_loop")
     losses = [1.0 + 0.5 * (update // 13 % 2) for update in range(plan.total)]
-    whole = follow(LamControl(plan), losses)
+    whole = follow(plan.lam_control(), losses)
     for cut in (30, 77, 260):
-        first = LamControl(plan)
+        first = plan.lam_control()
         values = follow(first, losses[:cut])
-        second = LamControl(plan)
+        second = plan.lam_control()
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert values + follow(second, losses[cut:], start=cut) == whole

@@ -14,19 +14,21 @@ from small import CONFIG, Feed, Interrupt, data, shorten_settle, small, two_roun
 from test_resume import outcome
 
 import growshrink as gs
+from growshrink.base import writing
 from growshrink.base.stopping import Stopped, handled
-from growshrink.cycle import Fuse, Teacher, execution
+from growshrink.cycle import Fuse, Teacher, exits, running
 from growshrink.data.batches import Augment
 from growshrink.data.feed import MemoryFeed
 from growshrink.data.stream import stream_data
 from growshrink.errors import PlanError, RunError
-from growshrink.runs import checkpoints as checkpoints_module
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
 from growshrink.training import TrainConfig
 from growshrink.training.trainer import Trainer
 
 #: Of the two rounds, the first is undone and the second is not.
 UNDONE = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))
+
+OTHER = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0)
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +40,12 @@ def _short(monkeypatch):
 @pytest.fixture
 def judged(monkeypatch):
     """Rounds are judged by a score that says: worse after round 1, better after round 2; all other scores are true."""
-    real = execution.Execution._judge
+    real = exits.Fuse.judge
 
-    def judge(self, segment, before, fused):
-        real(self, segment, 50.0, 49.9 if segment.round == 1 else 50.1)
+    def judge(self, run, before, fused):
+        real(self, run, 50.0, 49.9 if run.record.number == 1 else 50.1)
 
-    monkeypatch.setattr(execution.Execution, "_judge", judge)
+    monkeypatch.setattr(exits.Fuse, "judge", judge)
 
 
 def run(path, plan=UNDONE, *, fail_at=None, config=CONFIG, model=None, feed=None, **kwargs):
@@ -69,18 +71,18 @@ def undisturbed(tmp_path_factory):
 
 #: All of round 1 (no checkpoint is written between its fuse and its end), and of the end of the run.
 EVENTS = (
-    "execution.snapshot",
-    "execution.grow_nets",
-    "execution.gradients",
+    "running.snapshot",
+    "phases.grow_nets",
+    "phases.gradients",
     "journal.json_line",
-    "execution.save_run",
-    "execution.ListeningTrainer.calibrate_average",
-    "execution.fuse_nets",
+    "running.save_run",
+    "running.ListeningTrainer.calibrate_average",
+    "exits.fuse_nets",
     "surgery.fuse",
     "surgery.verify",
-    "execution.undo",
-    "execution.save_plain",
-    "result.write_json",
+    "exits.undo",
+    "report.save_plain",
+    "report.write_json",
 )
 
 
@@ -216,7 +218,7 @@ def test_a_stream_goes_on_in_the_middle_of_an_epoch_whoever_of_its_workers_was_a
 
 def test_a_round_that_costs_too_much_is_undone_bit_for_bit(tmp_path, judged, monkeypatch):
     states = {}
-    real_snapshot, real_undo = execution.snapshot, execution.undo
+    real_snapshot, real_undo = running.snapshot, exits.undo
 
     def keep(trainer):
         states["before", trainer.update] = bits(trainer)
@@ -227,16 +229,16 @@ def test_a_round_that_costs_too_much_is_undone_bit_for_bit(tmp_path, judged, mon
         real_undo(trainer, before)
         states["undone", trainer.update] = bits(trainer)
 
-    monkeypatch.setattr(execution, "snapshot", keep)
-    monkeypatch.setattr(execution, "undo", undo)
+    monkeypatch.setattr(running, "snapshot", keep)
+    monkeypatch.setattr(exits, "undo", undo)
     result = run(tmp_path)
     (before, _), (undone,), (grown,) = (
         [state for (name, _), state in states.items() if name == kind] for kind in ("before", "undone", "grown")
     )
     assert undone == before != grown
     assert any(key.endswith("momentum_buffer") for key in before)
-    assert [entry["op"] for entry in result.growth_log] == ["grow", "fuse", "undo", "grow", "fuse"]
-    assert result.growth_log[2]["fused"] == 49.9 and [r["undone"] for r in result.rounds] == [True, False]
+    assert [change.kind for change in result.growth_log] == ["grow", "fuse", "undo", "grow", "fuse"]
+    assert result.growth_log[2].fused == 49.9 and [r.undone for r in result.rounds] == [True, False]
     assert "Round 1 was **undone**" in (tmp_path / "report.md").read_text()
 
 
@@ -252,10 +254,10 @@ def bits(trainer):
 
 @pytest.mark.parametrize("cost", [0.0, 0.5, 0.6])
 def test_the_tolerance_is_in_points_and_inclusive(tmp_path, monkeypatch, cost):
-    real = execution.Execution._judge
-    monkeypatch.setattr(execution.Execution, "_judge", lambda self, segment, *_: real(self, segment, 50.0, 50.0 - cost))
+    real = exits.Fuse.judge
+    monkeypatch.setattr(exits.Fuse, "judge", lambda self, run, *_: real(self, run, 50.0, 50.0 - cost))
     result = run(tmp_path, two_rounds((("bottleneck",),), exit=Fuse(accept_within=0.5)))
-    assert result.rounds[0]["undone"] is (cost > 0.5)
+    assert result.rounds[0].undone is (cost > 0.5)
 
 
 def test_adam_starts_again_where_it_was(tmp_path, judged):
@@ -276,7 +278,7 @@ def test_what_has_nothing_to_go_back_to_is_refused(tmp_path):
         run(tmp_path, model=small(built_grown=True, outputs=4))
     for value in (-0.1, math.nan, "1"):
         with pytest.raises(PlanError, match="accept_within="):
-            gs.Round(epochs=1, accept_within=value)
+            Fuse(accept_within=value)
 
 
 # ---- not a number
@@ -356,7 +358,7 @@ def test_a_full_disk_leaves_older_checkpoints_and_nothing_half_written(
             return real(*args)
 
         if call == "write":
-            patch.setattr(checkpoints_module, "open", lambda *a: fails(*a, real=open), raising=False)
+            patch.setattr(writing, "open", lambda *a: fails(*a, real=open), raising=False)
             patch.setattr("builtins.open", open)
         else:
             real = getattr(os, call)
@@ -371,10 +373,10 @@ def test_a_full_disk_leaves_older_checkpoints_and_nothing_half_written(
 
 def test_a_device_that_is_really_full(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    checkpoints_module.write_atomic(path, b"old")
+    writing.write_atomic(path, b"old")
     os.symlink("/dev/full", tmp_path / ".a.json.partial")
     with pytest.raises(RunError, match=r"a.json: cannot be written \(No space left on device, 3 bytes\)"):
-        checkpoints_module.write_atomic(path, b"new")
+        writing.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
@@ -394,7 +396,7 @@ def test_other_data_of_the_same_name_and_size_are_refused(tmp_path):
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
     for name, plan in (
         ("a", UNDONE),
-        ("b", two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0)),
+        ("b", OTHER),
     ):
         with pytest.raises(Interrupt):
             run(tmp_path / name, plan, fail_at=9)
@@ -406,7 +408,7 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path):
         RunError,
         match=r"000000009.safetensors: it is of a run with another plan \(rounds: \[0\]: ratio: 1.0 then, 2.0 now",
     ):
-        run(tmp_path / "b", two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0), resume=True)
+        run(tmp_path / "b", OTHER, resume=True)
 
 
 def test_another_model_is_refused_with_the_difference(tmp_path):

@@ -2,11 +2,11 @@ import json
 import math
 
 import pytest
-from growshrink.cycle.timeline import LEAST_SETTLE, Segment, Timeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from growshrink.cycle import NetAug, Teacher
+from growshrink.cycle import NetAug, Teacher, lay_out
+from growshrink.cycle.layout import LEAST_SETTLE
 from growshrink.cycle.plan import CyclePlan, Round
 from growshrink.errors import PlanError
 
@@ -18,8 +18,8 @@ TWO_ROUNDS = CyclePlan(
 
 
 @st.composite
-def timelines(draw):
-    """Timelines of up to 3 rounds that fit their updates."""
+def layouts(draw):
+    """A plan of up to 3 rounds, updates per epoch, and the phases; None in their place where it does not fit."""
     rounds = []
     per_epoch = draw(st.integers(1, 40))
     for _ in range(draw(st.integers(1, 3))):
@@ -27,90 +27,89 @@ def timelines(draw):
         vanish = draw(st.floats(0.05, 0.85)) * (0.85 - hold)
         settle = draw(st.floats(0.0, 1.0)) * (1 - hold - vanish)
         updates = draw(st.integers(60, 800))
-        distil = draw(st.sampled_from(["none", "peak", "previous"]))
+        teacher = draw(st.sampled_from([None, Teacher("peak"), Teacher("previous")]))
         rounds.append(
-            Round(epochs=updates / per_epoch, hold=hold, vanish=vanish, settle=settle, distil=distil),
+            Round(epochs=updates / per_epoch, hold=hold, vanish=vanish, settle=settle, teacher=teacher),
         )
     base, rewarm = draw(st.sampled_from([0.0, 0.3, 2.0])), draw(st.sampled_from([0, 1, 20]))
-    timeline = Timeline(CyclePlan(rounds=tuple(rounds), base_epochs=base, rewarm=rewarm), per_epoch)
+    plan = CyclePlan(rounds=tuple(rounds), base_epochs=base, rewarm=rewarm)
     try:
-        timeline.segments  # noqa: B018
+        return plan, per_epoch, lay_out(plan, per_epoch)
     except PlanError as error:
         assert "too few" in str(error)
-        return None
-    return timeline
+        return plan, per_epoch, None
 
 
 @settings(max_examples=150, deadline=None)
-@given(timelines())
-def test_phases_cover_the_run_and_lam_and_learning_rate_keep_their_promises(timeline):
-    if timeline is None:
+@given(layouts())
+def test_phases_cover_the_run_and_lam_and_learning_rate_keep_their_promises(drawn):
+    cycle, per_epoch, phases = drawn
+    if phases is None:
         return
-    segments = timeline.segments
-    assert segments[0].start == 0 and timeline.total == segments[-1].stop
-    assert all(a.stop == b.start for a, b in zip(segments, segments[1:], strict=False))
-    assert all(s.stop > s.start for s in segments)
-    for segment in segments:
-        assert timeline.segment_at(segment.start) == timeline.segment_at(segment.stop - 1) == segment
-        lams = [timeline.lam(update) for update in range(segment.start, segment.stop)]
-        if segment.phase == "hold":
+    assert phases.all[0].start == 0 and phases.total == phases.all[-1].stop
+    assert all(a.stop == b.start for a, b in zip(phases.all, phases.all[1:], strict=False))
+    assert all(phase.stop > phase.start for phase in phases.all)
+    for phase in phases.all:
+        assert phases.at(phase.start) == phases.at(phase.stop - 1) == phase
+        lams = [phases.lam(update) for update in range(phase.start, phase.stop)]
+        if phase.name == "hold":
             assert set(lams) == {1.0}
-        elif segment.phase == "vanish":
+        elif phase.name == "vanish":
             assert all(0 < lam <= 1 for lam in lams) and lams == sorted(lams, reverse=True)
         else:
             assert set(lams) == {0.0}
-    factors = [timeline.learning_rate(update) for update in range(timeline.total)]
+    factors = [phases.learning_rate(update) for update in range(phases.total)]
     assert all(0 < factor <= 1 for factor in factors)
-    for number, plan in enumerate(timeline.plan.rounds, start=1):
-        own = {s.phase: s for s in segments if s.round == number}
-        assert [*own] == [phase for phase in ("hold", "vanish", "settle", "tail") if phase in own]
+    for span, plan in zip(phases.spans, cycle.rounds, strict=True):
+        own = {phase.name: phase for phase in phases.all if phase.round == span.number}
+        assert [*own] == [name for name in ("hold", "vanish", "settle", "tail") if name in own]
         assert own["settle"].stop - own["settle"].start >= LEAST_SETTLE
-        start, stop = own["hold"].start, max(s.stop for s in own.values())
-        assert stop - start == round(plan.epochs * timeline.updates_per_epoch)
-        linear = sum(timeline.lam(update) == 0 for update in range(start, stop)) / (stop - start)
+        start, stop = own["hold"].start, max(phase.stop for phase in own.values())
+        assert stop - start == round(plan.epochs * per_epoch) and (start, stop) == (span.start, span.stop)
+        linear = sum(phases.lam(update) == 0 for update in range(start, stop)) / (stop - start)
         assert linear >= 0.15 - 1e-12
         if plan.settle * (stop - start) >= LEAST_SETTLE + 2:  # what was asked for is what there is, to the update
-            for phase in ("hold", "vanish", "settle"):
-                length = own[phase].stop - own[phase].start
-                assert abs(length - getattr(plan, phase) * (stop - start)) <= 1, phase
-        tail = own.get("tail", Segment(number, "tail", stop, stop))
-        assert timeline.tail_share(number) == pytest.approx((tail.stop - tail.start) / (stop - start))
+            for name in ("hold", "vanish", "settle"):
+                length = own[name].stop - own[name].start
+                assert abs(length - getattr(plan, name) * (stop - start)) <= 1, name
+        tail = own["tail"].stop - own["tail"].start if "tail" in own else 0
+        assert span.tail_share == pytest.approx(tail / (stop - start))
 
 
 def test_shares_that_add_up_in_decimals_are_not_refused_for_their_last_bit():
     Round(epochs=10, hold=0.45, vanish=0.4, settle=0.15)  # 0.8500000000000001
-    timeline = Timeline(CyclePlan(rounds=(Round(epochs=203, hold=0.5, vanish=0.25, settle=0.25),)), 1)
-    assert timeline.total == 203  # 101.5 + 50.75 + 50.75, each rounded up, are 204
+    phases = lay_out(CyclePlan(rounds=(Round(epochs=203, hold=0.5, vanish=0.25, settle=0.25),)), 1)
+    assert phases.total == 203  # 101.5 + 50.75 + 50.75, each rounded up, are 204
 
 
-@pytest.mark.parametrize("distil", ["none", "previous", "peak"])
-def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_change(distil):
-    plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40, distil=distil),) * 2, rewarm=8)
-    timeline = Timeline(plan, 10)
+@pytest.mark.parametrize("of", [None, "previous", "peak"])
+def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_change(of):
+    plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40, teacher=of and Teacher(of)),) * 2, rewarm=8)
+    phases = lay_out(plan, 10)
 
     def envelope(update):
-        return 0.5 + 0.5 * math.cos(math.pi * update / timeline.total)
+        return 0.5 + 0.5 * math.cos(math.pi * update / phases.total)
 
-    phases = ("base", "hold", "tail") + ("vanish",) * (distil == "peak")
-    changes = [s.start for s in timeline.segments if s.phase in phases]
+    names = ("base", "hold", "tail") + ("vanish",) * (of == "peak")
+    changes = [s.start for s in phases.all if s.name in names]
     for change in changes:
-        ratios = [timeline.learning_rate(change + step) / envelope(change + step) for step in range(9)]
+        ratios = [phases.learning_rate(change + step) / envelope(change + step) for step in range(9)]
         assert ratios == pytest.approx([(step + 1) / 9 for step in range(9)])
-    for segment in timeline.segments:
-        last = timeline.learning_rate(segment.stop - 1)
-        if distil == "peak" and segment.phase == "hold":
+    for segment in phases.all:
+        last = phases.learning_rate(segment.stop - 1)
+        if of == "peak" and segment.name == "hold":
             assert last < 0.01 * envelope(segment.stop - 1)
-            anneal = [timeline.learning_rate(u) for u in range((segment.start + segment.stop) // 2, segment.stop)]
+            anneal = [phases.learning_rate(u) for u in range((segment.start + segment.stop) // 2, segment.stop)]
             assert anneal == sorted(anneal, reverse=True)
         else:
             assert last == pytest.approx(envelope(segment.stop - 1))
-    assert timeline.learning_rate(timeline.total - 1) < 1e-5
+    assert phases.learning_rate(phases.total - 1) < 1e-5
 
 
 def test_a_net_that_is_born_grown_is_alive_from_the_first_update():
     plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40),))
-    assert [Timeline(plan, 10, built_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
-    assert Timeline(plan, 10, built_grown=True).lam(499) == 0.0
+    assert [lay_out(plan, 10, built_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
+    assert lay_out(plan, 10, built_grown=True).lam(499) == 0.0
 
 
 def test_a_plan_goes_through_json_and_back():
@@ -148,22 +147,37 @@ def test_a_plan_goes_through_json_and_back():
         ({"hold": 0.6, "vanish": 0.3}, "hold .* vanish = 0.9: at most 0.85"),
         ({"control": "loop"}, "control='loop': no such control.*closed_loop"),
         ({"control": "closed_loop", "widths": NetAug("lazy")}, "control='closed_loop': listens to plain training"),
-        ({"distil": "peek"}, "distil='peek'.*did you mean peak"),
-        ({"distil": None}, "distil=None"),
-        ({"distil_weight": 0}, "distil_weight=0"),
-        ({"distil_weight": 1.5}, "distil_weight=1.5"),
-        ({"distil_asked": 0}, "distil_asked=0"),
-        ({"distil_asked": 0.5, "widths": NetAug("lazy")}, "distil_asked: with sampled widths"),
+        ({"teacher": "peak"}, "teacher='peak': must be a Teacher"),
+        ({"widths": "lazy"}, "widths='lazy': must be a NetAug"),
+        ({"exit": "fuse"}, "exit='fuse': must be a Exit"),
+        ({"exit": None}, "exit=None"),
+        ({"teacher": Teacher("peak", asked=0.5), "widths": NetAug("lazy")}, "teacher.asked: with sampled widths"),
         ({"online": "yes"}, "online='yes': must be true or false"),
         ({"online": True, "widths": NetAug("lazy")}, "online=True: .* sampled widths"),
-        ({"temperature": 0}, "temperature=0"),
-        ({"temperature": math.inf}, "temperature=inf"),
     ],
     ids=str,
 )
 def test_a_round_that_cannot_be_is_refused_by_the_name_of_its_field(values, words):
     with pytest.raises(PlanError, match=words):
         Round(**{**ROUND, **values})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"of": "peek"}, "of='peek'.*did you mean peak"),
+        ({"of": None}, "of=None"),
+        ({"weight": 0}, "weight=0"),
+        ({"weight": 1.5}, "weight=1.5"),
+        ({"asked": 0}, "asked=0"),
+        ({"temperature": 0}, "temperature=0"),
+        ({"temperature": math.inf}, "temperature=inf"),
+    ],
+    ids=str,
+)
+def test_a_teacher_that_cannot_be_is_refused_by_the_name_of_its_field(values, words):
+    with pytest.raises(PlanError, match=words):
+        Teacher(**values)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +198,9 @@ def test_a_round_that_cannot_be_is_refused_by_the_name_of_its_field(values, word
         ({"rounds": [ROUND, {"epochs": 3, "hodl": 1}]}, r"rounds\[1\]: 'hodl'.*did you mean hold"),
         ({"rounds": [ROUND, {"epochs": -3}]}, r"rounds\[1\]: epochs=-3"),
         ({"rounds": [{"epochs": 3, "branch": "insert"}]}, r"rounds\[0\]: branch='insert'"),
+        ({"rounds": [{"epochs": 3, "exit": "fse"}]}, r"rounds\[0\].exit: no such exit 'fse'; did you mean fuse"),
+        ({"rounds": [{"epochs": 3, "exit": {"accept_within": 1}}]}, r"rounds\[0\].exit: must be one of fuse"),
+        ({"rounds": [{"epochs": 3, "teacher": {"off": "peak"}}]}, r"rounds\[0\].teacher: 'off' is not an option"),
         ({"round": [ROUND]}, "'round'.*did you mean rounds"),
         ([1, 2], "must be an object"),
         (None, "must be an object"),
@@ -207,4 +224,4 @@ def test_a_malformed_plan_file_is_refused_by_the_name_of_its_field(values, words
 )
 def test_rounds_that_are_too_short_for_their_phases_are_refused(plan, words):
     with pytest.raises(PlanError, match=words):
-        Timeline(plan, 10).segments  # noqa: B018
+        lay_out(plan, 10)

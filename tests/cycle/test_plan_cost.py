@@ -5,13 +5,14 @@ import json
 
 import pytest
 import torch
-from growshrink.cycle.cost import PlanCost
 from small import CONFIG, SIZE, Feed, shorten_settle, small
 
 import growshrink as gs
-from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher
+from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher, lay_out
+from growshrink.cycle.costs import Costs
 from growshrink.errors import PlanError
 from growshrink.schedules.functions import cosine
+from growshrink.training import ListeningTrainer
 
 PLANS = {
     "plain": [],
@@ -53,38 +54,38 @@ def run(path, plan, **kwargs):
 def test_the_cost_is_known_before(tmp_path, name):
     plan, feed = plan_of(name), Feed.make()
     result = run(tmp_path / "run", plan)
-    timeline = Timeline(plan, feed.train.updates_per_epoch)
-    assert PlanCost(small(outputs=4), plan, feed.train, SIZE).macs(timeline) == result.training_macs
+    phases = lay_out(plan, feed.train.updates_per_epoch)
+    assert phases.macs(Costs(small(outputs=4), plan, feed.train, SIZE)) == result.training_macs
     assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
 
 
 def test_a_taught_net_goes_on_where_it_was_and_learns_from_the_peak(tmp_path):
     plan = plan_of("teach")
-    timeline = Timeline(plan, 4)
-    assert [(s.phase, s.start, s.stop) for s in timeline.segments] == [
+    phases = lay_out(plan, 4)
+    assert [(phase.name, phase.start, phase.stop) for phase in phases.all] == [
         ("base", 0, 4),
         ("hold", 4, 16),
         ("tail", 16, 28),
     ]
-    quiet = Timeline(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4).learning_rate
+    quiet = lay_out(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4).learning_rate
     own = cosine(1.0, 0.0, steps=16)  # of the plain net: 4 updates before it grew, 12 after
     assert [quiet(update) for update in (0, 3, 16, 27)] == [own(update) for update in (0, 3, 4, 15)]
     assert quiet(4) == 1.0 and quiet(15) < 0.02  # of its teacher
-    assert [entry["op"] for entry in run(tmp_path / "run", plan).growth_log] == ["grow", "teach"]
+    assert [change.kind for change in run(tmp_path / "run", plan).growth_log] == ["grow", "rewind"]
     assert "merged nothing" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_taught_net_begins_with_the_weights_it_grew_from(tmp_path, monkeypatch):
     seen = []
-    train = gs.cycle.execution.ListeningTrainer.train
+    train = ListeningTrainer.train
 
     def spy(trainer, stop, **kwargs):
         values = (trainer.model.conv1.weight, trainer.best.conv1.weight)
         seen.append((trainer.update, kwargs["teacher"], copy.deepcopy(values)))
         return train(trainer, stop, **kwargs)
 
-    monkeypatch.setattr(gs.cycle.execution.ListeningTrainer, "train", spy)
+    monkeypatch.setattr(ListeningTrainer, "train", spy)
     run(tmp_path / "run", plan_of("teach"))
     _, _, before = next(entry for entry in seen if entry[0] == 4)
     _, teacher, after = next(entry for entry in seen if entry[0] == 16)
@@ -95,30 +96,30 @@ def test_a_taught_net_begins_with_the_weights_it_grew_from(tmp_path, monkeypatch
 
 def test_linear_from_the_start_and_the_papers_start(tmp_path):
     plan = plan_of("linear, as in the paper")
-    timeline = Timeline(plan, 4)
-    assert {timeline.lam(update) for update in range(timeline.total)} == {0.0}
+    phases = lay_out(plan, 4)
+    assert {phases.lam(update) for update in range(phases.total)} == {0.0}
     log = run(tmp_path / "run", plan).growth_log
-    assert log[0]["init"] == "paper"
+    assert log[0].init == "paper"
 
 
 def test_dropped_branches_leave_the_kernel_as_it_was_trained(tmp_path):
     record = run(tmp_path / "run", plan_of("drop")).rounds[0]
-    assert record["top1"]["fused"] == record["top1"]["dropped"] and record["max_rel"] == 0.0
+    assert record.top1.fused == record.top1.dropped and record.max_rel == 0.0
 
 
 def test_restarts_lead_the_learning_rate_back_up():
     plan = gs.CyclePlan(rounds=(), base_epochs=10, restarts=(5.0,), rewarm=4)
-    rates = [Timeline(plan, 10).learning_rate(update) for update in range(100)]
+    rates = [lay_out(plan, 10).learning_rate(update) for update in range(100)]
     assert rates[50] < rates[49] / 3 < rates[55] and rates[:50] == [
-        Timeline(gs.CyclePlan(rounds=(), base_epochs=10, rewarm=4), 10).learning_rate(update) for update in range(50)
+        lay_out(gs.CyclePlan(rounds=(), base_epochs=10, rewarm=4), 10).learning_rate(update) for update in range(50)
     ]
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"exit": Rewind(), "teacher": Teacher("peak")}, "exit='teach': needs vanish=0"),
-        ({"exit": Rewind(), "vanish": 0.0, "settle": 0.0}, "exit='teach': needs"),
+        ({"exit": Rewind(), "teacher": Teacher("peak")}, "exit='rewind': needs vanish=0"),
+        ({"exit": Rewind(), "vanish": 0.0, "settle": 0.0}, "exit='rewind': needs"),
         ({"exit": Choose()}, "exit='choose': only a round with sampled widths"),
         ({"init": "papre"}, "init='papre'.*did you mean paper"),
         ({"linear": True, "control": "closed_loop"}, "linear=True"),
@@ -137,5 +138,5 @@ def test_restarts_are_epochs(restarts):
 
 
 def test_a_net_grown_at_birth_has_no_pupil(tmp_path):
-    with pytest.raises(PlanError, match="teach"):
+    with pytest.raises(PlanError, match="rewind"):
         gs.run_cycle(small(outputs=4, built_grown=True), Feed.make(), plan_of("teach"), out_dir=tmp_path / "run")

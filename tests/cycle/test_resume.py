@@ -9,7 +9,7 @@ import torch
 from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle import Drop, Rewind, Teacher
+from growshrink.cycle import Drop, Rewind, Teacher, lay_out
 from growshrink.data.batches import Augment
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
@@ -102,7 +102,7 @@ def undisturbed(tmp_path_factory):
 
 
 def starts(plan):
-    return [segment.start for segment in Timeline(plan, 4).segments]
+    return [phase.start for phase in lay_out(plan, 4).all]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -134,9 +134,9 @@ def test_the_closed_loop_of_these_runs_has_waited(undisturbed):
     "place",
     [
         "surgery.fuse",
-        "execution.save_run",
-        "execution.save_plain",
-        "result.write_json",
+        "running.save_run",
+        "report.save_plain",
+        "report.write_json",
     ],  # in a surgery, at its end, at the end
 )
 def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
@@ -147,7 +147,7 @@ def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
 
     def die(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2 if place in ("surgery.fuse", "execution.save_run") else 1):
+        if len(calls) == (2 if place in ("surgery.fuse", "running.save_run") else 1):
             raise Interrupt(place)
         return real(*args, **kwargs)
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.cycle import Round
-from growshrink.cycle.records import replay, shapes_of
-from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets, retention
+from growshrink.base.config import from_dict
+from growshrink.cycle.records import Change, Fused, Top1, replay, shapes_of
+from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets
 from growshrink.errors import FuseError, RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.schedules.functions import constant
@@ -33,7 +33,7 @@ def train(trainer, updates, lam=1.0):
 
 
 def grow(trainer, kinds=("bottleneck",), ratio=1.0, seed=3):
-    return grow_nets(trainer, Round(epochs=1, branch=kinds, ratio=ratio), seed, SIZE)
+    return grow_nets(trainer, kinds, ratio=ratio, where=None, init="silent", seed=seed, input_size=SIZE)
 
 
 def fuse(trainer):
@@ -78,7 +78,7 @@ def test_after_growth_what_was_there_goes_on_as_if_nothing_had_happened(optimize
     check_no_orphans(grown)
     assert set(picture(grown)) == set(before)  # the new ones are empty
     assert all(same(before[name], state) for name, state in picture(grown).items())
-    assert entry["names"] == list(grown_modules(grown.model))
+    assert entry.names == list(grown_modules(grown.model))
 
     old = dict(plain.model.named_parameters())
     train(plain, 1)
@@ -131,7 +131,7 @@ def test_the_conv_a_pure_bottleneck_becomes_starts_empty(optimizer):
     before = picture(trainer)
     names = {f"{name}.weight" for name in grown_modules(trainer.model)}
     record = fuse(trainer)
-    assert record["top1"]["dropped"] is None  # there is no kernel that could remain
+    assert record.dropped is None  # there is no kernel that could remain
     check_no_orphans(trainer)
     after = picture(trainer)
     everything = {name for name, _ in trainer.model.named_parameters()}
@@ -182,8 +182,8 @@ def test_without_an_average_the_net_itself_is_judged():
     train(trainer, 2, lam=0.0)
     record = fuse(trainer)
     check_no_orphans(trainer)
-    assert trainer.best is trainer.model and record["max_rel"] < 1e-12
-    assert record["top1"] == {"vanished": 50.0, "dropped": 50.0, "fused": 50.0}
+    assert trainer.best is trainer.model and record.max_rel < 1e-12
+    assert record.vanished == record.dropped == record.fused == 50.0
 
 
 def test_a_fuse_before_the_end_of_the_vanishing_is_refused_and_changes_nothing():
@@ -203,27 +203,27 @@ def test_the_log_makes_the_same_structure_again():
     trainer = make(copy.deepcopy(model))
     entries = []
     for kinds in (("bottleneck", "insert"), ("nest",)):
-        entries.append({"op": "grow", **grow(trainer, kinds), "shapes": shapes_of(trainer.model)})
+        entries.append(grow(trainer, kinds))
         rebuilt = replay(model, entries, SIZE)
         assert list(rebuilt.state_dict()) == list(trainer.model.state_dict())
         rebuilt.load_state_dict(trainer.model.state_dict())
         assert shapes_of(rebuilt) == shapes_of(trainer.model)
         train(trainer, 1, lam=0.0)
         fuse(trainer)
-        entries.append({"op": "fuse"})
+        entries.append(Fused())
     assert list(replay(model, entries, SIZE).state_dict()) == list(model.state_dict())
     assert not grown_modules(model)
     other = small()
     other.conv1, other.stem = nn.Conv2d(6, 4, 3, padding=1, bias=False), nn.Conv2d(3, 6, 3, padding=1)
     with pytest.raises(RunError, match="of another model"):
         replay(other, entries, SIZE)
-    with pytest.raises(RunError, match="unknown operation 'shrink'"):
-        replay(model, [{"op": "shrink"}], SIZE)
+    with pytest.raises(RunError, match="no such change 'shrink'"):
+        from_dict(Change, {"kind": "shrink"}, "the log", RunError)
 
 
 def test_replay_starts_the_branches_as_growth_did():
     trainer = make()
-    entry = {"op": "grow", **grow(trainer), "shapes": shapes_of(trainer.model)}
+    entry = grow(trainer)
     assert same(dict(replay(small(), [entry], SIZE).state_dict()), dict(trainer.model.state_dict()))
 
 
@@ -234,19 +234,19 @@ def test_every_new_tensor_has_a_gradient_by_the_second_update(kinds):
     grow(trainer, kinds)
     train(trainer, 1)
     first = gradients(trainer)
-    assert 0 < first["with_gradient"] < first["new_parameters"]  # only what silences the branches
+    assert 0 < first.with_gradient < first.new_parameters  # only what silences the branches
     train(trainer, 1)
     second = gradients(trainer)
     new = [name for name, _ in trainer.model.named_parameters() if ".branches." in name]
-    assert second["with_gradient"] == second["new_parameters"] == len(new)
-    assert 0 < second["share_of_norm"] < 1
+    assert second.with_gradient == second.new_parameters == len(new)
+    assert 0 < second.share_of_norm < 1
 
 
 def test_in_a_net_born_grown_all_of_its_bottlenecks_are_new():
     trainer = make(net("reducenet20_x2"))
     train(trainer, 1)
     found = gradients(trainer)
-    assert found["with_gradient"] == found["new_parameters"] == len(shapes_of(trainer.model))
+    assert found.with_gradient == found.new_parameters == len(shapes_of(trainer.model))
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_in_a_net_born_grown_all_of_its_bottlenecks_are_new():
     ],
 )
 def test_retention_is_the_share_of_the_gain_that_fusing_keeps(before, peak, fused, expected):
-    found = retention({"before": before, "peak": peak, "fused": fused})
+    found = Top1(before=before, peak=peak, fused=fused).retention
     assert found == (None if expected is None else pytest.approx(expected))
 
 

@@ -7,6 +7,7 @@ import pytest
 from records import record_of
 
 from growshrink.analysis.stats import Interval
+from growshrink.cycle import lay_out
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
@@ -47,8 +48,8 @@ def test_every_arm_fits_its_budget(name):
     budget = updates * feed.train.batch_size * training_macs(plain, feed.input_size)
     epochs = matched_epochs(arm, model, feed, budget)
     assert epochs == pytest.approx(90) if not arm.rounds else 0 < epochs < 90
-    timeline = Timeline(arm.plan(epochs, 0), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
-    assert timeline.total > 0 and arm.about
+    phases = lay_out(arm.plan(epochs, 0), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
+    assert phases.total > 0 and arm.about
 
 
 def test_a_budget_that_no_length_meets_is_refused():

@@ -24,8 +24,6 @@ from types import FrameType
 import numpy as np
 import timm
 import torch
-from growshrink.cycle.execution import Execution
-from growshrink.cycle.identity import identity_of
 from PIL import Image
 from safetensors.torch import save
 
@@ -35,9 +33,11 @@ from growshrink.analysis.results import FILE as RESULTS
 from growshrink.analysis.results import Results
 from growshrink.analysis.truth import read_truth, subnet_name
 from growshrink.base.reading import load_weights, read_bytes, read_json
-from growshrink.cycle import Teacher
+from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
+from growshrink.cycle.resume import identity_of, restore
 from growshrink.cycle.run import run_cycle
+from growshrink.cycle.running import Run
 from growshrink.cycle.saving import Saving
 from growshrink.data.datasets import DataSet, Split, channel_statistics, load_data
 from growshrink.data.feed import MemoryFeed
@@ -303,8 +303,8 @@ def latency_files() -> dict[str, bytes]:
 def _read_plan(root: Path) -> object:
     values = read_json(root / "plan.json")
     plan = CyclePlan.from_dict(values.get("plan", values))
-    timeline = Timeline(plan, 20)
-    return timeline.total, timeline.lam(timeline.total - 1), timeline.learning_rate(0)
+    phases = lay_out(plan, 20)
+    return phases.total, phases.lam(phases.total - 1), phases.learning_rate(0)
 
 
 def _read_widths(root: Path) -> object:
@@ -354,15 +354,27 @@ def width_files() -> dict[str, bytes]:
 def _restore(root: Path) -> object:
     """What `run_cycle` does with a checkpoint before it trains on."""
     feed, plan = MemoryFeed.of(_data(), batch_size=4), _plan()
-    timeline = Timeline(plan, feed.train.updates_per_epoch)
+    phases = lay_out(plan, feed.train.updates_per_epoch)
     with RunFolder.claim(root / "run", resume=True) as folder:
         place = torch.device("cpu")
-        saving = Saving(None, 2, place)
-        run = Execution(
-            _net(), feed, timeline, TrainConfig(), folder, saving, device=place, progress=False, tensorboard=False
+        run = Run(
+            _net(),
+            feed,
+            TrainConfig(),
+            folder,
+            Saving(None, 2, place),
+            place,
+            progress=False,
+            tensorboard=False,
+            learning_rate=phases.learning_rate,
+            lam=phases.lam_control(),
+            model_about={},
+            num_rounds=len(plan.rounds),
+            total=phases.total,
+            identity=identity_of(feed, plan, phases.total, TrainConfig(), {}),
         )
-        run.identity = identity_of(feed, timeline, TrainConfig(), {})
-        return run._restore()
+        restore(run, phases, plan)
+        return run.phase
 
 
 def _read_checkpoint(root: Path) -> object:
