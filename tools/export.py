@@ -4,7 +4,7 @@
     python tools/export.py runs/digits-reducenet20 --int8 per-channel --data digits
     python tools/export.py plain.safetensors --model resnet18           a state_dict; also last.pth.tar of timm's
     python tools/export.py grown.safetensors --model resnet18 --branches bottleneck --ratio 4
-    python tools/export.py last.pth.tar --model resnet18 --exit drop    leaves the branches out, NetAug's way
+    python tools/export.py last.pth.tar --model resnet18 --no-merge     leaves the branches out, NetAug's way
 
 Grown nets are merged first, which takes a lam of 0. Writes CHECKPOINT/export (or CHECKPOINT-export), numbered if taken:
 report.md (read this), report.json and ranges.png (will int8 hurt?), model.safetensors and config.json (the plain net,
@@ -16,111 +16,62 @@ them is further from the net than rounding explains.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
-from growshrink.base.limits import (
-    Argument,
-    BatchSize,
-    Checkpoint,
-    Count,
-    InFolder,
-    Pixels,
-    Positive,
-    Ratio,
-    Seed,
-    Share,
-    Threads,
-    Whole,
-)
-from growshrink.cli.limits import BranchName, DataName, ModelName
-from growshrink.cli.options import parse_kwargs
+import growshrink as gs
+from growshrink.base.limits import Checkpoint
+from growshrink.cli.forms import pick
+from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions, parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import DataSet, load_data
 from growshrink.export import ExportOptions, export, read_source
-from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.report import summary
-from growshrink.export.source import EXITS, Recipe, Source
+from growshrink.export.source import Recipe, Source
 from growshrink.runs.folder import RunFolder
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of export."""
+    """Options of export; the model is needed for a state_dict alone, branches and ratio where it is of a grown net."""
 
     checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or a file with weights."""
-    out: Path | None = None
-    """Folder to make."""
-    model: ModelName | None = None
-    """timm model that a state_dict alone is of. Classes and input channels are read off the weights."""
-    model_kwargs: tuple[Argument, ...] = ()
-    """KEY=VALUE arguments for timm.create_model, e.g. width=0.5."""
-    branches: tuple[BranchName, ...] = ()
-    """What a grown state_dict alone was grown with: bottleneck, dbb, ..."""
-    ratio: Ratio = 2.0
-    """The ratio it was grown with."""
-    exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
-    """Of a grown net: merge its branches, or leave them out."""
-    image_size: Pixels | None = None
-    """Pixels of the images, where they are not those of the checkpoint or of the model's default."""
-    mean: tuple[Share, ...] = ()
-    """Per channel, of images in [0, 1]: how those of a state_dict alone were normalised; by default as timm says."""
-    std: tuple[Positive, ...] = ()
-    """Per channel, in the same unit."""
-    onnx: bool = True
-    """Write ONNX (needs the extra growshrink[onnx])."""
-    pt2: bool = True
-    """Write a program of torch.export."""
-    int8: Annotated[str, tyro.conf.arg(metavar="|".join(("none", *GRANULARITIES)))] = "none"
-    """Quantise too (static, after training), one scale per output channel or per layer, and take its test accuracy."""
-    data: DataName | None = None
-    """For --int8: digits, cifar10, ..., or a folder; by default what the run was trained on."""
-    data_dir: InFolder | None = None
-    """Where it lies."""
-    calibration: Count = 256
-    """Training images that activations are calibrated with."""
-    rounds: Whole = 50
-    """Turns of each net in the timing; 0 leaves it out."""
-    batch_size: BatchSize = 1
-    """Images at a time in the timing."""
-    threads: Threads = 1
-    """Of torch and onnxruntime."""
-    seed: Seed = 0
-    """Of random inputs and calibration images."""
-    quiet: bool = False
-    """No progress bars."""
+    files: ExportOptions = pick(ExportOptions(), "onnx", "pt2", "int8", "calibration")
+    source: Recipe = pick(Recipe(), "merge", "mean", "std")
+    model: ModelOptions = ModelOptions(model=None)
+    grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
+    rounds: gs.Round = pick(gs.Round(epochs=1), "ratio")
+    data: DataOptions = pick(DataOptions(data=None), "data", "data_dir", "image_size")
+    timing: TimingOptions = pick(TimingOptions(turns=50), "turns", "latency_batch")
+    running: RunOptions = pick(RunOptions(threads=1), "out", "seed", "threads", "quiet")
 
 
 def main(args: Args) -> int:
     """Export; 1 if something is not as exact as it should be."""
-    options = ExportOptions(
-        onnx=args.onnx,
-        pt2=args.pt2,
-        int8=args.int8,
-        calibration=args.calibration,
-        rounds=args.rounds,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        progress=not args.quiet,
+    running, timing = args.running, args.timing
+    options = replace(
+        args.files,
+        rounds=timing.turns,
+        batch_size=timing.latency_batch,
+        seed=running.seed,
+        progress=not running.quiet,
     )
-    torch.set_num_threads(args.threads)
-    recipe = Recipe(
-        name=args.model,
-        kwargs=parse_kwargs(args.model_kwargs),
-        branches=args.branches,
-        ratio=args.ratio,
-        exit=args.exit,
-        image_size=args.image_size,
-        mean=args.mean,
-        std=args.std,
+    options.check_installed()
+    running.set_threads()
+    recipe = replace(
+        args.source,
+        name=args.model.model,
+        kwargs=parse_kwargs(args.model.model_kwargs),
+        branches=args.grow.branches,
+        ratio=args.rounds.ratio,
+        image_size=args.data.image_size,
     )
     source = read_source(args.checkpoint, recipe)
-    data = load(args, source) if args.int8 != "none" else None
+    data = load(args, source) if options.int8 != "none" else None
     with claim(args) as folder:
         report = export(source, folder.path, options, data=data)
         folder.write_marker("finished", {"command": sys.argv})
@@ -133,18 +84,23 @@ def main(args: Args) -> int:
 
 def load(args: Args, source: Source) -> DataSet | None:
     """The data for int8."""
-    name = args.data or source.data
+    name, own, running = args.data.data or source.data, args.data, args.running
     if name is None:
         return None
     return load_data(
-        name, args.data_dir, val_fraction=0.0, image_size=args.image_size, progress=not args.quiet, seed=args.seed
+        name,
+        own.data_dir,
+        val_fraction=0.0,
+        image_size=own.image_size,
+        progress=not running.quiet,
+        seed=running.seed,
     )
 
 
 def claim(args: Args) -> RunFolder:
     """The folder, which nothing was written to before."""
-    if args.out is not None:
-        return RunFolder.claim(args.out)
+    if args.running.out is not None:
+        return RunFolder.claim(args.running.out)
     path: Path = args.checkpoint.resolve()
     if path.is_dir():
         return RunFolder.claim_next(path, "export")

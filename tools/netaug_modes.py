@@ -1,37 +1,36 @@
 """Which way of sampling widths is worth its cost: every mode of NetAugTask against the plain net, on one data set.
 
-    python tools/netaug_modes.py --data cifar10 --data-dir D --pool 2 --seeds 0 1 2 --out runs/modes.jsonl
+    python tools/netaug_modes.py --data cifar10 --data-dir D --pool 2 --seeds 3 --file runs/modes.jsonl
 
 Each arm trains the same ReduceNet (its base is the plain net), for the same number of updates or, for the arms named
 plain-xF, for F times as many. Scores are of the averaged weights on a part of the training set; the test set is not
-read. One line of JSON per run is appended to --out; runs that are there already are not done again. Ends with a table.
+read. One line of JSON per run is appended to --file; runs that are there already are not done again. Ends with a table.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import timm
 import torch
 from tqdm import tqdm
 
 import growshrink as gs
-from growshrink.base.limits import BatchSize, Count, InFolder, Multiplier, OutFile, Positive, Ratio, Seed
+from growshrink.base.limits import Count, OneOf
 from growshrink.base.reading import parse_json, read_bytes
 from growshrink.base.writing import json_line, write_atomic
-from growshrink.cli.limits import DataName, ModelName
+from growshrink.cli.forms import pick, plain_options
+from growshrink.cli.options import DataOptions, FileOptions, LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled
 from growshrink.data.feed import MemoryFeed
-from growshrink.errors import RunError, did_you_mean
+from growshrink.errors import RunError
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import cosine, rewarm
 from growshrink.supernet.cost import StepCost
@@ -57,58 +56,40 @@ ARMS: dict[str, dict[str, Any] | float] = {
 }
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of netaug_modes."""
+    """Options of netaug_modes; the model is a ReduceNet, epochs are those of every arm but the longer plain ones."""
 
-    data: DataName = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder of class folders."""
-    data_dir: InFolder | None = None
-    """Where the data set lies."""
     pool: Count = 1
     """Average this many pixels by as many into one first: cheaper images."""
-    model: ModelName = "reducenet20"
-    """A ReduceNet."""
-    width: Multiplier = 0.5
-    """Multiplier of its channels."""
-    ratio: Ratio = 4.0
-    """Middle width of the widest net over the output channels."""
-    epochs: Positive = 20.0
-    """Of every arm but the longer plain ones."""
-    batch_size: BatchSize = 128
-    """Images per update."""
-    lr: Positive = 0.2
-    """Peak learning rate, after a short warmup; the same for all arms."""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """Which of them to run, in this order."""
-    seeds: tuple[Seed, ...] = (0,)
-    """Of weights, data order and widths."""
-    amp: bool = False
-    """bfloat16 autocast."""
-    out: OutFile = Path("runs/netaug_modes.jsonl")
-    """Results; appended to."""
-    quiet: bool = False
-    """No progress bars."""
+    modes: tuple[Annotated[str, OneOf("no such arm", tuple(ARMS))], ...] = tuple(ARMS)
+    """Which of the arms to run, in this order."""
+    length: LengthOptions = pick(LengthOptions(epochs=20.0), "epochs", "seeds")
+    training: TrainConfig = pick(TrainConfig(lr=0.2), "lr", "amp")
+    data: DataOptions = pick(DataOptions(batch_size=128), "data", "data_dir", "batch_size")
+    model: ModelOptions = ModelOptions(model_kwargs=("width=0.5",))
+    rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
+    output: FileOptions = FileOptions(file=Path("runs/netaug_modes.jsonl"))
+    running: RunOptions = pick(RunOptions(), "seed", "quiet")
 
 
 def main(args: Args) -> None:
     """Run what is missing, print the table."""
     warnings.simplefilter("ignore")
-    for arm in args.arms:
-        if arm not in ARMS:
-            raise RunError(f"--arms {arm}: no such arm{did_you_mean(arm, ARMS)}")
-    data = pooled(load_data(args.data, args.data_dir, progress=not args.quiet), args.pool)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in json.loads(json.dumps(asdict(args), default=str)).items() if k in OF_A_RUN}
-    done = read_results(args.out) if args.out.exists() else []
-    for seed in args.seeds:
-        for arm in args.arms:
+    if (file := args.output.file) is None:
+        raise RunError("--file: name one.")
+    data = pooled(load_data(args.data.name, args.data.data_dir, progress=not args.running.quiet), args.pool)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in plain_options(args).items() if key not in NOT_OF_A_RUN}
+    done = read_results(file) if file.exists() else []
+    for seed in range(args.running.seed, args.running.seed + args.length.seeds):
+        for arm in args.modes:
             if any(r["arm"] == arm and r["seed"] == seed and r["settings"] == settings for r in done):
                 continue
             result = {"arm": arm, "seed": seed, **train(args, data, arm, seed), "settings": settings}
             done.append(result)
-            write_atomic(args.out, "".join(map(json_line, done)).encode())
-    print(table([r for r in done if r["settings"] == settings and r["arm"] in args.arms]))
+            write_atomic(file, "".join(map(json_line, done)).encode())
+    print(table([r for r in done if r["settings"] == settings and r["arm"] in args.modes]))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -126,35 +107,35 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return done
 
 
-OF_A_RUN = ("data", "pool", "model", "width", "ratio", "epochs", "batch_size", "lr", "amp")
+NOT_OF_A_RUN = ("data_dir", "modes", "seeds", "seed", "file", "quiet")
 
 
 def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
     """One run of one arm."""
     feed = MemoryFeed.of(
         data,
-        batch_size=args.batch_size,
-        augment=Augment(crop=data.input_size[1] // 8, flip=args.data != "digits"),
+        batch_size=args.data.batch_size,
+        augment=Augment(crop=data.input_size[1] // 8, flip=args.data.data != "digits"),
         seed=seed,
     )
     torch.manual_seed(seed)
-    net = timm.create_model(args.model, width=args.width, num_classes=len(data.classes), in_chans=data.input_size[0])
+    net, _ = args.model.make(feed)
     plain_cost = training_macs(net, feed.input_size)
     options = ARMS[arm]
     factor = options if isinstance(options, float) else 1.0
-    updates = max(1, round(args.epochs * feed.train.updates_per_epoch * factor))
+    updates = max(1, round(args.length.epochs * feed.train.updates_per_epoch * factor))
     task, cost = None, float(plain_cost)
     if not isinstance(options, float):
-        gs.grow(net, ratio=args.ratio, seed=seed, inplace=True, input_size=feed.input_size)
+        gs.grow(net, ratio=args.rounds.ratio, seed=seed, inplace=True, input_size=feed.input_size)
         gs.set_width(net, gs.width_space(net).base)  # before the trainer copies it for its average
     net = net.to(memory_format=torch.channels_last)
-    trainer = Trainer(net, TrainConfig(lr=args.lr, amp=args.amp), feed.train)
+    trainer = Trainer(net, args.training, feed.train)
     if not isinstance(options, float):
         task = gs.NetAugTask(net, seed=seed, verbose=False, input_size=feed.input_size, **options)
         task.attach(trainer.optimizer)
         cost = StepCost(task, feed.input_size).mean()
     began = time.perf_counter()
-    with tqdm(total=updates, desc=f"{arm}, seed {seed}", disable=args.quiet) as bar:
+    with tqdm(total=updates, desc=f"{arm}, seed {seed}", disable=args.running.quiet) as bar:
         trainer.train(
             updates,
             learning_rate=rewarm(cosine(1.0, 0.0, steps=updates), [0], 100),

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from growshrink.base.config import check_fields
 from growshrink.base.environment import versions
+from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
@@ -33,6 +35,7 @@ from growshrink.export.artefacts import (
     write_timm,
 )
 from growshrink.export.checks import exactness
+from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.ranges import draw_ranges, verdict, weight_ranges
 from growshrink.export.report import write_report
 from growshrink.export.source import Source
@@ -49,7 +52,7 @@ class ExportOptions:
     Attributes:
         onnx: Write and check folded.onnx.
         pt2: Write and check folded.pt2.
-        int8: One of `int8.GRANULARITIES`, or "none".
+        int8: Quantise too (static, after training), one scale per output channel or per layer; or "none".
         calibration: Training images that int8 activations are calibrated with.
         rounds: Turns of each net in the timing; 0 leaves it out.
         batch_size: Of the timing.
@@ -59,20 +62,20 @@ class ExportOptions:
 
     onnx: bool = True
     pt2: bool = True
-    int8: str = "none"
-    calibration: int = 256
-    rounds: int = 50
-    batch_size: int = 1
-    seed: int = 0
+    int8: Annotated[str, OneOf("no such granularity", ("none", *GRANULARITIES))] = "none"
+    calibration: Count = 256
+    rounds: Whole = 50
+    batch_size: BatchSize = 1
+    seed: Seed = 0
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.int8 not in ("none", *int8.GRANULARITIES):
-            raise RunError(f"--int8 {self.int8}: must be none, {' or '.join(int8.GRANULARITIES)}.")
+        check_fields(self, RunError)
         if self.int8 != "none" and not self.onnx:
-            raise RunError("--int8 quantises the ONNX net: not with --no-onnx.")
-        if self.rounds < 0 or min(self.batch_size, self.calibration) < 1:
-            raise RunError("--rounds must not be negative, --batch-size and --calibration must be at least 1.")
+            raise RunError(f"int8={self.int8!r}: quantises the ONNX net, which onnx=False (--no-onnx) leaves out.")
+
+    def check_installed(self) -> None:
+        """RunError unless what ONNX needs is installed, where it is needed."""
         if self.onnx:
             require_onnx()
 
@@ -104,6 +107,7 @@ def export(
         RunError: Something cannot be written, or reads back as something else; int8 without data.
     """
     options = options or ExportOptions()
+    options.check_installed()
     if options.int8 != "none":
         if data is None:
             raise RunError("--int8 needs --data: training images to calibrate with, test images for the accuracy.")

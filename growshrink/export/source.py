@@ -15,6 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.config import check_fields
+from growshrink.base.limits import Positive, Share
 from growshrink.base.reading import clean_keys, read_json
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import DropError, FuseError, RunError
@@ -23,7 +25,6 @@ from growshrink.models.naming import plain_form
 from growshrink.supernet.files import about_weights, load_supernet
 from growshrink.transforms import drop, fuse, grow
 
-EXITS = ("fuse", "drop")
 _BRANCH = ".branches."
 
 
@@ -70,7 +71,7 @@ class Recipe:
         kwargs: Of `timm.create_model`, over what is read off the weights.
         branches: What a grown state_dict was grown with, as for `growshrink.grow`.
         ratio: The ratio it was grown with.
-        exit: "fuse" merges the branches; "drop" leaves them out (NetAug's base net).
+        merge: Merge the branches of a grown net; else leave them out (NetAug's base net).
         image_size: Pixels, where the file does not say it.
         mean: Per channel, of images in [0, 1], where the file does not say it; by default the model's own.
         std: Per channel, in the same unit.
@@ -80,10 +81,13 @@ class Recipe:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     branches: Sequence[str] = ()
     ratio: float = 2.0
-    exit: str = "fuse"
+    merge: bool = True
     image_size: int | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: tuple[Share, ...] = ()
+    std: tuple[Positive, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self, RunError)
 
 
 def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
@@ -103,8 +107,6 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         FuseError: The branches cannot be merged: lam is not 0.
         DropError: The net has nothing left without them.
     """
-    if recipe.exit not in EXITS:
-        raise RunError(f"--exit {recipe.exit}: must be {' or '.join(EXITS)}.")
     if path.is_dir():
         if not (path / PLAIN_FILE).is_file():
             raise RunError(
@@ -158,11 +160,11 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
         grown = _made(recipe.name, about["kwargs"], tensors, path)
         return _merged(path, grown, recipe, **known)
     carriers = sorted({key.partition(_BRANCH)[0] for key in tensors if _BRANCH in key})
-    if carriers and recipe.exit == "fuse":
+    if carriers and recipe.merge:
         if not recipe.branches:
             raise RunError(
                 f"{path}: {len(carriers)} convolutions have branches. Say what they were grown with (--branches, "
-                "--ratio), or leave them out (--exit drop)."
+                "--ratio), or leave them out (--no-merge)."
             )
         grown = grow(
             _made(name, kwargs, None, path), recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size
@@ -177,7 +179,7 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
     """The source of a grown net: what is left of it, in a fresh net of the plain architecture."""
     known["input_size"] = _input_size(known["input_size"], recipe)
     grown = grown.eval()
-    if recipe.exit == "drop":
+    if not recipe.merge:
         try:
             left, kept = drop(grown), None
         except DropError as error:
@@ -187,7 +189,7 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
             left, kept = fuse(grown, input_size=known["input_size"]), grown
         except FuseError as error:
             raise FuseError(
-                f"{path}: {error} If the net without its branches was trained, export it: --exit drop."
+                f"{path}: {error} If the net without its branches was trained, export it: --no-merge."
             ) from error
     plain = _made(known["name"], known["kwargs"], left.state_dict(), path)
     return Source(path=path, plain=plain, grown=kept, **known)

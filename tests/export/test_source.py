@@ -87,9 +87,9 @@ def test_branches_that_live_are_refused_or_left_out(tmp_path):
     gs.set_lambda(model, 0.5)
     path = written(tmp_path / "w.safetensors", model.state_dict())
     recipe = {"name": "test_resnet", "image_size": 32, "branches": ("bottleneck", "insert"), "ratio": 0.5}
-    with pytest.raises(FuseError, match="have not vanished.*--exit drop"):
+    with pytest.raises(FuseError, match="have not vanished.*--no-merge"):
         read_source(path, Recipe(**recipe))
-    dropped = read_source(path, Recipe(name="test_resnet", image_size=32, exit="drop"))
+    dropped = read_source(path, Recipe(name="test_resnet", image_size=32, merge=False))
     assert dropped.grown is None
     for key, value in gs.drop(model).state_dict().items():
         assert torch.equal(dropped.plain.state_dict()[key], value), key
@@ -124,9 +124,9 @@ def test_supernets_of_netaug(tmp_path, birth):
     assert_computes(source, model)
     if birth:
         with pytest.raises(DropError, match="is a PureBottleneck"):
-            read_source(tmp_path / "supernet.safetensors", Recipe(exit="drop"))
+            read_source(tmp_path / "supernet.safetensors", Recipe(merge=False))
     else:
-        dropped = read_source(tmp_path / "supernet.safetensors", Recipe(exit="drop"))
+        dropped = read_source(tmp_path / "supernet.safetensors", Recipe(merge=False))
         assert_computes(dropped, gs.drop(model), tolerance=1e-9)
 
 
@@ -177,7 +177,6 @@ def half(path):
         (lambda p: written(p, {"a": torch.ones(1)}, about='{"plain_name": "a"}'), RESNET, "input_size"),
         (half, RESNET, "not readable as a checkpoint"),
         (lambda p: p.write_bytes(b""), RESNET, "not readable as a checkpoint"),
-        (resnet, Recipe(name="test_resnet", exit="leave"), "--exit leave"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path, make, recipe, words):
@@ -185,6 +184,11 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, make, recipe, words):
     make(path)
     with pytest.raises(RunError, match=words):
         read_source(path, recipe)
+
+
+def test_a_recipe_that_cannot_be():
+    with pytest.raises(RunError, match="merge='leave': must be true or false"):
+        Recipe(merge="leave")
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", b"PK\x03\x04"])

@@ -8,9 +8,9 @@ import sys
 sys.modules["onnxscript"] = None
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions
-ExportOptions(onnx=False)
+ExportOptions(onnx=False).check_installed()
 try:
-    ExportOptions()
+    ExportOptions().check_installed()
 except RunError as error:
     print(error)
 """
