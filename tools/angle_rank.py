@@ -21,15 +21,12 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import shlex
-import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -42,24 +39,13 @@ from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
 from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.base.environment import versions
-from growshrink.base.limits import (
-    Argument,
-    BatchSize,
-    Count,
-    Device,
-    InFile,
-    InFolder,
-    NotNegative,
-    OneOf,
-    Positive,
-    Seed,
-)
+from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.writing import write_atomic, write_json
-from growshrink.cli.limits import DataName, ModelName
-from growshrink.cli.options import Options, parse_kwargs
+from growshrink.cli.forms import pick, plain_options
+from growshrink.cli.options import LengthOptions, ModelOptions, NetFiles, StudyOptions, command, parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
-from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.errors import AnalysisError
 from growshrink.runs.folder import RunFolder
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.supernet.passes import MODES
@@ -69,86 +55,52 @@ MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.
 MANY = 2_000_000
 SLOW_MANY = 5_000
+ScoreName = Annotated[str, OneOf("no such score", tuple(SCORES))]
 
 
-@dataclass(kw_only=True)
-class Args:
-    """Options of angle_rank."""
+@dataclass(frozen=True, kw_only=True)
+class Args(StudyOptions):
+    """Options of angle_rank.
 
-    # ---- which supernet
-    model: ModelName | None = None
-    """With --init and --trained the model they are of, needed where they are state_dicts alone; without, what is
-    trained (reducenet20_x4)."""
-    init: InFile | None = None
-    """The supernet before training: init.safetensors of recipes/netaug.py or of this tool, or a state_dict alone
-    (.safetensors) of a net that is grown at birth."""
-    trained: InFile | None = None
-    """The same supernet, trained."""
+    With --init and --trained the model is needed where they are state_dicts alone; without, it is what is trained
+    (reducenet20_x4 by default). Data are for training and for --also, and angles are taken on the CPU.
+    """
 
-    model_kwargs: tuple[Argument, ...] = ()
-    """KEY=VALUE arguments for timm.create_model, where it is trained here or a state_dict alone, e.g. width=0.5."""
-
-    # ---- which subnets, and how they are judged
     num: Count | None = None
     """Rank this many, drawn at random; by default all there are, up to 2,000,000."""
     all: bool = False
     """Rank all of them, however many."""
     truth: InFile | None = None
     """CSV file with accuracies of some subnets; see above."""
-    also: tuple[str, ...] = ()
+    also: tuple[ScoreName, ...] = ()
     """More scores, of the subnets in --truth, or without it of those that are ranked: naswot, grad_norm,
     supernet_accuracy. These run the net for every subnet."""
-    sort: str = "angle"
+    sort: ScoreName = "angle"
     """What the table is sorted by: angle, excess, null, params, macs, or one of --also without --truth."""
     resamples: Count = 1000
     """Of the bootstrap."""
-
-    # ---- data: for training and for --also
-    data: DataName = "digits"
-    """digits, fashion-mnist, cifar10, cifar100, or a folder train/CLASS/*, test/CLASS/* of images."""
-    data_dir: InFolder | None = None
-    """Where the data set lies (digits need none)."""
-    batch_size: BatchSize = 64
-    """Images per update."""
-
-    # ---- training, where there is no --init and --trained
-    epochs: Positive = 20.0
-    """Of the supernet."""
-    lr: Positive = 0.1
-    """Peak learning rate of SGD."""
-    weight_decay: NotNegative = 5e-4
-    """Of SGD; it moves angles too."""
-    mode: Annotated[str, OneOf("no such mode", tuple(MODES))] = "single"
+    mode: Annotated[str, OneOf("no such mode", MODES)] = "single"
     """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
-
-    # ---- the run
-    out: Path | None = None
-    """Folder of the results; by default runs/angle-MODEL, numbered if taken."""
-    seed: Seed = 0
-    """Of weights, widths, batches, labels, subnets and bootstrap."""
-    device: Device = "cpu"
-    """cpu, cuda, cuda:1, mps: for training and for --also; angles are taken on the CPU."""
-    quiet: bool = False
-    """No progress bars."""
+    files: NetFiles = NetFiles()
+    length: LengthOptions = pick(LengthOptions(epochs=20.0), "epochs")
+    model: ModelOptions = ModelOptions(model=None)
 
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    for name in (*args.also, args.sort):
-        if name not in SCORES:
-            raise AnalysisError(f"{name}: no such score{did_you_mean(name, SCORES)}")
-    if (args.init is None) != (args.trained is None):
+    files = args.files
+    if (files.init is None) != (files.trained is None):
         raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
-    if args.random_labels and args.init is not None:
+    if args.random_labels and files.init is not None:
         raise AnalysisError("--random-labels is about training: it goes without --init and --trained.")
     if args.truth is not None:
         read_rows(args.truth)  # before anything is trained
     began = time.monotonic()
-    with claim(args) as folder:
-        feed = make_feed(args) if args.init is None or args.also else None
-        init, trained, space, about = train(args, feed, folder) if args.init is None else load(args)
+    with args.running.claim(f"angle-{args.model.model or MODEL}") as folder:
+        feed = make_feed(args) if files.init is None or args.also else None
+        init, trained, space, about = train(args, feed, folder) if files.init is None else load(args)
         table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
         if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
@@ -157,7 +109,7 @@ def main(args: Args) -> None:
         slow = [name for name in args.also if name not in FAST]
         bench = None
         if feed is not None:
-            device = shared(args).torch_device()
+            device = args.running.torch_device()
             bench = Bench(init.to(device), trained.to(device), table, feed, progress=bar_of(args))
         if slow and truth is None and len(index) > SLOW_MANY:
             raise AnalysisError(f"--also {' '.join(slow)} of {len(index):,} subnets: draw some with --num, or --truth.")
@@ -177,7 +129,7 @@ def main(args: Args) -> None:
             print(f"{scores.num_undefined} subnets have no angle: a zero norm.")
 
         ranking = judge(args, table, truth, bench, slow) if truth is not None else None
-        about |= {"command": shlex.join(["python", *sys.argv]), "options": options(args), "versions": versions()}
+        about |= {"command": command(), "options": plain_options(args), "versions": versions()}
         taus = between(columns)
         result: dict[str, Any] = {
             "about": about,
@@ -208,24 +160,10 @@ def main(args: Args) -> None:
         print(f"{folder.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
 
 
-def claim(args: Args) -> RunFolder:
-    """The folder of the results, claimed before anything is computed."""
-    if args.out is not None:
-        return RunFolder.claim(args.out)
-    return RunFolder.claim_next(Path("runs"), f"angle-{args.model or MODEL}")
-
-
-def shared(args: Args) -> Options:
-    """The options that other programs have too."""
-    return Options.of(args, model=args.model or MODEL, ema_decay=0.0)
-
-
 def make_feed(args: Args) -> MemoryFeed:
     """Batches of the data set, with random labels to train on if these are asked for."""
-    options = shared(args)
-    feed = options.make_feed(options.torch_device())
-    assert isinstance(feed, MemoryFeed)
-    return with_random_labels(feed, args.seed) if args.random_labels else feed
+    feed = args.memory_feed()
+    return with_random_labels(feed, args.running.seed) if args.random_labels else feed
 
 
 def train(
@@ -233,23 +171,16 @@ def train(
 ) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """A supernet trained here; both of its states are left in the folder."""
     assert feed is not None
-    options = shared(args)
-    torch.manual_seed(args.seed)
-    init, made = options.make_model(feed)
-    space, about = as_supernet(init, made, input_size=feed.input_size, seed=args.seed)
-    trained = copy.deepcopy(init).to(options.torch_device())
-    total = num_updates(feed, args.epochs)
-    with tqdm(total=total, unit="update", desc="training", disable=args.quiet, leave=False) as bar:
+    seed, epochs, total = args.running.seed, args.length.epochs, num_updates(feed, args.length.epochs)
+    args = replace(args, model=replace(args.model, model=args.model.model or MODEL))
+    init, made = args.net(feed, seed)
+    space, about = as_supernet(init.cpu(), made, input_size=feed.input_size, seed=seed)
+    trained = copy.deepcopy(init).to(args.running.torch_device())
+    with args.bar(total, "training") as advance:
         train_supernet(
-            trained,
-            feed,
-            epochs=args.epochs,
-            config=options.train_config(),
-            mode=args.mode,
-            seed=args.seed,
-            after_update=bar.update,
+            trained, feed, epochs=epochs, config=args.training, mode=args.mode, seed=seed, after_update=advance
         )
-    folder.write_marker("running", {"command": shlex.join(["python", *sys.argv])})
+    folder.write_marker("running", {"command": command()})
     save_supernet(folder.path / "init.safetensors", init, space, about)
     save_supernet(folder.path / "supernet.safetensors", trained, space, about)
     labels = "random labels" if args.random_labels else "its labels"
@@ -271,20 +202,20 @@ def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module
 
 def load(args: Args) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """The two supernets, if they are one."""
-    assert args.init is not None and args.trained is not None
-    kwargs = parse_kwargs(args.model_kwargs)
+    paths, name = (args.files.init, args.files.trained), args.model.model
+    kwargs = parse_kwargs(args.model.model_kwargs)
     (init, space, about), (trained, other, about_trained) = (
-        load_supernet(path, name=args.model, kwargs=kwargs) for path in (args.init, args.trained)
+        load_supernet(path, name=name, kwargs=kwargs) for path in paths if path is not None
     )
     for key in ("name", "kwargs", "grow"):
         if about.get(key) != about_trained.get(key):
             raise AnalysisError(
-                f"{args.init} and {args.trained} are two nets: {key} is {about.get(key)} and {about_trained.get(key)}."
+                f"{paths[0]} and {paths[1]} are two nets: {key} is {about.get(key)} and {about_trained.get(key)}."
             )
     if dict(space.choices) != dict(other.choices):
-        raise AnalysisError(f"{args.init} and {args.trained} have two spaces of widths.")
-    if args.model is not None and args.model != about["name"]:
-        raise AnalysisError(f"--model {args.model}: {args.init} is a {about['name']}.")
+        raise AnalysisError(f"{paths[0]} and {paths[1]} have two spaces of widths.")
+    if name is not None and name != about["name"]:
+        raise AnalysisError(f"--model {name}: {paths[0]} is a {about['name']}.")
     return init, trained, space, about
 
 
@@ -294,7 +225,7 @@ def choose(args: Args, table: AngleTable) -> Index:
         if args.all or args.num < 2:
             raise AnalysisError("--num needs at least 2 subnets, and goes without --all.")
         if args.num < table.size:
-            return table.sample_distinct(args.num, args.seed)
+            return table.sample_distinct(args.num, args.running.seed)
     if table.size > MANY and not args.all:
         raise AnalysisError(f"{table.size:,} subnets: draw some with --num, or rank them --all.")
     return table.all()
@@ -305,7 +236,7 @@ def judge(args: Args, table: AngleTable, truth: Truth, bench: Bench | None, slow
     known = table.score(truth.index)
     scores = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
     scores |= {name: SCORES[name](bench, truth.index) for name in slow if bench is not None}
-    return gs.rank(scores, list(truth.columns.values()), num_resamples=args.resamples, seed=args.seed)
+    return gs.rank(scores, list(truth.columns.values()), num_resamples=args.resamples, seed=args.running.seed)
 
 
 def between(columns: dict[str, Floats]) -> dict[str, float]:
@@ -356,12 +287,7 @@ def write_csv(path: Path, table: AngleTable, index: Index, columns: dict[str, Fl
 
 def bar_of(args: Args) -> Any:
     """A progress bar around what takes long."""
-    return lambda items: tqdm(items, unit="subnet", disable=args.quiet, leave=False)
-
-
-def options(args: Args) -> dict[str, Any]:
-    """The options, for the record."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    return lambda items: tqdm(items, unit="subnet", disable=args.running.quiet, leave=False)
 
 
 if __name__ == "__main__":

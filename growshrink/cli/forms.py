@@ -18,13 +18,13 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_da
 from functools import cache
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
 
 from growshrink.base.config import KIND, fault, field_types, from_dict, to_dict
-from growshrink.base.limits import OneOf
+from growshrink.base.limits import Limit, OneOf
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
@@ -72,16 +72,16 @@ class Option:
         return value
 
     def form(self) -> tuple[str, Any, Any]:
-        """Make the field of the form."""
-        hint, default, doc, metavar = self.hint, self.default, _docs(self.owner).get(self.name, ""), None
+        """Make the field of the form: limits stay out, `read` has them."""
+        hint, default, doc = get_type_hints(self.owner)[self.name], self.default, _docs(self.owner).get(self.name, "")
+        metavar = "|".join(_known_names(self.hint)) or None
         if self.compact is not None:
             none = ["none"] * (NoneType in get_args(self.hint))
             doc = f"{doc} {' | '.join([*_alternatives(self.compact), *none])}"
             hint, default, metavar = str, shown(default), "KIND[,FIELD=VALUE ...]"
-        elif known := _known_names(hint):
-            metavar = "|".join(known)
-        conf = tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar)
-        return self.name, Annotated[hint, conf], field() if default is MISSING else field(default=default)
+        own = [each for each in getattr(self.hint, "__metadata__", ()) if not isinstance(each, Limit)]
+        conf = (tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar), *own)
+        return self.name, Annotated[(hint, *conf)], field() if default is MISSING else field(default=default)
 
 
 @cache

@@ -243,6 +243,16 @@ RUNNING = ("out", "quiet", "device")
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetFiles:
+    """A net that has been trained already."""
+
+    init: InFile | None = None
+    """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net grown at birth."""
+    trained: InFile | None = None
+    """The same net after it: supernet.safetensors, or a state_dict alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FileOptions:
     """What is written."""
 
