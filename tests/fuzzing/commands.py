@@ -62,11 +62,11 @@ def _cifar() -> dict[str, bytes]:
     return cifar_files(10)
 
 
-_MODES = "tools/netaug_modes.py --out out.jsonl --arms plain-x1 --epochs 0.02 --quiet"
+_MODES = "tools/netaug_modes.py --file out.jsonl --modes plain-x1 --epochs 0.02 --quiet"
 _GROW = "recipes/grow_cycle.py --out out"
 _ANGLE = "tools/angle_rank.py --init supernet.safetensors --trained supernet.safetensors --out out --quiet"
 _PRUNE = (
-    "tools/random_prune.py --model reducenet20 --model-kwargs width=0.25 --weights net.safetensors --num 2 --out out"
+    "tools/random_prune.py --model reducenet20 --model-kwargs width=0.25 --trained net.safetensors --subnets 2 --out out"
 )
 
 COMMANDS: dict[str, Command] = {
@@ -76,8 +76,8 @@ COMMANDS: dict[str, Command] = {
     "grow_cycle, idx": Command("idx", _idx, f"{_GROW} --data fashion-mnist --data-dir . {_LITTLE}"),
     "grow_cycle, CIFAR": Command("bytes", _cifar, f"{_GROW} --data cifar10 --data-dir . {_LITTLE}"),
     "angle_rank --init": Command("safetensors", supernet_files, _ANGLE),
-    "random_prune --weights": Command("safetensors", weight_files, _PRUNE),
-    "netaug_modes --out": Command("jsonl", _modes, _MODES),
+    "random_prune --trained": Command("safetensors", weight_files, _PRUNE),
+    "netaug_modes --file": Command("jsonl", _modes, _MODES),
 }
 
 

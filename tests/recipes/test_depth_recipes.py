@@ -69,7 +69,7 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         latency, "interleaved_timings", by_layers
     )  # the clock of a machine with other users proves nothing
     out = tmp_path / "run"
-    options = ["--shrink-epochs", "0.5", "--targets", "0.7", "0.0001", "--fresh", "--longest", "3"]
+    options = ["--shrink-epochs", "0.5", "--targets", "0.7", "0.0001", "--remeasure", "--longest", "3"]
     assert main("shrink_depth", *BRIEF, 1, *options, "--out", out) == 0
     assert {p.name for p in out.iterdir()} >= {"report.md", "report.json", "pareto.png", "merged-0.safetensors"}
     found = json.loads((out / "report.json").read_text())
@@ -101,9 +101,9 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
         ("shrink_depth", ["--model", "resnet18"], "not a plain ReduceNet"),
         ("shrink_depth", ["--model", "reducent20"], "did you mean reducenet20"),
         ("shrink_depth", ["--data", "digts"], "did you mean digits"),
-        ("shrink_depth", ["--vanish", "1.5"], "must be above 0 and below 1"),
+        ("shrink_depth", ["--deadline", "1.5"], "must be above 0 and below 1"),
         ("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0"),
-        ("one_layer", ["--flip", "True"], "see the same pixels"),
+        ("one_layer", ["--flip", "True"], "Unrecognized options: --flip"),
         ("one_layer", ["--model-kwargs", "wdth=2"], "wdth"),
     ],
 )

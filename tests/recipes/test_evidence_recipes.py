@@ -171,8 +171,8 @@ def test_the_arms_are_listed(capsys):
 
 def test_a_scan_of_two_nets_filled_and_unfilled(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "seeds": [0]}))
-    args = [tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--widths", "0.125", "--depths", "1", "2"]
-    args += ["--at-most", "1e9", "--budget", "6", "--arm", "short"]
+    args = [tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--channels", "0.125", "--depths", "1", "2"]
+    args += ["--at-most", "1e9", "--budget", "6", "--fill", "short"]
     assert run("recipes/scan.py", *args) == 0
     out = capsys.readouterr().out
     assert "2 of 2 nets" in out and "plain: width-0.125" in out and "short: width-0.125" in out

@@ -17,7 +17,7 @@ from program import run
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "netaug.py"
 FILES = {"report.md", "report.json", "netaug.json", "netaug.png", "curves.png", "plain.safetensors", "run.json"}
-SMALL = ("--model-kwargs", "width=0.25", "--ratio", "2", "--steps-to-time", "2", "--quiet")
+SMALL = ("--model-kwargs", "width=0.25", "--ratio", "2", "--turns", "2", "--quiet")
 
 
 def main(*args):
@@ -62,7 +62,7 @@ def test_without_arguments_it_learns_the_digits(tmp_path):
 
 
 def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys):
-    args = ("--model", "reducenet20_x4", "--mode", "sandwich", "--exit", "choose", "--epochs", "12", *SMALL)
+    args = ("--model", "reducenet20_x4", "--widths", "sandwich", "--exit", "choose", "--epochs", "12", *SMALL)
     assert main("--out", tmp_path / "run", *args) == 0
     summary = json.loads((tmp_path / "run" / "netaug.json").read_text())
     scores = [candidate["top1"] for candidate in summary["candidates"]]
@@ -75,14 +75,14 @@ def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys):
 
 
 BAD = {
-    "mode": (["--mode", "netog"], "augment='netog': no such mode; did you mean netaug"),
-    "exit": (["--exit", "jump"], "exit='jump': no such exit"),
+    "mode": (["--widths", "netog"], "--widths netog: mode='netog': no such mode; did you mean netaug"),
+    "exit": (["--exit", "jump"], "--exit jump: no such exit"),
     "born grown": (["--model", "reducenet20_x4"], "no kernels that would remain; choose"),
-    "alpha": (["--alpha=-1"], "--alpha -1: must be at least 0"),
-    "distil": (["--inplace-distil", "2"], "--inplace-distil 2"),
-    "hold": (["--hold", "2"], "--hold 2"),
+    "alpha": (["--widths", "lazy,alpha=-1"], "--widths lazy,alpha=-1: alpha=-1: must be at least 0"),
+    "distil": (["--widths", "lazy,inplace_distil=2"], "--widths lazy,inplace_distil=2: inplace_distil=2"),
+    "hold": (["--alive", "2"], "--alive 2"),
     "epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
-    "no blocks": (["--model", "selecsls42", "--mode", "suffix"], "SelecSls carry branches"),
+    "no blocks": (["--model", "selecsls42", "--widths", "suffix"], "SelecSls carry branches"),
 }
 
 

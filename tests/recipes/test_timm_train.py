@@ -57,7 +57,7 @@ def run(folder, *args):
 
 def test_a_script_like_timms_trains_a_net_that_is_deployed_without_its_branches(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
-    result = run(tmp_path, "--ratio", "2", "--mode", "netaug", "train.py", "--model", "reducenet20", "--lr", "0.1")
+    result = run(tmp_path, "--ratio", "2", "--widths", "netaug", "train.py", "--model", "reducenet20", "--lr", "0.1")
     assert result.returncode == 0, result.stderr  # without the warning of a task that is not attached
     checkpoint = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert checkpoint["task_state"] == {"update": 5}
@@ -73,7 +73,7 @@ def test_a_script_like_timms_trains_a_net_that_is_deployed_without_its_branches(
         ([], "name timm's train.py"),
         (["nowhere/train.py"], "no such script"),
         (["beside/train.py"], "a folder timm beside it"),
-        (["--mode", "netog", "train.py", "--model", "reducenet20", "--lr", "0.1"], "no such mode; did you mean netaug"),
+        (["--widths", "netog", "train.py", "--model", "reducenet20", "--lr", "0.1"], "no such mode; did you mean netaug"),
         (["--branch", "bottel", "train.py", "--model", "reducenet20", "--lr", "0.1"], "no such branch"),
     ],
 )

@@ -20,7 +20,7 @@ def run(*options):
 
 
 def test_both_ways_agree_and_are_timed():
-    result = run("--quick", "--quiet", "--num", 1000, "--few", 3, "--image-size", 8)
+    result = run("--quick", "--quiet", "--many", 1000, "--few", 3, "--pixels", 8)
     assert result.returncode == 0 and not result.stderr, result.stderr
     assert 0 <= float(re.search(r"largest difference (\S+) rad of 3 subnets", result.stdout)[1]) <= 1e-12
     assert re.search(r"[\d,]+ subnets/s by look-up .*, [\d,]+ by slicing", result.stdout)

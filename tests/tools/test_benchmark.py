@@ -18,7 +18,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
     out = tmp_path / "bench.json"
-    result = run("--out", str(out), "--strict", "--quiet")
+    result = run("--file", str(out), "--strict", "--quiet")
     found = json.loads(out.read_text())
     rows = found["rows"]
     missed = [row for row in rows if row["verdict"] == "MISSED"]
@@ -64,7 +64,7 @@ def test_one_section_alone_with_a_progress_bar():
 def test_an_existing_file_is_refused_before_anything_is_measured(tmp_path):
     out = tmp_path / "bench.json"
     out.write_text("precious")
-    result = run("--out", str(out))
+    result = run("--file", str(out))
     assert result.returncode == 2
     assert result.stdout == "" and result.stderr.count("\n") == 1 and "exists" in result.stderr
     assert out.read_text() == "precious"
@@ -74,7 +74,7 @@ def test_an_existing_file_is_refused_before_anything_is_measured(tmp_path):
     ("options", "word"),
     [
         (["--threads", "0"], "--threads 0"),
-        (["--out", "no/such/folder/bench.json"], "does not exist"),
+        (["--file", "no/such/folder/bench.json"], "does not exist"),
     ],
 )
 def test_bad_options_are_refused(options, word):

@@ -27,7 +27,7 @@ def run(monkeypatch, *args, power=1.0):
     return end.value.code
 
 
-BRIEF = ["--quiet", "--width", "0.1", "--image-size", "8", "--longest", "2", "--cuts", "3"]
+BRIEF = ["--quiet", "--model-kwargs", "width=0.1", "--pixels", "8", "--longest", "2", "--cuts", "3"]
 
 
 @pytest.mark.parametrize(("power", "code"), [(1.0, 0), (8.0, 1)])
@@ -39,7 +39,7 @@ def test_predictions_are_held_against_the_clock(monkeypatch, capsys, power, code
     assert ("at most 0.0% off (3 cuts)" in lines[-1]) == (code == 0)
 
 
-@pytest.mark.parametrize(("args", "words"), [(["resnet18"], "not a plain ReduceNet"), (["--cuts", "0"], "at least 1")])
+@pytest.mark.parametrize(("args", "words"), [(["--model", "resnet18"], "not a plain ReduceNet"), (["--cuts", "0"], "at least 1")])
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, args, words):
     assert run(monkeypatch, *args) == 2
     error = capsys.readouterr().err

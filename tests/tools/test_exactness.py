@@ -11,9 +11,9 @@ def run(*args):
     return subprocess.run([sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("branch", ["bottleneck", "insert+nest"])
+@pytest.mark.parametrize("branch", [["bottleneck"], ["insert", "nest"]])
 def test_table_of_a_small_net(branch):
-    done = run("test_resnet", "--branch", branch, "--image-size", "32")
+    done = run("test_resnet", "--branch", *branch, "--pixels", "32")
     assert done.returncode == 0, done.stderr
     header, row = done.stdout.splitlines()
     name, _, *figures = row.split()

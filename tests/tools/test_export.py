@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
     tool = ROOT / "tools" / "export.py"
-    assert run(tool, trained, "--int8", "per-channel", "--rounds", "3", "--quiet") == 0
+    assert run(tool, trained, "--int8", "per-channel", "--turns", "3", "--quiet") == 0
     out = capsys.readouterr().out
     folder = trained / "export"
     assert {p.name for p in folder.iterdir()} - {".lock"} == {
@@ -60,7 +60,7 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
         )
 
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
-    assert run(tool, trained, "--no-onnx", "--no-pt2", "--rounds", "0", "--quiet") == 0
+    assert run(tool, trained, "--no-onnx", "--no-pt2", "--turns", "0", "--quiet") == 0
     assert (trained / "export-2" / "report.md").is_file() and not (trained / "export-2" / "folded.onnx").exists()
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     assert run(tool, trained, "--out", folder, "--quiet") == 2
@@ -78,7 +78,7 @@ def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, t
 
     monkeypatch.setattr("growshrink.export.run.write_folded", damaged)
     assert (
-        run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--rounds", "0", "--quiet")
+        run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--turns", "0", "--quiet")
         == 1
     )
     assert "NOT as exact" in (tmp_path / "e" / "report.md").read_text()

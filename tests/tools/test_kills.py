@@ -18,7 +18,7 @@ def run(*args):
 
 
 def test_three_kills(tmp_path):
-    done = run("--num", 3, "--quiet", "--out", tmp_path / "kills")
+    done = run("--kills", 3, "--quiet", "--out", tmp_path / "kills")
     assert done.returncode == 0, done.stderr
     assert "3 of 3 kills survived" in done.stdout
     found = json.loads((tmp_path / "kills" / "kills.json").read_text())
@@ -28,5 +28,5 @@ def test_three_kills(tmp_path):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    done = run("--num", 0, "--out", tmp_path / "kills")
-    assert done.returncode == 2 and done.stderr == "kills: --num 0: must be at least 1 and at most 1,000,000,000.\n"
+    done = run("--kills", 0, "--out", tmp_path / "kills")
+    assert done.returncode == 2 and done.stderr == "kills: --kills 0: must be at least 1 and at most 1,000,000,000.\n"

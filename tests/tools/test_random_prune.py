@@ -15,7 +15,7 @@ import pytest
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
 TINY = ["--model-kwargs", "width=0.5", "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
-SMALL = [*TINY, "--num", "6", "--seeds", "2", "--criteria", "l1", "random"]
+SMALL = [*TINY, "--subnets", "6", "--seeds", "2", "--criteria", "l1", "random"]
 
 
 def start(*args):
@@ -48,7 +48,7 @@ def lines(path):
 def test_killed_and_run_again_by_two_processes_nothing_is_lost_and_nothing_done_twice(tmp_path, capsys):
     pytest.importorskip("torch_pruning")
     out = tmp_path / "run"
-    args = [*TINY, "--num", "60", "--seeds", "1", "--criteria", "l1", "--out", out]
+    args = [*TINY, "--subnets", "60", "--seeds", "1", "--criteria", "l1", "--out", out]
     killed = start(*args)
     deadline = time.monotonic() + 120
     while len(lines(out)) < 8 and time.monotonic() < deadline:
@@ -85,7 +85,7 @@ def test_channels_of_a_net(tmp_path, capsys):
     assert (tmp_path / "run" / "results.jsonl").read_bytes() == before
     code, _, err = main(capsys, *SMALL, "--macs", "0.4", "--out", tmp_path / "run")
     assert code == 2 and "another options (macs: 0.5 then, 0.4 now)" in err
-    again = ["--weights", tmp_path / "run" / "net-0.safetensors", "--out", tmp_path / "again"]
+    again = ["--trained", tmp_path / "run" / "net-0.safetensors", "--out", tmp_path / "again"]
     code, out, _ = main(capsys, *SMALL, *again)
     assert code == 0 and "6 random subnets" in out and "there is no test" in out
 
@@ -98,7 +98,7 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
     with open(tmp_path / "run" / "truth.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and list(rows[0]) == ["subnet", "net0", "net1"]
-    weights = ["--weights", tmp_path / "run" / "supernet-0.safetensors", "--out", tmp_path / "again"]
+    weights = ["--trained", tmp_path / "run" / "supernet-0.safetensors", "--out", tmp_path / "again"]
     code, _, err = main(capsys, *args[:-2], *weights)
     assert code == 2 and "give it with --init" in err
     code, out, _ = main(capsys, *args[:-2], *weights, "--init", tmp_path / "run" / "init-0.safetensors")
@@ -106,7 +106,7 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
 
 
 def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_path, capsys):
-    args = ["--space", "widths", "--model-kwargs", "width=0.25", "--tolerance", "0.5", "--epochs", "0.1", "--num", "2"]
+    args = ["--space", "widths", "--model-kwargs", "width=0.25", "--tolerance", "0.5", "--epochs", "0.1", "--subnets", "2"]
     args += ["--seeds", "1", "--criteria", "params", "--quiet"]
     for name, epochs in (("alone", "2"), ("untrained", "0.01")):
         code, _, err = main(capsys, *args, "--alone", epochs, "--out", tmp_path / name)
@@ -121,9 +121,9 @@ def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_
         (["--space", "depths"], "--space depths: no such space"),
         (["--criteria", "l9"], "--criteria l9: not one of --space channels"),
         (["--space", "widths", "--criteria", "l1"], "--criteria l1: not one of --space widths"),
-        (["--num", "1"], "--num 1: too few"),
+        (["--subnets", "1"], "--subnets 1: too few"),
         (["--alone", "1"], "--alone goes with --space widths"),
-        (["--weights", "nowhere.safetensors"], "--weights nowhere.safetensors: there is no such file"),
+        (["--trained", "nowhere.safetensors"], "--trained nowhere.safetensors: there is no such file"),
         (["--macs", "0.0001", *TINY[:-3]], "0 subnets within"),
         (["--macs", "2"], "must be above 0 and at most 1"),
         (["--model", "reducenet21"], "timm knows no such model"),

@@ -10,7 +10,7 @@ import pytest
 import growshrink as gs
 
 SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
-LITTLE = ("--image-size", "8", "--updates", "1", "--quiet")
+LITTLE = ("--pixels", "8", "--updates", "1", "--quiet")
 
 
 def run(*args):
@@ -21,7 +21,7 @@ def run(*args):
 
 
 def test_a_few_rounds(tmp_path, capsys):
-    assert run("--rounds", "4", *LITTLE, "--log", tmp_path / "log.jsonl") == 0
+    assert run("--rounds", "4", *LITTLE, "--file", tmp_path / "log.jsonl") == 0
     assert "all as it must be" in capsys.readouterr().out
     rounds = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [entry["branch"] for entry in rounds] == ["bottleneck", "insert", "nest", "dbb"]
@@ -55,9 +55,9 @@ def test_a_fuse_that_is_not_exact_is_told(capsys, monkeypatch):
     ("args", "words"),
     [
         (["--rounds", "1"], "at least 2 --rounds"),
-        (["--most-growth", "nan"], "--most-growth nan: must be above 0"),
+        (["--most-growth", "nan"], "--most-growth nan: must be a finite number"),
         (["--model", "reducenett20"], "did you mean reducenet20"),
-        (["--log", "."], "a folder, must be a file"),
+        (["--file", "."], "a folder, must be a file"),
     ],
 )
 def test_bad_options(args, words, capsys):

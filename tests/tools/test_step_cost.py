@@ -23,7 +23,7 @@ def run(tool, *options):
 
 
 def test_every_mode_is_counted_and_timed():
-    result = run("step_cost.py", "--quick", "--strict", "--quiet", "--batch-size", 4, "--models", "reducenet20_x2")
+    result = run("step_cost.py", "--quick", "--strict", "--quiet", "--batch-size", 4, "reducenet20_x2")
     assert result.returncode == 0, result.stdout + result.stderr
     rows = {m[1].strip(): float(m[2]) for m in re.finditer(r"^reducenet20_x2 +(.{22}) +([\d.]+) ", result.stdout, re.M)}
     assert len(rows) == 10
@@ -35,10 +35,10 @@ def test_every_mode_is_counted_and_timed():
 
 def test_the_trial_of_modes_appends_and_goes_on(tmp_path):
     out = tmp_path / "modes.jsonl"
-    options = ("--epochs", 0.4, "--width", 0.25, "--ratio", 1, "--out", out, "--quiet", "--seeds", 0)
-    first = run("netaug_modes.py", *options, "--arms", "plain-x1", "suffix4+distil")
+    options = ("--epochs", 0.4, "--model-kwargs", "width=0.25", "--ratio", 1, "--file", out, "--quiet")
+    first = run("netaug_modes.py", *options, "--modes", "plain-x1", "suffix4+distil")
     assert first.returncode == 0, first.stderr
-    second = run("netaug_modes.py", *options, "--arms", "plain-x1", "plain-x1.4", "single")
+    second = run("netaug_modes.py", *options, "--modes", "plain-x1", "plain-x1.4", "single")
     assert second.returncode == 0, second.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["arm"] for line in lines] == ["plain-x1", "suffix4+distil", "plain-x1.4", "single"]
@@ -48,10 +48,10 @@ def test_the_trial_of_modes_appends_and_goes_on(tmp_path):
 @pytest.mark.parametrize(
     ("tool", "options", "words"),
     [
-        ("step_cost.py", ("--models", "reducenett20"), "timm knows no such model"),
+        ("step_cost.py", ("reducenett20",), "timm knows no such model"),
         ("step_cost.py", ("--seconds", "0"), "--seconds 0"),
         ("step_cost.py", ("--batch-size", "1"), "--batch-size 1"),
-        ("netaug_modes.py", ("--arms", "netog"), "--arms netog: no such arm"),
+        ("netaug_modes.py", ("--modes", "netog"), "--modes netog: no such arm"),
     ],
 )
 def test_bad_options_are_refused(tool, options, words):
@@ -61,7 +61,7 @@ def test_bad_options_are_refused(tool, options, words):
 
 
 def test_the_speed_of_the_experiment_beside_timms_and_the_originals():
-    result = run("experiment_speed.py", "--quick", "--quiet", "--image-size", 8, "--width", 0.25, "--seeds", 2)
+    result = run("experiment_speed.py", "--quick", "--quiet", "--pixels", 8, "--model-kwargs", "width=0.25", "--stacked", 2)
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.findall(r"^(one seed|timm|original) +[\d,]+ +[\d,]+ +[\d.]+ ", result.stdout, re.M) == [
         "one seed",
