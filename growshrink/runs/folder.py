@@ -19,6 +19,8 @@ from growshrink.base.writing import PARTIAL, write_json
 from growshrink.errors import RunError
 
 MARKER = "run.json"
+#: Of run folders: plans, logs and checkpoints. 1 was that of growshrink 0.1.
+FORMAT = 2
 LOCK = ".lock"
 
 
@@ -58,8 +60,11 @@ class RunFolder:
             for entry in path.iterdir():
                 if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote; nobody else is here
                     entry.unlink()
-            status = read_json(path / MARKER).get("status")
-            if not resume:
+            marker = read_json(path / MARKER)
+            status = marker.get("status")
+            if resume:
+                _refuse_old(path, marker)
+            else:
                 state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
                 raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
             return RunFolder(path, lock, fresh=False, finished=status == "finished")
@@ -95,7 +100,7 @@ class RunFolder:
     def write_marker(self, status: str, values: Mapping[str, Any]) -> None:
         """Record what the run is; `status` is "running" or "finished"."""
         if self._lock is not None:
-            write_json(self.path / MARKER, {"status": status, **values})
+            write_json(self.path / MARKER, {"status": status, "format": FORMAT, **values})
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
@@ -190,6 +195,16 @@ def _lock(path: Path) -> IO[str]:
 def _entries(path: Path) -> list[str]:
     """What is in a folder, but for the lock and what a crash left half written."""
     return sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL))
+
+
+def _refuse_old(path: Path, marker: Mapping[str, Any]) -> None:
+    if marker.get("format") != FORMAT:
+        versions = marker.get("versions")
+        version = versions.get("growshrink") if isinstance(versions, Mapping) else None
+        raise RunError(
+            f"{path}: a run of growshrink {version or '(unknown version)'}, whose run folders this version cannot "
+            "resume. Finish it with that version, or choose another folder with --out."
+        )
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -32,7 +32,7 @@ from growshrink.data.batches import NO_AUGMENT, Augment
 from growshrink.errors import GrowError, PlanError, RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs import Profile
-from growshrink.runs.folder import RunFolder
+from growshrink.runs.folder import FORMAT, RunFolder
 from growshrink.training import TrainConfig
 from nets import untouched
 
@@ -117,7 +117,7 @@ def test_two_rounds_leave_a_plain_net_a_proof_and_a_record(tmp_path):
 
     # run.json, growth_log.json, log.jsonl, curves.png
     marker = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert marker == {"status": "finished", **about}
+    assert marker == {"status": "finished", "format": FORMAT, **about}
     assert gs.CyclePlan.from_dict(marker["plan"]) == two_rounds()
     entries = json.loads((tmp_path / "run" / "growth_log.json").read_text())["entries"]
     assert [(e["kind"], e["round"], e["update"]) for e in entries] == [
@@ -388,3 +388,16 @@ def test_a_cycle_of_a_net_of_linear_layers(tmp_path, widths, leaves):
     (record,) = report(tmp_path / "run")["rounds"]
     assert record["num_grown"] == 4 and record["max_rel"] <= 1e-12
     assert leaves.decides or record["effect"] >= 0.01  # it may choose the base, in which nothing is merged
+
+
+def test_a_run_folder_of_an_older_version_is_refused_by_its_version(tmp_path):
+    feed = Feed.make()
+    feed.train.fail_at = 9
+    with pytest.raises(Interrupt):
+        run(tmp_path, feed=feed)
+    marker = json.loads((tmp_path / "run.json").read_text())
+    del marker["format"]
+    marker["versions"]["growshrink"] = "0.1.0"
+    (tmp_path / "run.json").write_text(json.dumps(marker))
+    with pytest.raises(RunError, match="a run of growshrink 0.1.0, whose run folders this version cannot resume"):
+        run(tmp_path, resume=True)
