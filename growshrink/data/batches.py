@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from growshrink.errors import DataError
-from growshrink.data.datasets import Split
 from growshrink.base.seeding import generator
+from growshrink.data.datasets import Split
+from growshrink.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
 """Normalised images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,)."""

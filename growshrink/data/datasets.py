@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from growshrink.errors import DataError
+from growshrink.base.seeding import generator
 from growshrink.data import formats
 from growshrink.data.folders import load_folder
-from growshrink.base.seeding import generator
+from growshrink.errors import DataError
 
 FASHION_CLASSES = (
     *("t-shirt/top", "trouser", "pullover", "dress", "coat"),

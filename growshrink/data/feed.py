@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from growshrink.errors import RunError
 from growshrink.data.batches import Augment, Batch, TrainBatches, eval_batches
 from growshrink.data.datasets import DataSet, Split
+from growshrink.errors import RunError
 
 
 class UpdateBatches(Protocol):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from growshrink.errors import DataError
 from growshrink.base.reading import read_bytes
 from growshrink.data.memory import check_fits
+from growshrink.errors import DataError
 
 Arrays = tuple[Tensor, Tensor]
 """uint8 images (N, H, W, C) and int64 labels (N,)."""

@@ -18,12 +18,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset,
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from growshrink.errors import DataError
+from growshrink.base.seeding import generator
 from growshrink.base.stopping import shield_worker
 from growshrink.data.batches import Batch, Order
 from growshrink.data.datasets import stratified
 from growshrink.data.folders import find_parts
-from growshrink.base.seeding import generator
+from growshrink.errors import DataError
 
 _OURS = frozenset(
     ("dataset", "input_size", "batch_size", "is_training", "distributed", "device", "use_prefetcher", "worker_seeding")

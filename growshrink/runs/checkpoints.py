@@ -6,11 +6,8 @@ named tensors and one JSON document in the file's metadata, beside a digest of b
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,17 +17,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from growshrink.errors import RunError
 from growshrink.base.reading import parse_json, read_tensors
 from growshrink.base.writing import write_atomic
+from growshrink.errors import RunError
 
 _FORMAT = "growshrink-checkpoint-2"
 _TENSOR = "__tensor__"
 _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
-
-
-
-
 
 
 def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: int = 2) -> Path:

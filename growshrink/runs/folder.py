@@ -13,11 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from growshrink.base.writing import write_json
-from growshrink.errors import RunError
+from growshrink.base.ranks import num_ranks, run_on_rank0
 from growshrink.base.reading import read_json
-from growshrink.base.writing import PARTIAL, write_atomic
-from growshrink.base.ranks import run_on_rank0, num_ranks
+from growshrink.base.writing import PARTIAL, write_json
+from growshrink.errors import RunError
 
 MARKER = "run.json"
 LOCK = ".lock"
@@ -197,10 +196,6 @@ def _refuse_foreign(path: Path) -> None:
     found = _entries(path)
     if found and MARKER not in found:
         raise RunError(f"{path}: not empty and not the folder of a run ({found[0]} is in it).")
-
-
-
-
 
 
 def _difference(old: Any, new: Any) -> str:

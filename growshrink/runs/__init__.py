@@ -1,0 +1,3 @@
+"""Run folders and checkpoints."""
+
+from growshrink.runs.folder import RunFolder as RunFolder
