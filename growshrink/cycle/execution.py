@@ -33,7 +33,7 @@ from growshrink.cycle.timeline import Segment, Timeline
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online
 from growshrink.layers.widths import set_width, width_space
 from growshrink.proofs._profile import profile, training_macs
 from growshrink.runs.folder import RunFolder

@@ -6,7 +6,7 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.cycle.timeline import Segment, Timeline
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online
 from growshrink.proofs._profile import profile
 from growshrink.training.distil import Teacher
 

@@ -15,6 +15,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import EquivalenceError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import random_images, randomize_norms_
 from growshrink.transforms import fold, fuse
 
@@ -177,7 +178,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
     if grown_modules(silent):
         for grown in grown_modules(silent).values():
             if isinstance(grown, Grown):
-                grown.to_plain()
+                to_plain(grown)
             else:
                 grown.register_forward_hook(_zero_output)
     else:

@@ -15,9 +15,10 @@ from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trac
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import GROWN_CLASSES, Grown, GrownConv2d, grown_modules
-from growshrink.layers.grown_linear import GrownLinear, TokenConv2d
+from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
+from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
 Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
@@ -86,11 +87,7 @@ def grow(
             for position, spec in enumerate(_fitting(specs, conv)[0])
         ]
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        layer = layers[name]
-        if isinstance(layer, nn.Linear):
-            GrownLinear.from_linear(layer, branches)
-        else:
-            GrownConv2d.from_conv(layer, branches)
+        attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
     return model
 
@@ -110,7 +107,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
-        module.to_plain()
+        to_plain(module)
     unguard_hooks(model)
     return model
 
@@ -229,7 +226,7 @@ class _Eligibility:
             return "the classifier is left alone"
         if isinstance(layer, _STANDARDISED):
             return f"it is a {type(layer).__name__}: its kernel is standardised, and a merged one could not be"
-        if type(layer) not in (*GROWN_CLASSES, nn.Linear) and not isinstance(layer, Grown):
+        if type(layer) not in GROWN_CLASSES and not isinstance(layer, Grown):
             return f"it is a {type(layer).__name__}, whose forward is its own"
         if not isinstance(layer._parameters.get("weight"), nn.Parameter):
             return "its weight is computed by a hook, not a parameter"

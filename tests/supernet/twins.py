@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from growshrink.branches import Branch
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.swaps import to_plain
 from growshrink.layers.widths import get_width
 
 
@@ -85,7 +86,7 @@ class Narrow:
         for branch in conv.branches:
             assert isinstance(branch, Branch) and not branch.skipped
         if not kept:
-            conv.to_plain()
+            to_plain(conv)
 
     def spread(self, tensors, like, fill=0.0):
         """Tensors by name of this net -> by name of the supernet, in its shapes; what is not in this net is `fill`."""

@@ -1,0 +1,51 @@
+"""Rules that hold for the package as a whole; import-linter checks the order of the rooms (pyproject.toml)."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+import growshrink
+
+PACKAGE = Path(growshrink.__file__).parent
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+#: TorchScript reads this name in both modules of models.
+SHARED_NAMES = {"__all__", "default_cfgs"}
+
+
+def test_classes_are_swapped_in_one_file():
+    assigning = set()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store):
+                assigning.add(name)
+            if isinstance(node, ast.Constant) and node.value == "__class__":  # setattr(module, "__class__", ...)
+                assigning.add(name)
+    assert assigning == {"layers/swaps.py"}
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    """Imports for type checking and those inside functions count too."""
+    grimp = __import__("grimp")
+    graph = grimp.build_graph("growshrink")
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while leaves := [module for module, imported in imports.items() if not imported & imports.keys()]:
+        for module in leaves:
+            del imports[module]
+    assert not imports, f"in circles, or importing one: {sorted(imports)}"
+
+
+def test_a_public_name_has_one_meaning():
+    places = defaultdict(set)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            for name in names:
+                if not name.startswith("_") and name not in SHARED_NAMES:
+                    places[name].add(path)
+    assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
