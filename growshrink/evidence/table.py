@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
-from growshrink.analysis.stats import CONFIDENCE, Interval, blocked, holm, paired
+from growshrink.analysis.stats import CONFIDENCE, Estimate, blocked, holm, paired
 from growshrink.base.reading import read_json
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
@@ -62,8 +62,8 @@ class Row:
     lr: float
     top1: float
     sd: float
-    difference: Interval | None
-    pooled: Interval | None
+    difference: Estimate | None
+    pooled: Estimate | None
     bootstrap: tuple[float, float] | None
     p: float | None
     epochs: float
@@ -121,7 +121,7 @@ def rows_of(experiment: Experiment, jobs: Sequence[Job], out: Path) -> list[Row]
     return rows
 
 
-def verdict(arm: str, difference: Interval | None, pooled: Interval | None = None) -> str:
+def verdict(arm: str, difference: Estimate | None, pooled: Estimate | None = None) -> str:
     """One line: better, worse, or not told apart, by the interval of the paired difference.
 
     `pooled` is the pooled interval where its corrected p allows to speak of it.
@@ -139,7 +139,7 @@ def verdict(arm: str, difference: Interval | None, pooled: Interval | None = Non
 _UNSURE = "not told apart"
 
 
-def _word(interval: Interval) -> str:
+def _word(interval: Estimate) -> str:
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else _UNSURE
 
 
@@ -148,7 +148,7 @@ def bootstrap_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, f
     difference = np.asarray(a) - np.asarray(b)
     if np.ptp(difference) == 0:
         return float(difference[0]), float(difference[0])
-    found = stats.bootstrap(
+    found = scipy.stats.bootstrap(
         (difference,), np.mean, confidence_level=CONFIDENCE, method="percentile", rng=np.random.default_rng(0)
     )
     return float(found.confidence_interval.low), float(found.confidence_interval.high)
@@ -244,7 +244,7 @@ def _paired(scores: Mapping[str, Mapping[int, Mapping[str, Any]]], arm: str) -> 
     return [own[seed][split] for seed in seeds], [plain[seed][split] for seed in seeds]
 
 
-def _pooled(scores: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, tuple[Interval, float]]:
+def _pooled(scores: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, tuple[Estimate, float]]:
     """Arms judged on the test split with every seed that plain has, against plain, the noise of all taken together."""
     seeds = list(scores.get(PLAIN, {}))
     arms = [arm for arm, own in scores.items() if all(seed in own and own[seed]["test"] is not None for seed in seeds)]

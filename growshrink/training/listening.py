@@ -1,4 +1,4 @@
-"""A trainer somebody listens to."""
+"""What `growshrink.cycle` used before `Trainer.train` had `on_loss`; goes with its last use there."""
 
 from __future__ import annotations
 
@@ -11,16 +11,10 @@ from growshrink.training.trainer import Trainer
 
 
 class ListeningTrainer(Trainer):
-    """A `Trainer` that tells its training loss, update by update, to whoever wants to know: `ClosedLoop.observe`, say.
-
-    Attributes:
-        listener: Called with the loss of each update, 0-dim, detached, on its device.
-    """
+    """`Trainer` whose `train` passes `listener` as `on_loss`."""
 
     listener: Callable[[Tensor], None] | None = None
 
-    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super()._loss(*args, **kwargs)
-        if self.listener is not None:
-            self.listener(loss.detach())
-        return loss
+    def train(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Trainer.train`."""
+        return super().train(*args, on_loss=self.listener, **kwargs)

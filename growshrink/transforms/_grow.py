@@ -21,9 +21,9 @@ from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
-Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
+WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
-Layer = nn.Conv2d | nn.Linear
+Growable = nn.Conv2d | nn.Linear
 
 INITS = ("silent", "paper")
 
@@ -36,7 +36,7 @@ def grow(
     branch: BranchLike = "bottleneck",
     *,
     ratio: float = 2.0,
-    where: Where = None,
+    where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
     inplace: bool = False,
@@ -217,7 +217,7 @@ class _Eligibility:
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
 
-    def reason_against(self, name: str, layer: Layer, specs: Sequence[BranchSpec]) -> str:
+    def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
         calls = self.flow.calls.get(name, 0)
         if name in self.stem:
@@ -250,27 +250,27 @@ class _Eligibility:
         return ""
 
 
-def _candidates(model: nn.Module) -> dict[str, Layer]:
+def _candidates(model: nn.Module) -> dict[str, Growable]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
         id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
     }
-    return {n: m for n, m in model.named_modules() if isinstance(m, Layer) and id(m) not in inside}
+    return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
 
 
-def _as_conv(layer: Layer) -> nn.Conv2d:
+def _as_conv(layer: Growable) -> nn.Conv2d:
     """What branches are built for."""
     return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
 
 
-def _shape(layer: Layer) -> str:
+def _shape(layer: Growable) -> str:
     if isinstance(layer, nn.Linear):
         return f"{layer.in_features}->{layer.out_features} linear"
     shape = f"{layer.in_channels}->{layer.out_channels} {layer.kernel_size[0]}x{layer.kernel_size[1]}"
     return shape + f" s{layer.stride[0]}" * (layer.stride[0] > 1) + f" g{layer.groups}" * (layer.groups > 1)
 
 
-def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
+def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
     candidates = _candidates(model)
     reasons = {name: eligibility.reason_against(name, layer, specs) for name, layer in candidates.items()}
     if isinstance(where, str):
