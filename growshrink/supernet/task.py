@@ -284,6 +284,7 @@ class NetAugTask(ClassificationTask):
         """
         if device_ids is not None and next(self.trainable_module.parameters()).device.type == "cpu":
             device_ids = None  # timm's train.py names the CPU, which DDP does not take
+        # Not base.ranks: the loop is timm's, so gradients can be averaged by hooks in the backward pass only.
         self._ddp = [DistributedDataParallel(AnyForward(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
         return self
 
