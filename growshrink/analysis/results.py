@@ -12,9 +12,8 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from growshrink.base.locking import lock_byte, unlock_byte
@@ -32,7 +31,7 @@ _APPEND, _SETUP = 2**30, 2**30 + 1
 _PAUSE = 0.2
 
 
-class Results:
+class Results(AbstractContextManager["Results"]):
     """The results of one run, which other processes may be working on too. A context manager.
 
     Args:
@@ -154,13 +153,7 @@ class Results:
         """Give back all locks."""
         os.close(self._locks)
 
-    def __enter__(self) -> Results:
-        """The results themselves."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close."""
         self.close()
 

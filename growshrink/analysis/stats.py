@@ -213,15 +213,6 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     return Estimate(result.statistic, float(low), float(high))
 
 
-def yield_at(values: ArrayLike, threshold: float, confidence: float = CONFIDENCE) -> Estimate:
-    """The share of random draws that reach `threshold` or more, with Wilson's interval.
-
-    Source: the distributions of Radosavovic et al., On Network Design Spaces (arXiv:1905.13214).
-    """
-    values = _finite(values)
-    return wilson(int((values >= threshold).sum()), len(values), confidence)
-
-
 def percentile(values: ArrayLike, value: float) -> float:
     """Percent of `values` below `value`, equal ones counted half (scipy's `percentileofscore`, kind "mean")."""
     return float(scipy.stats.percentileofscore(_finite(values), value, kind="mean"))

@@ -102,12 +102,13 @@ class OnlineBottleneck(OnlineModule, PureBottleneck):
 def merged(module: nn.Module, make: Callable[[torch.dtype], ConvMap]) -> tuple[Tensor, Tensor | None]:
     """Kernel and bias of a map in the dtype of the module's parameters, computed in float32 at least."""
     like = next(module.parameters())
-    with _no_autocast(like.device.type):
+    with no_autocast(like.device.type):
         total = make(torch.promote_types(like.dtype, torch.float32))
     return total.kernel.to(like.dtype), total.bias.to(like.dtype) if total.biased else None
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device_type):
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Leave autocast, for what must be computed in the tensors' own precision."""
+    if not torch.amp.is_autocast_available(device_type):  # meta
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

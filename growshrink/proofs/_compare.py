@@ -41,6 +41,13 @@ class Comparison:
     max_rel: float
     top1_agreement: float
 
+    @staticmethod
+    def of(a: Tensor, b: Tensor) -> Comparison:
+        """Compare outputs `(N, ...)` of two nets."""
+        max_abs, scale = float((a - b).abs().max()), float(a.abs().max())
+        agreement = float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).float().mean())
+        return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -85,10 +92,7 @@ def compare(
     out_a, out_b = _run(a, x), _run(b, x)
     if out_a.shape != out_b.shape:
         raise EquivalenceError(f"outputs of shape {tuple(out_a.shape)} and {tuple(out_b.shape)} cannot be compared.")
-    max_abs = float((out_a - out_b).abs().max())
-    scale = float(out_a.abs().max())
-    agreement = float((out_a.flatten(1).argmax(1) == out_b.flatten(1).argmax(1)).float().mean())
-    return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+    return Comparison.of(out_a, out_b)
 
 
 def assert_equivalent(

@@ -7,8 +7,8 @@ import glob
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from growshrink.base.locking import lock_file, unlock_file
@@ -21,7 +21,7 @@ MARKER = "run.json"
 LOCK = ".lock"
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
 
     Attributes:
@@ -110,13 +110,7 @@ class RunFolder:
                 self.path.rmdir()
         unlock_file(self._lock)
 
-    def __enter__(self) -> RunFolder:
-        """The folder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Release."""
         self.release()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,13 +145,6 @@ class AnyForward(nn.Module):
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`."""
         return function(*args)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Out of autocast, for a backward pass."""
-    if not torch.amp.is_autocast_available(device_type):  # meta
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

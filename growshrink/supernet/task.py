@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
+from growshrink.layers.online import no_autocast
 from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
 from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.keeper import FrozenSlices
 from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
-from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32, no_autocast
+from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
 
