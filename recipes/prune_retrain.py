@@ -30,7 +30,16 @@ from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.analysis.results import Results
-from growshrink.analysis.retrain import ARMS, Dense, best_rates, compare_arms, run_arm, start_arm, text, train_dense
+from growshrink.analysis.retrain import (
+    RETRAIN_ARMS,
+    Dense,
+    best_rates,
+    compare_arms,
+    format_comparison,
+    run_arm,
+    start_arm,
+    train_dense,
+)
 from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import (
@@ -74,7 +83,7 @@ class Args:
     """Relative, of that."""
     criterion: str = "l1"
     """l1, l2, bn_scale, fpgm, taylor."""
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(RETRAIN_ARMS)
     """Which of the arms."""
 
     # ---- training
@@ -122,20 +131,20 @@ def main(args: Args) -> None:
         dense = [results.done()[f"seed {seed}, dense"] for seed in measured]
         summary = compare_arms(found, dense)
         summary["tuned_rates"] = rates
-        summary["what"] = {arm: ARMS[arm] for arm in args.arms}
+        summary["what"] = {arm: RETRAIN_ARMS[arm] for arm in args.arms}
         summary["about"] = {"command": shlex.join(["python", *sys.argv]), "versions": versions(), **identity(args)}
         write_json(results.path / "prune_retrain.json", jsonable(summary))
         results.finish()
         print(f"{args.model} on {args.data}, pruned by {args.criterion} to {args.macs:g} of the MACs")
-        print(text(summary))
+        print(format_comparison(summary))
         print(f"{results.path / 'prune_retrain.json'} has the figures, results.jsonl every run.")
 
 
 def check(args: Args) -> None:
     """AnalysisError for what no run could be made of."""
     for arm in args.arms:
-        if arm not in ARMS:
-            raise AnalysisError(f"--arms {arm}: no such arm{did_you_mean(arm, ARMS)}")
+        if arm not in RETRAIN_ARMS:
+            raise AnalysisError(f"--arms {arm}: no such arm{did_you_mean(arm, RETRAIN_ARMS)}")
     if args.criterion not in CRITERIA:
         raise AnalysisError(f"--criterion {args.criterion}: no such criterion{did_you_mean(args.criterion, CRITERIA)}")
     if args.seeds < 2 or args.tuning_seeds < 1 or not args.lrs or not args.arms or not args.epochs > 0:

@@ -10,7 +10,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.algebra import ConvMap
-from growshrink.layers import GrownConv2d, get_width
+from growshrink.layers import get_width
 from growshrink.schedules import ClosedLoop
 from nets import images, net
 
@@ -109,11 +109,7 @@ BAD = {
     + each(lambda d: gs.depth.merge_runs(plain(), if_costlier=d), ("maybe", None, 3))
     + each(lambda w: gs.depth.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.depth.nonaffine_modules(m, input_size=SIZE), NO_NETS),
-    "GrownLinear": [
-        lambda: gs.layers.GrownLinear.from_linear(None, []),
-        lambda: gs.layers.GrownLinear.from_linear(nn.Conv2d(1, 1, 1), []),
-    ],
-    "GrownConv2d": [lambda: GrownConv2d.from_conv(None, []), lambda: GrownConv2d.from_conv(nn.Linear(1, 1), [])],
+    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv1d(1, 1, 1))),
     "PureBottleneck": each(lambda v: gs.layers.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.layers.PureBottleneck(4, 4, 4, groups=3)],
     "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)

@@ -44,7 +44,7 @@ from growshrink.data.datasets import DataSet, load_data
 from growshrink.export import ExportOptions, export, read_source
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.report import summary
-from growshrink.export.source import EXITS, Recipe, Source
+from growshrink.export.source import WAYS_OUT, Recipe, Source
 from growshrink.runs.folder import RunFolder
 
 
@@ -64,7 +64,7 @@ class Args:
     """What a grown state_dict alone was grown with: bottleneck, dbb, ..."""
     ratio: Ratio = 2.0
     """The ratio it was grown with."""
-    exit: Annotated[str, tyro.conf.arg(metavar="|".join(EXITS))] = "fuse"
+    exit: Annotated[str, tyro.conf.arg(metavar="|".join(WAYS_OUT))] = "fuse"
     """Of a grown net: merge its branches, or leave them out."""
     image_size: Pixels | None = None
     """Pixels of the images, where they are not those of the checkpoint or of the model's default."""

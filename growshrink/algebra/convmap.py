@@ -225,10 +225,6 @@ class ConvMap:
         kernel = torch.einsum("gaoihw,ab->gaobihw", blocks, eye).reshape(out_ch, merged * in_ch, kh, kw)
         return replace(self, kernel=kernel, groups=groups)
 
-    def densify(self) -> ConvMap:
-        """The same map with one group."""
-        return self.regroup(1)
-
     # ---- where maps go
 
     def fit(self, conv: nn.Conv2d) -> ConvMap:

@@ -21,10 +21,10 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.analysis.layers import Layer, Side, State, check_states, supernet_layers
+from growshrink.analysis.stats import Floats
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import Width, WidthSpace
 
-Floats = NDArray[np.float64]
 Index = NDArray[np.integer[Any]]
 """Subnets: `(N, number of variables)`, the position of each width in the list of its choices."""
 

@@ -26,7 +26,7 @@ from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import set_width
 
-#: Draws after which a budget counts as one that nothing meets.
+#: DrawnWidths after which a budget counts as one that nothing meets.
 MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
 
@@ -86,7 +86,7 @@ class Budget:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class DrawnWidths:
     """Widths drawn under a budget.
 
     Attributes:
@@ -109,7 +109,7 @@ class Draws:
         return self.accepted / self.drawn
 
 
-def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> Draws:
+def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> DrawnWidths:
     """Draw widths uniformly until `num` of them meet the budget.
 
     Args:
@@ -148,7 +148,7 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
             f"{lowest / full:.3f} to {highest / full:.3f} of the full net. Take another budget, or a wider tolerance."
         )
     index, params, macs = (np.concatenate(parts)[:num] for parts in zip(*kept, strict=True))
-    return Draws(index, params, macs, drawn, accepted)
+    return DrawnWidths(index, params, macs, drawn, accepted)
 
 
 def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:

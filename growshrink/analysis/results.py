@@ -8,16 +8,15 @@ has done and nobody is doing. Nothing is done twice, and a killed run goes on wh
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
+from growshrink.base.locking import lock_byte, unlock_byte
 from growshrink.base.reading import parse_json, read_json
 from growshrink.base.writing import json_line, write_json
 from growshrink.errors import RunError
@@ -27,12 +26,12 @@ FILE = "results.jsonl"
 #: Of the rest of a line, in the line.
 DIGEST = "digest"
 #: Numbers of locks beyond those of records.
-_APPEND, _SETUP = 2**40, 2**41
+_APPEND, _SETUP = 2**30, 2**30 + 1
 #: Seconds between two looks at what others are doing.
 _PAUSE = 0.2
 
 
-class Results:
+class Results(AbstractContextManager["Results"]):
     """The results of one run, which other processes may be working on too. A context manager.
 
     Args:
@@ -119,16 +118,14 @@ class Results:
             for number, key in enumerate(keys):
                 if key in self._done:
                     continue
-                try:
-                    fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-                except OSError:  # somebody is at it
+                if not lock_byte(self._locks, number, wait=False):  # another process is computing it
                     waiting = True
                     continue
                 try:
                     if key not in self.done():  # it may have been finished since we looked
                         yield key
                 finally:
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+                    unlock_byte(self._locks, number)
             if not waiting and all(key in self.done() for key in keys):
                 return
             time.sleep(_PAUSE)
@@ -146,23 +143,17 @@ class Results:
 
     @contextmanager
     def _locked(self, number: int) -> Iterator[None]:
-        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, number)
+        lock_byte(self._locks, number)
         try:
             yield
         finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            unlock_byte(self._locks, number)
 
     def close(self) -> None:
         """Give back all locks."""
         os.close(self._locks)
 
-    def __enter__(self) -> Results:
-        """The results themselves."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close."""
         self.close()
 

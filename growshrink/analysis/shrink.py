@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from growshrink.analysis._angle import AngleTable, Floats, supernet_table
-from growshrink.analysis.scores import SCORES, Bench
+from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError, PlanError, did_you_mean
 from growshrink.layers.widths import WidthSpace
 from growshrink.training import TrainConfig
 
-RANDOM = "random"
 Choices = Mapping[str, tuple[int, ...]]
 
 

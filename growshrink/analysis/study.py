@@ -20,7 +20,7 @@ from growshrink.analysis._angle import Floats
 from growshrink.analysis.channels import ChannelSpace, best_channels
 from growshrink.analysis.prune import (
     Budget,
-    Draws,
+    DrawnWidths,
     Space,
     SupernetSpace,
     allocate,
@@ -28,12 +28,11 @@ from growshrink.analysis.prune import (
     random_channels,
     width_of,
 )
-from growshrink.analysis.scores import SCORES, Bench
+from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
 from growshrink.training import calibrate_bn, evaluate
 
-RANDOM = "random"
 #: What a subnet of a supernet may be picked by.
 PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm")
 Made = tuple[nn.Module, Mapping[str, int]]
@@ -41,7 +40,7 @@ Made = tuple[nn.Module, Mapping[str, int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
+class PlannedNet:
     """A subnet to evaluate.
 
     Attributes:
@@ -68,7 +67,7 @@ def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Flo
 
 def plan_channels(
     space: ChannelSpace,
-    draws: Draws,
+    draws: DrawnWidths,
     budget: Budget,
     *,
     net: int,
@@ -76,7 +75,7 @@ def plan_channels(
     null_draws: int,
     seed: int,
     batch: Callable[[], tuple[Tensor, Tensor]],
-) -> list[Candidate]:
+) -> list[PlannedNet]:
     """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
 
     The last isolates which channels a criterion takes from how many it takes of each group.
@@ -105,18 +104,25 @@ def plan_channels(
             return space.cut(best_channels(importance, widths)), widths
         return space.cut(random_channels(space, widths, seed * 1_000_003 + channels)), widths
 
-    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
     for criterion in criteria:
         name = f"{criterion} threshold" if criterion == RANDOM else criterion
-        plan.append(Candidate(f"net {net}, {name}", net, name, _bind(by, criterion, None)))
+        plan.append(PlannedNet(f"net {net}, {name}", net, name, _bind(by, criterion, None)))
         kind = f"{name}, random channels"
-        plan += [Candidate(f"net {net}, {kind} {i}", net, kind, _bind(by, criterion, i)) for i in range(null_draws)]
+        plan += [PlannedNet(f"net {net}, {kind} {i}", net, kind, _bind(by, criterion, i)) for i in range(null_draws)]
     return plan
 
 
 def plan_widths(
-    space: SupernetSpace, draws: Draws, budget: Budget, *, net: int, pickers: Sequence[str], seed: int, bench: Bench
-) -> list[Candidate]:
+    space: SupernetSpace,
+    draws: DrawnWidths,
+    budget: Budget,
+    *,
+    net: int,
+    pickers: Sequence[str],
+    seed: int,
+    bench: Bench,
+) -> list[PlannedNet]:
     """Random widths of a supernet; and for each score the best by it of as many other draws, other ones for each net.
 
     Args:
@@ -138,12 +144,12 @@ def plan_widths(
         widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
         return space.subnet(widths), widths
 
-    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
-    return plan + [Candidate(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    return plan + [PlannedNet(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
 
 
 def measure(
-    candidate: Candidate,
+    candidate: PlannedNet,
     space: Space,
     calibration: Iterable[Tensor],
     val: ScoringBatches,
@@ -235,7 +241,7 @@ def summarise(
     return summary
 
 
-def text(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as tables."""
     random = summary["random"]
     lines = [

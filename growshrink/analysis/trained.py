@@ -62,38 +62,24 @@ def train_supernet(
     start: int = 0,
     after_update: Callable[[], None] | None = None,
 ) -> int:
-    """Train the widths of a grown net together, in place, activations alive, learning rate falling by a cosine.
+    """Train the widths of a grown net together, in place, activations alive; see `train_net`.
 
     Args:
         model: A grown net.
-        feed: What with.
-        epochs: How long.
-        config: Of the training; no average of the weights is kept.
+        feed: See `train_net`; so are the other options that are not here.
+        epochs: See `train_net`.
+        config: See `train_net`.
         space: Widths to draw from; None is all of the model's.
-        mode: Of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
-        seed: Of the widths.
-        start: The number of the first update: a later stage draws other widths and other batches.
-        after_update: Called after each update (a progress bar).
-
-    Returns:
-        The number of the update that would come next.
+        mode: A mode of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
+        seed: Seed of the widths.
+        start: See `train_net`; a later stage draws other widths too.
+        after_update: See `train_net`.
     """
-    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
-    trainer.update = start
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
-    task.attach(trainer.optimizer)
-    total = num_updates(feed, epochs)
-    rate = schedules.cosine(1.0, 0.0, total)
-    trainer.train(
-        start + total,
-        learning_rate=lambda update: rate(update - start),
-        lam=schedules.constant(1.0),
-        task=task,
-        after_update=after_update,
-    )
+    stop = train_net(model, feed, epochs=epochs, config=config, start=start, after_update=after_update, task=task)
     task.detach()
-    return start + total
+    return stop
 
 
 def train_net(
@@ -104,28 +90,33 @@ def train_net(
     config: TrainConfig,
     start: int = 0,
     after_update: Callable[[], None] | None = None,
+    task: NetAugTask | None = None,
 ) -> int:
-    """Train a plain net in place, learning rate falling by a cosine; no average of the weights is kept.
+    """Train a net in place, learning rate falling by a cosine; no average of the weights is kept.
 
     Args:
         model: The net.
-        feed: What with.
-        epochs: How long.
-        config: How.
-        start: The number of the first update: which batches it sees.
+        feed: Its training batches are used.
+        epochs: Length of the training.
+        config: How to train.
+        start: The number of the first update, which decides about its batches.
         after_update: Called after each update (a progress bar).
+        task: Computes the loss in place of the trainer.
 
     Returns:
         The number of the update that would come next.
     """
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start
+    if task is not None:
+        task.attach(trainer.optimizer)
     total = num_updates(feed, epochs)
     rate = schedules.cosine(1.0, 0.0, total)
     trainer.train(
         start + total,
         learning_rate=lambda update: rate(update - start),
         lam=schedules.constant(1.0),
+        task=task,
         after_update=after_update,
     )
     return start + total

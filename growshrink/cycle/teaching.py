@@ -10,7 +10,7 @@ from torch import nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import check_fields
 from growshrink.base.limits import OneOf, Positive, SomeOrAll
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online
 from growshrink.proofs import profile
 from growshrink.training.distil import TeacherNet
 

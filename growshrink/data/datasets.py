@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from growshrink.base.seeding import generator
 from growshrink.data import formats
 from growshrink.data.folders import load_folder
-from growshrink.errors import DataError
+from growshrink.errors import DataError, did_you_mean
 
 FASHION_CLASSES = (
     *("t-shirt/top", "trouser", "pullover", "dress", "coat"),
@@ -151,9 +150,9 @@ def load_data(
     elif Path(name).expanduser().is_dir():
         raw, label = folder(Path(name).expanduser()), Path(name).expanduser().resolve().name
     else:
-        near = difflib.get_close_matches(name.lower(), sources, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sources)}."
-        raise DataError(f"load_data knows no data set {name!r}, nor is it a folder: {hint}")
+        raise DataError(
+            f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), sources)}"
+        )
 
     height, width = raw.train.images.shape[1:3]
     if image_size is not None and (height, width) != (image_size, image_size):

@@ -80,7 +80,7 @@ def calibration_images(source: Source, data: DataSet, number: int, seed: int) ->
     return torch.cat([images for images, _ in _batches(source, data, split)])
 
 
-def score(functions: Mapping[str, Function], source: Source, data: DataSet) -> dict[str, Score]:
+def score_all(functions: Mapping[str, Function], source: Source, data: DataSet) -> dict[str, Score]:
     """Top-1 and loss of several nets on the test split, which is read once for all of them."""
     right = dict.fromkeys(functions, 0)
     loss = dict.fromkeys(functions, 0.0)

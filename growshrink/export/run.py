@@ -33,7 +33,7 @@ from growshrink.export.artefacts import (
     write_timm,
 )
 from growshrink.export.checks import exactness
-from growshrink.export.ranges import draw_ranges, verdict, weight_ranges
+from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
 from growshrink.export.report import write_report
 from growshrink.export.source import Source
 from growshrink.proofs._profile import profile
@@ -154,7 +154,7 @@ def export(
                 "calibration_images": len(images),
                 "data": data.name,
                 "test_images": len(data.test),
-                "scores": {name: asdict(found) for name, found in int8.score(judged, source, data).items()},
+                "scores": {name: asdict(found) for name, found in int8.score_all(judged, source, data).items()},
             }
         if options.rounds:
             doing("latency")
@@ -188,7 +188,7 @@ def _ranges(folded: nn.Module, folder: Path) -> dict[str, Any]:
     ranges = weight_ranges(folded)
     if ranges:
         draw_ranges(ranges, folder / RANGES_PICTURE)
-    return {"verdict": verdict(ranges), "layers": [asdict(layer) for layer in ranges]}
+    return {"verdict": range_verdict(ranges), "layers": [asdict(layer) for layer in ranges]}
 
 
 def _latency(source: Source, functions: Mapping[str, Function], options: ExportOptions) -> dict[str, Any]:

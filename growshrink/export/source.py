@@ -23,7 +23,7 @@ from growshrink.models.naming import plain_form
 from growshrink.supernet.files import about_weights, load_supernet
 from growshrink.transforms import drop, fuse, grow
 
-EXITS = ("fuse", "drop")
+WAYS_OUT = ("fuse", "drop")
 _BRANCH = ".branches."
 
 
@@ -103,8 +103,8 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         FuseError: The branches cannot be merged: lam is not 0.
         DropError: The net has nothing left without them.
     """
-    if recipe.exit not in EXITS:
-        raise RunError(f"--exit {recipe.exit}: must be {' or '.join(EXITS)}.")
+    if recipe.exit not in WAYS_OUT:
+        raise RunError(f"--exit {recipe.exit}: must be {' or '.join(WAYS_OUT)}.")
     if path.is_dir():
         if not (path / PLAIN_FILE).is_file():
             raise RunError(

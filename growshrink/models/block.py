@@ -1,5 +1,7 @@
 """The block of a ReduceNet."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,24 @@ def front_padding(stride: int, length: int) -> int:
     return 1 + stride * (length - 1)
 
 
+def block_conv(
+    in_channels: int,
+    mid_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int = 0,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """The convolution of a block: a `PureBottleneck`, or with 0 `mid_channels` an `nn.Conv2d`."""
+    options: dict[str, Any] = {"stride": stride, "padding": padding, "device": device, "dtype": dtype}
+    if mid_channels:
+        return PureBottleneck(in_channels, mid_channels, out_channels, kernel_size, **options)
+    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **options)
+
+
 class Block(nn.Module):
     """`conv` -> `bn` (+ identity where the shape allows) -> ReLU.
 
@@ -32,7 +52,7 @@ class Block(nn.Module):
         padding: Of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the
             stride), and the identity is padded or cropped to fit.
         device: Where the tensors are made.
-        dtype: What the parameters are.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -47,16 +67,9 @@ class Block(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv: nn.Module
-        if expansion:
-            mid_channels = expansion * out_channels
-            self.conv = PureBottleneck(
-                in_channels, mid_channels, out_channels, 3, stride=stride, padding=padding, device=device, dtype=dtype
-            )
-        else:
-            self.conv = nn.Conv2d(
-                in_channels, out_channels, 3, stride=stride, padding=padding, bias=False, device=device, dtype=dtype
-            )
+        self.conv = block_conv(
+            in_channels, expansion * out_channels, out_channels, 3, stride, padding, device=device, dtype=dtype
+        )
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.skip = stride == 1 and in_channels == out_channels
         self.margin = padding - 1

@@ -24,26 +24,28 @@ class StagedNet(nn.Module):
 
     Args:
         stem: Images -> the input of the first stage.
-        stages: One `nn.Sequential` of blocks each.
-        feature_info: `num_chs`, `reduction` and `module` of every stage.
+        stages: The blocks of each.
+        widths: Output channels of each stage.
+        strides: Of the stem, then of each stage.
         num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
         global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
         drop_rate: Dropout before the classifier.
         device: Where the head is made.
-        dtype: What the head's parameters are.
+        dtype: Of the head's parameters.
     """
 
     def __init__(
         self,
         stem: nn.Sequential,
-        stages: Sequence[nn.Sequential],
-        feature_info: list[dict[str, Any]],
+        stages: Sequence[Sequence[nn.Module]],
+        widths: Sequence[int],
+        strides: Sequence[int],
         *,
-        num_classes: int,
+        num_classes: int = 10,
         in_chans: int,
-        global_pool: str,
-        drop_rate: float,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -53,9 +55,12 @@ class StagedNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.stem = stem
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = feature_info
-        self.num_features = feature_info[-1]["num_chs"]
+        self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": width, "reduction": math.prod(strides[: index + 2]), "module": f"stages.{index}"}
+            for index, width in enumerate(widths)
+        ]
+        self.num_features = widths[-1]
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self.head.num_features
         self.init_weights()

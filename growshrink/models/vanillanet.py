@@ -18,7 +18,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.models.block import block_conv
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
 
 __all__ = ["SeriesActivation", "VanillaBlock", "VanillaNet"]
@@ -35,7 +35,7 @@ class SeriesActivation(nn.Module):
         channels: C.
         num_rings: n.
         device: Where the tensors are made.
-        dtype: What the parameters are.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class VanillaBlock(nn.Module):
         expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `in_channels` middle channels.
         num_rings: n of the series activation.
         device: Where the tensors are made.
-        dtype: What the parameters are.
+        dtype: Of the parameters.
     """
 
     def __init__(
@@ -82,14 +82,7 @@ class VanillaBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.conv: nn.Module
-        if expansion:
-            mid_channels = expansion * in_channels
-            self.conv = PureBottleneck(
-                in_channels, mid_channels, out_channels, 1, padding=0, device=device, dtype=dtype
-            )
-        else:
-            self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
+        self.conv = block_conv(in_channels, expansion * in_channels, out_channels, 1, device=device, dtype=dtype)
         self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
         self.pool = nn.MaxPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.act = SeriesActivation(out_channels, num_rings, device, dtype)
@@ -110,12 +103,10 @@ class VanillaNet(StagedNet):
         expansion: Middle channels of every block's bottleneck, in multiples of its input's (the paper has 1); 0 builds
             the plain net. Overrides what the name says.
         num_rings: n of the series activations: (2n + 1) x (2n + 1) neighbours.
-        num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
-        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
-        drop_rate: Dropout before the classifier.
         device: Where the tensors are made.
-        dtype: What the parameters are; `lam` is float32 always.
+        dtype: Of the parameters; `lam` is float32 always.
+        head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm
     >>> timm.create_model("vanillanet_5", width=0.25)(torch.zeros(2, 3, 32, 32)).shape
@@ -131,12 +122,10 @@ class VanillaNet(StagedNet):
         width: float = 1.0,
         expansion: int = 0,
         num_rings: int = 3,
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
         check_options(width, expansion)
         if num_rings < 0:
@@ -145,29 +134,16 @@ class VanillaNet(StagedNet):
         stem = conv_norm_act(in_chans, first, stride=1, linear=True, device=device, dtype=dtype)
         stem.act = SeriesActivation(first, num_rings, device, dtype)
         stages = []
-        feature_info: list[dict[str, Any]] = []
-        in_channels, reduction = first, 1
-        for index, (depth, out_channels, stride) in enumerate(zip(depths, outs, strides, strict=True)):
+        in_channels = first
+        for depth, out_channels, stride in zip(depths, outs, strides, strict=True):
             blocks = []
             for block_stride in (stride, *[1] * (depth - 1)):
                 blocks.append(
                     VanillaBlock(in_channels, out_channels, block_stride, expansion, num_rings, device, dtype)
                 )
                 in_channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-            reduction *= stride
-            feature_info.append({"num_chs": out_channels, "reduction": reduction, "module": f"stages.{index}"})
-        super().__init__(
-            stem,
-            stages,
-            feature_info,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            device=device,
-            dtype=dtype,
-        )
+            stages.append(blocks)
+        super().__init__(stem, stages, outs, (1, *strides), in_chans=in_chans, device=device, dtype=dtype, **head)
 
 
 _DEPTHS = {5: (1, 1, 1), 6: (1, 1, 2)}

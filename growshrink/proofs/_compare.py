@@ -15,6 +15,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import EquivalenceError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import random_images, randomize_norms_
 from growshrink.transforms import fold, fuse
 
@@ -39,6 +40,13 @@ class Comparison:
     max_abs: float
     max_rel: float
     top1_agreement: float
+
+    @staticmethod
+    def of(a: Tensor, b: Tensor) -> Comparison:
+        """Compare outputs `(N, ...)` of two nets."""
+        max_abs, scale = float((a - b).abs().max()), float(a.abs().max())
+        agreement = float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).float().mean())
+        return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,7 @@ def compare(
     out_a, out_b = _run(a, x), _run(b, x)
     if out_a.shape != out_b.shape:
         raise EquivalenceError(f"outputs of shape {tuple(out_a.shape)} and {tuple(out_b.shape)} cannot be compared.")
-    max_abs = float((out_a - out_b).abs().max())
-    scale = float(out_a.abs().max())
-    agreement = float((out_a.flatten(1).argmax(1) == out_b.flatten(1).argmax(1)).float().mean())
-    return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+    return Comparison.of(out_a, out_b)
 
 
 def assert_equivalent(
@@ -177,7 +182,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
     if grown_modules(silent):
         for grown in grown_modules(silent).values():
             if isinstance(grown, Grown):
-                grown.to_plain()
+                to_plain(grown)
             else:
                 grown.register_forward_hook(_zero_output)
     else:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
-import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+from growshrink.base.locking import lock_file, unlock_file
 from growshrink.base.ranks import num_ranks, run_on_rank0
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
@@ -24,7 +23,7 @@ FORMAT = 2
 LOCK = ".lock"
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
 
     Attributes:
@@ -111,19 +110,12 @@ class RunFolder:
         if self._lock is None or self._lock.closed:
             return
         if self.fresh and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-            (self.path / LOCK).unlink()
-            with contextlib.suppress(OSError):  # somebody else has just put something there
+            with contextlib.suppress(OSError):  # another process has just put something there
+                (self.path / LOCK).unlink()
                 self.path.rmdir()
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked this moment may not have let go of it yet
-        self._lock.close()
+        unlock_file(self._lock)
 
-    def __enter__(self) -> RunFolder:
-        """The folder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Release."""
         self.release()
 
@@ -160,33 +152,16 @@ def difference(written: Mapping[str, Any], identity: Mapping[str, Any]) -> str |
     return None
 
 
-#: The locks this process holds. Forked children (workers of a data loader) would hold them too, and for a while after
-#: it was killed, so that nobody could take the run over.
-_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-
-
-def _let_go() -> None:
-    for lock in _locks:
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
 def _lock(path: Path) -> IO[str]:
     """The lock file of a folder, open and locked; RunError if another process has it."""
     while True:
         lock = open(path / LOCK, "a")  # held for as long as the run
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
-                _locks.add(lock)
-                return lock
-        except BlockingIOError as error:
+        if not lock_file(lock):
             lock.close()
-            raise RunError(
-                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
-            ) from error
+            raise RunError(f"{path}: in use by another run. Wait for it, or choose another folder with --out.")
+        try:
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                return lock
         except FileNotFoundError:
             path.mkdir(parents=True, exist_ok=True)
         lock.close()  # it was locked after its owner had removed it: a lock on nothing

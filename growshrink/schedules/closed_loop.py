@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from growshrink.base.ranks import average_, num_ranks
 from growshrink.errors import PlanError
 
 
@@ -140,11 +141,9 @@ class ClosedLoop:
 
 
 def _mean_over_ranks(value: Tensor | float) -> float:
-    if distributed.is_available() and distributed.is_initialized():
-        total = torch.as_tensor(value, dtype=torch.float64)
-        if distributed.get_backend() == "nccl":
-            total = total.cuda()
-        total = total.clone()
-        distributed.all_reduce(total)
-        return float(total) / distributed.get_world_size()
-    return float(value)
+    if num_ranks() == 1:
+        return float(value)
+    mean = torch.as_tensor(value, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else None)
+    mean = mean.clone()
+    average_([mean])
+    return float(mean)

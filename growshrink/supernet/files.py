@@ -22,7 +22,7 @@ from growshrink.transforms import grow
 
 _FORMAT = "growshrink-supernet-1"
 #: Pixels along a side at most.
-MOST_PIXELS = 4096
+MOST_SIDE = 4096
 #: Arguments of timm's that fetch weights from elsewhere begin so.
 _FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf", "features_only", "scriptable")
 
@@ -95,8 +95,8 @@ def _checked(about: Any) -> dict[str, Any]:
     if foreign := [key for key in about["kwargs"] if key.startswith(_FOREIGN)]:
         raise RunError(f"a supernet of {about['name']} with {foreign[0]}: weights come from the file, and no other.")
     size = about["input_size"]
-    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_PIXELS for n in size)):
-        raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_PIXELS}.")
+    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_SIDE for n in size)):
+        raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_SIDE}.")
     growth = about.get("grow")
     if growth is not None:
         if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed", "init"}:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from growshrink.layers.widths import WidthSpace, draw
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 
 #: Every how many updates the augmented net runs, if nobody says otherwise.
 EVERY = {"lazy": 8}
@@ -31,24 +31,24 @@ class Passes:
     asked: dict[str, int] | None = None
 
 
-Mode = Callable[[WidthSpace, int, int, Chain | None], Passes]
+Mode = Callable[[WidthSpace, int, int, UnitChain | None], Passes]
 
 
-def _netaug(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _netaug(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.base, (space.sample(seed, update),))
 
 
-def _suffix(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _suffix(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     assert chain is not None
     start = draw(chain.starts, seed, update, "suffix")
     return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
 
 
-def _single(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _single(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.sample(seed, update), asked=space.full)
 
 
-def _sandwich(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _sandwich(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.base, (space.full, space.sample(seed, update)))
 
 

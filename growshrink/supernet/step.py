@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.layers.widths import Slots, Width
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.passes import Passes
 
 
@@ -25,7 +25,7 @@ class Supernet:
         chain: The model as a chain of units, where a pass is to start in the middle.
     """
 
-    def __init__(self, model: nn.Module, slots: Slots, chain: Chain | None) -> None:
+    def __init__(self, model: nn.Module, slots: Slots, chain: UnitChain | None) -> None:
         self.model = model
         self.slots = slots
         self.chain = chain
@@ -135,7 +135,7 @@ class StepRun:
         return logits, loss, shared, leaf.grad
 
 
-class Call(nn.Module):
+class AnyForward(nn.Module):
     """What DDP wraps: any function of the model, so that all passes of an update can be one forward of DDP's."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,13 +145,6 @@ class Call(nn.Module):
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`."""
         return function(*args)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Out of autocast, for a backward pass."""
-    if not torch.amp.is_autocast_available(device_type):  # meta
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
+from growshrink.layers.online import no_autocast
 from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.keeper import FrozenSlices
 from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
-from growshrink.supernet.step import Call, StepRun, Supernet, at_least_float32, no_autocast
+from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
 
@@ -149,7 +150,7 @@ class NetAugTask(ClassificationTask):
         self.lambda_schedule = lambda_schedule
         self.seed = seed
         self.update = 0
-        self.chain = Chain(model, input_size) if mode == "suffix" else None
+        self.chain = UnitChain(model, input_size) if mode == "suffix" else None
         slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
         self._keeper: FrozenSlices | None = None
@@ -284,7 +285,8 @@ class NetAugTask(ClassificationTask):
         """
         if device_ids is not None and next(self.trainable_module.parameters()).device.type == "cpu":
             device_ids = None  # timm's train.py names the CPU, which DDP does not take
-        self._ddp = [DistributedDataParallel(Call(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
+        # Not base.ranks: the loop is timm's, so gradients can be averaged by hooks in the backward pass only.
+        self._ddp = [DistributedDataParallel(AnyForward(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
         return self
 
     def no_sync(self) -> AbstractContextManager[None]:

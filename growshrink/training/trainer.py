@@ -123,6 +123,7 @@ class Trainer:
         lam: Schedule,
         teacher: TeacherNet | None = None,
         task: Task | None = None,
+        on_loss: Callable[[Tensor], None] | None = None,
         after_update: Callable[[], None] | None = None,
         stop_early: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -138,6 +139,8 @@ class Trainer:
             teacher: Distil from it.
             task: Computes loss and gradients in place of the trainer (a `NetAugTask` on the same model, with a teacher
                 of its own if it is to have one).
+            on_loss: Called with the training loss of each update without a task, 0-dim, detached, on its device
+                (`ClosedLoop.observe`).
             after_update: Called after each update (a progress bar).
             stop_early: Called after each update; where it says so, no more are done for now.
 
@@ -160,6 +163,8 @@ class Trainer:
                     loss = task.backward(images_NCHW, labels_N)["loss"]
             else:
                 loss = self._loss(images_NCHW, labels_N, teacher, question)
+                if on_loss is not None:
+                    on_loss(loss.detach())
                 loss.backward()
             loss = loss.detach().clone()
             average_update_(self.model, loss)

@@ -16,6 +16,7 @@ from growshrink.algebra.dataflow import Flow
 from growshrink.errors import FuseError
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
+from growshrink.layers.swaps import to_plain
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
@@ -88,4 +89,4 @@ def _merge(conv: Grown, norm: nn.Module | None) -> None:
         running_mean = norm.running_mean
         assert isinstance(running_mean, Tensor)
         running_mean.copy_(running_mean.double() - total.bias)
-    conv.to_plain()
+    to_plain(conv)

@@ -19,7 +19,8 @@ from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, GrownConv2d, grown_modules
-from growshrink.layers.online import ONLINE_CLASSES, OnlineModule, expand_online, go_online
+from growshrink.layers.online import OnlineModule
+from growshrink.layers.swaps import ONLINE_CLASSES, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
 
 Choose = str | Iterable[str]

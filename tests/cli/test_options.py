@@ -18,8 +18,8 @@ from growshrink.cli.program import read_options
 from program import run
 
 ROOT = Path(__file__).parents[2]
-#: Modules beside the programs that are none.
-HELPERS = {"tools/loaders.py", "tools/paired.py"}
+#: Modules beside the programs that are none, or take no options.
+HELPERS = {"tools/import_cost.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],

@@ -76,7 +76,7 @@ EVENTS = (
     "phases.gradients",
     "journal.json_line",
     "running.save_run",
-    "running.ListeningTrainer.calibrate_average",
+    "running.Trainer.calibrate_average",
     "exits.fuse_nets",
     "surgery.fuse",
     "surgery.verify",

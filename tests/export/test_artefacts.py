@@ -18,7 +18,7 @@ import growshrink as gs
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, checks, export, int8
-from growshrink.export.ranges import verdict, weight_ranges
+from growshrink.export.ranges import range_verdict, weight_ranges
 from nets import ConvNet, images, net, randomized, rel
 
 SIZE = (3, 32, 32)
@@ -190,7 +190,7 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path):
             with torch.no_grad():
                 errors[ratio, granularity] = rel(quantised(calibration[:7]), source.plain(calibration[:7]))
         expected = "likely not hurt" if ratio == 1 else "likely hurt (1 of 3 layers): in conv2,"
-        assert expected in verdict(weight_ranges(folded))
+        assert expected in range_verdict(weight_ranges(folded))
     assert max(errors[1, "per-tensor"], errors[1, "per-channel"], errors[200, "per-channel"]) < 0.03, errors
     assert errors[200, "per-tensor"] > 10 * errors[1, "per-tensor"], errors
 
@@ -204,7 +204,7 @@ def test_scores_of_several_nets_from_one_reading(tmp_path):
         found = (bright[:, None].flatten(2) - data.test.images.flatten(1)).abs().amax(2) < 0.01
         return 9.0 * nn.functional.one_hot(data.test.labels[found.int().argmax(1)], 10).float()
 
-    scores = int8.score({"knows": knows, "net": source.plain}, source, data)
+    scores = int8.score_all({"knows": knows, "net": source.plain}, source, data)
     assert scores["knows"].top1 == 100.0 and scores["net"].top1 < 50.0
     assert scores["knows"].loss == pytest.approx(float(torch.log1p(9 * torch.exp(torch.tensor(-9.0)))), rel=1e-3)
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.models.reducenet import ReduceNet
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 from nets import ConvNet, images, net, randomized, untouched
 
 SIZE = (3, 32, 32)
@@ -64,7 +64,7 @@ def test_prefix_and_suffix_are_the_model(name):
     make, num_starts = CHAINS[name]
     model = randomized(make())
     with untouched(model):
-        chain = Chain(model, SIZE)
+        chain = UnitChain(model, SIZE)
     if num_starts is not None:
         assert len(chain.starts) == num_starts
     x = images(*SIZE, n=4)

@@ -13,7 +13,8 @@ from growshrink.branches import BranchSpec
 from growshrink.errors import FuseError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import GrownConv2d, grown_modules
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.swaps import attach
 from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
 
 SIZE = (3, 16, 16)
@@ -32,7 +33,7 @@ def grown_by_hand(model, names=("conv",), kinds=("bottleneck",)):
     for index, name in enumerate(names):
         conv = model.get_submodule(name)
         specs = [BranchSpec(kind=kind) for kind in kinds]
-        GrownConv2d.from_conv(conv, [s.build(conv, ratio=2.0, init="paper", generator_seed=index) for s in specs])
+        attach(conv, [s.build(conv, ratio=2.0, init="paper", generator_seed=index) for s in specs])
     return linear(model)
 
 
@@ -316,7 +317,7 @@ def alive_in_a_nest(model):
     nest = BranchSpec(kind="nest").build(model.conv, ratio=1.0, init="paper", generator_seed=0)
     gs.set_lambda(nest, 0.0)
     nest.body.conv.branches[0].body.act.lam.fill_(0.5)
-    GrownConv2d.from_conv(model.conv, [nest])
+    attach(model.conv, [nest])
 
 
 def relu_in_a_branch(model):

@@ -19,8 +19,6 @@ SIZE = (3, 16, 16)
 
 
 class SecondKernel(Branch, kind="tests-second-kernel"):
-    has_width = False
-
     def __init__(self, conv, ratio):
         super().__init__(conv, ratio)
         like = dict(zip(("kernel_size", "stride", "padding", "dilation"), geometry(conv), strict=True))

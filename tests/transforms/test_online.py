@@ -12,7 +12,8 @@ from growshrink.branches import Branch, BranchSpec
 from growshrink.errors import CollapseError, FuseError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d, grown_modules
-from growshrink.layers.online import ONLINE_CLASSES, OnlineBottleneck, OnlineConv2d
+from growshrink.layers.online import OnlineBottleneck, OnlineConv2d
+from growshrink.layers.swaps import ONLINE_CLASSES, attach
 from growshrink.transforms import _online
 from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
 
@@ -39,7 +40,7 @@ def grown_conv(kinds, seed=0, same=False, out_channels=8, **options):
     conv = (Conv2dSame if same else nn.Conv2d)(8, out_channels, dtype=torch.float64, **options)
     kinds = [kind for kind in kinds if not Branch.kinds[kind].reason_against(conv)]
     built = [BranchSpec(kind=k).build(conv, ratio=1.5, init="paper", generator_seed=i) for i, k in enumerate(kinds)]
-    grown = randomized(GrownConv2d.from_conv(conv, built))
+    grown = randomized(attach(conv, built))
     gs.set_lambda(grown, 0.0)
     return grown.train()
 
@@ -251,7 +252,7 @@ class Old(Liar, kind=""):
 
 def test_a_branch_is_taken_at_its_word_only_if_it_keeps_it():
     conv = nn.Conv2d(8, 8, 3, padding=1, dtype=torch.float64)
-    model = nn.ModuleDict({"conv": GrownConv2d.from_conv(conv, [Liar(nn.Conv2d(8, 8, 3, padding=1).double(), 1.0)])})
+    model = nn.ModuleDict({"conv": attach(conv, [Liar(nn.Conv2d(8, 8, 3, padding=1).double(), 1.0)])})
     with untouched(model), pytest.raises(CollapseError, match="^conv: a branch computes something else than its map"):
         gs.collapse_online(model, choose="always", inplace=True)
     online = gs.collapse_online(
@@ -266,7 +267,7 @@ def test_a_branch_is_taken_at_its_word_only_if_it_keeps_it():
 
 def test_a_branch_that_knows_only_float64():
     conv = nn.Conv2d(8, 8, 3, padding=1)
-    grown = GrownConv2d.from_conv(conv, [Old(nn.Conv2d(8, 8, 3, padding=1), 1.0)])
+    grown = attach(conv, [Old(nn.Conv2d(8, 8, 3, padding=1), 1.0)])
     online = gs.collapse_online(grown, choose="always")
     x = images(8, 5, 5)
     assert online(x).dtype == torch.float32 and rel(online(x), grown(x)) < 1e-6
