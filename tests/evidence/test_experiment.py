@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from records import record_of
 
-from growshrink.analysis.stats import Interval
+from growshrink.analysis.stats import Estimate
 from growshrink.cycle import lay_out
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
@@ -128,9 +128,9 @@ def test_runs_are_made_once_cost_their_budget_and_are_told_of(tmp_path):
 @pytest.mark.parametrize(
     ("difference", "word"),
     [
-        (Interval(1.0, 0.1, 1.9), "better (+1.00, +0.10 .. +1.90)"),
-        (Interval(-1.0, -1.9, -0.1), "worse (-1.00"),
-        (Interval(0.5, -0.1, 1.1), "not told apart (+0.50"),
+        (Estimate(1.0, 0.1, 1.9), "better (+1.00, +0.10 .. +1.90)"),
+        (Estimate(-1.0, -1.9, -0.1), "worse (-1.00"),
+        (Estimate(0.5, -0.1, 1.1), "not told apart (+0.50"),
         (None, "too few seeds"),
     ],
 )
@@ -140,7 +140,7 @@ def test_verdicts(difference, word):
 
 
 def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
-    own, sharper, vague = Interval(0.5, -0.1, 1.1), Interval(0.5, 0.1, 0.9), Interval(0.5, -0.3, 1.3)
+    own, sharper, vague = Estimate(0.5, -0.1, 1.1), Estimate(0.5, 0.1, 0.9), Estimate(0.5, -0.3, 1.3)
     assert verdict("dbb", own, sharper).startswith("better by the noise of all arms, not told apart by its own seeds")
     assert verdict("dbb", own, sharper).endswith("(+0.50, +0.10 .. +0.90)")
     assert verdict("dbb", own, vague) == verdict("dbb", own)

@@ -80,7 +80,10 @@ def _without(*keys):
         (lambda values: json.dumps({**values, "weather": "fine"}), "weather"),
         (lambda values: json.dumps({**values, "scores": []}), "not those of the seeds"),
         (lambda values: json.dumps({**values, "cost": None}), "a cost is missing"),
-        (lambda values: json.dumps({**values, "job": {**values["job"], "lr": "high"}}), "not a number"),
+        (
+            lambda values: json.dumps({**values, "job": {**values["job"], "lr": "high"}}),
+            "lr='high': must be a",
+        ),
         (lambda values: json.dumps({**values, "history": {**values["history"], "lr": [0.1]}}), "differ in length"),
         (_without("job", "arm"), "arm"),
         (_without("scores"), "scores"),
