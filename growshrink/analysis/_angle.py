@@ -41,8 +41,8 @@ class AngleScores:
     Attributes:
         angle: In radians, float64 `(N,)`; NaN where the initial or the trained vector is zero.
         null: The structural null: the angle if every layer had turned by its mean, whatever the width, `(N,)`.
-        params: Of the subnet, all of them, int64 `(N,)`.
-        macs: Of an image through the subnet as it is trained (not fused), int64 `(N,)`.
+        params: All parameters of the subnet, int64 `(N,)`.
+        macs: MACs of an image through the subnet as it is trained (not fused), int64 `(N,)`.
     """
 
     angle: Floats
@@ -99,7 +99,7 @@ class AngleTable:
         self.names = tuple(self.choices)
         self.layers = tuple(layers)
         self.num_checkpoints = len(checkpoints)
-        #: Angle of every layer of the vector by itself, at the last checkpoint, by its own one or two widths.
+        #: Angle of every single layer of the vector, at the last checkpoint, by its own one or two widths.
         self.layer_angles: dict[str, Floats] = {}
         self._sums: dict[tuple[str, ...], Floats] = {}  # (choices ..., columns) by variables
         for layer in layers:

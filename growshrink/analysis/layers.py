@@ -45,7 +45,7 @@ class Layer:
     that reads a concatenation is one layer for each segment.
 
     Attributes:
-        name: Of the tensor, in the states that a table is made from.
+        name: Name of the tensor, in the states that a table is made from.
         rows: What is kept along axis 0; None is everything.
         columns: Along axis 1 (of one entry, where the tensor has a single axis).
         positions: Multiply-accumulates of an image for each of its weights: the output positions of a convolution, 1

@@ -22,7 +22,7 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
         path: A picture.
         columns: `angle`, `null`, `excess` and `params`, `(N,)` each.
         colour: The truth, if it is known, `(N,)`.
-        title: Of the picture.
+        title: Title of the picture.
     """
     figure = _figure(13, 4.2)
     if figure is None:
@@ -57,7 +57,7 @@ def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title
         path: A picture.
         random: Top-1 of random subnets, in percent, `(N,)`.
         criteria: Top-1 of each criterion, one for each seed.
-        title: Of the picture.
+        title: Title of the picture.
     """
     figure = _figure(11, 4.5)
     if figure is None:

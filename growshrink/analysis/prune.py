@@ -50,7 +50,7 @@ class SupernetSpace:
 
     Attributes:
         model: The supernet.
-        table: Of which the costs are columns.
+        table: Has the costs as columns.
     """
 
     model: nn.Module
@@ -184,7 +184,7 @@ def profile_macs(space: Space) -> int:
 
 
 def random_channels(space: ChannelSpace, widths: Mapping[str, int], seed: int) -> dict[str, NDArray[np.intp]]:
-    """Channels drawn uniformly, for given widths; each group by itself, so that none is pruned before another.
+    """Channels drawn uniformly, for given widths; group by group, so that none is pruned before another.
 
     Source: an earlier random baseline of Torch-Pruning pruned small groups first (its issue 498).
     """
@@ -214,11 +214,11 @@ def random_prune(
 
     Args:
         model: Any timm model, or another that Torch-Pruning can trace. Not modified.
-        macs: Of the pruned net, over those of the full one.
+        macs: MACs of the pruned net, over those of the full one.
         tolerance: Relative, of that.
         criterion: "random" draws the widths of all layers, then the channels; "l1", "l2", "bn_scale", "fpgm" and
             "taylor" keep what is more important than one threshold, common to all layers.
-        seed: Of "random".
+        seed: Seed for "random".
         least: Smallest share of its channels that a layer keeps.
         round_to: Widths are multiples of this.
         batch: Images and labels, for "taylor".

@@ -103,12 +103,12 @@ def start_arm(
     Args:
         arm: A key of `RETRAIN_ARMS`.
         model: A net of the dense architecture; its weights do not matter, and change.
-        dense: Of the same seed, for all arms.
+        dense: Of the same seed for all arms.
         feed: For criteria that need a batch.
         criterion: See `ChannelSpace.importance`.
         budget: In MACs.
-        epochs: Of the dense training.
-        seed: Of what is drawn.
+        epochs: Epochs of the dense training.
+        seed: Seed for what is drawn.
         least: Smallest share of its channels that a layer keeps.
     """
     if arm not in RETRAIN_ARMS:

@@ -57,9 +57,9 @@ class PlannedNet:
 
 
 def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Floats]:
-    """An importance drawn uniformly for every channel, by itself: the criterion that knows nothing.
+    """Draw an importance for every channel, uniformly: the criterion that knows nothing.
 
-    Drawn anew for every net: one lucky draw, judged on all nets, would look like a criterion that works.
+    Drawn for every net: one lucky draw, judged on all nets, would look like a criterion that works.
     """
     random = np.random.default_rng((seed, 1, net))
     return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
@@ -83,11 +83,11 @@ def plan_channels(
     Args:
         space: The channels of trained net number `net`.
         draws: Random widths.
-        budget: Of all.
+        budget: In MACs, the same for all.
         net: Number of the trained net.
         criteria: Keys of `CRITERIA`, or "random": a threshold on random importances.
-        null_draws: Of random channels at each criterion's widths.
-        seed: Of channels.
+        null_draws: Draws of random channels at each criterion's widths.
+        seed: Seed of channels.
         batch: Images and labels for "taylor".
     """
 
@@ -128,10 +128,10 @@ def plan_widths(
     Args:
         space: Trained supernet number `net`.
         draws: Random widths.
-        budget: Of all.
+        budget: In MACs, the same for all.
         net: Number of the trained net.
         pickers: Scores.
-        seed: Of the draws that scores pick from.
+        seed: Seed of the draws that scores pick from.
         bench: What scores look at.
     """
 
@@ -155,7 +155,7 @@ def measure(
     val: ScoringBatches,
     train: Callable[[nn.Module], object] | None = None,
 ) -> dict[str, Any]:
-    """Make a candidate, take its batch norm statistics anew, and evaluate it: its line in the results.
+    """Make a candidate, recalibrate its batch norms, and evaluate it: its line in the results.
 
     Args:
         candidate: What to evaluate.
@@ -195,7 +195,7 @@ def summarise(
     Args:
         records: Lines of the results, complete.
         full: Val top-1 of each trained net, unpruned.
-        num_resamples: Of the bootstrap of N_eq.
+        num_resamples: Resamples of the bootstrap of N_eq.
 
     Returns:
         `random`: distribution and yields. `criteria`: for each its top-1 by net, percentile, N_eq with its interval,

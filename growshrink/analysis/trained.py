@@ -33,7 +33,7 @@ def as_supernet(
         model: A net with all of its widths active.
         about: Its `name` and `kwargs` for timm.
         input_size: `(C, H, W)`.
-        seed: Of the branches.
+        seed: Seed of the branches.
 
     Returns:
         The width space, and what `growshrink.supernet.save_supernet` wants to know about the net.

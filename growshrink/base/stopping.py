@@ -92,8 +92,8 @@ def finishing() -> Iterator[Callable[[], int | None]]:
     """Only note the first signal for as long as this lasts; a second one stops the process at once.
 
     Yields:
-        The signal that came, or None. Whoever asks is to save, and to raise `Stopped`; at the end of the block this
-        does.
+        The signal that came, or None. The caller saves and may raise `Stopped`, which the end of the block raises
+        in any case.
     """
     requests = _requests
     if requests is None:

@@ -1,6 +1,6 @@
 """Batches that are a pure function of (seed, update).
 
-A run can be resumed at any update, and several ranks take their shares without a word between them: every draw
+A run can be resumed at any update, and several ranks take their shares without communication: every draw
 comes from a generator that is named by the seed and the update (`seeding.generator`), on the CPU whatever the
 device, so that the same images are cut the same way on every machine. The global generators are left alone.
 
@@ -131,9 +131,9 @@ class TrainBatches:
         mean: per channel, where 1.0 is the brightest value.
         std: per channel, in the same unit.
         augment: what to change at random.
-        seed: of order and augmentation.
+        seed: Seed of order and augmentation.
         device: where the batches are made.
-        rank: of this process, 0 .. world_size - 1.
+        rank: Rank of this process, 0 .. world_size - 1.
         world_size: how many processes take a share of each update.
 
     Attributes:

@@ -1,6 +1,6 @@
 """Readers of the files in which small data sets are handed around: idx, and CIFAR's binary and pickled versions.
 
-Nothing that a file says about its own size is believed before the file's length bears it out.
+Sizes declared in a file are checked against its length.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class MeasuredPlan:
         plan: The plan.
         ms: Measured latency of the merged net.
         share: The same over that of the net as it is, measured in the same turns.
-        error: Of the predicted share, relatively.
+        error: Relative error of the predicted share.
     """
 
     plan: DepthPlan
@@ -74,13 +74,13 @@ def segment_harms(
 ) -> dict[Segment, float]:
     """What giving up the activations of each segment does to the loss of a trained net.
 
-    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norm statistics taken anew on
+    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norms recalibrated on
     `batches`, and the loss compared with the net's own.
 
     Args:
         model: A trained plain ReduceNet.
         batches: Training images `(N, C, H, W)`.
-        loss: Of a net, on images it was not trained on.
+        loss: Loss of a net, on images it was not trained on.
         longest: Blocks a segment has at most.
         progress: Show a progress bar.
 
@@ -156,11 +156,11 @@ def measure_plans(
 
     Args:
         model: The plain ReduceNet.
-        plans: Of this net, from `plan_depth` or `depth_frontier`.
+        plans: From `plan_depth` or `depth_frontier`.
         latencies: What the plans were made with.
         input_size: `(C, H, W)`.
         batch_size: Images at a time, as in the table.
-        rounds: Of turns.
+        rounds: Interleaved rounds.
     """
     net_ms, times = measure_cuts(model, [plan.cut for plan in plans], input_size, batch_size=batch_size, rounds=rounds)
     measured = [

@@ -31,9 +31,9 @@ class Run:
 
     Attributes:
         names: Dotted names, in order; the merged convolution goes by the last of them.
-        kernel_size: Of the merged convolution, `(vertical, horizontal)`.
-        macs_before: Of the convolutions, for one image.
-        macs_after: Of the merged one.
+        kernel_size: Kernel size of the merged convolution, `(vertical, horizontal)`.
+        macs_before: MACs of the convolutions, for one image.
+        macs_after: MACs of the merged one.
     """
 
     names: tuple[str, ...]
@@ -49,8 +49,8 @@ class MergeReport:
     Attributes:
         runs: What is merged.
         ends: Why a convolution is not merged with the one that feeds it, by its name.
-        macs_before: Of the whole net, one image.
-        macs_after: Of the merged net.
+        macs_before: MACs of the whole net, one image.
+        macs_after: MACs of the merged net.
     """
 
     runs: tuple[Run, ...]

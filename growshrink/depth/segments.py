@@ -47,7 +47,7 @@ Cut = tuple[Segment, ...]
 
 
 def uncut(model: nn.Module) -> Cut:
-    """The net as it is: every block by itself."""
+    """The net as it is: a segment for each block."""
     return tuple(all_segments(model, longest=1))
 
 
@@ -75,7 +75,7 @@ def random_cut(segments: Iterable[Segment], draw: random.Random) -> Cut:
 
 
 def check_reducenet(model: nn.Module) -> None:
-    """PlanError unless the net is a plain ReduceNet, each block padded by itself and with its ReLU."""
+    """PlanError unless the net is a plain ReduceNet, each block with its own padding and ReLU."""
     if not isinstance(model, ReduceNet):
         raise PlanError(f"the depth knob turns ReduceNets, not {type(model).__name__}.")
     if grown := grown_modules(model):
@@ -168,7 +168,7 @@ def _block_like(model: nn.Module, segment: Segment) -> Block:
 
 
 def cut_at(model: nn.Module, segment: Segment) -> Cut:
-    """Every block by itself but those of one segment."""
+    """The cut that merges one segment and nothing else."""
     inside = {(segment.stage, index) for index in range(segment.start, segment.stop)}
     return tuple(sorted([segment, *(alone for alone in uncut(model) if (alone.stage, alone.start) not in inside)]))
 

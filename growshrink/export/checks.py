@@ -36,11 +36,11 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
         source: The net.
         folded: Its inference form, as read back from its file.
         programs: What other files compute, by name.
-        seed: Of the images.
+        seed: Seed of the images.
 
     Returns:
         `checks`, a list of rows (`net`, `against`, `dtype`, `max_abs`, `max_rel`, `allowed`, `ok`); `rounding_float32`,
-        what float32 costs the plain net by itself (None where the net does not run in float64); and, of a net that was
+        rounding error of the plain net in float32 (None where the net does not run in float64); and, of a net that was
         grown, `effect_of_branches`: the relative change of its outputs when the branches are silenced.
     """
     exact = _in_float64(source.plain, source, seed)

@@ -39,8 +39,8 @@ def convmap_of(
         module: A part of the branch.
         name: Its name in messages.
         channels: How many go in, for a module that does not know.
-        dtype: Of the map.
-        device: Of the map, for a module without parameters.
+        dtype: Type of the map.
+        device: Device of the map, for a module without parameters.
     """
     with named(name):
         if isinstance(module, Mergeable):

@@ -49,10 +49,10 @@ class Block(nn.Module):
         stride: Stride of the 3x3 conv.
         expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
         linear: No ReLU at the end.
-        padding: Of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the
-            stride), and the identity is padded or cropped to fit.
+        padding: Padding of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels
+            (before the stride), and the identity is padded or cropped to fit.
         device: Where the tensors are made.
-        dtype: Of the parameters.
+        dtype: Type of the parameters.
     """
 
     def __init__(

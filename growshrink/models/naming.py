@@ -10,8 +10,8 @@ def plain_form(name: str, kwargs: Mapping[str, Any], *, grown: bool) -> tuple[st
     """Name and arguments for `timm.create_model` of the plain net that a model fuses into.
 
     Args:
-        name: Of the model.
-        kwargs: Of the model.
+        name: Name of the model.
+        kwargs: Arguments of the model.
         grown: Whether it is grown at birth.
     """
     plain_kwargs = {

@@ -62,7 +62,7 @@ class ReduceNet(StagedNet):
             lengths of runs of blocks per stage, each run padded in front: `((3,), (1, 2), (3,))`.
         in_chans: Channels of the images.
         device: Where the tensors are made.
-        dtype: Of the parameters; `lam` is float32 always.
+        dtype: Type of the parameters; `lam` is float32 always.
         head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm

@@ -26,13 +26,13 @@ class StagedNet(nn.Module):
         stem: Images -> the input of the first stage.
         stages: The blocks of each.
         widths: Output channels of each stage.
-        strides: Of the stem, then of each stage.
+        strides: Strides of the stem, then of each stage.
         num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
         global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
         drop_rate: Dropout before the classifier.
         device: Where the head is made.
-        dtype: Of the head's parameters.
+        dtype: Type of the head's parameters.
     """
 
     def __init__(

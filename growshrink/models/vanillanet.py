@@ -35,7 +35,7 @@ class SeriesActivation(nn.Module):
         channels: C.
         num_rings: n.
         device: Where the tensors are made.
-        dtype: Of the parameters.
+        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class VanillaBlock(nn.Module):
         expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `in_channels` middle channels.
         num_rings: n of the series activation.
         device: Where the tensors are made.
-        dtype: Of the parameters.
+        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class VanillaNet(StagedNet):
         num_rings: n of the series activations: (2n + 1) x (2n + 1) neighbours.
         in_chans: Channels of the images.
         device: Where the tensors are made.
-        dtype: Of the parameters; `lam` is float32 always.
+        dtype: Type of the parameters; `lam` is float32 always.
         head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm

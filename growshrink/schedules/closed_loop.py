@@ -13,7 +13,7 @@ from growshrink.errors import PlanError
 
 
 class ClosedLoop:
-    r"""A schedule of lam that listens to the training loss. Called like any other schedule: `lam(update)`.
+    r"""Schedule of lam that follows the training loss. Called like any other schedule: `lam(update)`.
 
     A smoothed signal s is compared with a reference r, its lowest value so far:
 
@@ -27,8 +27,8 @@ class ClosedLoop:
     suffers. Whether that is worth anything is measured by `recipes/closed_loop.py`.
 
     Args:
-        deadline: Updates done when lam is 0 at the latest. Go on past it: statistics of batch norms have to settle.
-        hold: Updates with lam 1 before anything falls; the signal is listened to already.
+        deadline: Updates done when lam is 0 at the latest. Train beyond it: batch norm statistics have to settle.
+        hold: Updates with lam 1 before anything falls; the signal is observed already.
         fall: Updates it takes from 1 to 0 if the signal never objects; None takes half of what is between `hold` and
             `deadline`.
         tolerance: How far the signal may be above its lowest, relatively.

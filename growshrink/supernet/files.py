@@ -31,7 +31,7 @@ def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mappin
     """Write a grown net.
 
     Args:
-        path: A .safetensors file; written anew or replaced, never half.
+        path: A .safetensors file; written atomically.
         model: The net, of which everything in its state_dict is kept.
         space: Its width space.
         about: How to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for

@@ -2,7 +2,7 @@
 
 RepVGG's and MobileOne's blocks, and those of a dozen other families, have a `fuse`, `reparameterize` or
 `switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the layers inside and
-know nothing of branches, which would be lost without a word.
+know nothing of branches, which would be lost silently.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
 
 
 class MergeFirst:
-    """What stands in a module's way to its own hook: merges the branches inside, goes away, and calls the hook.
+    """Wrapper that merges branches before a module's own hook; removes itself, then calls the hook.
 
     It is an attribute of the module, refers to it and to modules inside it, and is copied with them.
 
