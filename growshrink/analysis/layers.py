@@ -70,14 +70,7 @@ def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
 
     The vector is made of the kernels of convolutions and of linear layers, as in AngleNAS: no norms, no biases. MACs
     are those of the grown net as it is trained, each convolution cut to what its output is used for: fused, all widths
-    cost the same.
-
-    Args:
-        model: Not modified.
-        input_size: `(C, H, W)`.
-
-    Raises:
-        WidthError: The model carries no branches.
+    cost the same. WidthError if the model carries no branches.
 
     Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), section 3.2.
     """

@@ -46,12 +46,7 @@ class Space(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SupernetSpace:
-    """The widths of a trained supernet, whose subnets keep the first channels.
-
-    Attributes:
-        model: The supernet.
-        table: Has the costs as columns.
-    """
+    """The widths of a trained supernet, whose subnets keep the first channels; `table` has their costs."""
 
     model: nn.Module
     table: AngleTable
@@ -110,14 +105,7 @@ class DrawnWidths:
 
 
 def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> DrawnWidths:
-    """Draw widths uniformly until `num` of them meet the budget.
-
-    Args:
-        space: What from.
-        budget: In MACs.
-        num: How many.
-        seed: The only thing that decides what is drawn.
-        distinct: No subnet twice: where the widths are all there is to a subnet.
+    """Draw widths uniformly until `num` of them meet the budget, in MACs; with `distinct` no subnet twice.
 
     Raises:
         AnalysisError: `MOST_DRAWS` draws were not enough: nothing, or too little, meets the budget.

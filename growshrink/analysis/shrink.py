@@ -141,18 +141,15 @@ def shrink(
 
     Args:
         init: The net as it was initialised.
-        model: The net after `plan.first_epochs`; trained on.
+        model: The net after `plan.first_epochs`.
         space: All of its widths.
         feed: What it is trained with.
         driver: "angle", another key of `SCORES` ("null", "supernet_accuracy", "params", ...), or "random".
-        plan: How.
+        plan: How the loop goes.
         config: How to train.
         seed: Seed of subnets and widths.
         num_calibration: Batches for statistics, where the driver needs them.
         after_update: Called after each update (a progress bar).
-
-    Raises:
-        AnalysisError: No such driver.
     """
     if driver not in SCORES and driver != RANDOM:
         raise AnalysisError(f"{driver}: no such score to shrink by{did_you_mean(driver, (*SCORES, RANDOM))}")

@@ -78,17 +78,9 @@ def plan_channels(
 ) -> list[PlannedNet]:
     """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
 
-    The last isolates which channels a criterion takes from how many it takes of each group.
-
-    Args:
-        space: The channels of trained net number `net`.
-        draws: Random widths.
-        budget: In MACs, the same for all.
-        net: Number of the trained net.
-        criteria: Keys of `CRITERIA`, or "random": a threshold on random importances.
-        null_draws: Draws of random channels at each criterion's widths.
-        seed: Seed of channels.
-        batch: Images and labels for "taylor".
+    The last isolates which channels a criterion takes from how many it takes of each group. Criteria are keys of
+    `CRITERIA`, or "random": a threshold on random importances. `net` is the number of the trained net, `null_draws` how
+    often random channels are drawn at each criterion's widths.
     """
 
     def drawn(number: int) -> Made:
@@ -123,17 +115,7 @@ def plan_widths(
     seed: int,
     bench: Bench,
 ) -> list[PlannedNet]:
-    """Random widths of a supernet; and for each score the best by it of as many other draws, other ones for each net.
-
-    Args:
-        space: Trained supernet number `net`.
-        draws: Random widths.
-        budget: In MACs, the same for all.
-        net: Number of the trained net.
-        pickers: Scores.
-        seed: Seed of the draws that scores pick from.
-        bench: What scores look at.
-    """
+    """Random widths of trained supernet number `net`, and for each score the best by it of as many other draws."""
 
     def drawn(number: int) -> Made:
         widths = width_of(space, draws.index[number])
@@ -157,12 +139,7 @@ def measure(
 ) -> dict[str, Any]:
     """Make a candidate, recalibrate its batch norms, and evaluate it: its line in the results.
 
-    Args:
-        candidate: What to evaluate.
-        space: It is of.
-        calibration: Images for the statistics, the same for all.
-        val: What it is judged on.
-        train: Trains it before, in place; None judges it as it was cut.
+    `train` trains it before, in place; None judges it as it was cut.
     """
     began = time.perf_counter()
     net, widths = candidate.make()

@@ -21,10 +21,6 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to stop, and did.
 
     A KeyboardInterrupt, so that nothing that catches errors takes it for one.
-
-    Attributes:
-        number: The signal.
-        exit_code: By the shell's convention, 128 + number: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, number: int, text: str = "") -> None:

@@ -39,9 +39,6 @@ class Augment:
         flip: mirror left to right with probability 1/2.
         cutout: side in pixels of a square that is blanked, its centre anywhere in the image; what sticks out is
             lost; 0 is off. Cutout (DeVries and Taylor, arXiv:1708.04552).
-
-    Raises:
-        DataError: a negative length.
     """
 
     crop: int = 4
@@ -103,11 +100,7 @@ class Order:
         self._permutation: tuple[int, Tensor] | None = None
 
     def indices(self, update: int) -> Tensor:
-        """The images of this rank's batch, int64 (batch_size,).
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """The images of this rank's batch, int64 (batch_size,)."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
         epoch, step = divmod(update, self.updates_per_epoch)
@@ -190,11 +183,7 @@ class TrainBatches:
         self._columns = torch.arange(width, device=self._device).repeat_interleave(channels)
 
     def draws(self, update: int) -> Draws:
-        """All that is random about a batch. Turning one augmentation off does not change the others' draws.
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """All that is random about a batch. Turning one augmentation off does not change the others' draws."""
         height, width, _ = self._shape
         window = 2 * self.augment.crop + 1
         return Draws(self._order.indices(update), *self._order.draw(update, (window, window, 2, height, width)))
@@ -204,9 +193,6 @@ class TrainBatches:
 
         Returns:
             Images, float32 (batch_size, C, H, W) in channels_last memory format, and labels, int64 (batch_size,).
-
-        Raises:
-            DataError: `update` is negative.
         """
         height, width, channels = self._shape
         draws = torch.stack(self.draws(update))
@@ -242,9 +228,6 @@ def eval_batches(
 
     Yields:
         Images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,).
-
-    Raises:
-        DataError: an argument is out of range.
     """
     if batch_size < 1:
         raise DataError(f"eval_batches needs batch_size >= 1, got {batch_size=}.")

@@ -31,9 +31,6 @@ class Split:
     Attributes:
         images: uint8, (N, H, W, C).
         labels: int64, (N,).
-
-    Raises:
-        DataError: a tensor has another type or shape.
     """
 
     images: Tensor

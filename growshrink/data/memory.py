@@ -32,14 +32,9 @@ def available_bytes() -> int | None:
 
 
 def check_fits(size: int, what: str) -> None:
-    """Refuses what would take more than half of the available memory; the other half is for copies and for training.
+    """DataError for what (`size` bytes, decoded) would take more than half of the available memory.
 
-    Args:
-        size: in bytes, decoded.
-        what: named in the message.
-
-    Raises:
-        DataError: it would.
+    The other half is for copies and for training.
     """
     available = available_bytes()
     if available is not None and size > available / 2:

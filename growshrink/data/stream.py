@@ -181,11 +181,7 @@ class StreamTrainBatches:
         self._batches: Iterator[Batch] = iter(())
 
     def batch(self, update: int) -> Batch:
-        """See `TrainBatches.batch`; cheap only for the update after the last one asked for.
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """See `TrainBatches.batch`; cheap only for the update after the last one asked for."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
         with _own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here

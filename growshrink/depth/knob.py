@@ -72,7 +72,7 @@ def segment_harms(
     longest: int = 4,
     progress: bool = False,
 ) -> dict[Segment, float]:
-    """What giving up the activations of each segment does to the loss of a trained net.
+    """Measure how much the loss of a trained net rises when each segment gives up its activations; never negative.
 
     For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norms recalibrated on
     `batches`, and the loss compared with the net's own.
@@ -83,9 +83,6 @@ def segment_harms(
         loss: Loss of a net, on images it was not trained on.
         longest: Blocks a segment has at most.
         progress: Show a progress bar.
-
-    Returns:
-        By segment, never negative; 0 for single blocks.
     """
     own = loss(model)
     harms = {}
@@ -150,17 +147,8 @@ def measure_plans(
 ) -> list[MeasuredPlan]:
     """Time the nets that plans lead to; those that turn out slower than the net as it is are left out.
 
-    (The plan that merges nothing is that net, and stays.)
-
-    Latency does not depend on the weights, so this comes before any training.
-
-    Args:
-        model: The plain ReduceNet.
-        plans: From `plan_depth` or `depth_frontier`.
-        latencies: What the plans were made with.
-        input_size: `(C, H, W)`.
-        batch_size: Images at a time, as in the table.
-        rounds: Interleaved rounds.
+    (The plan that merges nothing is that net, and stays.) Latency does not depend on the weights, so this comes before
+    any training. `latencies` are those the plans were made with.
     """
     net_ms, times = measure_cuts(model, [plan.cut for plan in plans], input_size, batch_size=batch_size, rounds=rounds)
     measured = [

@@ -216,14 +216,13 @@ def conv_norm_act(
     out_channels: int,
     stride: int,
     linear: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    **factory: Any,
 ) -> nn.Sequential:
     """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
     stem = nn.Sequential()
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device, dtype=dtype)
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, **factory)
     stem.add_module("conv", conv)
-    stem.add_module("bn", nn.BatchNorm2d(out_channels, device=device, dtype=dtype))
+    stem.add_module("bn", nn.BatchNorm2d(out_channels, **factory))
     stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
     return stem
 
@@ -260,14 +259,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 def register_variants(
     module: str, net: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], describe: Callable[[str], str]
 ) -> None:
-    """Make `module` hold an entrypoint for every variant, registered with timm.
-
-    Args:
-        module: `__name__` of the module that holds the family; its `default_cfgs` are there already.
-        net: The class.
-        variants: Arguments of `net` by model name.
-        describe: Docstring of the entrypoint by model name.
-    """
+    """Register an entrypoint for every variant with timm, in the module of this name, its docstring by `describe`."""
 
     def entrypoint(name: str, arch: Mapping[str, Any]) -> Callable[..., StagedNet]:
         def create(pretrained: bool = False, **kwargs: Any) -> StagedNet:

@@ -18,10 +18,6 @@ class StepCost:
     A convolution costs what its channels cost, so the cost of a net is that of the base plus so much for each channel
     of each branch, and a few counted nets give the cost of all of them. (Where one branch lies in another, `nest`, each
     width is counted.)
-
-    Args:
-        task: Its mode, widths and teachers.
-        input_size: `(C, H, W)`.
     """
 
     def __init__(self, task: NetAugTask, input_size: InputSize) -> None:

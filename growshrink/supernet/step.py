@@ -19,10 +19,7 @@ from growshrink.supernet.passes import Passes
 class Supernet:
     """A model, its widths, and the statistics of its batch norms, each looked up once.
 
-    Attributes:
-        model: The grown net.
-        slots: Its widths.
-        chain: The model as a chain of units, where a pass is to start in the middle.
+    `chain` is the model as a chain of units, where a pass is to start in the middle.
     """
 
     def __init__(self, model: nn.Module, slots: Slots, chain: UnitChain | None) -> None:

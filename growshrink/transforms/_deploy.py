@@ -25,12 +25,8 @@ HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
 class MergeFirst:
     """Wrapper that merges branches before a module's own hook; removes itself, then calls the hook.
 
-    It is an attribute of the module, refers to it and to modules inside it, and is copied with them.
-
-    Args:
-        owner: The module.
-        hook: Name of its method.
-        convs: The grown layers in it, each with the batch norm that takes its bias if it has none.
+    It is an attribute of the module (`owner`), refers to it and to the grown layers inside it, each with the batch norm
+    that takes its bias if it has none, and is copied with them.
     """
 
     def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[Grown, nn.Module | None]]) -> None:
@@ -48,12 +44,7 @@ class MergeFirst:
 
 
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
-    """Put a `MergeFirst` before each hook of a module that holds grown layers.
-
-    Args:
-        model: A grown net; guards that are there already are replaced.
-        flow: The data flow of `model`.
-    """
+    """Put a `MergeFirst` before each hook of a module that holds grown layers; replaces guards that are there."""
     unguard_hooks(model)
     convs: dict[str, tuple[Grown, nn.Module | None]] = {}
     for name, module in grown_modules(model).items():

@@ -115,7 +115,7 @@ def test_other_files_are_no_checkpoints(tmp_path):
 
 def test_nothing_is_pickled():
     package = Path(growshrink.__file__).parent
-    sources = [package / "training" / "checkpoints.py", *(package / "cycle").glob("*.py")]
+    sources = [package / "runs" / "checkpoints.py", *(package / "cycle").glob("*.py")]
     assert sources
     for source in sources:
         assert not {"import pickle", "torch.load", "torch.save"} & set(source.read_text().split("\n"))
