@@ -65,12 +65,7 @@ class Start:
 
 
 def train_dense(
-    model: nn.Module,
-    feed: Feed,
-    *,
-    epochs: float,
-    config: TrainConfig,
-    after_update: Callable[[], None] | None = None,
+    model: nn.Module, feed: Feed, *, epochs: float, config: TrainConfig, after_update: Callable[[], None] | None = None
 ) -> Dense:
     """Train a net in place, and keep what arms go back to."""
     init = _copy(model)

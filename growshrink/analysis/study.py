@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -96,12 +97,12 @@ def plan_channels(
             return space.cut(best_channels(importance, widths)), widths
         return space.cut(random_channels(space, widths, seed * 1_000_003 + channels)), widths
 
-    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
     for criterion in criteria:
         name = f"{criterion} threshold" if criterion == RANDOM else criterion
-        plan.append(PlannedNet(f"net {net}, {name}", net, name, _bind(by, criterion, None)))
+        plan.append(PlannedNet(f"net {net}, {name}", net, name, partial(by, criterion, None)))
         kind = f"{name}, random channels"
-        plan += [PlannedNet(f"net {net}, {kind} {i}", net, kind, _bind(by, criterion, i)) for i in range(null_draws)]
+        plan += [PlannedNet(f"net {net}, {kind} {i}", net, kind, partial(by, criterion, i)) for i in range(null_draws)]
     return plan
 
 
@@ -126,8 +127,8 @@ def plan_widths(
         widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
         return space.subnet(widths), widths
 
-    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
-    return plan + [PlannedNet(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
+    return plan + [PlannedNet(f"net {net}, {name}", net, name, partial(by, name)) for name in pickers]
 
 
 def measure(
@@ -288,10 +289,6 @@ def _place(random: Floats, value: float, num_resamples: int) -> dict[str, Any]:
     samples = boot.of(lambda index: stats.equivalent_draws(random[index], value))
     n_eq = boot.corrected(stats.equivalent_draws(random, value), samples)
     return {"percentile": stats.percentile(random, value), "n_eq": n_eq}
-
-
-def _bind(function: Callable[..., Made], *args: Any) -> Callable[[], Made]:
-    return lambda: function(*args)
 
 
 def _mean(values: Iterable[float]) -> float:

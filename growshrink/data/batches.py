@@ -217,12 +217,7 @@ class TrainBatches:
 
 
 def eval_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
+    split: Split, *, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """All images of a split in order, normalised and unchanged otherwise; the last batch may be smaller.
 

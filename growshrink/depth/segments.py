@@ -15,7 +15,7 @@ from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.grown import grown_modules
-from growshrink.models.block import Block, front_padding
+from growshrink.models.block import Block, block_conv, front_padding
 from growshrink.models.reducenet import ReduceNet
 from growshrink.transforms import fold
 
@@ -154,16 +154,8 @@ def _block_like(model: nn.Module, segment: Segment) -> Block:
     stride, device, dtype = first.stride[0], first.weight.device, first.weight.dtype
     block = Block(first.in_channels, last.out_channels, stride, device=device, dtype=dtype)
     padding = 1 if segment.slim else front_padding(stride, segment.length)
-    block.conv = nn.Conv2d(
-        first.in_channels,
-        last.out_channels,
-        2 * padding + 1,
-        stride=stride,
-        padding=padding,
-        bias=False,
-        device=device,
-        dtype=dtype,
-    )
+    channels = first.in_channels, 0, last.out_channels
+    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, device=device, dtype=dtype)
     return block
 
 

@@ -78,11 +78,7 @@ class ExportOptions:
 
 
 def export(
-    source: Source,
-    folder: Path,
-    options: ExportOptions | None = None,
-    *,
-    data: DataSet | None = None,
+    source: Source, folder: Path, options: ExportOptions | None = None, *, data: DataSet | None = None
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 

@@ -23,19 +23,13 @@ def front_padding(stride: int, length: int) -> int:
 
 
 def block_conv(
-    in_channels: int,
-    mid_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    stride: int = 1,
-    padding: int = 0,
-    **factory: Any,
+    channels: tuple[int, int, int], kernel_size: int, stride: int = 1, padding: int = 0, **factory: Any
 ) -> nn.Module:
-    """The convolution of a block: a `PureBottleneck`, or with 0 `mid_channels` an `nn.Conv2d`."""
+    """Make the convolution of a block: a `PureBottleneck` of (in, middle, out) channels, an `nn.Conv2d` if middle is 0."""
     options: dict[str, Any] = {"stride": stride, "padding": padding, **factory}
-    if mid_channels:
-        return PureBottleneck(in_channels, mid_channels, out_channels, kernel_size, **options)
-    return nn.Conv2d(in_channels, out_channels, kernel_size, bias=False, **options)
+    if channels[1]:
+        return PureBottleneck(*channels, kernel_size, **options)
+    return nn.Conv2d(channels[0], channels[2], kernel_size, bias=False, **options)
 
 
 class Block(nn.Module):
@@ -63,7 +57,8 @@ class Block(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.conv = block_conv(in_channels, expansion * out_channels, out_channels, 3, stride, padding, **factory)
+        channels = in_channels, expansion * out_channels, out_channels
+        self.conv = block_conv(channels, 3, stride, padding, **factory)
         self.bn = nn.BatchNorm2d(out_channels, **factory)
         self.skip = stride == 1 and in_channels == out_channels
         self.margin = padding - 1

@@ -95,10 +95,7 @@ class StagedNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates: stem, then stages (`coarse`) or blocks, then the head."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)],
-        }
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -212,11 +209,7 @@ def check_options(width: float, expansion: int) -> None:
 
 
 def conv_norm_act(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    linear: bool = False,
-    **factory: Any,
+    in_channels: int, out_channels: int, stride: int, linear: bool = False, **factory: Any
 ) -> nn.Sequential:
     """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
     stem = nn.Sequential()

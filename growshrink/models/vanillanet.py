@@ -34,12 +34,7 @@ class SeriesActivation(nn.Module):
     With C `channels` and n `num_rings`; `factory` are `device` and `dtype` of the tensors.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_rings: int,
-        **factory: Any,
-    ) -> None:
+    def __init__(self, channels: int, num_rings: int, **factory: Any) -> None:
         super().__init__()
         self.act = nn.ReLU(inplace=True)
         size = 2 * num_rings + 1
@@ -67,7 +62,7 @@ class VanillaBlock(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
-        self.conv = block_conv(in_channels, expansion * in_channels, out_channels, 1, **factory)
+        self.conv = block_conv((in_channels, expansion * in_channels, out_channels), 1, **factory)
         self.bn = nn.BatchNorm2d(out_channels, **factory)
         self.pool = nn.MaxPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
         self.act = SeriesActivation(out_channels, num_rings, **factory)

@@ -321,11 +321,7 @@ class NetAugTask(ClassificationTask):
         return {"update": self.update}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """The inverse of `get_task_state`."""
         if state is not None and not ema:
