@@ -51,13 +51,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where an arm starts.
-
-    Attributes:
-        net: The pruned net.
-        epochs: To train.
-        begin: Share of its schedule that is over already.
-    """
+    """Where an arm starts: the pruned net, epochs to train, and the share of its schedule that is over already."""
 
     net: nn.Module
     epochs: float

@@ -42,13 +42,9 @@ Made = tuple[nn.Module, Mapping[str, int]]
 
 @dataclass(frozen=True, eq=False)
 class PlannedNet:
-    """A subnet to evaluate.
+    """A subnet to evaluate: `make` cuts it from trained net number `net`.
 
-    Attributes:
-        key: Its name in the results.
-        net: Number of the trained net it is cut from.
-        kind: "random", a criterion, or "CRITERION, random channels".
-        make: Finds and cuts it.
+    `key` is its name in the results, `kind` "random", a criterion, or "CRITERION, random channels".
     """
 
     key: str

@@ -34,11 +34,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Requests:
-    """The signals that came, of this process.
+    """The signals that came to this process: `came` is the first of them, which decides the exit code.
 
-    Attributes:
-        came: The first of them, which the exit code tells of.
-        waiting: Whether `finishing` is at work: the first signal is then only noted.
+    While `finishing` is at work (`waiting`), the first signal is only noted.
     """
 
     def __init__(self) -> None:

@@ -129,13 +129,6 @@ class TrainBatches:
         rank: Rank of this process, 0 .. world_size - 1.
         world_size: how many processes take a share of each update.
 
-    Attributes:
-        batch_size: as given.
-        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
-
-    Raises:
-        DataError: the split is smaller than the batches of one update, or an argument is out of range.
-
     >>> split = Split(torch.zeros(10, 8, 8, 1, dtype=torch.uint8), torch.arange(10))
     >>> batches = TrainBatches(split, batch_size=4, mean=(0.5,), std=(0.5,))
     >>> images, labels = batches.batch(update=7)

@@ -32,10 +32,7 @@ def available_bytes() -> int | None:
 
 
 def check_fits(size: int, what: str) -> None:
-    """DataError for what (`size` bytes, decoded) would take more than half of the available memory.
-
-    The other half is for copies and for training.
-    """
+    """DataError for `size` bytes (decoded) above half of the available memory; the rest is for copies and training."""
     available = available_bytes()
     if available is not None and size > available / 2:
         raise DataError(

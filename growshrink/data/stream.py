@@ -165,12 +165,7 @@ def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
 
 
 class StreamTrainBatches:
-    """`TrainBatches`' interface over timm's loader.
-
-    Attributes:
-        batch_size: images per update and rank.
-        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
-    """
+    """`TrainBatches` over timm's loader."""
 
     def __init__(self, order: Order, open_at: Callable[[int], Any], device: torch.device) -> None:
         self.batch_size = order.batch_size
@@ -193,10 +188,7 @@ class StreamTrainBatches:
 
 
 class StreamEvalBatches:
-    """All images of a split in order; iterate over it as often as needed.
-
-    Its `len` is the number of images.
-    """
+    """All images of a split in order; iterate over it as often as needed. Its `len` is the number of images."""
 
     def __init__(self, num_images: int, open_loader: Callable[[], Any], device: torch.device) -> None:
         self._num_images = num_images

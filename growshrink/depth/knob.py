@@ -30,13 +30,7 @@ RESOLUTION = 1 / 2000
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """One way to cut a net.
-
-    Attributes:
-        cut: The segments.
-        ms: Predicted latency of the merged net.
-        harm: Predicted rise of the loss before any training makes it good.
-    """
+    """One way to cut a net: its predicted latency when merged, and the predicted rise of its loss before any training."""
 
     cut: Cut
     ms: float

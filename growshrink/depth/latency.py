@@ -33,13 +33,9 @@ ANCHORS = 12
 
 @dataclass(frozen=True)
 class Latencies:
-    """What was measured, in milliseconds per batch.
+    """What was measured on this `hardware`, in milliseconds per batch; `cached` if it comes from the disk.
 
-    Attributes:
-        hardware: The machine it was measured on.
-        net_ms: The whole net, folded, nothing merged.
-        change_ms: By segment, what merging it adds; negative where that makes the net faster.
-        cached: Whether this comes from the disk.
+    `net_ms` is the whole net, folded, nothing merged; `change_ms` what merging a segment adds, negative if that is faster.
     """
 
     hardware: str

@@ -27,13 +27,9 @@ IF_COSTLIER = ("refuse", "warn", "allow")
 
 @dataclass(frozen=True)
 class Run:
-    """Convolutions that become one.
+    """Convolutions that become one, which goes by the last of their names.
 
-    Attributes:
-        names: Dotted names, in order; the merged convolution goes by the last of them.
-        kernel_size: Kernel size of the merged convolution, `(vertical, horizontal)`.
-        macs_before: MACs of the convolutions, for one image.
-        macs_after: MACs of the merged one.
+    `macs_before` are those of the convolutions for one image, `macs_after` those of the merged one.
     """
 
     names: tuple[str, ...]

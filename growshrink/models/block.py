@@ -25,7 +25,7 @@ def front_padding(stride: int, length: int) -> int:
 def block_conv(
     channels: tuple[int, int, int], kernel_size: int, stride: int = 1, padding: int = 0, **factory: Any
 ) -> nn.Module:
-    """Make the convolution of a block: a `PureBottleneck` of (in, middle, out) channels, an `nn.Conv2d` if middle is 0."""
+    """Make the conv of a block: a `PureBottleneck` of (in, middle, out) channels, an `nn.Conv2d` where middle is 0."""
     options: dict[str, Any] = {"stride": stride, "padding": padding, **factory}
     if channels[1]:
         return PureBottleneck(*channels, kernel_size, **options)
