@@ -30,7 +30,7 @@ RESOLUTION = 1 / 2000
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """One way to cut a net: its predicted latency when merged, and the predicted rise of its loss before any training."""
+    """One way to cut a net: predicted latency when merged, and predicted rise of the loss before any training."""
 
     cut: Cut
     ms: float

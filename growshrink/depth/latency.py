@@ -35,7 +35,7 @@ ANCHORS = 12
 class Latencies:
     """What was measured on this `hardware`, in milliseconds per batch; `cached` if it comes from the disk.
 
-    `net_ms` is the whole net, folded, nothing merged; `change_ms` what merging a segment adds, negative if that is faster.
+    `net_ms` is the whole net, folded, nothing merged; `change_ms` what merging a segment adds (negative: it is faster).
     """
 
     hardware: str

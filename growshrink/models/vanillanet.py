@@ -53,13 +53,7 @@ class VanillaBlock(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        expansion: int = 0,
-        num_rings: int = 3,
-        **factory: Any,
+        self, in_channels: int, out_channels: int, stride: int, expansion: int = 0, num_rings: int = 3, **factory: Any
     ) -> None:
         super().__init__()
         self.conv = block_conv((in_channels, expansion * in_channels, out_channels), 1, **factory)
