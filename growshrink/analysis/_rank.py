@@ -68,17 +68,17 @@ class Ranking:
     """Outcome of `rank`.
 
     Attributes:
-        agreement: Of every score, baselines included.
-        verdicts: Of every score that is no baseline.
+        agreement: Agreement of every score, baselines included.
+        verdicts: Verdicts of every score that is no baseline.
         n: Subnets that were compared.
         left_out: Subnets without a finite score.
-        k: Of precision and regret.
-        num_bins: Of the size bins.
+        k: K of precision and regret.
+        num_bins: Number of size bins.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
         seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
         ceiling: tau that a score without any error would have, `stats.noise_ceiling`; None if it was measured once.
-        confidence: Of the intervals.
-        num_resamples: Of the bootstrap.
+        confidence: Confidence of the intervals.
+        num_resamples: Resamples of the bootstrap.
     """
 
     agreement: dict[str, Agreement]
@@ -144,11 +144,11 @@ def rank(
             finite value in one of them are left out and counted.
         truth: `(N,)`, higher is better; or several measurements of it with different seeds, whose mean is the truth.
         baselines: Names of the scores that any other has to beat.
-        k: Of top-k precision and regret; None is a tenth of the subnets.
+        k: K of top-k precision and regret; None is a tenth of the subnets.
         num_bins: Bins of MACs for `tau_within`, of equal counts; fewer if a bin would have less than 8 subnets.
-        num_resamples: Of the bootstrap over subnets.
-        confidence: Of the intervals.
-        seed: Of the bootstrap.
+        num_resamples: Resamples of the bootstrap over subnets.
+        confidence: Confidence of the intervals.
+        seed: Seed of the bootstrap.
 
     Raises:
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.

@@ -1,9 +1,9 @@
 """Results that many processes add to, one line each, and that a crash cannot spoil.
 
-A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). Whoever is to
-compute a record holds a lock on its number meanwhile; the system takes the locks of a process back when it dies,
-however it dies. So processes on one machine, or ranks of torchrun, need no word between them: each takes what nobody
-has done and nobody is doing. Nothing is done twice, and a killed run goes on where it was.
+A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). A
+process that computes a record holds a lock on its number, which the system releases when the process dies. So
+processes on one machine, or ranks of torchrun, need no communication: each takes a record that is neither done nor
+locked. Nothing is done twice, and a killed run is resumed where it was.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Results(AbstractContextManager["Results"]):
                 end = file.seek(0, os.SEEK_END)
                 if end:
                     file.seek(end - 1)
-                    if file.read(1) != b"\n":  # somebody died in the middle of a line
+                    if file.read(1) != b"\n":  # a process died while it wrote a line
                         line = b"\n" + line
                 file.write(line)
                 file.flush()

@@ -51,13 +51,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where an arm starts.
-
-    Attributes:
-        net: The pruned net.
-        epochs: To train.
-        begin: Share of its schedule that is over already.
-    """
+    """Where an arm starts: the pruned net, epochs to train, and the share of its schedule that is over already."""
 
     net: nn.Module
     epochs: float
@@ -65,12 +59,7 @@ class Start:
 
 
 def train_dense(
-    model: nn.Module,
-    feed: Feed,
-    *,
-    epochs: float,
-    config: TrainConfig,
-    after_update: Callable[[], None] | None = None,
+    model: nn.Module, feed: Feed, *, epochs: float, config: TrainConfig, after_update: Callable[[], None] | None = None
 ) -> Dense:
     """Train a net in place, and keep what arms go back to."""
     init = _copy(model)
@@ -98,18 +87,10 @@ def start_arm(
     seed: int,
     least: float = 0.1,
 ) -> Start:
-    """The net an arm begins with.
+    """The net an arm (a key of `RETRAIN_ARMS`) begins with, for one criterion of `ChannelSpace.importance`.
 
-    Args:
-        arm: A key of `RETRAIN_ARMS`.
-        model: A net of the dense architecture; its weights do not matter, and change.
-        dense: Of the same seed, for all arms.
-        feed: For criteria that need a batch.
-        criterion: See `ChannelSpace.importance`.
-        budget: In MACs.
-        epochs: Of the dense training.
-        seed: Of what is drawn.
-        least: Smallest share of its channels that a layer keeps.
+    `model` is a net of the dense architecture, whose weights do not matter, and change; `epochs` those of the dense
+    training, `least` the smallest share of its channels that a layer keeps.
     """
     if arm not in RETRAIN_ARMS:
         raise AnalysisError(f"{arm}: no such arm; there are {', '.join(RETRAIN_ARMS)}.")
@@ -180,9 +161,8 @@ def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def compare_arms(records: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Test top-1 of every arm, and its difference from fine-tuning over paired seeds, corrected for their number.
 
-    Args:
-        records: One for each arm and seed, at the arm's own learning rate.
-        dense: `test` and `training_macs` of the dense net of each seed, in the order of the seeds.
+    `records` has one for each arm and seed, at the arm's own learning rate; `dense` the `test` and `training_macs` of
+    the dense net of each seed, in the order of the seeds.
     """
     seeds = sorted({int(record["seed"]) for record in records})
     by_arm = {

@@ -38,7 +38,7 @@ class Bench:
         init: The supernet as it was initialised.
         trained: The supernet, trained.
         table: Its angle table.
-        feed: Training batches and the val split; the test split is nobody's business here.
+        feed: Training batches and the val split; no score sees the test split.
         num_calibration: Training batches that batch norm statistics are taken from, the same for every subnet.
         progress: Wraps what takes long, e.g. with a progress bar.
     """
@@ -139,7 +139,7 @@ def grad_norm(bench: Bench, index: Index) -> Floats:
 
 @score("supernet_accuracy")
 def supernet_accuracy(bench: Bench, index: Index) -> Floats:
-    """Val top-1, in percent, with the weights of the trained supernet and batch norm statistics taken anew.
+    """Val top-1, in percent, with the weights of the trained supernet and recalibrated batch norms.
 
     Every subnet gets its statistics from the same images. (Without that, agreement with the truth is near 0.)
 

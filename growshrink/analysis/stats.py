@@ -281,13 +281,13 @@ def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE)
 
     With :math:`y_{as} = \mu + \alpha_a + \beta_s + \epsilon`, the noise is estimated from the residuals of all rows,
     :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`.
-    For few seeds (blocks) and many arms (rows) that is far sharper than pairs by themselves, if all rows have the same
+    For few seeds (blocks) and many arms (rows) that is far sharper than pairs alone, if all rows have the same
     noise. With two rows it is `paired`'s interval.
 
     Args:
         values: `(A, S)`, at least 2 of both.
         control: A row.
-        confidence: Of the intervals.
+        confidence: Confidence of the intervals.
 
     Source: Fisher, The Design of Experiments (1935): randomised blocks.
     """
@@ -359,7 +359,7 @@ def _finite(values: ArrayLike) -> Floats:
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise AnalysisError(
             f"a column of shape {values.shape} with {int((~np.isfinite(values)).sum())} values that are not finite: "
-            "statistics need a filled column of numbers; leave the others out and say so."
+            "statistics need a filled column of numbers; leave the others out."
         )
     return values
 

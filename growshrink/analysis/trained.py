@@ -29,14 +29,8 @@ def as_supernet(
 ) -> tuple[WidthSpace, dict[str, Any]]:
     """Grow a fresh net with bottlenecks of ratio 4, in place, unless it is grown at birth.
 
-    Args:
-        model: A net with all of its widths active.
-        about: Its `name` and `kwargs` for timm.
-        input_size: `(C, H, W)`.
-        seed: Of the branches.
-
-    Returns:
-        The width space, and what `growshrink.supernet.save_supernet` wants to know about the net.
+    `about` has its `name` and `kwargs` for timm. Returns the width space, and what
+    `growshrink.supernet.save_supernet` has to know about the net.
     """
     grown_by: dict[str, Any] | None = None
     if not grown_modules(model):
@@ -64,16 +58,8 @@ def train_supernet(
 ) -> int:
     """Train the widths of a grown net together, in place, activations alive; see `train_net`.
 
-    Args:
-        model: A grown net.
-        feed: See `train_net`; so are the other options that are not here.
-        epochs: See `train_net`.
-        config: See `train_net`.
-        space: Widths to draw from; None is all of the model's.
-        mode: A mode of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
-        seed: Seed of the widths.
-        start: See `train_net`; a later stage draws other widths too.
-        after_update: See `train_net`.
+    Widths are drawn from `space` (None: all of the model's) by `seed` and the update. `mode` is one of `NetAugTask`'s:
+    "single" draws one subnet an update, uniformly, as the articles on ranking do.
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
@@ -94,17 +80,8 @@ def train_net(
 ) -> int:
     """Train a net in place, learning rate falling by a cosine; no average of the weights is kept.
 
-    Args:
-        model: The net.
-        feed: Its training batches are used.
-        epochs: Length of the training.
-        config: How to train.
-        start: The number of the first update, which decides about its batches.
-        after_update: Called after each update (a progress bar).
-        task: Computes the loss in place of the trainer.
-
-    Returns:
-        The number of the update that would come next.
+    Updates are counted from `start`, which decides about their batches; returns the number of the next one. A `task`
+    computes the loss in place of the trainer.
     """
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start

@@ -31,9 +31,6 @@ class Split:
     Attributes:
         images: uint8, (N, H, W, C).
         labels: int64, (N,).
-
-    Raises:
-        DataError: a tensor has another type or shape.
     """
 
     images: Tensor
@@ -64,8 +61,8 @@ class DataSet:
         val: to choose with: a part of the training set, never of the test set.
         test: to report once.
         classes: the class names, in the order of the labels.
-        mean: of `train`, per channel, where 1.0 is the brightest value.
-        std: of `train`, per channel, in the same unit; at least 1/255, so that a constant channel can be divided by it.
+        mean: Mean of `train`, per channel, where 1.0 is the brightest value.
+        std: Standard deviation, likewise; at least 1/255, so that a constant channel can be divided by it.
     """
 
     name: str

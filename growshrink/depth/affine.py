@@ -37,7 +37,7 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
     Args:
         model: Any module that takes one image batch.
         input_size: `(C, H, W)`; None takes the model's own.
-        seed: Of the images.
+        seed: Seed of the images.
     """
     replica, images = _in_float64(model, input_size, 4, seed)
     return _defect(replica, (images,), {}, seed)

@@ -27,13 +27,9 @@ IF_COSTLIER = ("refuse", "warn", "allow")
 
 @dataclass(frozen=True)
 class Run:
-    """Convolutions that become one.
+    """Convolutions that become one, which goes by the last of their names.
 
-    Attributes:
-        names: Dotted names, in order; the merged convolution goes by the last of them.
-        kernel_size: Of the merged convolution, `(vertical, horizontal)`.
-        macs_before: Of the convolutions, for one image.
-        macs_after: Of the merged one.
+    `macs_before` are those of the convolutions for one image, `macs_after` those of the merged one.
     """
 
     names: tuple[str, ...]
@@ -49,8 +45,8 @@ class MergeReport:
     Attributes:
         runs: What is merged.
         ends: Why a convolution is not merged with the one that feeds it, by its name.
-        macs_before: Of the whole net, one image.
-        macs_after: Of the merged net.
+        macs_before: MACs of the whole net, one image.
+        macs_after: MACs of the merged net.
     """
 
     runs: tuple[Run, ...]

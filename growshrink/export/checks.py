@@ -30,17 +30,11 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
     """Differences on random images, each with what is allowed.
 
     In float64 the transforms are judged: grown net against grown net fused, plain net against plain net folded. In
-    float32 what was written is: the weights in the files, and the programs with the plain net.
-
-    Args:
-        source: The net.
-        folded: Its inference form, as read back from its file.
-        programs: What other files compute, by name.
-        seed: Of the images.
+    float32 what was written is: the weights in files (`folded`), and what other files compute (`programs`, by name).
 
     Returns:
         `checks`, a list of rows (`net`, `against`, `dtype`, `max_abs`, `max_rel`, `allowed`, `ok`); `rounding_float32`,
-        what float32 costs the plain net by itself (None where the net does not run in float64); and, of a net that was
+        rounding error of the plain net in float32 (None where the net does not run in float64); and, of a net that was
         grown, `effect_of_branches`: the relative change of its outputs when the branches are silenced.
     """
     exact = _in_float64(source.plain, source, seed)

@@ -31,7 +31,7 @@ def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, b
         path: Where the int8 net goes.
         images: Training images (N, C, H, W), normalised, to calibrate activations with.
         granularity: One scale per output channel ("per-channel") or per layer ("per-tensor").
-        batch_size: Of the calibration.
+        batch_size: Batch size of the calibration.
 
     Source: the defaults that onnxruntime documents for x86-64 with VNNI; a CPU without it saturates now and then.
     """

@@ -52,8 +52,8 @@ class ExportOptions:
         int8: One of `int8.GRANULARITIES`, or "none".
         calibration: Training images that int8 activations are calibrated with.
         rounds: Turns of each net in the timing; 0 leaves it out.
-        batch_size: Of the timing.
-        seed: Of random inputs and of the calibration images.
+        batch_size: Batch size of the timing.
+        seed: Seed of random inputs and of the calibration images.
         progress: Show progress bars.
     """
 
@@ -78,11 +78,7 @@ class ExportOptions:
 
 
 def export(
-    source: Source,
-    folder: Path,
-    options: ExportOptions | None = None,
-    *,
-    data: DataSet | None = None,
+    source: Source, folder: Path, options: ExportOptions | None = None, *, data: DataSet | None = None
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 
@@ -98,7 +94,7 @@ def export(
 
     Returns:
         The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64 (where the net
-        runs in it), and in float32 1e-5, or 10 times what float32 costs the plain net by itself if that is more.
+        runs in it), and in float32 1e-5, or 10 times the rounding error of the plain net in float32 if that is more.
 
     Raises:
         RunError: Something cannot be written, or reads back as something else; int8 without data.
@@ -192,7 +188,7 @@ def _ranges(folded: nn.Module, folder: Path) -> dict[str, Any]:
 
 
 def _latency(source: Source, functions: Mapping[str, Function], options: ExportOptions) -> dict[str, Any]:
-    """Milliseconds of each net, taken in turns, and their ratios to the plain net's."""
+    """Milliseconds of each net, interleaved, and their ratios to the plain net's."""
     x = random_images(source.input_size, options.batch_size, torch.float32, options.seed)
     nets: dict[str, Function] = {"plain net": source.plain, **functions}
     if source.grown is not None:

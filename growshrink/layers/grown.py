@@ -92,7 +92,7 @@ class GrownConv2d(Grown, nn.Conv2d):
 class GrownConv2dSame(GrownConv2d, Conv2dSame):
     """timm's `Conv2dSame`, grown: padded as TensorFlow does, by an amount that depends on the size of the input.
 
-    Kernel and branches see the padded input, as if nobody had padded it: so the branches merge exactly at any size.
+    Kernel and branches see the padded input and pad nothing more, so the branches merge exactly at any size.
     """
 
     plain_class = Conv2dSame

@@ -62,7 +62,7 @@ class ReduceNet(StagedNet):
             lengths of runs of blocks per stage, each run padded in front: `((3,), (1, 2), (3,))`.
         in_chans: Channels of the images.
         device: Where the tensors are made.
-        dtype: Of the parameters; `lam` is float32 always.
+        dtype: Type of the parameters; `lam` is float32 always.
         head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm
@@ -89,7 +89,8 @@ class ReduceNet(StagedNet):
     ) -> None:
         check_options(width, expansion)
         channels = tuple(max(1, round(c * width)) for c in channels)
-        stem = conv_norm_act(in_chans, channels[0], stem_stride, linear, device, dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        stem = conv_norm_act(in_chans, channels[0], stem_stride, linear, **factory)
         stages = []
         in_channels = channels[0]
         for out_channels, stride, lengths in zip(channels, strides, _runs(pad, depths), strict=True):
@@ -100,13 +101,11 @@ class ReduceNet(StagedNet):
                     block_stride = 1 if blocks else stride
                     block_padding = 0 if position else padding
                     blocks.append(
-                        Block(in_channels, out_channels, block_stride, expansion, linear, block_padding, device, dtype)
+                        Block(in_channels, out_channels, block_stride, expansion, linear, block_padding, **factory)
                     )
                     in_channels = out_channels
             stages.append(blocks)
-        super().__init__(
-            stem, stages, channels, (stem_stride, *strides), in_chans=in_chans, device=device, dtype=dtype, **head
-        )
+        super().__init__(stem, stages, channels, (stem_stride, *strides), in_chans=in_chans, **factory, **head)
 
 
 def _runs(pad: str | Runs, depths: Sequence[int]) -> Runs:

@@ -26,13 +26,13 @@ class StagedNet(nn.Module):
         stem: Images -> the input of the first stage.
         stages: The blocks of each.
         widths: Output channels of each stage.
-        strides: Of the stem, then of each stage.
+        strides: Strides of the stem, then of each stage.
         num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
         global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
         drop_rate: Dropout before the classifier.
         device: Where the head is made.
-        dtype: Of the head's parameters.
+        dtype: Type of the head's parameters.
     """
 
     def __init__(
@@ -95,10 +95,7 @@ class StagedNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates: stem, then stages (`coarse`) or blocks, then the head."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)],
-        }
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -212,18 +209,13 @@ def check_options(width: float, expansion: int) -> None:
 
 
 def conv_norm_act(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    linear: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    in_channels: int, out_channels: int, stride: int, linear: bool = False, **factory: Any
 ) -> nn.Sequential:
     """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
     stem = nn.Sequential()
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device, dtype=dtype)
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, **factory)
     stem.add_module("conv", conv)
-    stem.add_module("bn", nn.BatchNorm2d(out_channels, device=device, dtype=dtype))
+    stem.add_module("bn", nn.BatchNorm2d(out_channels, **factory))
     stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
     return stem
 
@@ -260,14 +252,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 def register_variants(
     module: str, net: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], describe: Callable[[str], str]
 ) -> None:
-    """Make `module` hold an entrypoint for every variant, registered with timm.
-
-    Args:
-        module: `__name__` of the module that holds the family; its `default_cfgs` are there already.
-        net: The class.
-        variants: Arguments of `net` by model name.
-        describe: Docstring of the entrypoint by model name.
-    """
+    """Register an entrypoint for every variant with timm, in the module of this name, its docstring by `describe`."""
 
     def entrypoint(name: str, arch: Mapping[str, Any]) -> Callable[..., StagedNet]:
         def create(pretrained: bool = False, **kwargs: Any) -> StagedNet:

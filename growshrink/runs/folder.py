@@ -57,7 +57,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             if not _entries(path):
                 return RunFolder(path, lock, fresh=True, finished=False)
             for entry in path.iterdir():
-                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote; nobody else is here
+                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote
                     entry.unlink()
             marker = read_json(path / MARKER)
             status = marker.get("status")

@@ -56,7 +56,7 @@ def choose_width(
         model: A grown net with every lam at 0 (for a base width of 0 throughout, at any lam). Not modified.
         candidates: Widths to try, e.g. `default_candidates(space)`.
         batches: Images `(N, C, H, W)`, the same for every candidate, to take the statistics from: training images.
-        score: Of a plain net, higher is better: on images that are neither trained on nor the test set.
+        score: Score of a plain net, higher is better: on images that are neither trained on nor the test set.
         keep_statistics: The width whose statistics are right as they are (the base of a NetAug run).
         input_size: `(C, H, W)`; None takes the model's own.
         progress: Wraps the candidates, e.g. with a progress bar.

@@ -28,14 +28,10 @@ _FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf", "features_only", "scr
 
 
 def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mapping[str, Any]) -> None:
-    """Write a grown net.
+    """Write a grown net, everything in its state_dict, and its width space, atomically.
 
-    Args:
-        path: A .safetensors file; written anew or replaced, never half.
-        model: The net, of which everything in its state_dict is kept.
-        space: Its width space.
-        about: How to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-            `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W). What else there is, is kept.
+    `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
+    `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W). What else there is, is kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

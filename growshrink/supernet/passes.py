@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from growshrink.layers.widths import WidthSpace, draw
 from growshrink.supernet.chain import UnitChain
 
-#: Every how many updates the augmented net runs, if nobody says otherwise.
+#: Default number of updates for each that runs the augmented net.
 EVERY = {"lazy": 8}
-#: Share of the base's loss that it learns from the augmented net, if nobody says otherwise.
+#: Default share of the base's loss that comes from the augmented net.
 INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
 
 
@@ -19,7 +19,7 @@ class Passes:
     """The passes of one update.
 
     Attributes:
-        width: Of the pass that is always there: the base net's (in `single` the one that is drawn).
+        width: Width of the pass that is always there: the base net's (in `single` the one that is drawn).
         augmented: Widths of the augmented passes, in the order they run, before the base's.
         start: The unit of the chain from which on the augmented passes run; None runs them whole.
         asked: A net that is run for its logits only: the one that `single` learns from in in-place distillation.

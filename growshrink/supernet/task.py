@@ -84,13 +84,13 @@ class NetAugTask(ClassificationTask):
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
             of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
-        inplace_temperature: Of both softmaxes there.
+        inplace_temperature: Temperature of both softmaxes there.
         teacher: A finished net that every pass learns from as well: a module, which is fed what the model is fed; or
             timm's `DistillationTeacher`, or the name of a pretrained timm model, which get their own normalisation.
         teacher_weight: Share of the loss on labels that the teacher gets.
-        teacher_temperature: Of both softmaxes there.
+        teacher_temperature: Temperature of both softmaxes there.
         lambda_schedule: lam by update; None leaves lam alone.
-        seed: Of the widths.
+        seed: Seed of the widths.
         input_size: `(C, H, W)`, for `suffix`; None takes the model's own.
 
     Raises:
@@ -164,7 +164,7 @@ class NetAugTask(ClassificationTask):
     # ---- the step
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One loss for whoever differentiates it.
+        """Compute a single differentiable loss.
 
         Args:
             input: Images `(N, C, H, W)`.
@@ -192,7 +192,7 @@ class NetAugTask(ClassificationTask):
     ) -> dict[str, Tensor]:
         """Add the gradient of the loss of `forward` to `.grad`, pass by pass: each graph is freed before the next.
 
-        Call it under autocast if you use that; the backward passes leave it by themselves. With several ranks there is
+        Call it under autocast if you use that; the backward passes leave it. With several ranks there is
         one all-reduce, in the last pass; none under `no_sync()`.
 
         Args:
@@ -251,7 +251,7 @@ class NetAugTask(ClassificationTask):
     def attach(self, optimizer: torch.optim.Optimizer) -> NetAugTask:
         """Keep what an update did not train from moving in it, and count the optimizer's updates.
 
-        A gradient of zero does not hold a weight still: weight decay and momentum go on moving it. Attached, rows of
+        A gradient of zero does not hold a weight still: weight decay and momentum still move it. Attached, rows of
         channels that were not drawn, and their state in the optimizer, are after `optimizer.step()` what they were
         before, bit for bit; branches that were skipped are passed over altogether. Nothing waits for the device.
         (Counts of steps are per tensor: Adam's correction of its start is that of the rows that were always drawn.)
@@ -304,7 +304,7 @@ class NetAugTask(ClassificationTask):
         return self.trainable_module
 
     def update_ema(self, step: int | None = None) -> None:
-        """Average the model, copy lam into the average (it is never averaged), and go on to update number `step`.
+        """Average the model, copy lam into the average (it is never averaged), and count update number `step`.
 
         None is the next one.
         """
@@ -313,7 +313,7 @@ class NetAugTask(ClassificationTask):
             set_lambda(self.trainable_module_ema, self._lam)
         if step is not None:
             self.set_step(step)
-        elif self._keeper is None:  # which counts by itself
+        elif self._keeper is None:  # which counts updates
             self.set_step(self.update + 1)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -321,11 +321,7 @@ class NetAugTask(ClassificationTask):
         return {"update": self.update}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """The inverse of `get_task_state`."""
         if state is not None and not ema:

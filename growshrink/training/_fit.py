@@ -27,10 +27,10 @@ def fit(
     Args:
         model: Any net.
         batches: What it is fed with.
-        config: How; with `ema_decay` the averaged net is what comes back, with batch norm statistics taken anew.
+        config: How; with `ema_decay` the averaged net is returned, recalibrated.
         updates: How long.
-        lam: A schedule, or a closed loop, which then listens to the training loss.
-        label: Of the progress bar.
+        lam: A schedule, or a closed loop, which then observes the training loss.
+        label: Label of the progress bar.
         progress: Show one.
 
     Returns:

@@ -284,7 +284,7 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
     elif where is None:
         chosen = list(candidates)
     elif callable(where):
-        # not about classifiers and the like: a callable written for convolutions goes on working in nets of those
+        # not about classifiers and the like: a callable written for convolutions also works in nets with other layers
         asked = {n: m for n, m in candidates.items() if isinstance(m, nn.Conv2d) or not reasons[n]}
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
