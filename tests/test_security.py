@@ -201,10 +201,10 @@ LIMITED = """
 import json, resource, sys, time
 from pathlib import Path
 import growshrink as gs
-from growshrink.reading import read_json, read_tensors
+from growshrink.base.reading import read_json, read_tensors
+from growshrink.data.formats import read_idx
+from growshrink.runs.checkpoints import load_checkpoint
 from growshrink.supernet import load_supernet
-from growshrink.training.checkpoints import load_checkpoint
-from growshrink.training.formats import read_idx
 
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)

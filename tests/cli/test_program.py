@@ -106,7 +106,7 @@ def test_children_and_workers():
     """A forked child dies of SIGTERM and ignores Ctrl-C; a shielded worker survives both, once."""
     script = """
         import os, signal, sys, time
-        from growshrink.stopping import finishing, handled, shield_worker
+        from growshrink.base.stopping import finishing, handled, shield_worker
 
         def child(signals, shielded):
             ready, told = os.pipe()

@@ -234,7 +234,8 @@ def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, mo
     scope = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
     pixels = torch.randn(2, *SIZE)
-    assert torch.equal(scope["net"].eval()(pixels), result.model.eval()(pixels))
+    found, expected = (net.eval().double()(pixels.double()) for net in (scope["net"], result.model))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # one is channels_last
     assert "12 images of the training set (one image is 8.33 points)" in text
     assert "![curves](curves.png)" in text and "exactly the plain net's" in text
     table = [line for line in text.splitlines() if line.startswith("|")]

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import growshrink as gs
 from growshrink.supernet import load_supernet
 from program import run
+from sampled import sampled
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "netaug.py"
 FILES = {"report.md", "report.json", "netaug.json", "netaug.png", "curves.png", "plain.safetensors", "run.json"}
@@ -24,6 +25,7 @@ def main(*args):
     return run(RECIPE, *args)
 
 
+@pytest.mark.exhaustive
 def test_without_arguments_it_learns_the_digits(tmp_path):
     process = subprocess.run(
         [sys.executable, str(RECIPE), "--epochs", "25", "--out", str(tmp_path / "run")],
@@ -61,8 +63,9 @@ def test_without_arguments_it_learns_the_digits(tmp_path):
     assert list(init.state_dict()) == list(supernet.state_dict())
 
 
-def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys):
-    args = ("--model", "reducenet20_x4", "--mode", "sandwich", "--exit", "choose", "--epochs", "12", *SMALL)
+@pytest.mark.parametrize("mode", sampled(["single", "sandwich"], ["single"]))
+def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys, mode):
+    args = ("--model", "reducenet20_x4", "--mode", mode, "--exit", "choose", "--epochs", "9", *SMALL)
     assert main("--out", tmp_path / "run", *args) == 0
     summary = json.loads((tmp_path / "run" / "netaug.json").read_text())
     scores = [candidate["top1"] for candidate in summary["candidates"]]

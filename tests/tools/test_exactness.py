@@ -1,14 +1,14 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "exactness.py"
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300)
+    return completed(TOOL, *args)
 
 
 @pytest.mark.parametrize("branch", ["bottleneck", "insert+nest"])

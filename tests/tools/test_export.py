@@ -1,6 +1,4 @@
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,20 +8,9 @@ import torch
 import growshrink as gs
 from growshrink.export import artefacts
 from nets import images
+from program import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(path, *args):
-    """Run the program at `path` as its user would; its exit code."""
-    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")

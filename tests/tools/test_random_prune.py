@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from program import run
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
 TINY = ["--model-kwargs", "width=0.5", "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
@@ -29,15 +30,7 @@ def start(*args):
 
 
 def main(capsys, *args):
-    argv, sys.argv = sys.argv, [str(TOOL), *map(str, args)]
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return code, *capsys.readouterr()
+    return run(TOOL, *args), *capsys.readouterr()
 
 
 def lines(path):
@@ -45,6 +38,7 @@ def lines(path):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.exhaustive
 def test_killed_and_run_again_by_two_processes_nothing_is_lost_and_nothing_done_twice(tmp_path, capsys):
     pytest.importorskip("torch_pruning")
     out = tmp_path / "run"
