@@ -234,6 +234,8 @@ def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, mo
     scope = {}
     exec(text.split("```python\n")[1].split("```")[0], scope)
     pixels = torch.randn(2, *SIZE)
+    read = scope["net"].state_dict()
+    assert all(torch.equal(value, read[key]) for key, value in result.model.state_dict().items())
     found, expected = (net.eval().double()(pixels.double()) for net in (scope["net"], result.model))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # one is channels_last
     assert "12 images of the training set (one image is 8.33 points)" in text

@@ -18,7 +18,8 @@ def trained(tmp_path_factory):
     """A run on digits, as short as it can be."""
     path = tmp_path_factory.mktemp("runs") / "run"
     recipe = ROOT / "recipes" / "grow_cycle.py"
-    options = ("--rounds", "1", "--epochs", "8", "--ratio", "1", "--model-kwargs", "width=0.25", "--quiet")
+    net = ("--model-kwargs", "width=0.5", "depths=(1,1,1)")
+    options = ("--rounds", "1", "--epochs", "8", "--ratio", "1", "--quiet", *net)
     assert run(recipe, "--out", path, *options) == 0
     return path
 

@@ -15,7 +15,8 @@ import pytest
 from program import run
 
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
-TINY = ["--model-kwargs", "width=0.5", "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
+SHALLOW = "depths=(1,1,1)"
+TINY = ["--model-kwargs", "width=0.5", SHALLOW, "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
 SMALL = [*TINY, "--num", "6", "--seeds", "2", "--criteria", "l1", "random"]
 
 
@@ -100,8 +101,8 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
 
 
 def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_path, capsys):
-    args = ["--space", "widths", "--model-kwargs", "width=0.25", "--tolerance", "0.5", "--epochs", "0.1", "--num", "2"]
-    args += ["--seeds", "1", "--criteria", "params", "--quiet"]
+    args = ["--space", "widths", "--model-kwargs", "width=0.25", SHALLOW, "--tolerance", "0.5", "--epochs", "0.1"]
+    args += ["--num", "2", "--seeds", "1", "--criteria", "params", "--quiet"]
     for name, epochs in (("alone", "2"), ("untrained", "0.01")):
         code, _, err = main(capsys, *args, "--alone", epochs, "--out", tmp_path / name)
         assert code == 0, err
