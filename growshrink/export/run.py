@@ -142,9 +142,7 @@ def export(
             images = int8.calibration_images(source, data, options.calibration, options.seed)
             reduced = int8.needs_reduced_range()
             with _quiet():
-                int8.quantise(
-                    folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced
-                )
+                int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
             programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
             doing("accuracy")
             judged: dict[str, Function] = {

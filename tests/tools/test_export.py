@@ -6,7 +6,7 @@ import timm
 import torch
 
 import growshrink as gs
-from growshrink.export import artefacts
+from growshrink.export import artefacts, int8
 from nets import images
 from program import run
 
@@ -39,6 +39,8 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
     final = json.loads((trained / "report.json").read_text())["final"]["top1"]
     assert scores["float32"]["top1"] == pytest.approx(final) == pytest.approx(scores["float32, ONNX"]["top1"])
     assert abs(scores["int8"]["top1"] - final) < 3.0 and scores["int8"]["loss"] != scores["float32"]["loss"]
+    bits = 7 if int8.needs_reduced_range() else 8
+    assert report["int8"]["weight_bits"] == bits and f"Weights have {bits} bits" in (folder / "report.md").read_text()
     assert report["files"]["int8.onnx"] < 0.8 * report["files"]["folded.onnx"]
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images(1, 8, 8, n=5)
