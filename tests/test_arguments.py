@@ -3,6 +3,7 @@
 The table names each public name of growshrink; a test proves that it does.
 """
 
+import copy
 import types
 
 import pytest
@@ -20,12 +21,16 @@ NO_SIZES = (None, 3, (3, 16), (3, -1, 16), "3x16x16")
 NO_NETS = (None, 3, "resnet18", [1])
 
 
+PLAIN = net("reducenet20", depths=(1, 1, 1))
+GROWN = gs.grow(PLAIN, input_size=SIZE)
+
+
 def plain():
-    return net("reducenet20")
+    return copy.deepcopy(PLAIN)
 
 
-def grown(**options):
-    return gs.grow(plain(), input_size=SIZE, **options)
+def grown():
+    return copy.deepcopy(GROWN)
 
 
 def linear():

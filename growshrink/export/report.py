@@ -151,6 +151,13 @@ def _ranges(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+#: What the weights' bits mean for the CPU that runs the net.
+BITS = {
+    7: "Weights have 7 bits (reduce_range): this CPU has no VNNI, and with 8 its sums could saturate.",
+    8: "Weights have 8 bits: on an x86 CPU without VNNI sums can saturate; export there for such a CPU.",
+}
+
+
 def _int8(found: Mapping[str, Any]) -> list[str]:
     return [
         f"Measured: {found['granularity']} int8, activations calibrated on {found['calibration_images']} training "
@@ -160,6 +167,8 @@ def _int8(found: Mapping[str, Any]) -> list[str]:
             ("net", "test top-1", "loss"),
             [(name, f"{row['top1']:.2f} %", f"{row['loss']:.4f}") for name, row in found["scores"].items()],
         ),
+        "",
+        BITS[found["weight_bits"]],
     ]
 
 

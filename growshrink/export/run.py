@@ -136,8 +136,9 @@ def export(
             doing("int8")
             quantised = folder / int8.INT8_FILE
             images = int8.calibration_images(source, data, options.calibration, options.seed)
+            reduced = int8.needs_reduced_range()
             with _quiet():
-                int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8)
+                int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
             programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
             doing("accuracy")
             judged: dict[str, Function] = {
@@ -147,6 +148,7 @@ def export(
             }
             report["int8"] = {
                 "granularity": options.int8,
+                "weight_bits": 7 if reduced else 8,
                 "calibration_images": len(images),
                 "data": data.name,
                 "test_images": len(data.test),

@@ -13,6 +13,7 @@ from growshrink.cycle.costs import Costs
 from growshrink.errors import PlanError
 from growshrink.schedules.functions import cosine
 from growshrink.training import Trainer
+from sampled import sampled
 
 PLANS = {
     "plain": [],
@@ -50,7 +51,7 @@ def run(path, plan, **kwargs):
     return gs.run_cycle(small(outputs=4), Feed.make(), plan, out_dir=path, config=CONFIG, **kwargs)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", sampled(PLANS, ("plain", "fuse", "online", "teach", "netaug, previous")))
 def test_the_cost_is_known_before(tmp_path, name):
     plan, feed = plan_of(name), Feed.make()
     result = run(tmp_path / "run", plan)

@@ -20,6 +20,7 @@ from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig
 from nets import net
+from sampled import sampled
 
 TINY = Experiment(
     data="digits",
@@ -37,7 +38,7 @@ TINY = Experiment(
 )
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", sampled(ARMS, (PLAIN, "cycles-2-peak", "dbb", "drop-layers", "reducenet-x2")))
 def test_every_arm_fits_its_budget(name):
     data = load_data("digits")
     feed = MemoryFeed.of(data, batch_size=64, augment=Augment(crop=0, flip=False))
@@ -225,6 +226,7 @@ def test_without_a_finished_trial_the_rate_is_the_configs():
     assert set(rates(experiment).values()) == {TINY.config.lr}
 
 
+@pytest.mark.exhaustive
 def test_sampled_widths_of_several_nets_side_by_side_cost_their_budget(tmp_path):
     experiment = replace(TINY, arms=("plain", "lazy-distil"), model_kwargs={"width": 0.375}, seeds=(0, 1, 2))
     job = jobs_of(experiment, rates(experiment), stack=True)[1]

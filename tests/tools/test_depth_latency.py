@@ -1,10 +1,9 @@
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+import program
 from growshrink.depth import latency
 
 TOOL = Path(__file__).parents[2] / "tools" / "depth_latency.py"
@@ -21,10 +20,7 @@ def run(monkeypatch, *args, power=1.0):
 
     monkeypatch.setattr(latency, "interleaved_timings", clock)
     monkeypatch.setattr(latency, "ANCHORS", 1)
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return end.value.code
+    return program.run(TOOL, *args)
 
 
 BRIEF = ["--quiet", "--width", "0.1", "--image-size", "8", "--longest", "2", "--cuts", "3"]
