@@ -28,7 +28,7 @@ from growshrink.cycle import run_cycle as run_cycle
 from growshrink.depth import collapse as collapse
 from growshrink.layers.activations import get_lambda as get_lambda
 from growshrink.layers.activations import set_lambda as set_lambda
-from growshrink.layers.online import expand_online as expand_online
+from growshrink.layers.swaps import expand_online as expand_online
 from growshrink.layers.widths import active_width as active_width
 from growshrink.layers.widths import set_width as set_width
 from growshrink.layers.widths import width_space as width_space

@@ -71,7 +71,7 @@ class WidthError(GrowShrinkError):
 
 
 class EquivalenceError(GrowShrinkError):
-    """Two nets that were claimed equal are not, or the check could not have told."""
+    """Two nets that were claimed equal are not, or the check was not sensitive enough."""
 
 
 class DataError(GrowShrinkError):
@@ -83,7 +83,7 @@ class PlanError(GrowShrinkError):
 
 
 class RunError(GrowShrinkError):
-    """A training run cannot start, go on, or be resumed."""
+    """A training run cannot start, continue, or be resumed."""
 
 
 class DivergedError(RunError):

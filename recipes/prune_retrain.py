@@ -26,7 +26,16 @@ from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.analysis.results import Results
-from growshrink.analysis.retrain import ARMS, Dense, best_rates, compare_arms, run_arm, start_arm, text, train_dense
+from growshrink.analysis.retrain import (
+    RETRAIN_ARMS,
+    Dense,
+    best_rates,
+    compare_arms,
+    format_comparison,
+    run_arm,
+    start_arm,
+    train_dense,
+)
 from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf, Positive
@@ -50,7 +59,7 @@ class Args(StudyOptions):
 
     criterion: Annotated[str, OneOf("no such criterion", tuple(CRITERIA))] = "l1"
     """What is pruned by."""
-    arms: tuple[Annotated[str, OneOf("no such arm", tuple(ARMS))], ...] = tuple(ARMS)
+    arms: tuple[Annotated[str, OneOf("no such arm", tuple(RETRAIN_ARMS))], ...] = tuple(RETRAIN_ARMS)
     """Which of the arms."""
     lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
     """Peak learning rates that each arm is tuned over; --lr is the dense net's."""
@@ -73,12 +82,12 @@ def main(args: Args) -> None:
         dense = [results.done()[f"seed {seed}, dense"] for seed in measured]
         summary = compare_arms(found, dense)
         summary["tuned_rates"] = rates
-        summary["what"] = {arm: ARMS[arm] for arm in args.arms}
+        summary["what"] = {arm: RETRAIN_ARMS[arm] for arm in args.arms}
         summary["about"] = {"command": command(), "versions": versions(), **args.identity()}
         write_json(results.path / "prune_retrain.json", jsonable(summary))
         results.finish()
         print(f"{args.model.name} on {args.data.name}, pruned by {args.criterion} to {args.budget.macs:g} of the MACs")
-        print(text(summary))
+        print(format_comparison(summary))
         print(f"{results.path / 'prune_retrain.json'} has the figures, results.jsonl every run.")
 
 

@@ -48,9 +48,10 @@ def main(args: Args, script: Path, arguments: list[str]) -> None:
     if (script.parent / "timm").is_dir():
         raise RunError(f"{script}: there is a folder timm beside it, which Python would import. Copy the script away.")
 
-    if (widths := args.rounds.widths) is None:
-        raise RunError("--widths none: there would be no wider net.")
     how, seed = args.rounds, args.running.seed
+    if how.widths is None:
+        raise RunError("--widths none: there would be no wider net.")
+    widths = asdict(how.widths)
 
     class Task(gs.NetAugTask):
         """What train.py makes in the place of its own task."""
@@ -58,7 +59,7 @@ def main(args: Args, script: Path, arguments: list[str]) -> None:
         def __init__(self, model: nn.Module, **keywords: Any) -> None:
             if not grown_modules(model):
                 gs.grow(model, how.branch, ratio=how.ratio, where=how.where, seed=seed, inplace=True)
-            super().__init__(model, **{**keywords, **asdict(widths)}, seed=seed)
+            super().__init__(model, **{**keywords, **widths}, seed=seed)
             made.append(self)
 
     def create_optimizer(*positional: Any, **keywords: Any) -> torch.optim.Optimizer:

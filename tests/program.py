@@ -1,19 +1,37 @@
-"""Running a program in the process of the tests."""
+"""Running a program in the process of the tests: starting Python and importing torch takes seconds, every time."""
 
+import io
+import os
 import runpy
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
 
 
 def run(path, *args):
     """Run the program at `path` with `args` as its user would; its exit code."""
-    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
-    folders, sys.path = sys.path, [str(Path(path).parent), *sys.path]
+    threads, interval = torch.get_num_threads(), tqdm.monitor_interval
+    argv = [str(path), *map(str, args)]
     try:
-        runpy.run_path(str(path), run_name="__main__")
+        with mock.patch.object(sys, "argv", argv), mock.patch.object(sys, "path", [str(Path(path).parent), *sys.path]):
+            with mock.patch.dict(os.environ):
+                runpy.run_path(str(path), run_name="__main__")
     except SystemExit as end:
-        return end.code
+        return end.code or 0
     finally:
-        sys.argv = argv
-        sys.path = folders
+        torch.set_num_threads(threads)
+        tqdm.monitor_interval = interval
     return 0
+
+
+def completed(path, *args):
+    """The same, with its output, as `subprocess.run` gives it."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = run(path, *args)
+    return subprocess.CompletedProcess([str(path), *map(str, args)], code, out.getvalue(), err.getvalue())

@@ -3,6 +3,7 @@
 The table names each public name of growshrink; a test proves that it does.
 """
 
+import copy
 import types
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.algebra import ConvMap
-from growshrink.layers import GrownConv2d, get_width
+from growshrink.layers import get_width
 from growshrink.schedules import ClosedLoop
 from nets import images, net
 
@@ -20,12 +21,16 @@ NO_SIZES = (None, 3, (3, 16), (3, -1, 16), "3x16x16")
 NO_NETS = (None, 3, "resnet18", [1])
 
 
+PLAIN = net("reducenet20", depths=(1, 1, 1))
+GROWN = gs.grow(PLAIN, input_size=SIZE)
+
+
 def plain():
-    return net("reducenet20")
+    return copy.deepcopy(PLAIN)
 
 
-def grown(**options):
-    return gs.grow(plain(), input_size=SIZE, **options)
+def grown():
+    return copy.deepcopy(GROWN)
 
 
 def linear():
@@ -109,11 +114,7 @@ BAD = {
     + each(lambda d: gs.depth.merge_runs(plain(), if_costlier=d), ("maybe", None, 3))
     + each(lambda w: gs.depth.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.depth.nonaffine_modules(m, input_size=SIZE), NO_NETS),
-    "GrownLinear": [
-        lambda: gs.layers.GrownLinear.from_linear(None, []),
-        lambda: gs.layers.GrownLinear.from_linear(nn.Conv2d(1, 1, 1), []),
-    ],
-    "GrownConv2d": [lambda: GrownConv2d.from_conv(None, []), lambda: GrownConv2d.from_conv(nn.Linear(1, 1), [])],
+    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv1d(1, 1, 1))),
     "PureBottleneck": each(lambda v: gs.layers.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.layers.PureBottleneck(4, 4, 4, groups=3)],
     "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)

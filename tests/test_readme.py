@@ -1,23 +1,44 @@
-"""The README's Python runs as it stands, and its links point somewhere."""
+"""Every Python snippet of the README and the docs runs and prints what stands below it; links lead somewhere."""
 
+import contextlib
+import doctest
+import io
 import re
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SNIPPET = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<printed>.*?)^```$)?", re.M | re.S)
+SNIPPETS = [
+    pytest.param(path, found, id=f"{path.relative_to(ROOT)}:{path.read_text()[: found.start()].count(chr(10)) + 1}")
+    for path in PAGES
+    for found in SNIPPET.finditer(path.read_text())
+]
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, str(README), "exec"), {})
+@pytest.mark.parametrize(("path", "snippet"), SNIPPETS)
+def test_a_snippet_runs_and_prints_what_stands_below_it(path, snippet):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet["code"], str(path), "exec"), {})
+    expected = snippet["printed"] or ""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.OutputChecker().check_output(expected, out.getvalue(), flags), out.getvalue()
 
 
-def test_links_and_commands_name_files_that_exist():
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_commands_name_files_that_exist(path):
+    text = path.read_text()
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (path.parent / link).exists(), link
+    for named in re.findall(r"\b(?:recipes|tools|tests|docs)/[\w/.-]+\.(?:py|svg|json|md)\b", text):
+        assert (ROOT / named).exists(), named
+
+
+def test_the_readme_stays_short():
     text = README.read_text()
-    named = re.findall(r"\]\((?!http)([^)#]+)\)", text) + re.findall(
-        r"\b((?:recipes|tools|tests)/[\w/]+\.(?:py|svg))", text
-    )
-    assert named
-    for path in named:
-        assert (README.parent / path).exists(), path
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1600

@@ -202,9 +202,9 @@ import json, resource, sys, time
 from pathlib import Path
 import growshrink as gs
 from growshrink.base.reading import read_json, read_tensors
-from growshrink.supernet import load_supernet
-from growshrink.runs.checkpoints import load_checkpoint
 from growshrink.data.formats import read_idx
+from growshrink.runs.checkpoints import load_checkpoint
+from growshrink.supernet import load_supernet
 
 used = int(open("/proc/self/statm").read().split()[0]) * 4096
 resource.setrlimit(resource.RLIMIT_AS, (used + (256 << 20),) * 2)

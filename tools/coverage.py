@@ -51,7 +51,7 @@ HOPELESS = 1e-3
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Options of coverage; every kind of branch is grown on a net of its own; some nets take only their own image size."""
+    """Options of coverage; every branch is grown on a net of its own; some nets take only their own image size."""
 
     patterns: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of timm models, with wildcards. By default the first net of each family that the limit lets through."""

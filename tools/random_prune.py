@@ -38,10 +38,19 @@ from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA, ChannelSpace
 from growshrink.analysis.plots import draw_yield
-from growshrink.analysis.prune import Budget, Draws, SupernetSpace, draw_widths
+from growshrink.analysis.prune import Budget, DrawnWidths, SupernetSpace, draw_widths
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import Bench
-from growshrink.analysis.study import PICKERS, RANDOM, Candidate, measure, plan_channels, plan_widths, summarise, text
+from growshrink.analysis.study import (
+    PICKERS,
+    RANDOM,
+    PlannedNet,
+    format_summary,
+    measure,
+    plan_channels,
+    plan_widths,
+    summarise,
+)
 from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
@@ -168,13 +177,13 @@ def trainer(args: Args, feed: Feed) -> Callable[[nn.Module], object] | None:
     return lambda net: train_net(net, feed, epochs=args.alone, config=args.training)
 
 
-def make_plan(args: Args, results: Results, feed: MemoryFeed) -> tuple[list[Any], list[Candidate], Draws]:
+def make_plan(args: Args, results: Results, feed: MemoryFeed) -> tuple[list[Any], list[PlannedNet], DrawnWidths]:
     """The trained nets' spaces, all subnets, and the draws: the same in every process."""
     budget, seed, criteria = args.budget, args.running.seed, criteria_of(args)
     num_nets = 1 if args.files.trained is not None else args.length.seeds
     spaces: list[Any] = []
-    plan: list[Candidate] = []
-    draws: Draws | None = None
+    plan: list[PlannedNet] = []
+    draws: DrawnWidths | None = None
     for number in range(num_nets):
         if not args.widths():
             model = plain_net(args, results, feed, number)
@@ -241,7 +250,7 @@ def supernet(
     return init.to(device), trained.to(device), space
 
 
-def report(args: Args, results: Results, keys: list[str], spaces: list[Any], draws: Draws, feed: Feed) -> None:
+def report(args: Args, results: Results, keys: list[str], spaces: list[Any], draws: DrawnWidths, feed: Feed) -> None:
     """The figures of the finished run, on the screen and in the folder."""
     records = [results.done()[key] for key in keys]
     full = [evaluate(full_net(space, feed, args), feed.val).top1 for space in spaces]
@@ -257,7 +266,7 @@ def report(args: Args, results: Results, keys: list[str], spaces: list[Any], dra
     )
     if not args.widths() and (left := spaces[0].left_alone):
         print(f"{len(left)} groups of channels were left alone, e.g. {next(iter(left))}: {next(iter(left.values()))}")
-    print(text(summary))
+    print(format_summary(summary))
     write_json(results.path / "random_prune.json", jsonable(summary))
     random = np.array([record["top1"] for record in records if record["kind"] == RANDOM])
     marks = {name: np.array(row["top1"]) for name, row in summary["criteria"].items()}

@@ -74,7 +74,9 @@ class ConvMap:
     def from_bn(bn: nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The per-channel affine map of a batch norm in eval mode (running statistics, its own eps)."""
         if bn.running_mean is None or bn.running_var is None:
-            raise AlgebraError("a batch norm without running statistics normalises by the batch: it is no fixed map.")
+            raise AlgebraError(
+                "a batch norm without running statistics normalises by the batch, so it is not a fixed affine map."
+            )
         scale_O = (bn.running_var.to(dtype) + bn.eps).rsqrt()
         if bn.weight is not None:
             scale_O = scale_O * bn.weight.to(dtype)
@@ -224,10 +226,6 @@ class ConvMap:
         eye = torch.eye(merged, dtype=self.kernel.dtype, device=self.kernel.device)
         kernel = torch.einsum("gaoihw,ab->gaobihw", blocks, eye).reshape(out_ch, merged * in_ch, kh, kw)
         return replace(self, kernel=kernel, groups=groups)
-
-    def densify(self) -> ConvMap:
-        """The same map with one group."""
-        return self.regroup(1)
 
     # ---- where maps go
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.analysis.layers import Layer, Side, State, check_states, supernet_layers
+from growshrink.analysis.stats import Floats
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import Width, WidthSpace
 
-Floats = NDArray[np.float64]
 Index = NDArray[np.integer[Any]]
 """Subnets: `(N, number of variables)`, the position of each width in the list of its choices."""
 
@@ -41,8 +41,8 @@ class AngleScores:
     Attributes:
         angle: In radians, float64 `(N,)`; NaN where the initial or the trained vector is zero.
         null: The structural null: the angle if every layer had turned by its mean, whatever the width, `(N,)`.
-        params: Of the subnet, all of them, int64 `(N,)`.
-        macs: Of an image through the subnet as it is trained (not fused), int64 `(N,)`.
+        params: All parameters of the subnet, int64 `(N,)`.
+        macs: MACs of an image through the subnet as it is trained (not fused), int64 `(N,)`.
     """
 
     angle: Floats
@@ -99,7 +99,7 @@ class AngleTable:
         self.names = tuple(self.choices)
         self.layers = tuple(layers)
         self.num_checkpoints = len(checkpoints)
-        #: Angle of every layer of the vector by itself, at the last checkpoint, by its own one or two widths.
+        #: Angle of every single layer of the vector, at the last checkpoint, by its own one or two widths.
         self.layer_angles: dict[str, Floats] = {}
         self._sums: dict[tuple[str, ...], Floats] = {}  # (choices ..., columns) by variables
         for layer in layers:
@@ -118,12 +118,7 @@ class AngleTable:
         return math.prod(len(choices) for choices in self.choices.values())
 
     def score(self, index: Index, checkpoint: int = -1) -> AngleScores:
-        """Angle, null, parameters and MACs of subnets.
-
-        Args:
-            index: `(N, number of variables)`.
-            checkpoint: Which of the trained states.
-        """
+        """Angle, null, parameters and MACs of subnets."""
         index = self._checked(index)
         t = checkpoint % self.num_checkpoints
         columns = [0, 1, 2, 3 + 3 * t, 4 + 3 * t, 5 + 3 * t]
@@ -306,15 +301,7 @@ def supernet_table(
     input_size: InputSize,
     order: Mapping[str, Sequence[int]] | None = None,
 ) -> AngleTable:
-    """The table of a width space of a grown net.
-
-    Args:
-        init: The net as it was initialised.
-        trained: The same net, trained; or at several times.
-        space: Its width space.
-        input_size: `(C, H, W)`, for the MACs.
-        order: See `AngleTable`.
-    """
+    """Make the table of a width space from a grown net as initialised and trained (once or at several times)."""
     if not isinstance(space, WidthSpace):
         raise AnalysisError(f"{space=}: must be a WidthSpace, see growshrink.width_space.")
     space.check(init)

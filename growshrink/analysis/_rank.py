@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import rankdata
 
 from growshrink.analysis import stats
-from growshrink.analysis.stats import Bootstrap, Floats, Interval
+from growshrink.analysis.stats import Bootstrap, Estimate, Floats
 from growshrink.errors import AnalysisError
 
 #: What a score has to beat before it is said to add anything.
@@ -35,13 +35,13 @@ class Agreement:
         beyond: Partial Spearman given the baselines: 0 where the score knows nothing that they do not.
     """
 
-    tau_a: Interval
-    tau_b: Interval
-    spearman: Interval
-    precision: Interval
-    regret: Interval
-    tau_within: Interval
-    beyond: Interval
+    tau_a: Estimate
+    tau_b: Estimate
+    spearman: Estimate
+    precision: Estimate
+    regret: Estimate
+    tau_within: Estimate
+    beyond: Estimate
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Verdict:
     """
 
     adds: bool
-    differences: dict[str, Interval]
+    differences: dict[str, Estimate]
     reason: str
 
 
@@ -68,17 +68,17 @@ class Ranking:
     """Outcome of `rank`.
 
     Attributes:
-        agreement: Of every score, baselines included.
-        verdicts: Of every score that is no baseline.
+        agreement: Agreement of every score, baselines included.
+        verdicts: Verdicts of every score that is no baseline.
         n: Subnets that were compared.
         left_out: Subnets without a finite score.
-        k: Of precision and regret.
-        num_bins: Of the size bins.
+        k: K of precision and regret.
+        num_bins: Number of size bins.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
         seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
         ceiling: tau that a score without any error would have, `stats.noise_ceiling`; None if it was measured once.
-        confidence: Of the intervals.
-        num_resamples: Of the bootstrap.
+        confidence: Confidence of the intervals.
+        num_resamples: Resamples of the bootstrap.
     """
 
     agreement: dict[str, Agreement]
@@ -144,11 +144,11 @@ def rank(
             finite value in one of them are left out and counted.
         truth: `(N,)`, higher is better; or several measurements of it with different seeds, whose mean is the truth.
         baselines: Names of the scores that any other has to beat.
-        k: Of top-k precision and regret; None is a tenth of the subnets.
+        k: K of top-k precision and regret; None is a tenth of the subnets.
         num_bins: Bins of MACs for `tau_within`, of equal counts; fewer if a bin would have less than 8 subnets.
-        num_resamples: Of the bootstrap over subnets.
-        confidence: Of the intervals.
-        seed: Of the bootstrap.
+        num_resamples: Resamples of the bootstrap over subnets.
+        confidence: Confidence of the intervals.
+        seed: Seed of the bootstrap.
 
     Raises:
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
@@ -205,13 +205,13 @@ def _agreement(
 ) -> tuple[Agreement, Floats]:
     """Its figures, and the resamples of tau_within."""
     if np.ptp(score) == 0:  # a constant score ranks nothing
-        nothing = Interval(math.nan, math.nan, math.nan)
-        zero = Interval(0.0, 0.0, 0.0)
+        nothing = Estimate(math.nan, math.nan, math.nan)
+        zero = Estimate(0.0, 0.0, 0.0)
         return Agreement(zero, nothing, nothing, nothing, nothing, nothing, nothing), np.full(len(boot.index), math.nan)
     tau_a, tau_b = boot.kendall(score, truth)
     within = boot.kendall(score, truth, bins)[1]
     found = stats.kendall(score, truth)
-    ranks = rankdata(score), rankdata(truth)
+    ranks = scipy.stats.rankdata(score), scipy.stats.rankdata(truth)
     figures = {
         "tau_a": (found.tau_a, tau_a),
         "tau_b": (found.tau_b, tau_b),
@@ -259,7 +259,7 @@ def _verdict(
     return Verdict(adds, differences, reason)
 
 
-def _cell(interval: Interval) -> str:
+def _cell(interval: Estimate) -> str:
     if math.isnan(interval.value):
         return "-"
     return f"{interval.value:+.3f} ({interval.low:+.3f}, {interval.high:+.3f})"

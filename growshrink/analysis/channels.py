@@ -110,12 +110,7 @@ class ChannelSpace:
         return net
 
     def importance(self, criterion: str, batch: tuple[Tensor, Tensor] | None = None) -> dict[str, Floats]:
-        """How important each channel is, by group, in units of the group's mean.
-
-        Args:
-            criterion: A key of `CRITERIA`.
-            batch: Images and labels, for `taylor`.
-        """
+        """How important each channel is, by group, in units of the group's mean; "taylor" needs images and labels."""
         if criterion not in CRITERIA:
             raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, CRITERIA)}")
         name, kwargs = CRITERIA[criterion]

@@ -45,7 +45,7 @@ class Layer:
     that reads a concatenation is one layer for each segment.
 
     Attributes:
-        name: Of the tensor, in the states that a table is made from.
+        name: Name of the tensor, in the states that a table is made from.
         rows: What is kept along axis 0; None is everything.
         columns: Along axis 1 (of one entry, where the tensor has a single axis).
         positions: Multiply-accumulates of an image for each of its weights: the output positions of a convolution, 1
@@ -70,14 +70,7 @@ def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
 
     The vector is made of the kernels of convolutions and of linear layers, as in AngleNAS: no norms, no biases. MACs
     are those of the grown net as it is trained, each convolution cut to what its output is used for: fused, all widths
-    cost the same.
-
-    Args:
-        model: Not modified.
-        input_size: `(C, H, W)`.
-
-    Raises:
-        WidthError: The model carries no branches.
+    cost the same. WidthError if the model carries no branches.
 
     Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), section 3.2.
     """

@@ -18,11 +18,7 @@ MOST_POINTS = 20_000
 def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None, title: str) -> bool:
     """Angle against parameters, against the null, and the excess against parameters; False without matplotlib.
 
-    Args:
-        path: A picture.
-        columns: `angle`, `null`, `excess` and `params`, `(N,)` each.
-        colour: The truth, if it is known, `(N,)`.
-        title: Of the picture.
+    `columns` has `angle`, `null`, `excess` and `params`, `colour` the truth where it is known, all `(N,)`.
     """
     figure = _figure(13, 4.2)
     if figure is None:
@@ -53,11 +49,7 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
 def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title: str) -> bool:
     """Histogram and empirical distribution of random draws, criteria marked on it; False without matplotlib.
 
-    Args:
-        path: A picture.
-        random: Top-1 of random subnets, in percent, `(N,)`.
-        criteria: Top-1 of each criterion, one for each seed.
-        title: Of the picture.
+    `random` is the top-1 of random subnets, in percent, `(N,)`; `criteria` that of each criterion, one for each seed.
     """
     figure = _figure(11, 4.5)
     if figure is None:

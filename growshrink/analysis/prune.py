@@ -28,7 +28,7 @@ from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import set_width
 
-#: Draws after which a budget counts as one that nothing meets.
+#: DrawnWidths after which a budget counts as one that nothing meets.
 MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
 
@@ -48,12 +48,7 @@ class Space(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class SupernetSpace:
-    """The widths of a trained supernet, whose subnets keep the first channels.
-
-    Attributes:
-        model: The supernet.
-        table: Of which the costs are columns.
-    """
+    """The widths of a trained supernet, whose subnets keep the first channels; `table` has their costs."""
 
     model: nn.Module
     table: AngleTable
@@ -92,7 +87,7 @@ class Budget:
 
 
 @dataclass(frozen=True, eq=False)
-class Draws:
+class DrawnWidths:
     """Widths drawn under a budget.
 
     Attributes:
@@ -115,15 +110,8 @@ class Draws:
         return self.accepted / self.drawn
 
 
-def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> Draws:
-    """Draw widths uniformly until `num` of them meet the budget.
-
-    Args:
-        space: What from.
-        budget: In MACs.
-        num: How many.
-        seed: The only thing that decides what is drawn.
-        distinct: No subnet twice: where the widths are all there is to a subnet.
+def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> DrawnWidths:
+    """Draw widths uniformly until `num` of them meet the budget, in MACs; with `distinct` no subnet twice.
 
     Raises:
         AnalysisError: `MOST_DRAWS` draws were not enough: nothing, or too little, meets the budget.
@@ -154,7 +142,7 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
             f"{lowest / full:.3f} to {highest / full:.3f} of the full net. Take another budget, or a wider tolerance."
         )
     index, params, macs = (np.concatenate(parts)[:num] for parts in zip(*kept, strict=True))
-    return Draws(index, params, macs, drawn, accepted)
+    return DrawnWidths(index, params, macs, drawn, accepted)
 
 
 def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:
@@ -190,7 +178,7 @@ def profile_macs(space: Space) -> int:
 
 
 def random_channels(space: ChannelSpace, widths: Mapping[str, int], seed: int) -> dict[str, NDArray[np.intp]]:
-    """Channels drawn uniformly, for given widths; each group by itself, so that none is pruned before another.
+    """Channels drawn uniformly, for given widths; group by group, so that none is pruned before another.
 
     Source: an earlier random baseline of Torch-Pruning pruned small groups first (its issue 498).
     """
@@ -220,11 +208,11 @@ def random_prune(
 
     Args:
         model: Any timm model, or another that Torch-Pruning can trace. Not modified.
-        macs: Of the pruned net, over those of the full one.
+        macs: MACs of the pruned net, over those of the full one.
         tolerance: Relative, of that.
         criterion: "random" draws the widths of all layers, then the channels; "l1", "l2", "bn_scale", "fpgm" and
             "taylor" keep what is more important than one threshold, common to all layers.
-        seed: Of "random".
+        seed: Seed for "random".
         least: Smallest share of its channels that a layer keeps.
         round_to: Widths are multiples of this.
         batch: Images and labels, for "taylor".

@@ -1,26 +1,25 @@
 """Results that many processes add to, one line each, and that a crash cannot spoil.
 
-A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). Whoever is to
-compute a record holds a lock on its number meanwhile; the system takes the locks of a process back when it dies,
-however it dies. So processes on one machine, or ranks of torchrun, need no word between them: each takes what nobody
-has done and nobody is doing. Nothing is done twice, and a killed run goes on where it was.
+A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). A
+process that computes a record holds a lock on its number, which the system releases when the process dies. So
+processes on one machine, or ranks of torchrun, need no communication: each takes a record that is neither done nor
+locked. Nothing is done twice, and a killed run is resumed where it was.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from growshrink.base.locking import lock_byte, unlock_byte
 from growshrink.base.reading import parse_json, read_json
 from growshrink.base.writing import json_line, write_atomic, write_json
 from growshrink.errors import RunError
@@ -30,12 +29,12 @@ FILE = "results.jsonl"
 #: Of the rest of a line, in the line.
 DIGEST = "digest"
 #: Numbers of locks beyond those of records.
-_APPEND, _SETUP = 2**40, 2**41
+_APPEND, _SETUP = 2**30, 2**30 + 1
 #: Seconds between two looks at what others are doing.
 _PAUSE = 0.2
 
 
-class Results:
+class Results(AbstractContextManager["Results"]):
     """The results of one run, which other processes may be working on too. A context manager.
 
     Args:
@@ -105,7 +104,7 @@ class Results:
                 end = file.seek(0, os.SEEK_END)
                 if end:
                     file.seek(end - 1)
-                    if file.read(1) != b"\n":  # somebody died in the middle of a line
+                    if file.read(1) != b"\n":  # a process died while it wrote a line
                         line = b"\n" + line
                 file.write(line)
                 file.flush()
@@ -122,16 +121,14 @@ class Results:
             for number, key in enumerate(keys):
                 if key in self._done:
                     continue
-                try:
-                    fcntl.lockf(self._locks, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-                except OSError:  # somebody is at it
+                if not lock_byte(self._locks, number, wait=False):  # another process is computing it
                     waiting = True
                     continue
                 try:
                     if key not in self.done():  # it may have been finished since we looked
                         yield key
                 finally:
-                    fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+                    unlock_byte(self._locks, number)
             if not waiting and all(key in self.done() for key in keys):
                 return
             time.sleep(_PAUSE)
@@ -157,23 +154,17 @@ class Results:
 
     @contextmanager
     def _locked(self, number: int) -> Iterator[None]:
-        fcntl.lockf(self._locks, fcntl.LOCK_EX, 1, number)
+        lock_byte(self._locks, number)
         try:
             yield
         finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, number)
+            unlock_byte(self._locks, number)
 
     def close(self) -> None:
         """Give back all locks."""
         os.close(self._locks)
 
-    def __enter__(self) -> Results:
-        """The results themselves."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close."""
         self.close()
 

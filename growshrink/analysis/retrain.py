@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from growshrink import schedules
 from growshrink.analysis import stats
 from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
+from growshrink.analysis.layers import State
 from growshrink.analysis.prune import Budget, allocate, draw_widths, random_channels, width_of
 from growshrink.analysis.trained import num_updates
 from growshrink.data.feed import Feed
@@ -24,10 +25,8 @@ from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import profile, training_macs
 from growshrink.training import TrainConfig, Trainer, evaluate
 
-State = Mapping[str, Tensor]
-
 #: The arms, and what each does; every one but scratch-b trains for as many epochs as the dense net was trained.
-ARMS = {
+RETRAIN_ARMS = {
     "fine-tune": "the criterion's channels, with their trained weights",
     "rewind": "the criterion's channels, weights and learning rate as they were after a tenth of the dense training",
     "rewind-init": "the criterion's channels, with the weights the dense net started from (the lottery ticket)",
@@ -52,13 +51,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """Where an arm starts.
-
-    Attributes:
-        net: The pruned net.
-        epochs: To train.
-        begin: Share of its schedule that is over already.
-    """
+    """Where an arm starts: the pruned net, epochs to train, and the share of its schedule that is over already."""
 
     net: nn.Module
     epochs: float
@@ -66,12 +59,7 @@ class Start:
 
 
 def train_dense(
-    model: nn.Module,
-    feed: Feed,
-    *,
-    epochs: float,
-    config: TrainConfig,
-    after_update: Callable[[], None] | None = None,
+    model: nn.Module, feed: Feed, *, epochs: float, config: TrainConfig, after_update: Callable[[], None] | None = None
 ) -> Dense:
     """Train a net in place, and keep what arms go back to."""
     init = _copy(model)
@@ -99,21 +87,13 @@ def start_arm(
     seed: int,
     least: float = 0.1,
 ) -> Start:
-    """The net an arm begins with.
+    """The net an arm (a key of `RETRAIN_ARMS`) begins with, for one criterion of `ChannelSpace.importance`.
 
-    Args:
-        arm: A key of `ARMS`.
-        model: A net of the dense architecture; its weights do not matter, and change.
-        dense: Of the same seed, for all arms.
-        feed: For criteria that need a batch.
-        criterion: See `ChannelSpace.importance`.
-        budget: In MACs.
-        epochs: Of the dense training.
-        seed: Of what is drawn.
-        least: Smallest share of its channels that a layer keeps.
+    `model` is a net of the dense architecture, whose weights do not matter, and change; `epochs` those of the dense
+    training, `least` the smallest share of its channels that a layer keeps.
     """
-    if arm not in ARMS:
-        raise AnalysisError(f"{arm}: no such arm; there are {', '.join(ARMS)}.")
+    if arm not in RETRAIN_ARMS:
+        raise AnalysisError(f"{arm}: no such arm; there are {', '.join(RETRAIN_ARMS)}.")
     model.load_state_dict(dense.trained)
     space = ChannelSpace(model, feed.input_size, least=least)
     importance = space.importance(criterion, feed.train.batch(0))
@@ -181,14 +161,13 @@ def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def compare_arms(records: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Test top-1 of every arm, and its difference from fine-tuning over paired seeds, corrected for their number.
 
-    Args:
-        records: One for each arm and seed, at the arm's own learning rate.
-        dense: `test` and `training_macs` of the dense net of each seed, in the order of the seeds.
+    `records` has one for each arm and seed, at the arm's own learning rate; `dense` the `test` and `training_macs` of
+    the dense net of each seed, in the order of the seeds.
     """
     seeds = sorted({int(record["seed"]) for record in records})
     by_arm = {
         arm: [next(r for r in records if r["arm"] == arm and r["seed"] == seed) for seed in seeds]
-        for arm in ARMS
+        for arm in RETRAIN_ARMS
         if any(r["arm"] == arm for r in records)
     }
     rows: dict[str, Any] = {}
@@ -220,7 +199,7 @@ def compare_arms(records: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[s
     }
 
 
-def text(summary: Mapping[str, Any]) -> str:
+def format_comparison(summary: Mapping[str, Any]) -> str:
     """The comparison as a table."""
     dense, seeds = summary["dense"], summary["seeds"]
     less = f"less {REFERENCE}"

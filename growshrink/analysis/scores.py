@@ -24,6 +24,8 @@ from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.widths import Slots
 from growshrink.training import calibrate_bn, evaluate
 
+#: What goes by this name is drawn, not scored.
+RANDOM = "random"
 #: Images of the minibatch of the scores that need no training.
 BATCH = 128
 
@@ -36,7 +38,7 @@ class Bench:
         init: The supernet as it was initialised.
         trained: The supernet, trained.
         table: Its angle table.
-        feed: Training batches and the val split; the test split is nobody's business here.
+        feed: Training batches and the val split; no score sees the test split.
         num_calibration: Training batches that batch norm statistics are taken from, the same for every subnet.
         progress: Wraps what takes long, e.g. with a progress bar.
     """
@@ -60,16 +62,16 @@ class Bench:
         return [self.feed.train.batch(update)[0] for update in range(self.num_calibration)]
 
 
-Score = Callable[[Bench, Index], Floats]
-SCORES: dict[str, Score] = {}
+ScoreFunction = Callable[[Bench, Index], Floats]
+SCORES: dict[str, ScoreFunction] = {}
 #: Scores that are columns of the table: millions a second.
 FAST = ("angle", "null", "excess", "params", "macs")
 
 
-def score(name: str) -> Callable[[Score], Score]:
+def score(name: str) -> Callable[[ScoreFunction], ScoreFunction]:
     """Make a function a score that goes by `name`."""
 
-    def register(function: Score) -> Score:
+    def register(function: ScoreFunction) -> ScoreFunction:
         assert name not in SCORES, f"there is a score {name!r} already"
         SCORES[name] = function
         return function
@@ -77,7 +79,7 @@ def score(name: str) -> Callable[[Score], Score]:
     return register
 
 
-def _of_table(name: str) -> Score:
+def _of_table(name: str) -> ScoreFunction:
     def read(bench: Bench, index: Index) -> Floats:
         scores: AngleScores = bench.table.score(index)
         return np.asarray(getattr(scores, name), dtype=np.float64)
@@ -137,7 +139,7 @@ def grad_norm(bench: Bench, index: Index) -> Floats:
 
 @score("supernet_accuracy")
 def supernet_accuracy(bench: Bench, index: Index) -> Floats:
-    """Val top-1, in percent, with the weights of the trained supernet and batch norm statistics taken anew.
+    """Val top-1, in percent, with the weights of the trained supernet and recalibrated batch norms.
 
     Every subnet gets its statistics from the same images. (Without that, agreement with the truth is near 0.)
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from growshrink.analysis._angle import AngleTable, Floats, supernet_table
-from growshrink.analysis.scores import SCORES, Bench
+from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
 from growshrink.base.config import check_fields
 from growshrink.base.limits import Count, Positive, Whole
@@ -29,7 +29,6 @@ from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import WidthSpace
 from growshrink.training import TrainConfig
 
-RANDOM = "random"
 Choices = Mapping[str, tuple[int, ...]]
 
 
@@ -84,8 +83,8 @@ class Shrunk:
 def balanced_sample(choices: Choices, samples: int, seed: int) -> list[dict[str, int]]:
     """Subnets of a space, each choice of each layer in the same number of them, `samples` at least, otherwise random.
 
-    Every layer's list of choices is repeated and shuffled by itself. (The article samples for each operator anew; here
-    a subnet counts for all of its choices, so that a score that costs something is taken of as few as possible.)
+    Every layer's list of choices is repeated and shuffled. (The article samples for each operator; here a subnet counts
+    for all of its choices, so that as few as possible have to be scored.)
     """
     random = np.random.default_rng(seed)
     num = samples * max(len(values) for values in choices.values())
@@ -140,18 +139,15 @@ def shrink(
 
     Args:
         init: The net as it was initialised.
-        model: The net after `plan.first_epochs`; trained on.
+        model: The net after `plan.first_epochs`.
         space: All of its widths.
         feed: What it is trained with.
         driver: "angle", another key of `SCORES` ("null", "supernet_accuracy", "params", ...), or "random".
-        plan: How.
-        config: Of the training.
-        seed: Of subnets and widths.
+        plan: How the loop goes.
+        config: How to train.
+        seed: Seed of subnets and widths.
         num_calibration: Batches for statistics, where the driver needs them.
         after_update: Called after each update (a progress bar).
-
-    Raises:
-        AnalysisError: No such driver.
     """
     if driver not in SCORES and driver != RANDOM:
         raise AnalysisError(f"{driver}: no such score to shrink by{did_you_mean(driver, (*SCORES, RANDOM))}")

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are loaded where they are used: scipy.stats takes most of a second
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
-from scipy.special import gammaln
 
 from growshrink.errors import AnalysisError
 
@@ -23,7 +22,7 @@ Floats = NDArray[np.float64]
 CONFIDENCE = 0.95
 
 
-class Interval(NamedTuple):
+class Estimate(NamedTuple):
     """An estimate and the ends of its confidence interval."""
 
     value: float
@@ -54,7 +53,7 @@ def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
     tied_x, tied_y = (_tied_pairs(column) for column in (x, y))
     if pairs in (tied_x, tied_y):
         return Kendall(0.0, math.nan, tied_x, tied_y)
-    tau_b = float(stats.kendalltau(x, y, method="asymptotic").statistic)
+    tau_b = float(scipy.stats.kendalltau(x, y, method="asymptotic").statistic)
     scale = math.sqrt(pairs - tied_x) * math.sqrt(pairs - tied_y)
     return Kendall(round(tau_b * scale) / pairs, tau_b, tied_x, tied_y)  # P - Q is a whole number
 
@@ -62,7 +61,7 @@ def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rho: Pearson's correlation of the mid-ranks (as scipy's `spearmanr`); NaN if a side is constant."""
     x, y = _columns(x, y)
-    return pearson(stats.rankdata(x), stats.rankdata(y))
+    return pearson(scipy.stats.rankdata(x), scipy.stats.rankdata(y))
 
 
 def pearson(x: Floats, y: Floats) -> float:
@@ -187,12 +186,12 @@ class Bootstrap:
         with np.errstate(invalid="ignore", divide="ignore"):
             return agree / all_pairs, agree / np.sqrt(untied_x * untied_y)
 
-    def interval(self, value: float, samples: Floats) -> Interval:
+    def interval(self, value: float, samples: Floats) -> Estimate:
         """`value` with the percentile interval of `samples`; NaN where a resample has no value."""
         low, high = np.quantile(samples, [(1 - self.confidence) / 2, (1 + self.confidence) / 2])
-        return Interval(value, float(low), float(high))
+        return Estimate(value, float(low), float(high))
 
-    def corrected(self, value: float, samples: Floats) -> Interval:
+    def corrected(self, value: float, samples: Floats) -> Estimate:
         r"""`value` with the bias-corrected percentile interval; values may be infinite.
 
         With :math:`z_0 = \Phi^{-1}` of the share of samples below `value`, the ends are the percentiles
@@ -201,31 +200,22 @@ class Bootstrap:
         Source: Efron, Nonparametric standard errors and confidence intervals (Can. J. Stat. 9, 1981).
         """
         share = np.clip(np.mean(samples < value), 0.5 / len(samples), 1 - 0.5 / len(samples))
-        z = float(stats.norm.ppf((1 + self.confidence) / 2))
-        ends = stats.norm.cdf(2 * stats.norm.ppf(share) + np.array([-z, z]))
+        z = float(scipy.stats.norm.ppf((1 + self.confidence) / 2))
+        ends = scipy.stats.norm.cdf(2 * scipy.stats.norm.ppf(share) + np.array([-z, z]))
         low, high = np.quantile(samples, ends, method="nearest")
-        return Interval(value, float(low), float(high))
+        return Estimate(value, float(low), float(high))
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
     """A share with Wilson's interval (J. Am. Stat. Assoc. 22, 1927), by scipy's `binomtest`."""
-    result = stats.binomtest(successes, n)
+    result = scipy.stats.binomtest(successes, n)
     low, high = result.proportion_ci(confidence, method="wilson")
-    return Interval(result.statistic, float(low), float(high))
-
-
-def yield_at(values: ArrayLike, threshold: float, confidence: float = CONFIDENCE) -> Interval:
-    """The share of random draws that reach `threshold` or more, with Wilson's interval.
-
-    Source: the distributions of Radosavovic et al., On Network Design Spaces (arXiv:1905.13214).
-    """
-    values = _finite(values)
-    return wilson(int((values >= threshold).sum()), len(values), confidence)
+    return Estimate(result.statistic, float(low), float(high))
 
 
 def percentile(values: ArrayLike, value: float) -> float:
     """Percent of `values` below `value`, equal ones counted half (scipy's `percentileofscore`, kind "mean")."""
-    return float(stats.percentileofscore(_finite(values), value, kind="mean"))
+    return float(scipy.stats.percentileofscore(_finite(values), value, kind="mean"))
 
 
 def expected_max(values: ArrayLike, n: float) -> float:
@@ -252,14 +242,14 @@ def equivalent_draws(values: ArrayLike, value: float) -> float:
     if value <= values.min():
         return 0.0
     # Sorted once; expected_max rises strictly from min to max.
-    return math.exp(optimize.brentq(lambda log_n: expected_max(values, math.exp(log_n)) - value, -40.0, 40.0))
+    return math.exp(scipy.optimize.brentq(lambda log_n: expected_max(values, math.exp(log_n)) - value, -40.0, 40.0))
 
 
 @dataclass(frozen=True)
 class Paired:
     """Outcome of `paired`: mean difference with its interval, exact p, and effect size d_z (mean over sd)."""
 
-    difference: Interval
+    difference: Estimate
     p: float
     effect: float
     n: int
@@ -276,26 +266,28 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     a, b = _columns(a, b)
     difference = a - b
     n, mean, spread = len(difference), float(difference.mean()), float(difference.std(ddof=1))
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * spread / math.sqrt(n)
     if not difference.any():
-        return Paired(Interval(0.0, 0.0, 0.0), 1.0, 0.0, n)
-    p = stats.permutation_test((difference,), np.mean, permutation_type="samples", rng=np.random.default_rng(0)).pvalue
+        return Paired(Estimate(0.0, 0.0, 0.0), 1.0, 0.0, n)
+    p = scipy.stats.permutation_test(
+        (difference,), np.mean, permutation_type="samples", rng=np.random.default_rng(0)
+    ).pvalue
     effect = mean / spread if spread > 0 else math.copysign(math.inf, mean)
-    return Paired(Interval(mean, mean - half, mean + half), float(p), effect, n)
+    return Paired(Estimate(mean, mean - half, mean + half), float(p), effect, n)
 
 
-def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE) -> list[tuple[Interval, float]]:
+def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE) -> list[tuple[Estimate, float]]:
     r"""Difference of each row of `values` to the row `control`, with Student's interval and p: columns are blocks.
 
     With :math:`y_{as} = \mu + \alpha_a + \beta_s + \epsilon`, the noise is estimated from the residuals of all rows,
     :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`.
-    For few seeds (blocks) and many arms (rows) that is far sharper than pairs by themselves, if all rows have the same
+    For few seeds (blocks) and many arms (rows) that is far sharper than pairs alone, if all rows have the same
     noise. With two rows it is `paired`'s interval.
 
     Args:
         values: `(A, S)`, at least 2 of both.
         control: A row.
-        confidence: Of the intervals.
+        confidence: Confidence of the intervals.
 
     Source: Fisher, The Design of Experiments (1935): randomised blocks.
     """
@@ -309,11 +301,11 @@ def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE)
     residuals = values_AS - means_A[:, None] - values_AS.mean(0) + values_AS.mean()
     freedom = (rows - 1) * (columns - 1)
     error = math.sqrt(float((residuals**2).sum()) / freedom * 2 / columns)
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * error
     found = []
     for difference in map(float, means_A - means_A[control]):
-        p = float(2 * stats.t.sf(abs(difference) / error, freedom)) if error else float(not difference)
-        found.append((Interval(difference, difference - half, difference + half), p))
+        p = float(2 * scipy.stats.t.sf(abs(difference) / error, freedom)) if error else float(not difference)
+        found.append((Estimate(difference, difference - half, difference + half), p))
     return found
 
 
@@ -358,7 +350,7 @@ def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
 def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
     x, y = _finite(x), _finite(y)
     if x.shape != y.shape or len(x) < 2:
-        raise AnalysisError(f"{len(x)} values against {len(y)}: needs as many on both sides, and at least 2.")
+        raise AnalysisError(f"{len(x)} values against {len(y)}: x and y must have equal length, at least 2.")
     return x, y
 
 
@@ -367,7 +359,7 @@ def _finite(values: ArrayLike) -> Floats:
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise AnalysisError(
             f"a column of shape {values.shape} with {int((~np.isfinite(values)).sum())} values that are not finite: "
-            "statistics need a filled column of numbers; leave the others out and say so."
+            "statistics need a filled column of numbers; leave the others out."
         )
     return values
 
@@ -391,9 +383,9 @@ def _membership(values: Floats, k: int) -> Floats:
 
 def _unit_ranks(values: Floats) -> Floats:
     """Mid-ranks, brought to mean 0 and range 2: powers of them stay well conditioned."""
-    ranks = stats.rankdata(values)
+    ranks = scipy.stats.rankdata(values)
     return 2 * (ranks - ranks.mean()) / max(1, len(values) - 1)
 
 
 def _log_comb(n: NDArray[np.int64], m: int) -> Floats:
-    return gammaln(n + 1) - gammaln(m + 1) - gammaln(n - m + 1)
+    return scipy.special.gammaln(n + 1) - scipy.special.gammaln(m + 1) - scipy.special.gammaln(n - m + 1)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from growshrink.analysis._angle import Floats
 from growshrink.analysis.channels import ChannelSpace, best_channels
 from growshrink.analysis.prune import (
     Budget,
-    Draws,
+    DrawnWidths,
     Space,
     SupernetSpace,
     allocate,
@@ -28,12 +29,11 @@ from growshrink.analysis.prune import (
     random_channels,
     width_of,
 )
-from growshrink.analysis.scores import SCORES, Bench
+from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
 from growshrink.training import calibrate_bn, evaluate
 
-RANDOM = "random"
 #: What a subnet of a supernet may be picked by.
 PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm")
 Made = tuple[nn.Module, Mapping[str, int]]
@@ -41,14 +41,10 @@ Made = tuple[nn.Module, Mapping[str, int]]
 
 
 @dataclass(frozen=True, eq=False)
-class Candidate:
-    """A subnet to evaluate.
+class PlannedNet:
+    """A subnet to evaluate: `make` cuts it from trained net number `net`.
 
-    Attributes:
-        key: Its name in the results.
-        net: Number of the trained net it is cut from.
-        kind: "random", a criterion, or "CRITERION, random channels".
-        make: Finds and cuts it.
+    `key` is its name in the results, `kind` "random", a criterion, or "CRITERION, random channels".
     """
 
     key: str
@@ -58,9 +54,9 @@ class Candidate:
 
 
 def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Floats]:
-    """An importance drawn uniformly for every channel, by itself: the criterion that knows nothing.
+    """Draw an importance for every channel, uniformly: the criterion that knows nothing.
 
-    Drawn anew for every net: one lucky draw, judged on all nets, would look like a criterion that works.
+    Drawn for every net: one lucky draw, judged on all nets, would look like a criterion that works.
     """
     random = np.random.default_rng((seed, 1, net))
     return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
@@ -68,7 +64,7 @@ def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Flo
 
 def plan_channels(
     space: ChannelSpace,
-    draws: Draws,
+    draws: DrawnWidths,
     budget: Budget,
     *,
     net: int,
@@ -76,20 +72,12 @@ def plan_channels(
     null_draws: int,
     seed: int,
     batch: Callable[[], tuple[Tensor, Tensor]],
-) -> list[Candidate]:
+) -> list[PlannedNet]:
     """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
 
-    The last isolates which channels a criterion takes from how many it takes of each group.
-
-    Args:
-        space: The channels of trained net number `net`.
-        draws: Random widths.
-        budget: Of all.
-        net: Number of the trained net.
-        criteria: Keys of `CRITERIA`, or "random": a threshold on random importances.
-        null_draws: Of random channels at each criterion's widths.
-        seed: Of channels.
-        batch: Images and labels for "taylor".
+    The last isolates which channels a criterion takes from how many it takes of each group. Criteria are keys of
+    `CRITERIA`, or "random": a threshold on random importances. `net` is the number of the trained net, `null_draws` how
+    often random channels are drawn at each criterion's widths.
     """
 
     def drawn(number: int) -> Made:
@@ -105,29 +93,26 @@ def plan_channels(
             return space.cut(best_channels(importance, widths)), widths
         return space.cut(random_channels(space, widths, seed * 1_000_003 + channels)), widths
 
-    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
     for criterion in criteria:
         name = f"{criterion} threshold" if criterion == RANDOM else criterion
-        plan.append(Candidate(f"net {net}, {name}", net, name, _bind(by, criterion, None)))
+        plan.append(PlannedNet(f"net {net}, {name}", net, name, partial(by, criterion, None)))
         kind = f"{name}, random channels"
-        plan += [Candidate(f"net {net}, {kind} {i}", net, kind, _bind(by, criterion, i)) for i in range(null_draws)]
+        plan += [PlannedNet(f"net {net}, {kind} {i}", net, kind, partial(by, criterion, i)) for i in range(null_draws)]
     return plan
 
 
 def plan_widths(
-    space: SupernetSpace, draws: Draws, budget: Budget, *, net: int, pickers: Sequence[str], seed: int, bench: Bench
-) -> list[Candidate]:
-    """Random widths of a supernet; and for each score the best by it of as many other draws, other ones for each net.
-
-    Args:
-        space: Trained supernet number `net`.
-        draws: Random widths.
-        budget: Of all.
-        net: Number of the trained net.
-        pickers: Scores.
-        seed: Of the draws that scores pick from.
-        bench: What scores look at.
-    """
+    space: SupernetSpace,
+    draws: DrawnWidths,
+    budget: Budget,
+    *,
+    net: int,
+    pickers: Sequence[str],
+    seed: int,
+    bench: Bench,
+) -> list[PlannedNet]:
+    """Random widths of trained supernet number `net`, and for each score the best by it of as many other draws."""
 
     def drawn(number: int) -> Made:
         widths = width_of(space, draws.index[number])
@@ -138,25 +123,20 @@ def plan_widths(
         widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
         return space.subnet(widths), widths
 
-    plan = [Candidate(f"net {net}, random {i}", net, RANDOM, _bind(drawn, i)) for i in range(len(draws.index))]
-    return plan + [Candidate(f"net {net}, {name}", net, name, _bind(by, name)) for name in pickers]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
+    return plan + [PlannedNet(f"net {net}, {name}", net, name, partial(by, name)) for name in pickers]
 
 
 def measure(
-    candidate: Candidate,
+    candidate: PlannedNet,
     space: Space,
     calibration: Iterable[Tensor],
     val: ScoringBatches,
     train: Callable[[nn.Module], object] | None = None,
 ) -> dict[str, Any]:
-    """Make a candidate, take its batch norm statistics anew, and evaluate it: its line in the results.
+    """Make a candidate, recalibrate its batch norms, and evaluate it: its line in the results.
 
-    Args:
-        candidate: What to evaluate.
-        space: It is of.
-        calibration: Images for the statistics, the same for all.
-        val: What it is judged on.
-        train: Trains it before, in place; None judges it as it was cut.
+    `train` trains it before, in place; None judges it as it was cut.
     """
     began = time.perf_counter()
     net, widths = candidate.make()
@@ -189,7 +169,7 @@ def summarise(
     Args:
         records: Lines of the results, complete.
         full: Val top-1 of each trained net, unpruned.
-        num_resamples: Of the bootstrap of N_eq.
+        num_resamples: Resamples of the bootstrap of N_eq.
 
     Returns:
         `random`: distribution and yields. `criteria`: for each its top-1 by net, percentile, N_eq with its interval,
@@ -235,7 +215,7 @@ def summarise(
     return summary
 
 
-def text(summary: Mapping[str, Any]) -> str:
+def format_summary(summary: Mapping[str, Any]) -> str:
     """The summary as tables."""
     random = summary["random"]
     lines = [
@@ -305,10 +285,6 @@ def _place(random: Floats, value: float, num_resamples: int) -> dict[str, Any]:
     samples = boot.of(lambda index: stats.equivalent_draws(random[index], value))
     n_eq = boot.corrected(stats.equivalent_draws(random, value), samples)
     return {"percentile": stats.percentile(random, value), "n_eq": n_eq}
-
-
-def _bind(function: Callable[..., Made], *args: Any) -> Callable[[], Made]:
-    return lambda: function(*args)
 
 
 def _mean(values: Iterable[float]) -> float:

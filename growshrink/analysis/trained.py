@@ -29,14 +29,8 @@ def as_supernet(
 ) -> tuple[WidthSpace, dict[str, Any]]:
     """Grow a fresh net with bottlenecks of ratio 4, in place, unless it is grown at birth.
 
-    Args:
-        model: A net with all of its widths active.
-        about: Its `name` and `kwargs` for timm.
-        input_size: `(C, H, W)`.
-        seed: Of the branches.
-
-    Returns:
-        The width space, and what `growshrink.supernet.save_supernet` wants to know about the net.
+    `about` has its `name` and `kwargs` for timm. Returns the width space, and what
+    `growshrink.supernet.save_supernet` has to know about the net.
     """
     grown_by: dict[str, Any] | None = None
     if not grown_modules(model):
@@ -62,38 +56,16 @@ def train_supernet(
     start: int = 0,
     after_update: Callable[[], None] | None = None,
 ) -> int:
-    """Train the widths of a grown net together, in place, activations alive, learning rate falling by a cosine.
+    """Train the widths of a grown net together, in place, activations alive; see `train_net`.
 
-    Args:
-        model: A grown net.
-        feed: What with.
-        epochs: How long.
-        config: Of the training; no average of the weights is kept.
-        space: Widths to draw from; None is all of the model's.
-        mode: Of `NetAugTask`: "single" draws one subnet an update, uniformly, as the articles on ranking do.
-        seed: Of the widths.
-        start: The number of the first update: a later stage draws other widths and other batches.
-        after_update: Called after each update (a progress bar).
-
-    Returns:
-        The number of the update that would come next.
+    Widths are drawn from `space` (None: all of the model's) by `seed` and the update. `mode` is one of `NetAugTask`'s:
+    "single" draws one subnet an update, uniformly, as the articles on ranking do.
     """
-    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
-    trainer.update = start
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
-    task.attach(trainer.optimizer)
-    total = num_updates(feed, epochs)
-    rate = schedules.cosine(1.0, 0.0, total)
-    trainer.train(
-        start + total,
-        learning_rate=lambda update: rate(update - start),
-        lam=schedules.constant(1.0),
-        task=task,
-        after_update=after_update,
-    )
+    stop = train_net(model, feed, epochs=epochs, config=config, start=start, after_update=after_update, task=task)
     task.detach()
-    return start + total
+    return stop
 
 
 def train_net(
@@ -104,28 +76,24 @@ def train_net(
     config: TrainConfig,
     start: int = 0,
     after_update: Callable[[], None] | None = None,
+    task: NetAugTask | None = None,
 ) -> int:
-    """Train a plain net in place, learning rate falling by a cosine; no average of the weights is kept.
+    """Train a net in place, learning rate falling by a cosine; no average of the weights is kept.
 
-    Args:
-        model: The net.
-        feed: What with.
-        epochs: How long.
-        config: How.
-        start: The number of the first update: which batches it sees.
-        after_update: Called after each update (a progress bar).
-
-    Returns:
-        The number of the update that would come next.
+    Updates are counted from `start`, which decides about their batches; returns the number of the next one. A `task`
+    computes the loss in place of the trainer.
     """
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start
+    if task is not None:
+        task.attach(trainer.optimizer)
     total = num_updates(feed, epochs)
     rate = schedules.cosine(1.0, 0.0, total)
     trainer.train(
         start + total,
         learning_rate=lambda update: rate(update - start),
         lam=schedules.constant(1.0),
+        task=task,
         after_update=after_update,
     )
     return start + total

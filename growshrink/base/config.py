@@ -50,6 +50,13 @@ def check_fields(instance: Any, error: type[GrowShrinkError] = PlanError) -> Non
             raise error(f"{name}={value!r}: {wrong}")
 
 
+class Checked:
+    """Base of dataclasses that check their fields when they are made."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def fault(hint: Any, value: Any) -> str | None:
     """Say what is wrong with a value of that type, to follow its name; None if nothing is.
 

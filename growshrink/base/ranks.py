@@ -2,7 +2,7 @@
 
 Gradients, batch norm statistics and the loss of an update are averaged over the ranks in one all-reduce after the
 backward pass. Nothing is wrapped and nothing hangs on the parameters, so that a net may change its structure between
-two updates (DistributedDataParallel reduces what was there when it was made, and nothing else, without a word).
+two updates (DistributedDataParallel silently reduces only what was there when it was made).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Files that somebody gave us: JSON and safetensors, read within bounds, or refused in one line.
+"""Untrusted files, JSON and safetensors: read within bounds, or refused in one line.
 
-Nothing is believed that a file says about itself before its length bears it out, nothing is unpickled, and whatever is
-wrong comes out as one `RunError`.
+Sizes declared in a file are checked against its length, nothing is unpickled, and every fault is a `RunError`.
 """
 
 from __future__ import annotations

@@ -21,10 +21,6 @@ class Stopped(KeyboardInterrupt):
     """The process was asked to stop, and did.
 
     A KeyboardInterrupt, so that nothing that catches errors takes it for one.
-
-    Attributes:
-        number: The signal.
-        exit_code: By the shell's convention, 128 + number: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, number: int, text: str = "") -> None:
@@ -38,11 +34,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Requests:
-    """The signals that came, of this process.
+    """The signals that came to this process: `came` is the first of them, which decides the exit code.
 
-    Attributes:
-        came: The first of them, which the exit code tells of.
-        waiting: Whether `finishing` is at work: the first signal is then only noted.
+    While `finishing` is at work (`waiting`), the first signal is only noted.
     """
 
     def __init__(self) -> None:
@@ -92,8 +86,8 @@ def finishing() -> Iterator[Callable[[], int | None]]:
     """Only note the first signal for as long as this lasts; a second one stops the process at once.
 
     Yields:
-        The signal that came, or None. Whoever asks is to save, and to raise `Stopped`; at the end of the block this
-        does.
+        The signal that came, or None. The caller saves and may raise `Stopped`, which the end of the block raises
+        in any case.
     """
     requests = _requests
     if requests is None:

@@ -1,4 +1,4 @@
-"""The clock: what a machine is, how long a call takes, and several calls timed in turns."""
+"""Timing utilities and machine description."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def machine() -> dict[str, Any]:
 def interleaved_timings(
     calls: Mapping[str, Call], *, rounds: int = 200, own_thread: bool = False, progress: bool = False
 ) -> dict[str, float]:
-    """Milliseconds per call of each, warm, timed in turns.
+    """Time several calls, interleaved: milliseconds per warm call of each.
 
     All calls take turns, round after round, so a slow spell of the machine meets all of them alike. The result is the
     lowest decile over the rounds: other processes only ever add to a time, on a busy machine to most turns.

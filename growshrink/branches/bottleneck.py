@@ -10,8 +10,8 @@ from growshrink.algebra.convmap import ConvMap, compose
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck, he_fan_out_
 from growshrink.layers.branch import Branch, middle_width
-from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.mapping import convmap_of
+from growshrink.layers.swaps import attach
 
 
 class Bottleneck(Branch, kind="bottleneck"):
@@ -58,7 +58,7 @@ class Nest(Bottleneck, kind="nest"):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)
         inner = self.body.conv
-        GrownConv2d.from_conv(inner, [Bottleneck(inner, ratio)])
+        attach(inner, [Bottleneck(inner, ratio)])
 
 
 class Insert(Branch, kind="insert"):

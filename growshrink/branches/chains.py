@@ -76,8 +76,8 @@ class PointwiseAverage(Chain, kind="pointwise_average"):
 class ExpandNet(Chain, kind="expandnet"):
     """In parallel: 1x1 -> kxk -> 1x1, linear and without norms, `ratio` times as wide inside.
 
-    Source: ExpandNets (Guo et al., arXiv:1811.10495), expanding a convolutional layer ("CL"). There the chain stands in
-    the place of the kernel.
+    Source: ExpandNets (Guo et al., arXiv:1811.10495), expanding a convolutional layer ("CL"). There the chain
+    replaces the kernel.
     """
 
     biased = False

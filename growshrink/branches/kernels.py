@@ -15,7 +15,7 @@ from growshrink.layers.branch import Branch
 
 
 class _Kernels(Branch, kind=""):
-    """A convolution with a kernel that is computed anew in every pass."""
+    """A convolution with a kernel that every pass computes from its parts."""
 
     biased = False
 

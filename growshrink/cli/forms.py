@@ -57,10 +57,15 @@ class Option:
     default: Any
     compact: type | None = None
 
+    @property
+    def doc(self) -> str:
+        """What the class says of the field."""
+        return _docs(self.owner).get(self.name, "")
+
     def spell(self, value: Any) -> str:
         """Write the option with a value as a command line has it."""
-        positional = tyro.conf.Positional in getattr(self.hint, "__metadata__", ())
-        return shown(value) if positional else f"--{self.name.replace('_', '-')} {shown(value)}"
+        name = "" if tyro.conf.Positional in _marks(self.hint) else f"--{self.name.replace('_', '-')} "
+        return name + shown(value)
 
     def read(self, value: Any) -> Any:
         """Return what the field gets; RunError if its type, or a limit in it, does not allow the value."""
@@ -73,18 +78,16 @@ class Option:
 
     def form(self) -> tuple[str, Any, Any]:
         """Make the field of the form: limits stay out, `read` has them."""
-        hint, default, doc = get_type_hints(self.owner)[self.name], self.default, _docs(self.owner).get(self.name, "")
+        hint, default, doc = get_type_hints(self.owner)[self.name], self.default, self.doc
         metavar = "|".join(_known_names(self.hint)) or None
         if self.compact is not None:
-            none = ["none"] * (NoneType in get_args(self.hint))
-            doc = f"{doc} {' | '.join([*_alternatives(self.compact), *none])}"
+            doc += " " + " | ".join([*_alternatives(self.compact), *["none"] * (NoneType in get_args(self.hint))])
             hint, default, metavar = str, shown(default), "KIND[,FIELD=VALUE ...]"
-        own = [each for each in getattr(self.hint, "__metadata__", ()) if not isinstance(each, Limit)]
-        conf = (tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar), *own)
-        return self.name, Annotated[(hint, *conf)], field() if default is MISSING else field(default=default)
+        for each in (tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar), *_marks(self.hint)):
+            hint = Annotated[hint, each]
+        return self.name, hint, field() if default is MISSING else field(default=default)
 
 
-@cache
 def parts_of(cls: type) -> dict[str, tuple[Any, dict[str, Option]]]:
     """The components of a dataclass by name, each as it is by default and with its options; own options under ""."""
     types, own = field_types(cls), dict[str, Option]()
@@ -94,14 +97,12 @@ def parts_of(cls: type) -> dict[str, tuple[Any, dict[str, Option]]]:
             own[entry.name] = Option(entry.name, _owner(cls, entry.name), types[entry.name], entry.default)
             continue
         part, inner = entry.default, field_types(type(entry.default))
-        parts[entry.name] = (
-            part,
-            {
-                name: Option(name, _owner(type(part), name), hint, getattr(part, name), _class_of(hint))
-                for name, hint in inner.items()
-                if name in entry.metadata.get(_PICKED, inner)
-            },
-        )
+        options = {
+            name: Option(name, _owner(type(part), name), hint, getattr(part, name), _class_of(hint))
+            for name, hint in inner.items()
+            if name in entry.metadata.get(_PICKED, inner)
+        }
+        parts[entry.name] = part, options
     return parts
 
 
@@ -180,6 +181,11 @@ def _alternatives(cls: Any) -> list[str]:
             kind = "|".join(_known_names(field_types(each)[first])) or first.upper()
         found.append("".join([kind, *(f"[,{entry.name}={entry.default}]" for entry in entries)]))
     return found
+
+
+def _marks(hint: Any) -> list[Any]:
+    """What a type says to tyro."""
+    return [each for each in getattr(hint, "__metadata__", ()) if not isinstance(each, Limit)]
 
 
 def _known_names(hint: Any) -> tuple[str, ...]:

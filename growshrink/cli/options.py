@@ -326,10 +326,14 @@ class Options:
             folder.write_marker("finished", record)
 
     @contextmanager
-    def bar(self, updates: int, what: str) -> Iterator[Callable[[], object]]:
+    def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:
         """Show a progress bar; what is to be called after each update."""
         with tqdm(total=updates, unit="update", desc=what, disable=self.running.quiet, leave=False) as bar:
-            yield bar.update
+
+            def advance() -> None:
+                bar.update()
+
+            yield advance
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import tyro
 
@@ -61,7 +61,7 @@ def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] |
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            form = tyro.cli(reduce(or_, forms), description=doc, args=words)
+            form: Any = tyro.cli(reduce(or_, forms), description=doc, args=words)
     except SystemExit as end:
         if not end.code:  # --help
             raise

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.base.config import check_fields
+from growshrink.base.config import Checked
 from growshrink.base.limits import NotNegative, OneOf, Share
 from growshrink.base.ranks import this_rank
 from growshrink.cycle.records import Grew, LeftBy, TriedWidth
@@ -29,7 +29,7 @@ CALIBRATION_BATCHES = 20
 
 
 @dataclass(frozen=True)
-class NetAug:
+class NetAug(Checked):
     """How middle widths are sampled while the net is grown (NetAug, Cai et al., arXiv:2110.08890).
 
     Attributes:
@@ -43,9 +43,6 @@ class NetAug:
     mode: Annotated[str, OneOf("no such mode", MODES)] = "netaug"
     alpha: NotNegative | None = None
     inplace_distil: Share | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def task(
         self,

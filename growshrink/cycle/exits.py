@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from growshrink.base.config import Variant, check_fields
+from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import NotNegative
 from growshrink.cycle.augmented import CALIBRATION_BATCHES
 from growshrink.cycle.records import Fused, Rewound, Undone, plain_net
@@ -23,7 +23,7 @@ from growshrink.training.calibrate import calibrate_bn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exit(Variant, ABC):
+class Exit(Checked, Variant, ABC):
     """What becomes of the branches when the grown part of a round is over."""
 
     #: The net must be linear by then, and its statistics settled.
@@ -36,9 +36,6 @@ class Exit(Variant, ABC):
     fades: ClassVar[bool] = False
     #: The grown net is trained as a teacher alone, by a learning rate of its own: the plain net comes back.
     rewinds: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def may_go_back(self) -> bool:

@@ -16,7 +16,7 @@ from growshrink.cycle.running import Run
 from growshrink.cycle.state import load_values, newest_run, set_values
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online
 from growshrink.runs.folder import difference
 from growshrink.training.trainer import TrainConfig
 

@@ -25,7 +25,7 @@ from growshrink.proofs._profile import training_macs
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.runs.folder import RunFolder
 from growshrink.schedules import Schedule
-from growshrink.training import ListeningTrainer, Score, TrainConfig, Trainer, evaluate
+from growshrink.training import Score, TrainConfig, Trainer, evaluate
 from growshrink.training.distil import TeacherNet
 
 
@@ -113,9 +113,7 @@ class Run:
 
     def make_trainer(self, model: nn.Module) -> Trainer:
         """Of a copy of `model`, on the run's device."""
-        trainer = ListeningTrainer(self.placed(copy.deepcopy(model)), self.config, self.feed.train)
-        trainer.listener = self.lam.observe
-        return trainer
+        return Trainer(self.placed(copy.deepcopy(model)), self.config, self.feed.train)
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` on the run's device and in its memory format."""
@@ -211,6 +209,7 @@ class Run:
             lam=self.lam,
             teacher=teacher,
             task=self.augmentation.task if self.augmentation is not None else None,
+            on_loss=self.lam.observe,
             after_update=self.journal.updated,
             stop_early=lambda: self.saving.due(self.trainer.update),
         )

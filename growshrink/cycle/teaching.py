@@ -8,9 +8,9 @@ from typing import Annotated
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.base.config import check_fields
+from growshrink.base.config import Checked
 from growshrink.base.limits import OneOf, Positive, SomeOrAll
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online
 from growshrink.proofs import profile
 from growshrink.training.distil import TeacherNet
 
@@ -18,7 +18,7 @@ TEACHERS = ("peak", "previous")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class Teacher(Checked):
     """A net that the one in training learns from, from the end of the hold on.
 
     Attributes:
@@ -35,9 +35,6 @@ class Teacher:
     weight: SomeOrAll = 0.5
     asked: SomeOrAll = 1.0
     temperature: Positive = 3.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def is_peak(self) -> bool:

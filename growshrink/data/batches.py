@@ -1,6 +1,6 @@
 """Batches that are a pure function of (seed, update).
 
-A run can be resumed at any update, and several ranks take their shares without a word between them: every draw
+A run can be resumed at any update, and several ranks take their shares without communication: every draw
 comes from a generator that is named by the seed and the update (`seeding.generator`), on the CPU whatever the
 device, so that the same images are cut the same way on every machine. The global generators are left alone.
 
@@ -39,9 +39,6 @@ class Augment:
         flip: mirror left to right with probability 1/2.
         cutout: side in pixels of a square that is blanked, its centre anywhere in the image; what sticks out is
             lost; 0 is off. Cutout (DeVries and Taylor, arXiv:1708.04552).
-
-    Raises:
-        DataError: a negative length.
     """
 
     crop: int = 4
@@ -103,11 +100,7 @@ class Order:
         self._permutation: tuple[int, Tensor] | None = None
 
     def indices(self, update: int) -> Tensor:
-        """The images of this rank's batch, int64 (batch_size,).
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """The images of this rank's batch, int64 (batch_size,)."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
         epoch, step = divmod(update, self.updates_per_epoch)
@@ -131,17 +124,10 @@ class TrainBatches:
         mean: per channel, where 1.0 is the brightest value.
         std: per channel, in the same unit.
         augment: what to change at random.
-        seed: of order and augmentation.
+        seed: Seed of order and augmentation.
         device: where the batches are made.
-        rank: of this process, 0 .. world_size - 1.
+        rank: Rank of this process, 0 .. world_size - 1.
         world_size: how many processes take a share of each update.
-
-    Attributes:
-        batch_size: as given.
-        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
-
-    Raises:
-        DataError: the split is smaller than the batches of one update, or an argument is out of range.
 
     >>> split = Split(torch.zeros(10, 8, 8, 1, dtype=torch.uint8), torch.arange(10))
     >>> batches = TrainBatches(split, batch_size=4, mean=(0.5,), std=(0.5,))
@@ -190,11 +176,7 @@ class TrainBatches:
         self._columns = torch.arange(width, device=self._device).repeat_interleave(channels)
 
     def draws(self, update: int) -> Draws:
-        """All that is random about a batch. Turning one augmentation off does not change the others' draws.
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """All that is random about a batch. Turning one augmentation off does not change the others' draws."""
         height, width, _ = self._shape
         window = 2 * self.augment.crop + 1
         return Draws(self._order.indices(update), *self._order.draw(update, (window, window, 2, height, width)))
@@ -204,9 +186,6 @@ class TrainBatches:
 
         Returns:
             Images, float32 (batch_size, C, H, W) in channels_last memory format, and labels, int64 (batch_size,).
-
-        Raises:
-            DataError: `update` is negative.
         """
         height, width, channels = self._shape
         draws = torch.stack(self.draws(update))
@@ -231,20 +210,12 @@ class TrainBatches:
 
 
 def eval_batches(
-    split: Split,
-    *,
-    batch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str = "cpu",
+    split: Split, *, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
     """All images of a split in order, normalised and unchanged otherwise; the last batch may be smaller.
 
     Yields:
         Images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,).
-
-    Raises:
-        DataError: an argument is out of range.
     """
     if batch_size < 1:
         raise DataError(f"eval_batches needs batch_size >= 1, got {batch_size=}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from growshrink.base.seeding import generator
 from growshrink.data import formats
 from growshrink.data.folders import load_folder
-from growshrink.errors import DataError
+from growshrink.errors import DataError, did_you_mean
 
 FASHION_CLASSES = (
     *("t-shirt/top", "trouser", "pullover", "dress", "coat"),
@@ -32,9 +31,6 @@ class Split:
     Attributes:
         images: uint8, (N, H, W, C).
         labels: int64, (N,).
-
-    Raises:
-        DataError: a tensor has another type or shape.
     """
 
     images: Tensor
@@ -65,8 +61,8 @@ class DataSet:
         val: to choose with: a part of the training set, never of the test set.
         test: to report once.
         classes: the class names, in the order of the labels.
-        mean: of `train`, per channel, where 1.0 is the brightest value.
-        std: of `train`, per channel, in the same unit; at least 1/255, so that a constant channel can be divided by it.
+        mean: Mean of `train`, per channel, where 1.0 is the brightest value.
+        std: Standard deviation, likewise; at least 1/255, so that a constant channel can be divided by it.
     """
 
     name: str
@@ -151,9 +147,9 @@ def load_data(
     elif Path(name).expanduser().is_dir():
         raw, label = folder(Path(name).expanduser()), Path(name).expanduser().resolve().name
     else:
-        near = difflib.get_close_matches(name.lower(), sources, n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known are {', '.join(sources)}."
-        raise DataError(f"load_data knows no data set {name!r}, nor is it a folder: {hint}")
+        raise DataError(
+            f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), sources)}"
+        )
 
     height, width = raw.train.images.shape[1:3]
     if image_size is not None and (height, width) != (image_size, image_size):

@@ -112,7 +112,7 @@ class MemoryFeed:
 
     @property
     def name(self) -> str:
-        """Of the data set."""
+        """Name of the data set."""
         return self.data.name
 
     @property
@@ -137,7 +137,7 @@ class MemoryFeed:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all pixels and labels: other data have another one."""
+        """Digest of all pixels and labels."""
         digest = hashlib.blake2b(digest_size=8)
         for split in (self.data.train, self.data.val, self.data.test):
             for tensor in (split.images, split.labels):

@@ -35,11 +35,7 @@ class Listing(NamedTuple):
 
 
 def find_parts(root: Path) -> tuple[Path, Path]:
-    """(training folder, test folder) of `root`; the latter is the first of test/, val/, validation/ that exists.
-
-    Raises:
-        DataError: one is missing; the message tells the layout.
-    """
+    """(training folder, test folder) of `root`; the latter is the first of test/, val/, validation/ that exists."""
     train = root / "train"
     test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
     if not train.is_dir() or test is None:
@@ -48,11 +44,7 @@ def find_parts(root: Path) -> tuple[Path, Path]:
 
 
 def list_parts(root: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
-    """(train, test, class names) of a folder; classes are sorted by name, hidden files and folders are skipped.
-
-    Raises:
-        DataError: no such layout, an empty class, or train and test have different classes.
-    """
+    """(train, test, class names) of a folder; classes are sorted by name, hidden files and folders are skipped."""
     parts = find_parts(root)
     train, test = ({d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."} for part in parts)
     if not train:
@@ -81,15 +73,8 @@ def load_folder(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
     """((train images, labels), (test images, labels), class names) of a folder, see `find_parts` for its layout.
 
-    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is 8-bit greyscale (PIL's mode L), else 3.
-
-    Args:
-        root: the folder.
-        image_size: side in pixels to bring all images to: shorter side resized, then the centre cut out.
-        progress: show a bar if decoding takes longer than two seconds.
-
-    Raises:
-        DataError: wrong layout, damaged images, images of different sizes without `image_size`, or too many of them.
+    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is 8-bit greyscale (PIL's mode L), else 3. With
+    `image_size` the shorter side is resized to it, then the centre cut out.
     """
     train, test, classes = list_parts(root)
     images = _decode_all([*train.paths, *test.paths], root, image_size, progress)

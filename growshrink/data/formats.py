@@ -1,6 +1,6 @@
 """Readers of the files in which small data sets are handed around: idx, and CIFAR's binary and pickled versions.
 
-Nothing that a file says about its own size is believed before the file's length bears it out.
+Sizes declared in a file are checked against its length.
 """
 
 from __future__ import annotations
@@ -37,15 +37,7 @@ _CHUNK = 1 << 20
 
 
 def read_idx(path: Path, ndim: int) -> Tensor:
-    """The uint8 array of an idx file, gzipped if its name ends in .gz.
-
-    Args:
-        path: the file.
-        ndim: the number of dimensions that it must have.
-
-    Raises:
-        DataError: not such a file, or its length is not what its header says.
-    """
+    """The uint8 array of an idx file of `ndim` dimensions, gzipped if its name ends in .gz."""
     compressed = path.suffix == ".gz"
     try:
         length = path.stat().st_size
@@ -78,11 +70,7 @@ def _read_up_to(file: gzip.GzipFile | BinaryIO, size: int) -> bytearray:
 
 
 def read_idx_pair(root: Path, prefix: str, num_classes: int) -> Arrays:
-    """`{prefix}-images-idx3-ubyte` and `{prefix}-labels-idx1-ubyte` of a folder, each with or without `.gz`.
-
-    Raises:
-        DataError: one is missing or damaged, they differ in length, or a label is out of range.
-    """
+    """`{prefix}-images-idx3-ubyte` and `{prefix}-labels-idx1-ubyte` of a folder, each with or without `.gz`."""
     images = read_idx(_idx_path(root, f"{prefix}-images-idx3-ubyte"), ndim=3).unsqueeze(-1)
     labels = read_idx(_idx_path(root, f"{prefix}-labels-idx1-ubyte"), ndim=1).long()
     if len(images) != len(labels):
@@ -113,9 +101,6 @@ def read_cifar_binary(base: Path, num_classes: int) -> tuple[Arrays, Arrays, tup
     """(train, test, class names) of CIFAR's binary version, 10 or 100 classes.
 
     The names of CIFAR-100 are read from `fine_label_names.txt` if it is there, and are numbers otherwise.
-
-    Raises:
-        DataError: a file is missing or no whole number of records, or a label is out of range.
     """
     train, test = (_read_records(base, files, num_classes) for files in _CIFAR_FILES[num_classes])
     classes = CIFAR10_CLASSES if num_classes == 10 else tuple(map(str, range(num_classes)))
@@ -151,9 +136,6 @@ def read_cifar_pickled(root: Path, num_classes: int) -> tuple[Arrays, Arrays, tu
 
     Unpickling runs whatever a file tells it to. torchvision compares md5 sums with the published files' first, so
     that no other file is ever unpickled; nothing here opens a pickle itself.
-
-    Raises:
-        DataError: the files are missing or not the published ones.
     """
     from torchvision.datasets import CIFAR10, CIFAR100
 

@@ -32,15 +32,7 @@ def available_bytes() -> int | None:
 
 
 def check_fits(size: int, what: str) -> None:
-    """Refuses what would take more than half of the available memory; the other half is for copies and for training.
-
-    Args:
-        size: in bytes, decoded.
-        what: named in the message.
-
-    Raises:
-        DataError: it would.
-    """
+    """DataError for `size` bytes (decoded) above half of the available memory; the rest is for copies and training."""
     available = available_bytes()
     if available is not None and size > available / 2:
         raise DataError(

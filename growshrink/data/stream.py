@@ -44,7 +44,7 @@ class StreamedData:
         mean: that the images are normalised by.
         std: that the images are normalised by.
         input_size: (C, H, W) of every image.
-        fingerprint: of the names and labels of all images, and which of them are val: other data have another one.
+        fingerprint: Digest of the names and labels of all images, and which of them are val.
     """
 
     name: str
@@ -81,7 +81,7 @@ def stream_data(
     """Class folders (`train/CLASS/*`, `test/CLASS/*`) read again and again through timm's readers and transforms.
 
     The batches of an update are as pure a function of (seed, update) as `TrainBatches`' are, whatever the number of
-    workers. Asking for updates out of order is allowed but starts the workers anew. Damaged images are skipped
+    workers. Asking for updates out of order is allowed but restarts the workers. Damaged images are skipped
     with a warning, which is timm's way. Images are RGB.
 
     Args:
@@ -89,12 +89,12 @@ def stream_data(
         batch_size: images per update and rank.
         image_size: side in pixels.
         val_fraction: the part of each class of the training folder that becomes `val`.
-        seed: of the val split, order and augmentation.
+        seed: Seed of the val split, order and augmentation.
         mean: per channel, where 1.0 is the brightest value.
         std: per channel, in the same unit.
         num_workers: decoding processes; 0 decodes in this one.
         device: where the batches go.
-        rank: of this process, 0 .. world_size - 1.
+        rank: Rank of this process, 0 .. world_size - 1.
         world_size: how many processes take a share of each update.
         loader_options: passed on to `timm.data.create_loader`, `train_crop_mode="rkrc"` or `color_jitter=0.0` say.
 
@@ -165,12 +165,7 @@ def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
 
 
 class StreamTrainBatches:
-    """`TrainBatches`' interface over timm's loader.
-
-    Attributes:
-        batch_size: images per update and rank.
-        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
-    """
+    """`TrainBatches` over timm's loader."""
 
     def __init__(self, order: Order, open_at: Callable[[int], Any], device: torch.device) -> None:
         self.batch_size = order.batch_size
@@ -181,11 +176,7 @@ class StreamTrainBatches:
         self._batches: Iterator[Batch] = iter(())
 
     def batch(self, update: int) -> Batch:
-        """See `TrainBatches.batch`; cheap only for the update after the last one asked for.
-
-        Raises:
-            DataError: `update` is negative.
-        """
+        """See `TrainBatches.batch`; cheap only for the update after the last one asked for."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
         with _own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
@@ -197,10 +188,7 @@ class StreamTrainBatches:
 
 
 class StreamEvalBatches:
-    """All images of a split in order; iterate over it as often as needed.
-
-    Its `len` is the number of images.
-    """
+    """All images of a split in order; iterate over it as often as needed. Its `len` is the number of images."""
 
     def __init__(self, num_images: int, open_loader: Callable[[], Any], device: torch.device) -> None:
         self._num_images = num_images

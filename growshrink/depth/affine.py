@@ -37,11 +37,10 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
     Args:
         model: Any module that takes one image batch.
         input_size: `(C, H, W)`; None takes the model's own.
-        seed: Of the images.
+        seed: Seed of the images.
     """
-    size = trace(model, input_size).input_size
-    replica = copy.deepcopy(model).cpu().double().eval()
-    return _defect(replica, (random_images(size, 4, torch.float64, seed),), {}, seed)
+    replica, images = _in_float64(model, input_size, 4, seed)
+    return _defect(replica, (images,), {}, seed)
 
 
 @torch.no_grad()
@@ -49,16 +48,9 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
     """The modules that keep a net from being affine, with their own defects, in the order in which they run.
 
     Only the innermost are named: a module is listed if it is not affine itself and no module inside it is to blame.
-    Empty if the net is affine, whatever its parts are.
-
-    Args:
-        model: Any module that takes one image batch.
-        input_size: `(C, H, W)`; None takes the model's own.
-        seed: Of the probes.
+    Empty if the net is affine, whatever its parts are. Arguments as for `affinity_defect`.
     """
-    size = trace(model, input_size).input_size
-    replica = copy.deepcopy(model).cpu().double().eval()
-    images = random_images(size, 2, torch.float64, seed)
+    replica, images = _in_float64(model, input_size, 2, seed)
     if _defect(replica, (images,), {}, seed) <= EXACT_FLOAT64:
         return {}
     calls: dict[str, tuple[Any, Any]] = {}
@@ -90,6 +82,12 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
 
     visit("")
     return found
+
+
+def _in_float64(model: nn.Module, input_size: InputSize | None, num_images: int, seed: int) -> tuple[nn.Module, Tensor]:
+    """A copy to probe, and random images to start from."""
+    size = trace(model, input_size).input_size
+    return copy.deepcopy(model).cpu().double().eval(), random_images(size, num_images, torch.float64, seed)
 
 
 def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> float:

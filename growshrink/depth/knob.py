@@ -30,13 +30,7 @@ RESOLUTION = 1 / 2000
 
 @dataclass(frozen=True)
 class DepthPlan:
-    """One way to cut a net.
-
-    Attributes:
-        cut: The segments.
-        ms: Predicted latency of the merged net.
-        harm: Predicted rise of the loss before any training makes it good.
-    """
+    """One way to cut a net: predicted latency when merged, and predicted rise of the loss before any training."""
 
     cut: Cut
     ms: float
@@ -55,7 +49,7 @@ class MeasuredPlan:
         plan: The plan.
         ms: Measured latency of the merged net.
         share: The same over that of the net as it is, measured in the same turns.
-        error: Of the predicted share, relatively.
+        error: Relative error of the predicted share.
     """
 
     plan: DepthPlan
@@ -72,20 +66,17 @@ def segment_harms(
     longest: int = 4,
     progress: bool = False,
 ) -> dict[Segment, float]:
-    """What giving up the activations of each segment does to the loss of a trained net.
+    """Measure how much the loss of a trained net rises when each segment gives up its activations; never negative.
 
-    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norm statistics taken anew on
+    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norms recalibrated on
     `batches`, and the loss compared with the net's own.
 
     Args:
         model: A trained plain ReduceNet.
         batches: Training images `(N, C, H, W)`.
-        loss: Of a net, on images it was not trained on.
+        loss: Loss of a net, on images it was not trained on.
         longest: Blocks a segment has at most.
         progress: Show a progress bar.
-
-    Returns:
-        By segment, never negative; 0 for single blocks.
     """
     own = loss(model)
     harms = {}
@@ -150,17 +141,8 @@ def measure_plans(
 ) -> list[MeasuredPlan]:
     """Time the nets that plans lead to; those that turn out slower than the net as it is are left out.
 
-    (The plan that merges nothing is that net, and stays.)
-
-    Latency does not depend on the weights, so this comes before any training.
-
-    Args:
-        model: The plain ReduceNet.
-        plans: Of this net, from `plan_depth` or `depth_frontier`.
-        latencies: What the plans were made with.
-        input_size: `(C, H, W)`.
-        batch_size: Images at a time, as in the table.
-        rounds: Of turns.
+    (The plan that merges nothing is that net, and stays.) Latency does not depend on the weights, so this comes before
+    any training. `latencies` are those the plans were made with.
     """
     net_ms, times = measure_cuts(model, [plan.cut for plan in plans], input_size, batch_size=batch_size, rounds=rounds)
     measured = [

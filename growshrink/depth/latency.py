@@ -1,4 +1,4 @@
-"""How long a net and its merged segments take on this machine: measured in turns, kept on disk."""
+"""How long a net and its merged segments take on this machine: interleaved timings, cached on disk."""
 
 from __future__ import annotations
 
@@ -33,13 +33,9 @@ ANCHORS = 12
 
 @dataclass(frozen=True)
 class Latencies:
-    """What was measured, in milliseconds per batch.
+    """What was measured on this `hardware`, in milliseconds per batch; `cached` if it comes from the disk.
 
-    Attributes:
-        hardware: The machine it was measured on.
-        net_ms: The whole net, folded, nothing merged.
-        change_ms: By segment, what merging it adds; negative where that makes the net faster.
-        cached: Whether this comes from the disk.
+    `net_ms` is the whole net, folded, nothing merged; `change_ms` what merging a segment adds (negative: it is faster).
     """
 
     hardware: str
@@ -64,11 +60,11 @@ def measure_latencies(
 ) -> Latencies:
     """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
 
-    Each segment is timed where it will work, as the net in which it alone is merged: by itself, with its input always
-    in the cache, a large kernel looks up to 15 % faster than it is. An error in the net's own time would be in every
-    change, and so count once per segment in a sum, and changes do not quite add up; so some cuts of the whole net are
-    timed too, and the changes are those that fit all these times best (least squares). All nets take turns in one
-    session (see `interleaved_timings`). What has been measured on this hardware, with this version of torch,
+    Each segment is timed where it will work, as the net in which it alone is merged: alone, with its input
+    always in the cache, a large kernel looks up to 15 % faster than it is. An error in the net's own time would be in
+    every change, and so count once per segment in a sum, and changes do not quite add up; so some cuts of the whole net
+    are timed too, and the changes are those that fit all these times best (least squares). All timings are interleaved
+    in one session. What has been measured on this hardware, with this version of torch,
     for a net of this shape comes from the disk; delete the file to measure again.
 
     Args:
@@ -76,7 +72,7 @@ def measure_latencies(
         input_size: `(C, H, W)`.
         batch_size: Images at a time.
         longest: Blocks a segment has at most.
-        rounds: Of turns.
+        rounds: Interleaved rounds.
         cache: Folder for the table, one JSON file per hardware; None neither reads nor writes one.
         progress: Show a progress bar.
     """
@@ -115,7 +111,7 @@ def read_table(path: Path) -> dict[str, Any]:
         whole = isinstance(entry, dict) and isinstance(entry.get("change_ms"), dict)
         numbers: list[Any] = [entry.get("net_ms"), *entry["change_ms"].values()] if whole else [None]
         if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise RunError(f"{path}: not a table of latencies; delete it, to measure anew.")
+            raise RunError(f"{path}: not a table of latencies; delete it, to measure again.")
     return table
 
 
@@ -139,7 +135,7 @@ def measure_cuts(
     rounds: int = 200,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
-    """Time a plain ReduceNet and what it becomes by each of the cuts, in turns: no training is needed to know that.
+    """Time a plain ReduceNet and what it becomes by each of the cuts, interleaved; no training is needed.
 
     Returns:
         Milliseconds per batch of the folded net, and of the merged net of each cut.

@@ -20,20 +20,16 @@ from growshrink.proofs._profile import profile
 from growshrink.transforms import fold
 from growshrink.transforms._fuse import check_unchanged, replace_module
 
-Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | Iterable[Sequence[str]] | None
+WhereToMerge = str | Callable[[str, nn.Module], bool] | Iterable[str] | Iterable[Sequence[str]] | None
 
 IF_COSTLIER = ("refuse", "warn", "allow")
 
 
 @dataclass(frozen=True)
 class Run:
-    """Convolutions that become one.
+    """Convolutions that become one, which goes by the last of their names.
 
-    Attributes:
-        names: Dotted names, in order; the merged convolution goes by the last of them.
-        kernel_size: Of the merged convolution, `(vertical, horizontal)`.
-        macs_before: Of the convolutions, for one image.
-        macs_after: Of the merged one.
+    `macs_before` are those of the convolutions for one image, `macs_after` those of the merged one.
     """
 
     names: tuple[str, ...]
@@ -49,8 +45,8 @@ class MergeReport:
     Attributes:
         runs: What is merged.
         ends: Why a convolution is not merged with the one that feeds it, by its name.
-        macs_before: Of the whole net, one image.
-        macs_after: Of the merged net.
+        macs_before: MACs of the whole net, one image.
+        macs_after: MACs of the merged net.
     """
 
     runs: tuple[Run, ...]
@@ -71,7 +67,7 @@ class MergeReport:
 
 def merge_runs(
     model: nn.Module,
-    where: Where = None,
+    where: WhereToMerge = None,
     *,
     if_costlier: str = "refuse",
     inplace: bool = False,
@@ -125,7 +121,7 @@ def merge_runs(
 
 
 def merge_report(
-    model: nn.Module, where: Where = None, *, if_costlier: str = "refuse", input_size: InputSize | None = None
+    model: nn.Module, where: WhereToMerge = None, *, if_costlier: str = "refuse", input_size: InputSize | None = None
 ) -> MergeReport:
     """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after."""
     plan, folded, size = _plan(model, where, if_costlier, input_size)
@@ -140,7 +136,7 @@ class _Plan:
 
 
 def _plan(
-    model: nn.Module, where: Where, if_costlier: str, input_size: InputSize | None
+    model: nn.Module, where: WhereToMerge, if_costlier: str, input_size: InputSize | None
 ) -> tuple[_Plan, nn.Module, InputSize]:
     """What to merge, the folded copy it was found out on, and the size of its input."""
     if if_costlier not in IF_COSTLIER:
@@ -217,7 +213,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) for kind in kinds)
 
 
-def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[str, ...]] | None]:
+def _named(model: nn.Module, where: WhereToMerge) -> tuple[set[str] | None, list[tuple[str, ...]] | None]:
     """The names in `where` if it is a list of names, and the runs in it if it is a list of runs."""
     if isinstance(where, str):
         try:
@@ -242,7 +238,9 @@ def _named(model: nn.Module, where: Where) -> tuple[set[str] | None, list[tuple[
     return (None, exact) if exact else (set(names), None)
 
 
-def _selected(model: nn.Module, chains: list[list[str]], where: Where, named: set[str] | None) -> list[list[str]]:
+def _selected(
+    model: nn.Module, chains: list[list[str]], where: WhereToMerge, named: set[str] | None
+) -> list[list[str]]:
     """The parts of the chains that `where` selects."""
 
     def takes(name: str) -> bool:

@@ -15,7 +15,7 @@ from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.grown import grown_modules
-from growshrink.models.block import Block, front_padding
+from growshrink.models.block import Block, block_conv, front_padding
 from growshrink.models.reducenet import ReduceNet
 from growshrink.transforms import fold
 
@@ -47,7 +47,7 @@ Cut = tuple[Segment, ...]
 
 
 def uncut(model: nn.Module) -> Cut:
-    """The net as it is: every block by itself."""
+    """The net as it is: a segment for each block."""
     return tuple(all_segments(model, longest=1))
 
 
@@ -75,7 +75,7 @@ def random_cut(segments: Iterable[Segment], draw: random.Random) -> Cut:
 
 
 def check_reducenet(model: nn.Module) -> None:
-    """PlanError unless the net is a plain ReduceNet, each block padded by itself and with its ReLU."""
+    """PlanError unless the net is a plain ReduceNet, each block with its own padding and ReLU."""
     if not isinstance(model, ReduceNet):
         raise PlanError(f"the depth knob turns ReduceNets, not {type(model).__name__}.")
     if grown := grown_modules(model):
@@ -154,21 +154,13 @@ def _block_like(model: nn.Module, segment: Segment) -> Block:
     stride, device, dtype = first.stride[0], first.weight.device, first.weight.dtype
     block = Block(first.in_channels, last.out_channels, stride, device=device, dtype=dtype)
     padding = 1 if segment.slim else front_padding(stride, segment.length)
-    block.conv = nn.Conv2d(
-        first.in_channels,
-        last.out_channels,
-        2 * padding + 1,
-        stride=stride,
-        padding=padding,
-        bias=False,
-        device=device,
-        dtype=dtype,
-    )
+    channels = first.in_channels, 0, last.out_channels
+    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, device=device, dtype=dtype)
     return block
 
 
 def cut_at(model: nn.Module, segment: Segment) -> Cut:
-    """Every block by itself but those of one segment."""
+    """The cut that merges one segment and nothing else."""
     inside = {(segment.stage, index) for index in range(segment.start, segment.stop)}
     return tuple(sorted([segment, *(alone for alone in uncut(model) if (alone.stage, alone.start) not in inside)]))
 

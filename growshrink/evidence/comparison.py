@@ -6,15 +6,15 @@ Nothing here trains. A published experiment stays readable when plans of trainin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from growshrink.errors import PlanError
+from growshrink.base.config import Checked, from_dict
 from growshrink.evidence.record import Job, RunRecord
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tuning:
+class Tuning(Checked):
     """How the learning rate of every arm is chosen: the same trials for each, judged on the val split.
 
     Attributes:
@@ -29,7 +29,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Checked):
     """The part of an experiment that its table depends on; attributes as in `Experiment`.
 
     Attributes:
@@ -61,15 +61,10 @@ class Comparison:
         Raises:
             PlanError: A key is missing, or has a value that cannot be.
         """
-        try:
-            kept = {key: plan[key] for key in ("data", "model", "model_kwargs", "pool", "budget")}
-            tuning = plan["tuning"] and Tuning(
-                lr=tuple(plan["tuning"]["lr"]), budget=plan["tuning"]["budget"], seeds=tuple(plan["tuning"]["seeds"])
-            )
-            seeds, arms = tuple(plan["seeds"]), tuple(plan["arms"])
-            return Comparison(**kept, seeds=seeds, arms=arms, lr=plan["config"]["lr"], tuning=tuning)
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"the plan: {type(error).__name__}: {error}.") from error
+        kept = {entry.name: plan[entry.name] for entry in fields(Comparison) if entry.name in plan}
+        config = plan.get("config")
+        lr = config.get("lr") if isinstance(config, Mapping) else None
+        return from_dict(Comparison, {**kept, "lr": lr}, "the plan")
 
 
 def trials_of(comparison: Comparison) -> list[Job]:

@@ -7,19 +7,20 @@ reads: once its line is written it is done, on this machine and on every other t
 
 from __future__ import annotations
 
-import fcntl
 import json
-import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from growshrink.base.config import Checked, check_fields, from_dict, to_dict
+from growshrink.base.locking import lock_file
 from growshrink.base.reading import parse_json, read_bytes, read_json
 from growshrink.base.writing import write_atomic
 from growshrink.cycle.records import Row
-from growshrink.errors import RunError
+from growshrink.errors import PlanError, RunError
 
 PLAN_FILE = "plan.json"
 RUNS_FILE = "runs.jsonl"
@@ -34,7 +35,7 @@ DIGITS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Checked):
     """Identify a training run: an arm with all its seeds side by side, or with some of them.
 
     Attributes:
@@ -66,7 +67,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeedScore:
+class SeedScore(Checked):
     """Scores of the net of one seed, in percent.
 
     Attributes:
@@ -83,7 +84,7 @@ class SeedScore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cost:
+class Cost(Checked):
     """Cost of training, per net.
 
     Attributes:
@@ -171,13 +172,9 @@ class RunRecord:
     history: History = History()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if tuple(score.seed for score in self.scores) != self.job.seeds or not self.scores:
             raise ValueError("the scores are not those of the seeds")
-        numbers = [self.job.lr, self.job.budget, *(score.val for score in self.scores)]
-        numbers += [score.test for score in self.scores if score.test is not None]
-        numbers += [] if self.cost is None else vars(self.cost).values()
-        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
-            raise ValueError("a score or a cost is not a number")
         if self.cost is None and (self.diverged is None or self.job.kind != "trial"):
             raise ValueError("a cost is missing, which only a diverged trial may lack")
 
@@ -199,7 +196,7 @@ class RunRecord:
 
     def to_line(self) -> str:
         """Write as a line of runs.jsonl."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, separators=(",", ":")) + "\n"
+        return json.dumps({"format": FORMAT, **to_dict(self)}, separators=(",", ":")) + "\n"
 
     @staticmethod
     def from_line(line: str | bytes) -> RunRecord:
@@ -209,19 +206,7 @@ class RunRecord:
             raise ValueError("not a JSON object")
         if (found := values.pop("format", None)) != FORMAT:
             raise ValueError(f"written in format {found!r}, this version of growshrink reads {FORMAT}")
-        try:
-            job = {**values["job"], "seeds": tuple(values["job"]["seeds"])}
-            history = {key: tuple(column) for key, column in values["history"].items()}
-            known = {
-                "job": Job(**job),
-                "scores": tuple(SeedScore(**score) for score in values["scores"]),
-                "cost": None if values["cost"] is None else Cost(**values["cost"]),
-                "rounds": tuple(values["rounds"]),
-                "history": History(**history),
-            }
-            return RunRecord(**{**values, **known})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return from_dict(RunRecord, values, "", PlanError)
 
 
 def read_runs(out: Path) -> tuple[RunRecord, ...]:
@@ -285,7 +270,8 @@ def _locked(folder: Path) -> Iterator[None]:
     """Let one process at a time inside."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:  # closing it ends the lock
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while not lock_file(lock):
+            time.sleep(0.02)
         yield
 
 

@@ -7,10 +7,9 @@ the branches of an arm, trained for a short budget, and the better half is train
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ import timm
 import torch
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.config import Checked, from_dict, to_dict
 from growshrink.base.timing import interleaved_timings
 from growshrink.errors import PlanError
 from growshrink.evidence.experiment import Experiment
@@ -30,7 +30,7 @@ BOUNDS = ("macs", "params", "ms")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Checked):
     """A plain net, and what it costs: MACs and parameters, or milliseconds for one image."""
 
     width: float
@@ -49,7 +49,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScanPlan:
+class ScanPlan(Checked):
     """What is scanned: plan.json of a scan's folder.
 
     Attributes:
@@ -74,21 +74,13 @@ class ScanPlan:
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain lists and numbers."""
-        candidates = [asdict(candidate) for candidate in self.candidates]
-        values = {**vars(self), "candidates": candidates, "experiment": self.experiment.to_json()}
-        plain: dict[str, Any] = json.loads(json.dumps(values))
-        return plain
+        values: dict[str, Any] = to_dict(self)
+        return values
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ScanPlan:
         """Convert back from `to_json`; PlanError for what is no plan of a scan."""
-        try:
-            lists = {key: tuple(values[key]) for key in ("widths", "depths")}
-            candidates = tuple(Candidate(**candidate) for candidate in values["candidates"])
-            experiment = Experiment.from_dict(values["experiment"])
-            return ScanPlan(**{**values, **lists, "candidates": candidates, "experiment": experiment})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"the plan of the scan: {type(error).__name__}: {error}.") from error
+        return from_dict(ScanPlan, values, "the plan of the scan")
 
     def differs(self, old: ScanPlan) -> str | None:
         """Name the first key in which this is another scan than `old`; candidates follow from the others."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from growshrink.analysis.stats import Interval, blocked, holm, paired
+from growshrink.analysis.stats import Estimate, blocked, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.comparison import Comparison, chosen_lr, runs_of
@@ -58,8 +58,8 @@ class Row:
     lr: float
     top1: float
     sd: float
-    difference: Interval | None
-    pooled: Interval | None
+    difference: Estimate | None
+    pooled: Estimate | None
     p: float | None
     epochs: float
     cost: float
@@ -107,7 +107,7 @@ def rows_of(comparison: Comparison, records: Sequence[RunRecord]) -> list[Row]:
     return rows
 
 
-def verdict(arm: str, difference: Interval | None, pooled: Interval | None = None) -> str:
+def verdict(arm: str, difference: Estimate | None, pooled: Estimate | None = None) -> str:
     """One line: better, worse, or not told apart, by the interval of the paired difference.
 
     `pooled` is the pooled interval where its corrected p allows to speak of it.
@@ -125,7 +125,7 @@ def verdict(arm: str, difference: Interval | None, pooled: Interval | None = Non
 _UNSURE = "not told apart"
 
 
-def _word(interval: Interval) -> str:
+def _word(interval: Estimate) -> str:
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else _UNSURE
 
 
@@ -238,7 +238,7 @@ def _paired(scores: Mapping[str, Mapping[int, SeedScore]], arm: str) -> tuple[li
     return values, [plain[seed].val for seed in seeds] if on_val else _values(plain, seeds)[1]
 
 
-def _pooled(scores: Mapping[str, Mapping[int, SeedScore]]) -> dict[str, tuple[Interval, float]]:
+def _pooled(scores: Mapping[str, Mapping[int, SeedScore]]) -> dict[str, tuple[Estimate, float]]:
     """Arms judged on the test split with every seed that plain has, against plain, the noise of all taken together."""
     seeds = list(scores.get(PLAIN, {}))
     arms = [arm for arm, own in scores.items() if all(seed in own and own[seed].test is not None for seed in seeds)]

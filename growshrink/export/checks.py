@@ -30,17 +30,11 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
     """Differences on random images, each with what is allowed.
 
     In float64 the transforms are judged: grown net against grown net fused, plain net against plain net folded. In
-    float32 what was written is: the weights in the files, and the programs with the plain net.
-
-    Args:
-        source: The net.
-        folded: Its inference form, as read back from its file.
-        programs: What other files compute, by name.
-        seed: Of the images.
+    float32 what was written is: the weights in files (`folded`), and what other files compute (`programs`, by name).
 
     Returns:
         `checks`, a list of rows (`net`, `against`, `dtype`, `max_abs`, `max_rel`, `allowed`, `ok`); `rounding_float32`,
-        what float32 costs the plain net by itself (None where the net does not run in float64); and, of a net that was
+        rounding error of the plain net in float32 (None where the net does not run in float64); and, of a net that was
         grown, `effect_of_branches`: the relative change of its outputs when the branches are silenced.
     """
     exact = _in_float64(source.plain, source, seed)
@@ -83,17 +77,11 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
     add("folded", "plain", "float32", compare(source.plain, folded, dtype=torch.float32, **size), allowed)
     for name, program in programs.items():
         for number in BATCH_SIZES:
-            add(f"{name}, batch of {number}", "plain", "float32", _against(source, program, number, seed), allowed)
+            x = random_images(source.input_size, number, torch.float32, seed)
+            with torch.no_grad():
+                found = Comparison.of(source.plain(x), program(x))
+            add(f"{name}, batch of {number}", "plain", "float32", found, allowed)
     return result
-
-
-@torch.no_grad()
-def _against(source: Source, program: Function, number: int, seed: int) -> Comparison:
-    x = random_images(source.input_size, number, torch.float32, seed)
-    expected, found = source.plain(x), program(x)
-    max_abs = float((found - expected).abs().max())
-    agreement = float((found.argmax(1) == expected.argmax(1)).float().mean())
-    return Comparison(max_abs, max_abs / float(expected.abs().max()), agreement)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +24,19 @@ INT8_FILE = "int8.onnx"
 GRANULARITIES = ("per-channel", "per-tensor")
 
 
-def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, batch_size: int = 32) -> None:
+def needs_reduced_range() -> bool:
+    """Whether int8 products can saturate on this CPU: x86 without VNNI adds two of them in 16 bits."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        return "vnni" not in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return True
+
+
+def quantise(
+    onnx_path: Path, path: Path, images: Tensor, *, granularity: str, reduce_range: bool, batch_size: int = 32
+) -> None:
     """Write an int8 net in the QDQ format: uint8 activations by their range on `images`, symmetric int8 weights.
 
     Args:
@@ -31,9 +44,10 @@ def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, b
         path: Where the int8 net goes.
         images: Training images (N, C, H, W), normalised, to calibrate activations with.
         granularity: One scale per output channel ("per-channel") or per layer ("per-tensor").
-        batch_size: Of the calibration.
+        reduce_range: Give the weights 7 bits, for CPUs on which 8 can saturate (`needs_reduced_range`).
+        batch_size: Batch size of the calibration.
 
-    Source: the defaults that onnxruntime documents for x86-64 with VNNI; a CPU without it saturates now and then.
+    Source: the defaults that onnxruntime documents for x86-64.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -55,6 +69,7 @@ def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, b
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=granularity == "per-channel",
+            reduce_range=reduce_range,
         )
 
 
@@ -80,7 +95,7 @@ def calibration_images(source: Source, data: DataSet, number: int, seed: int) ->
     return torch.cat([images for images, _ in _batches(source, data, split)])
 
 
-def score(functions: Mapping[str, Function], source: Source, data: DataSet) -> dict[str, Score]:
+def score_all(functions: Mapping[str, Function], source: Source, data: DataSet) -> dict[str, Score]:
     """Top-1 and loss of several nets on the test split, which is read once for all of them."""
     right = dict.fromkeys(functions, 0)
     loss = dict.fromkeys(functions, 0.0)

@@ -71,7 +71,7 @@ def _rounding(weight_ON: Tensor, largest: Tensor) -> float:
     return float((torch.round(weight_ON / step) * step - weight_ON).norm() / weight_ON.norm())
 
 
-def verdict(ranges: Sequence[LayerRange]) -> str:
+def range_verdict(ranges: Sequence[LayerRange]) -> str:
     """One plain sentence: will int8 with one scale per layer hurt?"""
     if not ranges:
         return "There is no layer to quantise."

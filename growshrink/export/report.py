@@ -84,7 +84,9 @@ def _markdown(report: Mapping[str, Any]) -> str:
     if exactness["rounding_float32"] is None:
         lines.append("The net does not run in float64: what is missing above could not be told.")
     else:
-        lines.append(f"float32 costs the plain net {exactness['rounding_float32']:.1e} by itself.")
+        lines.append(
+            f"Rounding to float32 alone changes the outputs of the plain net by {exactness['rounding_float32']:.1e}."
+        )
     if (effect := exactness.get("effect_of_branches")) is not None:
         lines.append(
             f"Silencing the branches changes the outputs by {effect:.2g}: had that been 0, fusing proved nothing."
@@ -119,8 +121,8 @@ def _latency(latency: Mapping[str, Any]) -> list[str]:
             [(name, f"{ms:.3f}", f"{latency['over_plain'][name]:.2f}") for name, ms in latency["ms"].items()],
         ),
         "",
-        f"{latency['batch_size']} image(s) at a time, all nets in turns, lowest decile of {latency['rounds']} rounds, "
-        f"on {machine['processor']}, {machine['threads']} thread(s).",
+        f"{latency['batch_size']} image(s) at a time, all nets interleaved, lowest decile of "
+        f"{latency['rounds']} rounds, on {machine['processor']}, {machine['threads']} thread(s).",
     ]
 
 
@@ -149,6 +151,13 @@ def _ranges(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
 
 
+#: What the weights' bits mean for the CPU that runs the net.
+BITS = {
+    7: "Weights have 7 bits (reduce_range): this CPU has no VNNI, and with 8 its sums could saturate.",
+    8: "Weights have 8 bits: on an x86 CPU without VNNI sums can saturate; export there for such a CPU.",
+}
+
+
 def _int8(found: Mapping[str, Any]) -> list[str]:
     return [
         f"Measured: {found['granularity']} int8, activations calibrated on {found['calibration_images']} training "
@@ -158,6 +167,8 @@ def _int8(found: Mapping[str, Any]) -> list[str]:
             ("net", "test top-1", "loss"),
             [(name, f"{row['top1']:.2f} %", f"{row['loss']:.4f}") for name, row in found["scores"].items()],
         ),
+        "",
+        BITS[found["weight_bits"]],
     ]
 
 

@@ -35,14 +35,14 @@ class Source:
     Attributes:
         path: The file that was read.
         plain: The net to deploy, as `timm.create_model(name, **kwargs)` makes it, in eval mode on the CPU.
-        name: Of the timm model.
-        kwargs: Of `timm.create_model`.
+        name: Name of the timm model.
+        kwargs: Arguments of `timm.create_model`.
         input_size: `(C, H, W)` of an image.
         grown: The net it was merged from, in eval mode; None if it was plain already, or branches were dropped.
         mean: Per channel, of images in [0, 1].
         std: Per channel, in the same unit.
-        classes: Their names in the order of the outputs; empty where nobody knows.
-        data: Name of the data set it was trained on; None where nobody knows.
+        classes: Their names in the order of the outputs; empty where unknown.
+        data: Name of the data set it was trained on; None where unknown.
     """
 
     path: Path
@@ -68,7 +68,7 @@ class Recipe:
 
     Attributes:
         name: timm model; None where the file has to say it.
-        kwargs: Of `timm.create_model`, over what is read off the weights.
+        kwargs: Arguments of `timm.create_model`, over what is read off the weights.
         branches: What a grown state_dict was grown with, as for `growshrink.grow`.
         ratio: The ratio it was grown with.
         merge: Merge the branches of a grown net; else leave them out (NetAug's base net).
@@ -111,7 +111,7 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         if not (path / PLAIN_FILE).is_file():
             raise RunError(
                 f"{path}: has no {PLAIN_FILE}: not the folder of a finished run of recipes/grow_cycle.py or "
-                "recipes/netaug.py. Name a file, or go on with the run (--resume)."
+                "recipes/netaug.py. Name a file, or resume the run (--resume)."
             )
         path = path / PLAIN_FILE
     if not path.is_file():
@@ -119,7 +119,7 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
     tensors, header = _read(path)
     kind = header.get("format", "")
     if kind.startswith("growshrink-checkpoint"):
-        raise RunError(f"{path}: a checkpoint to resume from. Go on with its run (--resume) and export its folder.")
+        raise RunError(f"{path}: a checkpoint to resume from. Resume its run (--resume) and export its folder.")
     if kind.startswith("growshrink-supernet"):
         supernet, _, about = load_supernet(path)
         name, kwargs = plain_form(about["name"], about["kwargs"], grown=about.get("grow") is None)

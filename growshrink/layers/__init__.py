@@ -5,5 +5,7 @@ from growshrink.layers.bottleneck import PureBottleneck as PureBottleneck
 from growshrink.layers.branch import Branch as Branch
 from growshrink.layers.grown import GrownConv2d as GrownConv2d
 from growshrink.layers.grown_linear import GrownLinear as GrownLinear
+from growshrink.layers.swaps import attach as attach
+from growshrink.layers.swaps import to_plain as to_plain
 from growshrink.layers.widths import WidthSpace as WidthSpace
 from growshrink.layers.widths import get_width as get_width

@@ -28,14 +28,14 @@ class PureBottleneck(Mergeable):
         in_channels: I.
         mid_channels: M, the middle width; must be divisible by `groups`.
         out_channels: O.
-        kernel_size: Of the kxk; the 1x1 has stride 1, and the same groups.
-        stride: Of the kxk.
-        padding: Of the kxk.
-        dilation: Of the kxk.
-        groups: Of both convolutions.
-        padding_mode: Of the kxk.
+        kernel_size: Kernel size of the kxk; the 1x1 has stride 1, and the same groups.
+        stride: Stride of the kxk.
+        padding: Padding of the kxk.
+        dilation: Dilation of the kxk.
+        groups: Groups of both convolutions.
+        padding_mode: Padding mode of the kxk.
         device: Where the parameters are made.
-        dtype: Of the parameters (lam stays float32).
+        dtype: Type of the parameters (lam stays float32).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class PureBottleneck(Mergeable):
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
-        """Draw the kernels anew (He et al., arXiv:1502.01852, fan-out), reset the BN, make the activation a ReLU."""
+        """Redraw the kernels (He et al., arXiv:1502.01852, fan-out), reset the BN, make the activation a ReLU."""
         he_fan_out_(self.conv)
         he_fan_out_(self.pointwise)
         self.bn.reset_parameters()
@@ -127,7 +127,7 @@ class PureBottleneck(Mergeable):
 
 
 def he_fan_out_(conv: nn.Conv2d, nonlinearity: str = "relu") -> None:
-    """Draw a kernel anew: normal, by the fan out (He et al., arXiv:1502.01852) of one group, which is all it has."""
+    """Redraw a kernel: normal, scaled by the fan out of one group (He et al., arXiv:1502.01852)."""
     gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
     fan_out = conv.out_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1]
     nn.init.normal_(conv.weight, std=gain / math.sqrt(fan_out))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import GrowError
 
 
 class Branch(nn.Module, ABC):
@@ -15,7 +17,8 @@ class Branch(nn.Module, ABC):
 
     A subclass takes `(conv, ratio)` and implements `forward` and `as_convmap`. It ends in a batch norm called `norm`,
     or names in `outermost` the factor it ends in instead. One that does not fit every convolution also implements
-    `reason_against`. `kind=""` makes a base of other branches, which `grow` does not know.
+    `reason_against`. `kind=""` makes a base of other branches, which `grow` does not know. A kind that is defined again
+    (a notebook cell run twice) replaces the one before, with a warning; a kind of growshrink's own cannot be replaced.
     """
 
     kinds: ClassVar[dict[str, type[Branch]]] = {}
@@ -30,8 +33,14 @@ class Branch(nn.Module, ABC):
 
     def __init_subclass__(cls, kind: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        assert kind not in Branch.kinds, f"branch kind {kind!r} is taken by {Branch.kinds[kind]}"
         cls.kind = kind
+        if kind in Branch.kinds:
+            old = Branch.kinds[kind].__module__
+            if old.startswith("growshrink.") and old != cls.__module__:
+                raise GrowError(
+                    f"kind={kind!r}: a branch of growshrink ({old}) has this name; give {cls.__name__} another."
+                )
+            warnings.warn(f"branch kind {kind!r} of {old} is replaced by that of {cls.__module__}.", stacklevel=3)
         if kind:
             Branch.kinds[kind] = cls
 

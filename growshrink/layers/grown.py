@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -11,7 +10,7 @@ from timm.layers import Conv2dSame, pad_same, register_notrace_module
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.errors import GrowError, check_model
+from growshrink.errors import check_model
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
@@ -25,12 +24,6 @@ class Grown(Mergeable):
         weight: Tensor
         bias: Any  # declared otherwise by every layer
     plain_class: ClassVar[type[nn.Module]]
-
-    def to_plain(self) -> nn.Module:
-        """Forget the branches and be the class this module came from; returns the same object."""
-        del self.branches
-        self.__class__ = self.plain_class  # type: ignore[assignment]
-        return self
 
     def as_conv(self) -> nn.Conv2d:
         """The layer without its branches, as a convolution of images with the same parameters."""
@@ -59,41 +52,27 @@ class Grown(Mergeable):
         `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
         """
         fused = self.as_convmap().fit(self.as_conv())
-        plain = copy.deepcopy(self)
+        plain = self.plain_class.__new__(self.plain_class)
+        plain.__dict__.update(copy.deepcopy(self.__dict__, {id(self): plain}))
+        del plain.branches
+        assert isinstance(plain.weight, Tensor)
         with torch.no_grad():
             plain.weight.copy_(fused.kernel.reshape(plain.weight.shape))
         if self.bias is not None or bool((fused.bias != 0).any()):
             plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
-        return plain.to_plain()
+        return plain
 
 
 class GrownConv2d(Grown, nn.Conv2d):
     """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
 
-    A class of convolutions with a forward of its own has a subclass here (`GROWN_CLASSES`), which is one of that class
-    too and returns to it.
-
     `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
-    checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one with
-    `GrownConv2d.from_conv`, in place, and becomes an `nn.Conv2d` again with `to_plain`, so whatever refers to the
-    module goes on referring to it.
+    checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one, and an
+    `nn.Conv2d` again, in place (`growshrink.layers.swaps`). A class of convolutions with a forward of its own has a
+    subclass here.
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
-
-    @staticmethod
-    def from_conv(conv: nn.Conv2d, branches: Iterable[Branch]) -> GrownConv2d:
-        """Attach branches to `conv`, of a class in `GROWN_CLASSES` or already grown, and return the same object."""
-        if isinstance(conv, GrownConv2d):
-            conv.branches.extend(branches)
-            return conv
-        if type(conv) not in GROWN_CLASSES:
-            known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
-            raise GrowError(f"a {type(conv).__name__} cannot carry branches, only {known}.")
-        conv.__class__ = GROWN_CLASSES[type(conv)]
-        assert isinstance(conv, GrownConv2d)
-        conv.branches = nn.ModuleList(branches).train(conv.training)
-        return conv
 
     def as_conv(self) -> nn.Conv2d:
         """See `Grown.as_conv`."""
@@ -113,7 +92,7 @@ class GrownConv2d(Grown, nn.Conv2d):
 class GrownConv2dSame(GrownConv2d, Conv2dSame):
     """timm's `Conv2dSame`, grown: padded as TensorFlow does, by an amount that depends on the size of the input.
 
-    Kernel and branches see the padded input, as if nobody had padded it: so the branches merge exactly at any size.
+    Kernel and branches see the padded input and pad nothing more, so the branches merge exactly at any size.
     """
 
     plain_class = Conv2dSame
@@ -121,10 +100,6 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
     def padded(self, x: Tensor) -> Tensor:
         """See `Grown.padded`."""
         return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
-
-
-#: What becomes of a convolution that grows; other classes are left alone.
-GROWN_CLASSES: dict[type[nn.Conv2d], type[GrownConv2d]] = {nn.Conv2d: GrownConv2d, Conv2dSame: GrownConv2dSame}
 
 
 def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:

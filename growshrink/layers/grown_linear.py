@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.errors import GrowError
-from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown
 
 
@@ -32,29 +28,10 @@ class GrownLinear(Grown, nn.Linear):
     """A linear layer with branches: `y = linear(x); for each branch: y = y + branch(x, y)`.
 
     Branches see the tokens `(N, ..., I)` as an image `(N, I, T, 1)`, without a copy, and so their batch norms normalise
-    over all tokens of all images. Never constructed: an `nn.Linear` becomes one with `from_linear`, in place, and an
-    `nn.Linear` again with `to_plain`; see `GrownConv2d`.
+    over all tokens of all images. Never constructed: an `nn.Linear` becomes one in place; see `GrownConv2d`.
     """
 
     plain_class = nn.Linear
-
-    @staticmethod
-    def from_linear(linear: nn.Linear, branches: Iterable[Branch]) -> GrownLinear:
-        """Attach branches to `linear`, an `nn.Linear` or already grown, and return the same object.
-
-        Args:
-            linear: Of exactly that class.
-            branches: Built for `TokenConv2d.of(linear)`.
-        """
-        if isinstance(linear, GrownLinear):
-            linear.branches.extend(branches)
-            return linear
-        if type(linear) is not nn.Linear:
-            raise GrowError(f"a {type(linear).__name__} cannot carry branches as a linear layer, only an nn.Linear.")
-        linear.__class__ = GrownLinear
-        assert isinstance(linear, GrownLinear)
-        linear.branches = nn.ModuleList(branches).train(linear.training)
-        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., I) -> (..., O)`."""

@@ -31,16 +31,10 @@ def convmap_of(
     dtype: torch.dtype = torch.float64,
     device: torch.device | None = None,
 ) -> ConvMap:
-    """The affine map of a module inside a branch; AlgebraError naming it if it is not affine.
+    """The affine map of a module inside a branch; AlgebraError, with its `name`, if it is not affine.
 
-    Types are compared exactly: a subclass may compute something else.
-
-    Args:
-        module: A part of the branch.
-        name: Its name in messages.
-        channels: How many go in, for a module that does not know.
-        dtype: Of the map.
-        device: Of the map, for a module without parameters.
+    Types are compared exactly: a subclass may compute something else. `channels` and `device` are those of the input,
+    for a module that does not know them.
     """
     with named(name):
         if isinstance(module, Mergeable):

@@ -11,7 +11,6 @@ arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -21,8 +20,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.errors import CollapseError, check_model
-from growshrink.layers.activations import vanishing
+from growshrink.errors import CollapseError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import GrownConv2d, GrownConv2dSame
@@ -73,10 +71,6 @@ class OnlineConv2d(OnlineModule, GrownConv2d):
                 y = y + branch(x, y)
         return y
 
-    def to_plain(self) -> nn.Conv2d:
-        """See `GrownConv2d.to_plain`."""
-        return cast(nn.Conv2d, cast(GrownConv2d, expand_online(self, inplace=True)).to_plain())
-
     def _map(self, dtype: torch.dtype) -> ConvMap:
         total = ConvMap.from_conv2d(self, dtype)
         for branch in self.branches:
@@ -105,58 +99,16 @@ class OnlineBottleneck(OnlineModule, PureBottleneck):
         return self.conv._conv_forward(x, *merged(self, self.as_convmap))
 
 
-ONLINE_CLASSES: dict[type[nn.Module], type[OnlineModule]] = {
-    GrownConv2d: OnlineConv2d,
-    GrownConv2dSame: OnlineConv2dSame,
-    PureBottleneck: OnlineBottleneck,
-}
-_GROWN_CLASSES = {online: grown for grown, online in ONLINE_CLASSES.items()}
-
-
 def merged(module: nn.Module, make: Callable[[torch.dtype], ConvMap]) -> tuple[Tensor, Tensor | None]:
     """Kernel and bias of a map in the dtype of the module's parameters, computed in float32 at least."""
     like = next(module.parameters())
-    with _no_autocast(like.device.type):
+    with no_autocast(like.device.type):
         total = make(torch.promote_types(like.dtype, torch.float32))
     return total.kernel.to(like.dtype), total.bias.to(like.dtype) if total.biased else None
 
 
-def go_online(module: nn.Module) -> None:
-    """Change the class of a grown module whose linear branches are marked (`branch.merged`), and hold its parts."""
-    module.__class__ = ONLINE_CLASSES[type(module)]
-    assert isinstance(module, OnlineModule)
-    for part in module.held_parts():
-        for _, act in vanishing(part):
-            act.held = True
-    module.train(module.training)
-
-
-def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Undo `collapse_online`: the branches run by themselves again, their norms learn statistics, lam may rise.
-
-    A net that is not collapsed comes back as it is.
-
-    Args:
-        model: A grown net.
-        inplace: Work on `model` itself; otherwise on a deep copy.
-    """
-    check_model(model)
-    model = model if inplace else copy.deepcopy(model)
-    for module in list(model.modules()):
-        if isinstance(module, OnlineModule):
-            for part in module.held_parts():
-                part.train(module.training)
-                for _, act in vanishing(part):
-                    act.held = False
-            for branch in getattr(module, "branches", ()):
-                branch.merged = False
-            module.__dict__.pop("collapsed", None)
-            module.__dict__.pop("timing", None)
-            module.__class__ = _GROWN_CLASSES[type(module)]  # type: ignore[assignment]
-    return model
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    if not torch.amp.is_autocast_available(device_type):
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Leave autocast, for what must be computed in the tensors' own precision."""
+    if not torch.amp.is_autocast_available(device_type):  # meta
         return nullcontext()
     return torch.autocast(device_type, enabled=False)

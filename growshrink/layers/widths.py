@@ -130,7 +130,7 @@ def set_width(model: nn.Module, width: Width) -> None:
 
 @contextmanager
 def active_width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
-    """Run the model at `width` within a `with`, and afterwards, whatever happens, as before."""
+    """Run the model at `width` within a `with`; restore the width afterwards."""
     slots = Slots(model)
     slots.check(width)
     before = slots.get()
@@ -177,7 +177,7 @@ class WidthSpace:
     def sample(self, seed: int, step: int) -> dict[str, int]:
         """A net drawn uniformly: a function of seed, step and the branches' names, and of nothing else.
 
-        No random stream is read or moved, so every rank and every resumed run draws the same without a word.
+        No random stream is read or moved, so every rank and every resumed run draws the same without communication.
         """
         return {name: draw(values, seed, step, name) for name, values in self.choices.items()}
 
@@ -235,7 +235,7 @@ def width_space(
         model: A grown model.
         factor: r; None takes what each branch was grown with.
         diversity: s; None is 3.
-        divisor: Of the widths between.
+        divisor: Widths between are multiples of it.
 
     Raises:
         WidthError: The model carries no branches, or `factor` lies beyond or below what it was grown with.

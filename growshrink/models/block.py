@@ -1,5 +1,7 @@
 """The block of a ReduceNet."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +22,16 @@ def front_padding(stride: int, length: int) -> int:
     return 1 + stride * (length - 1)
 
 
+def block_conv(
+    channels: tuple[int, int, int], kernel_size: int, stride: int = 1, padding: int = 0, **factory: Any
+) -> nn.Module:
+    """Make the conv of a block: a `PureBottleneck` of (in, middle, out) channels, an `nn.Conv2d` where middle is 0."""
+    options: dict[str, Any] = {"stride": stride, "padding": padding, **factory}
+    if channels[1]:
+        return PureBottleneck(*channels, kernel_size, **options)
+    return nn.Conv2d(channels[0], channels[2], kernel_size, bias=False, **options)
+
+
 class Block(nn.Module):
     """`conv` -> `bn` (+ identity where the shape allows) -> ReLU.
 
@@ -29,10 +41,9 @@ class Block(nn.Module):
         stride: Stride of the 3x3 conv.
         expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
         linear: No ReLU at the end.
-        padding: Of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the
-            stride), and the identity is padded or cropped to fit.
-        device: Where the tensors are made.
-        dtype: What the parameters are.
+        padding: Padding of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels
+            (before the stride), and the identity is padded or cropped to fit.
+        factory: `device` and `dtype` of the tensors.
     """
 
     def __init__(
@@ -43,21 +54,12 @@ class Block(nn.Module):
         expansion: int = 0,
         linear: bool = False,
         padding: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        self.conv: nn.Module
-        if expansion:
-            mid_channels = expansion * out_channels
-            self.conv = PureBottleneck(
-                in_channels, mid_channels, out_channels, 3, stride=stride, padding=padding, device=device, dtype=dtype
-            )
-        else:
-            self.conv = nn.Conv2d(
-                in_channels, out_channels, 3, stride=stride, padding=padding, bias=False, device=device, dtype=dtype
-            )
-        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        channels = in_channels, expansion * out_channels, out_channels
+        self.conv = block_conv(channels, 3, stride, padding, **factory)
+        self.bn = nn.BatchNorm2d(out_channels, **factory)
         self.skip = stride == 1 and in_channels == out_channels
         self.margin = padding - 1
         self.act = nn.Identity() if linear else nn.ReLU(inplace=True)

@@ -7,13 +7,7 @@ from typing import Any
 
 
 def plain_form(name: str, kwargs: Mapping[str, Any], *, grown: bool) -> tuple[str, dict[str, Any]]:
-    """Name and arguments for `timm.create_model` of the plain net that a model fuses into.
-
-    Args:
-        name: Of the model.
-        kwargs: Of the model.
-        grown: Whether it is grown at birth.
-    """
+    """Name and arguments for `timm.create_model` of the plain net that a model, `grown` at birth or not, fuses into."""
     plain_kwargs = {
         key: value for key, value in kwargs.items() if key not in ("expansion", "pretrained", "checkpoint_path")
     }

@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from timm.models import generate_default_cfgs
-from torch import nn
 
 from growshrink.models.block import Block, front_padding
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, photo_cfg, register_variants
@@ -61,12 +60,10 @@ class ReduceNet(StagedNet):
         pad: Where the padding is. `"each"`: a pixel in every conv. `"front"`: all of a stage in its first conv, so that
             the convs of a stage can be merged into one, exactly; skips are padded or cropped to fit. Or the
             lengths of runs of blocks per stage, each run padded in front: `((3,), (1, 2), (3,))`.
-        num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
-        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
-        drop_rate: Dropout before the classifier.
         device: Where the tensors are made.
-        dtype: What the parameters are; `lam` is float32 always.
+        dtype: Type of the parameters; `lam` is float32 always.
+        head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm
     >>> plain = timm.create_model("reducenet20", width=0.25)
@@ -85,21 +82,18 @@ class ReduceNet(StagedNet):
         expansion: int = 0,
         linear: bool = False,
         pad: str | Runs = "each",
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
         check_options(width, expansion)
         channels = tuple(max(1, round(c * width)) for c in channels)
-        stem = conv_norm_act(in_chans, channels[0], stem_stride, linear, device, dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        stem = conv_norm_act(in_chans, channels[0], stem_stride, linear, **factory)
         stages = []
-        feature_info: list[dict[str, Any]] = []
-        in_channels, reduction = channels[0], stem_stride
-        runs = _runs(pad, depths)
-        for index, (out_channels, stride, lengths) in enumerate(zip(channels, strides, runs, strict=True)):
+        in_channels = channels[0]
+        for out_channels, stride, lengths in zip(channels, strides, _runs(pad, depths), strict=True):
             blocks: list[Block] = []
             for length in lengths:
                 padding = front_padding(1 if blocks else stride, length)  # only the first block of a stage strides
@@ -107,23 +101,11 @@ class ReduceNet(StagedNet):
                     block_stride = 1 if blocks else stride
                     block_padding = 0 if position else padding
                     blocks.append(
-                        Block(in_channels, out_channels, block_stride, expansion, linear, block_padding, device, dtype)
+                        Block(in_channels, out_channels, block_stride, expansion, linear, block_padding, **factory)
                     )
                     in_channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-            reduction *= stride
-            feature_info.append({"num_chs": out_channels, "reduction": reduction, "module": f"stages.{index}"})
-        super().__init__(
-            stem,
-            stages,
-            feature_info,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            device=device,
-            dtype=dtype,
-        )
+            stages.append(blocks)
+        super().__init__(stem, stages, channels, (stem_stride, *strides), in_chans=in_chans, **factory, **head)
 
 
 def _runs(pad: str | Runs, depths: Sequence[int]) -> Runs:

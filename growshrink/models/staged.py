@@ -24,26 +24,28 @@ class StagedNet(nn.Module):
 
     Args:
         stem: Images -> the input of the first stage.
-        stages: One `nn.Sequential` of blocks each.
-        feature_info: `num_chs`, `reduction` and `module` of every stage.
+        stages: The blocks of each.
+        widths: Output channels of each stage.
+        strides: Strides of the stem, then of each stage.
         num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
         global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
         drop_rate: Dropout before the classifier.
         device: Where the head is made.
-        dtype: What the head's parameters are.
+        dtype: Type of the head's parameters.
     """
 
     def __init__(
         self,
         stem: nn.Sequential,
-        stages: Sequence[nn.Sequential],
-        feature_info: list[dict[str, Any]],
+        stages: Sequence[Sequence[nn.Module]],
+        widths: Sequence[int],
+        strides: Sequence[int],
         *,
-        num_classes: int,
+        num_classes: int = 10,
         in_chans: int,
-        global_pool: str,
-        drop_rate: float,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -53,9 +55,12 @@ class StagedNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.stem = stem
-        self.stages = nn.Sequential(*stages)
-        self.feature_info = feature_info
-        self.num_features = feature_info[-1]["num_chs"]
+        self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": width, "reduction": math.prod(strides[: index + 2]), "module": f"stages.{index}"}
+            for index, width in enumerate(widths)
+        ]
+        self.num_features = widths[-1]
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, device=device, dtype=dtype)
         self.head_hidden_size = self.head.num_features
         self.init_weights()
@@ -90,10 +95,7 @@ class StagedNet(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layer groups for layer-wise learning rates: stem, then stages (`coarse`) or blocks, then the head."""
-        return {
-            "stem": r"^stem",
-            "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)],
-        }
+        return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -207,18 +209,13 @@ def check_options(width: float, expansion: int) -> None:
 
 
 def conv_norm_act(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    linear: bool = False,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    in_channels: int, out_channels: int, stride: int, linear: bool = False, **factory: Any
 ) -> nn.Sequential:
     """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
     stem = nn.Sequential()
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, device=device, dtype=dtype)
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, **factory)
     stem.add_module("conv", conv)
-    stem.add_module("bn", nn.BatchNorm2d(out_channels, device=device, dtype=dtype))
+    stem.add_module("bn", nn.BatchNorm2d(out_channels, **factory))
     stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
     return stem
 
@@ -255,14 +252,7 @@ def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
 def register_variants(
     module: str, net: type[StagedNet], variants: Mapping[str, Mapping[str, Any]], describe: Callable[[str], str]
 ) -> None:
-    """Make `module` hold an entrypoint for every variant, registered with timm.
-
-    Args:
-        module: `__name__` of the module that holds the family; its `default_cfgs` are there already.
-        net: The class.
-        variants: Arguments of `net` by model name.
-        describe: Docstring of the entrypoint by model name.
-    """
+    """Register an entrypoint for every variant with timm, in the module of this name, its docstring by `describe`."""
 
     def entrypoint(name: str, arch: Mapping[str, Any]) -> Callable[..., StagedNet]:
         def create(pretrained: bool = False, **kwargs: Any) -> StagedNet:

@@ -18,7 +18,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.models.block import block_conv
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
 
 __all__ = ["SeriesActivation", "VanillaBlock", "VanillaNet"]
@@ -31,27 +31,15 @@ class SeriesActivation(nn.Module):
 
     .. math:: A_s(x)_{h, w, c} = \sum_{i, j \in \{-n .. n\}} a_{i, j, c} \, A(x_{h + i, w + j, c})
 
-    Args:
-        channels: C.
-        num_rings: n.
-        device: Where the tensors are made.
-        dtype: What the parameters are.
+    With C `channels` and n `num_rings`; `factory` are `device` and `dtype` of the tensors.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        num_rings: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, channels: int, num_rings: int, **factory: Any) -> None:
         super().__init__()
         self.act = nn.ReLU(inplace=True)
         size = 2 * num_rings + 1
-        self.conv = nn.Conv2d(
-            channels, channels, size, padding=num_rings, groups=channels, bias=False, device=device, dtype=dtype
-        )
-        self.bn = nn.BatchNorm2d(channels, device=device, dtype=dtype)
+        self.conv = nn.Conv2d(channels, channels, size, padding=num_rings, groups=channels, bias=False, **factory)
+        self.bn = nn.BatchNorm2d(channels, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
@@ -59,40 +47,19 @@ class SeriesActivation(nn.Module):
 
 
 class VanillaBlock(nn.Module):
-    """`conv` (1x1) -> `bn` -> `pool` -> `act` (series activation).
+    """`conv` (1x1) -> `bn` -> `pool` (max, where `stride` is above 1) -> `act` (series activation of `num_rings`).
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Size and stride of the max pool; 1 for none.
-        expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `in_channels` middle channels.
-        num_rings: n of the series activation.
-        device: Where the tensors are made.
-        dtype: What the parameters are.
+    With an `expansion` of E > 0, `conv` is a `PureBottleneck` with E * `in_channels` middle channels.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        expansion: int = 0,
-        num_rings: int = 3,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, in_channels: int, out_channels: int, stride: int, expansion: int = 0, num_rings: int = 3, **factory: Any
     ) -> None:
         super().__init__()
-        self.conv: nn.Module
-        if expansion:
-            mid_channels = expansion * in_channels
-            self.conv = PureBottleneck(
-                in_channels, mid_channels, out_channels, 1, padding=0, device=device, dtype=dtype
-            )
-        else:
-            self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device=device, dtype=dtype)
-        self.bn = nn.BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.conv = block_conv((in_channels, expansion * in_channels, out_channels), 1, **factory)
+        self.bn = nn.BatchNorm2d(out_channels, **factory)
         self.pool = nn.MaxPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()
-        self.act = SeriesActivation(out_channels, num_rings, device, dtype)
+        self.act = SeriesActivation(out_channels, num_rings, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
@@ -110,12 +77,10 @@ class VanillaNet(StagedNet):
         expansion: Middle channels of every block's bottleneck, in multiples of its input's (the paper has 1); 0 builds
             the plain net. Overrides what the name says.
         num_rings: n of the series activations: (2n + 1) x (2n + 1) neighbours.
-        num_classes: Outputs of the classifier; 0 for none (pooled features).
         in_chans: Channels of the images.
-        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
-        drop_rate: Dropout before the classifier.
         device: Where the tensors are made.
-        dtype: What the parameters are; `lam` is float32 always.
+        dtype: Type of the parameters; `lam` is float32 always.
+        head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
     >>> import timm
     >>> timm.create_model("vanillanet_5", width=0.25)(torch.zeros(2, 3, 32, 32)).shape
@@ -131,43 +96,27 @@ class VanillaNet(StagedNet):
         width: float = 1.0,
         expansion: int = 0,
         num_rings: int = 3,
-        num_classes: int = 10,
         in_chans: int = 3,
-        global_pool: str = "avg",
-        drop_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **head: Any,
     ) -> None:
         check_options(width, expansion)
         if num_rings < 0:
             raise ValueError(f"{num_rings=}: must not be negative (0 = one weight per channel).")
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         first, *outs = (max(1, round(c * width)) for c in channels)
-        stem = conv_norm_act(in_chans, first, stride=1, linear=True, device=device, dtype=dtype)
-        stem.act = SeriesActivation(first, num_rings, device, dtype)
+        stem = conv_norm_act(in_chans, first, stride=1, linear=True, **factory)
+        stem.act = SeriesActivation(first, num_rings, **factory)
         stages = []
-        feature_info: list[dict[str, Any]] = []
-        in_channels, reduction = first, 1
-        for index, (depth, out_channels, stride) in enumerate(zip(depths, outs, strides, strict=True)):
+        in_channels = first
+        for depth, out_channels, stride in zip(depths, outs, strides, strict=True):
             blocks = []
             for block_stride in (stride, *[1] * (depth - 1)):
-                blocks.append(
-                    VanillaBlock(in_channels, out_channels, block_stride, expansion, num_rings, device, dtype)
-                )
+                blocks.append(VanillaBlock(in_channels, out_channels, block_stride, expansion, num_rings, **factory))
                 in_channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-            reduction *= stride
-            feature_info.append({"num_chs": out_channels, "reduction": reduction, "module": f"stages.{index}"})
-        super().__init__(
-            stem,
-            stages,
-            feature_info,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            device=device,
-            dtype=dtype,
-        )
+            stages.append(blocks)
+        super().__init__(stem, stages, outs, (1, *strides), in_chans=in_chans, **factory, **head)
 
 
 _DEPTHS = {5: (1, 1, 1), 6: (1, 1, 2)}

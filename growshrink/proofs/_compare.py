@@ -15,6 +15,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import EquivalenceError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import random_images, randomize_norms_
 from growshrink.transforms import fold, fuse
 
@@ -40,6 +41,13 @@ class Comparison:
     max_rel: float
     top1_agreement: float
 
+    @staticmethod
+    def of(a: Tensor, b: Tensor) -> Comparison:
+        """Compare outputs `(N, ...)` of two nets."""
+        max_abs, scale = float((a - b).abs().max()), float(a.abs().max())
+        agreement = float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).float().mean())
+        return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -48,9 +56,9 @@ class Verification:
     Attributes:
         max_rel: Relative error of the transformed net in float64.
         max_rel_float32: The same with both nets in float32 (transformed in float32).
-        rounding_float32: The net as it was, in float32 against itself in float64: what float32 costs by itself.
+        rounding_float32: `net_rounding_float32` of the net as it was.
         effect: Relative change of the output when what the transform merges is silenced.
-        top1_agreement: Of the two nets in float64.
+        top1_agreement: Top1 agreement of the two nets in float64.
     """
 
     max_rel: float
@@ -61,7 +69,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, and the check could have told."""
+        """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, with a sensitive check."""
         allowed_float32 = max(EXACT_FLOAT32, 10 * self.rounding_float32)
         exact = self.max_rel <= EXACT_FLOAT64 and self.max_rel_float32 <= allowed_float32
         return exact and self.effect >= LEAST_EFFECT
@@ -84,10 +92,7 @@ def compare(
     out_a, out_b = _run(a, x), _run(b, x)
     if out_a.shape != out_b.shape:
         raise EquivalenceError(f"outputs of shape {tuple(out_a.shape)} and {tuple(out_b.shape)} cannot be compared.")
-    max_abs = float((out_a - out_b).abs().max())
-    scale = float(out_a.abs().max())
-    agreement = float((out_a.flatten(1).argmax(1) == out_b.flatten(1).argmax(1)).float().mean())
-    return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+    return Comparison.of(out_a, out_b)
 
 
 def assert_equivalent(
@@ -133,7 +138,7 @@ def verify(
         transform: Model -> model.
         input_size: `(C, H, W)`.
         randomize_norms: False keeps the norms as they are (a trained net as it is).
-        seed: Of norms and inputs.
+        seed: Seed of norms and inputs.
 
     Returns:
         The errors, and the effect: how much the output changes when the branches are silenced (in a net without
@@ -165,7 +170,7 @@ def verify(
 
 
 def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
-    """Relative difference of a net in float32 from itself in float64: what float32 costs by itself."""
+    """Relative difference between a net in float32 and the same net in float64: its rounding error."""
     reference = _run(exact, random_images(input_size, 8, torch.float64, seed))
     rounded = _run(single, random_images(input_size, 8, torch.float32, seed)).double()
     return float((rounded - reference).abs().max() / reference.abs().max())
@@ -177,7 +182,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
     if grown_modules(silent):
         for grown in grown_modules(silent).values():
             if isinstance(grown, Grown):
-                grown.to_plain()
+                to_plain(grown)
             else:
                 grown.register_forward_hook(_zero_output)
     else:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
-import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
+from growshrink.base.locking import lock_file, unlock_file
 from growshrink.base.ranks import num_ranks, run_on_rank0
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
 from growshrink.errors import RunError
 
 MARKER = "run.json"
+#: Of run folders: plans, logs and checkpoints. 1 was that of growshrink 0.1.
+FORMAT = 2
 LOCK = ".lock"
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
 
     Attributes:
@@ -56,10 +57,13 @@ class RunFolder:
             if not _entries(path):
                 return RunFolder(path, lock, fresh=True, finished=False)
             for entry in path.iterdir():
-                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote; nobody else is here
+                if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote
                     entry.unlink()
-            status = read_json(path / MARKER).get("status")
-            if not resume:
+            marker = read_json(path / MARKER)
+            status = marker.get("status")
+            if resume:
+                _refuse_old(path, marker)
+            else:
                 state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
                 raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
             return RunFolder(path, lock, fresh=False, finished=status == "finished")
@@ -95,7 +99,7 @@ class RunFolder:
     def write_marker(self, status: str, values: Mapping[str, Any]) -> None:
         """Record what the run is; `status` is "running" or "finished"."""
         if self._lock is not None:
-            write_json(self.path / MARKER, {"status": status, **values})
+            write_json(self.path / MARKER, {"status": status, "format": FORMAT, **values})
 
     def check_same(self, identity: Mapping[str, Any]) -> None:
         """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
@@ -106,19 +110,12 @@ class RunFolder:
         if self._lock is None or self._lock.closed:
             return
         if self.fresh and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-            (self.path / LOCK).unlink()
-            with contextlib.suppress(OSError):  # somebody else has just put something there
+            with contextlib.suppress(OSError):  # another process has just put something there
+                (self.path / LOCK).unlink()
                 self.path.rmdir()
-        fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked this moment may not have let go of it yet
-        self._lock.close()
+        unlock_file(self._lock)
 
-    def __enter__(self) -> RunFolder:
-        """The folder itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Release."""
         self.release()
 
@@ -155,33 +152,16 @@ def difference(written: Mapping[str, Any], identity: Mapping[str, Any]) -> str |
     return None
 
 
-#: The locks this process holds. Forked children (workers of a data loader) would hold them too, and for a while after
-#: it was killed, so that nobody could take the run over.
-_locks: weakref.WeakSet[IO[str]] = weakref.WeakSet()
-
-
-def _let_go() -> None:
-    for lock in _locks:
-        lock.close()
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
 def _lock(path: Path) -> IO[str]:
     """The lock file of a folder, open and locked; RunError if another process has it."""
     while True:
         lock = open(path / LOCK, "a")  # held for as long as the run
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
-                _locks.add(lock)
-                return lock
-        except BlockingIOError as error:
+        if not lock_file(lock):
             lock.close()
-            raise RunError(
-                f"{path}: in use by another run. Wait for it, or choose another folder with --out."
-            ) from error
+            raise RunError(f"{path}: in use by another run. Wait for it, or choose another folder with --out.")
+        try:
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path / LOCK)):
+                return lock
         except FileNotFoundError:
             path.mkdir(parents=True, exist_ok=True)
         lock.close()  # it was locked after its owner had removed it: a lock on nothing
@@ -190,6 +170,16 @@ def _lock(path: Path) -> IO[str]:
 def _entries(path: Path) -> list[str]:
     """What is in a folder, but for the lock and what a crash left half written."""
     return sorted(p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL))
+
+
+def _refuse_old(path: Path, marker: Mapping[str, Any]) -> None:
+    if marker.get("format") != FORMAT:
+        versions = marker.get("versions")
+        version = versions.get("growshrink") if isinstance(versions, Mapping) else None
+        raise RunError(
+            f"{path}: a run of growshrink {version or '(unknown version)'}, whose run folders this version cannot "
+            "resume. Finish it with that version, or choose another folder with --out."
+        )
 
 
 def _refuse_foreign(path: Path) -> None:

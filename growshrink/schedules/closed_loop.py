@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from growshrink.base.ranks import average_, num_ranks
 from growshrink.errors import PlanError
 
 
 class ClosedLoop:
-    r"""A schedule of lam that listens to the training loss. Called like any other schedule: `lam(update)`.
+    r"""Schedule of lam that follows the training loss. Called like any other schedule: `lam(update)`.
 
     A smoothed signal s is compared with a reference r, its lowest value so far:
 
@@ -26,8 +27,8 @@ class ClosedLoop:
     suffers. Whether that is worth anything is measured by `recipes/closed_loop.py`.
 
     Args:
-        deadline: Updates done when lam is 0 at the latest. Go on past it: statistics of batch norms have to settle.
-        hold: Updates with lam 1 before anything falls; the signal is listened to already.
+        deadline: Updates done when lam is 0 at the latest. Train beyond it: batch norm statistics have to settle.
+        hold: Updates with lam 1 before anything falls; the signal is observed already.
         fall: Updates it takes from 1 to 0 if the signal never objects; None takes half of what is between `hold` and
             `deadline`.
         tolerance: How far the signal may be above its lowest, relatively.
@@ -112,22 +113,12 @@ class ClosedLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, as numbers."""
-        return {
-            "lam": self._lam,
-            "update": self._update,
-            "smoothed": self._smoothed,
-            "lowest": self._lowest,
-            "falling": self._falling,
-            "pending": float(self._pending),
-            "count": self._count,
-        }
+        return {name: kind(getattr(self, f"_{name}")) for name, kind in _STATE.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._lam, self._update = float(state["lam"]), int(state["update"])
-        self._smoothed, self._lowest = float(state["smoothed"]), float(state["lowest"])
-        self._falling, self._count = bool(state["falling"]), int(state["count"])
-        self._pending = float(state["pending"])
+        for name, kind in _STATE.items():
+            setattr(self, f"_{name}", kind(state[name]))
 
     def _look(self, signal: float) -> None:
         if not math.isfinite(signal):
@@ -139,12 +130,16 @@ class ClosedLoop:
         self._falling = self._smoothed <= self._lowest + self.tolerance * abs(self._lowest)
 
 
+_STATE = {
+    **dict.fromkeys(("lam", "smoothed", "lowest", "pending"), float),
+    **{"update": int, "count": int, "falling": bool},
+}
+
+
 def _mean_over_ranks(value: Tensor | float) -> float:
-    if distributed.is_available() and distributed.is_initialized():
-        total = torch.as_tensor(value, dtype=torch.float64)
-        if distributed.get_backend() == "nccl":
-            total = total.cuda()
-        total = total.clone()
-        distributed.all_reduce(total)
-        return float(total) / distributed.get_world_size()
-    return float(value)
+    if num_ranks() == 1:
+        return float(value)
+    mean = torch.as_tensor(value, dtype=torch.float64, device="cuda" if distributed.get_backend() == "nccl" else None)
+    mean = mean.clone()
+    average_([mean])
+    return float(mean)

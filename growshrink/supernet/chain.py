@@ -15,7 +15,7 @@ from growshrink.layers.widths import Slots, Width
 from growshrink.proofs.probes import random_images, randomize_norms_
 
 
-class Chain:
+class UnitChain:
     """The units of a model's `forward_features` in order: `model(x) == forward_head(unit_n(... unit_1(x)))`.
 
     A unit is a child of the model, or of an `nn.Sequential` in it, however deep.
@@ -51,7 +51,7 @@ class Chain:
             )
         self._prove(model, input_size)
 
-    def of_copy(self, model: nn.Module) -> Chain:
+    def of_copy(self, model: nn.Module) -> UnitChain:
         """The same chain of a copy of the model."""
         twin = copy.copy(self)
         twin._units = [model.get_submodule(name) for name in self._names]

@@ -16,7 +16,7 @@ from growshrink.transforms import fuse
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ScoredWidth:
     """A width, and what the net fused at it scored."""
 
     width: dict[str, int]
@@ -37,7 +37,7 @@ class WidthChoice:
     model: nn.Module
     width: dict[str, int]
     score: float
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[ScoredWidth, ...]
 
 
 def choose_width(
@@ -56,7 +56,7 @@ def choose_width(
         model: A grown net with every lam at 0 (for a base width of 0 throughout, at any lam). Not modified.
         candidates: Widths to try, e.g. `default_candidates(space)`.
         batches: Images `(N, C, H, W)`, the same for every candidate, to take the statistics from: training images.
-        score: Of a plain net, higher is better: on images that are neither trained on nor the test set.
+        score: Score of a plain net, higher is better: on images that are neither trained on nor the test set.
         keep_statistics: The width whose statistics are right as they are (the base of a NetAug run).
         input_size: `(C, H, W)`; None takes the model's own.
         progress: Wraps the candidates, e.g. with a progress bar.
@@ -65,14 +65,14 @@ def choose_width(
         WidthError: No candidate, or one of another model.
         FuseError: A candidate cannot be fused.
     """
-    scored: list[tuple[Candidate, nn.Module]] = []
+    scored: list[tuple[ScoredWidth, nn.Module]] = []
     for width in progress(list(candidates)):
         net = copy.deepcopy(model)
         set_width(net, width)
         if keep_statistics is None or dict(width) != dict(keep_statistics):
             calibrate_bn(net, batches)
         plain = fuse(net, inplace=True, input_size=input_size)
-        scored.append((Candidate(dict(width), score(plain)), plain))
+        scored.append((ScoredWidth(dict(width), score(plain)), plain))
     if not scored:
         raise WidthError("choose_width needs at least one candidate.")
     scored.sort(key=lambda pair: -pair[0].score)  # stable: of equals the first that was given

@@ -17,11 +17,7 @@ class StepCost:
 
     A convolution costs what its channels cost, so the cost of a net is that of the base plus so much for each channel
     of each branch, and a few counted nets give the cost of all of them. (Where one branch lies in another, `nest`, each
-    width is counted by itself.)
-
-    Args:
-        task: Its mode, widths and teachers.
-        input_size: `(C, H, W)`.
+    width is counted.)
     """
 
     def __init__(self, task: NetAugTask, input_size: InputSize) -> None:
@@ -66,11 +62,11 @@ class StepCost:
         return total
 
     def total(self, start: int, stop: int) -> int:
-        """Of the updates from `start` to `stop` (exclusive) together."""
+        """MACs of all updates from `start` to `stop` (exclusive)."""
         return sum(map(self.of_update, range(start, stop)))
 
     def mean(self, start: int = 0, stop: int = 1000) -> float:
-        """Of an average update among those from `start` to `stop` (exclusive)."""
+        """MACs of an average update from `start` to `stop` (exclusive)."""
         return self.total(start, stop) / (stop - start)
 
     def _count(self, width: Width) -> int:

@@ -22,20 +22,16 @@ from growshrink.transforms import grow
 
 _FORMAT = "growshrink-supernet-1"
 #: Pixels along a side at most.
-MOST_PIXELS = 4096
+MOST_SIDE = 4096
 #: Arguments of timm's that fetch weights from elsewhere begin so.
 _FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf", "features_only", "scriptable")
 
 
 def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mapping[str, Any]) -> None:
-    """Write a grown net.
+    """Write a grown net, everything in its state_dict, and its width space, atomically.
 
-    Args:
-        path: A .safetensors file; written anew or replaced, never half.
-        model: The net, of which everything in its state_dict is kept.
-        space: Its width space.
-        about: How to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-            `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W). What else there is, is kept.
+    `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
+    `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W). What else there is, is kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -95,8 +91,8 @@ def _checked(about: Any) -> dict[str, Any]:
     if foreign := [key for key in about["kwargs"] if key.startswith(_FOREIGN)]:
         raise RunError(f"a supernet of {about['name']} with {foreign[0]}: weights come from the file, and no other.")
     size = about["input_size"]
-    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_PIXELS for n in size)):
-        raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_PIXELS}.")
+    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_SIDE for n in size)):
+        raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_SIDE}.")
     growth = about.get("grow")
     if growth is not None:
         if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed", "init"}:

@@ -40,10 +40,7 @@ class FrozenSlices:
         self._kept: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
         self._fresh = _fresh_state(optimizer)
         self._axes = {name: list(axes(slot.body)) if slot.body is not None else [] for name, slot in slots}
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a task is attached to no optimizer."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from growshrink.layers.widths import WidthSpace, draw
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 
-#: Every how many updates the augmented net runs, if nobody says otherwise.
+#: Default number of updates for each that runs the augmented net.
 EVERY = {"lazy": 8}
-#: Share of the base's loss that it learns from the augmented net, if nobody says otherwise.
+#: Default share of the base's loss that comes from the augmented net.
 INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
 
 
@@ -19,7 +19,7 @@ class Passes:
     """The passes of one update.
 
     Attributes:
-        width: Of the pass that is always there: the base net's (in `single` the one that is drawn).
+        width: Width of the pass that is always there: the base net's (in `single` the one that is drawn).
         augmented: Widths of the augmented passes, in the order they run, before the base's.
         start: The unit of the chain from which on the augmented passes run; None runs them whole.
         asked: A net that is run for its logits only: the one that `single` learns from in in-place distillation.
@@ -31,24 +31,24 @@ class Passes:
     asked: dict[str, int] | None = None
 
 
-Mode = Callable[[WidthSpace, int, int, Chain | None], Passes]
+Mode = Callable[[WidthSpace, int, int, UnitChain | None], Passes]
 
 
-def _netaug(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _netaug(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.base, (space.sample(seed, update),))
 
 
-def _suffix(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _suffix(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     assert chain is not None
     start = draw(chain.starts, seed, update, "suffix")
     return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
 
 
-def _single(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _single(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.sample(seed, update), asked=space.full)
 
 
-def _sandwich(space: WidthSpace, seed: int, update: int, chain: Chain | None) -> Passes:
+def _sandwich(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     return Passes(space.base, (space.full, space.sample(seed, update)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.layers.widths import Slots, Width
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.passes import Passes
 
 
 class Supernet:
     """A model, its widths, and the statistics of its batch norms, each looked up once.
 
-    Attributes:
-        model: The grown net.
-        slots: Its widths.
-        chain: The model as a chain of units, where a pass is to start in the middle.
+    `chain` is the model as a chain of units, where a pass is to start in the middle.
     """
 
-    def __init__(self, model: nn.Module, slots: Slots, chain: Chain | None) -> None:
+    def __init__(self, model: nn.Module, slots: Slots, chain: UnitChain | None) -> None:
         self.model = model
         self.slots = slots
         self.chain = chain
@@ -33,7 +30,7 @@ class Supernet:
 
     @contextmanager
     def at(self, width: Width, then: Width) -> Iterator[None]:
-        """Run at `width`; afterwards, whatever happens, at `then`."""
+        """Run at `width`, then set `then`, also after an exception."""
         self.slots.set(width)
         try:
             yield
@@ -46,7 +43,7 @@ class Supernet:
 
         Batch norms normalise by the batch as ever. Their statistics are put back, not kept from moving: so the graph
         that runs (and that is compiled) is the same in all passes. Through `.data`: autograd has saved these buffers,
-        and would call it an illegal change. The net behind sees the dropout masks it would see by itself.
+        and would call it an illegal change. Later passes see the dropout masks they would see without this one.
         """
         live = [b.data for m in self._norms for b in m.buffers(recurse=False)]
         saved = [torch.empty_like(b) for b in live]
@@ -75,10 +72,10 @@ class StepRun:
         passes: What to run.
         x: Images `(N, C, H, W)`.
         loss_of: (logits, logits to learn from or None) -> loss, 0-dim.
-        weight: Of the loss of each augmented pass.
-        share: Of the loss of the base pass.
-        backward: What differentiates the loss of an augmented pass, at its width; None leaves that to whoever gets the
-            sum of all losses.
+        weight: Weight of the loss of each augmented pass.
+        share: Share of the loss of the base pass.
+        backward: What differentiates the loss of an augmented pass, at its width; None leaves that to the
+            caller, who gets the sum of all losses.
         inplace_teacher: Logits of the first augmented net, from which the passes after it learn.
         augmented: Losses of the augmented passes, weighted.
     """
@@ -135,7 +132,7 @@ class StepRun:
         return logits, loss, shared, leaf.grad
 
 
-class Call(nn.Module):
+class AnyForward(nn.Module):
     """What DDP wraps: any function of the model, so that all passes of an update can be one forward of DDP's."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -145,13 +142,6 @@ class Call(nn.Module):
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`."""
         return function(*args)
-
-
-def no_autocast(device_type: str) -> AbstractContextManager[None]:
-    """Out of autocast, for a backward pass."""
-    if not torch.amp.is_autocast_available(device_type):  # meta
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
 
 
 def at_least_float32(logits: Tensor) -> Tensor:

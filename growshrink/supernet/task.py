@@ -16,13 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
+from growshrink.layers.online import no_autocast
 from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
-from growshrink.supernet.chain import Chain
+from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.keeper import FrozenSlices
 from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
 from growshrink.supernet.regions import compile_regions
-from growshrink.supernet.step import Call, StepRun, Supernet, at_least_float32, no_autocast
+from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
 
@@ -83,13 +84,13 @@ class NetAugTask(ClassificationTask):
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
             of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
-        inplace_temperature: Of both softmaxes there.
+        inplace_temperature: Temperature of both softmaxes there.
         teacher: A finished net that every pass learns from as well: a module, which is fed what the model is fed; or
             timm's `DistillationTeacher`, or the name of a pretrained timm model, which get their own normalisation.
         teacher_weight: Share of the loss on labels that the teacher gets.
-        teacher_temperature: Of both softmaxes there.
+        teacher_temperature: Temperature of both softmaxes there.
         lambda_schedule: lam by update; None leaves lam alone.
-        seed: Of the widths.
+        seed: Seed of the widths.
         input_size: `(C, H, W)`, for `suffix`; None takes the model's own.
 
     Raises:
@@ -149,7 +150,7 @@ class NetAugTask(ClassificationTask):
         self.lambda_schedule = lambda_schedule
         self.seed = seed
         self.update = 0
-        self.chain = Chain(model, input_size) if mode == "suffix" else None
+        self.chain = UnitChain(model, input_size) if mode == "suffix" else None
         slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
         self._keeper: FrozenSlices | None = None
@@ -163,7 +164,7 @@ class NetAugTask(ClassificationTask):
     # ---- the step
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One loss for whoever differentiates it.
+        """Compute a single differentiable loss.
 
         Args:
             input: Images `(N, C, H, W)`.
@@ -191,7 +192,7 @@ class NetAugTask(ClassificationTask):
     ) -> dict[str, Tensor]:
         """Add the gradient of the loss of `forward` to `.grad`, pass by pass: each graph is freed before the next.
 
-        Call it under autocast if you use that; the backward passes leave it by themselves. With several ranks there is
+        Call it under autocast if you use that; the backward passes leave it. With several ranks there is
         one all-reduce, in the last pass; none under `no_sync()`.
 
         Args:
@@ -250,7 +251,7 @@ class NetAugTask(ClassificationTask):
     def attach(self, optimizer: torch.optim.Optimizer) -> NetAugTask:
         """Keep what an update did not train from moving in it, and count the optimizer's updates.
 
-        A gradient of zero does not hold a weight still: weight decay and momentum go on moving it. Attached, rows of
+        A gradient of zero does not hold a weight still: weight decay and momentum still move it. Attached, rows of
         channels that were not drawn, and their state in the optimizer, are after `optimizer.step()` what they were
         before, bit for bit; branches that were skipped are passed over altogether. Nothing waits for the device.
         (Counts of steps are per tensor: Adam's correction of its start is that of the rows that were always drawn.)
@@ -284,7 +285,8 @@ class NetAugTask(ClassificationTask):
         """
         if device_ids is not None and next(self.trainable_module.parameters()).device.type == "cpu":
             device_ids = None  # timm's train.py names the CPU, which DDP does not take
-        self._ddp = [DistributedDataParallel(Call(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
+        # Not base.ranks: the loop is timm's, so gradients can be averaged by hooks in the backward pass only.
+        self._ddp = [DistributedDataParallel(AnyForward(self.trainable_module), device_ids=device_ids, **ddp_kwargs)]
         return self
 
     def no_sync(self) -> AbstractContextManager[None]:
@@ -302,7 +304,7 @@ class NetAugTask(ClassificationTask):
         return self.trainable_module
 
     def update_ema(self, step: int | None = None) -> None:
-        """Average the model, copy lam into the average (it is never averaged), and go on to update number `step`.
+        """Average the model, copy lam into the average (it is never averaged), and count update number `step`.
 
         None is the next one.
         """
@@ -311,7 +313,7 @@ class NetAugTask(ClassificationTask):
             set_lambda(self.trainable_module_ema, self._lam)
         if step is not None:
             self.set_step(step)
-        elif self._keeper is None:  # which counts by itself
+        elif self._keeper is None:  # which counts updates
             self.set_step(self.update + 1)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
@@ -319,11 +321,7 @@ class NetAugTask(ClassificationTask):
         return {"update": self.update}
 
     def load_task_state(
-        self,
-        state: dict[str, Any] | None,
-        strict: bool = True,
-        module: nn.Module | None = None,
-        ema: bool = False,
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
     ) -> None:
         """The inverse of `get_task_state`."""
         if state is not None and not ema:

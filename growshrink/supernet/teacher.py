@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class OuterTeacher(nn.Module):
-    """Logits of a finished net, in eval mode whatever happens.
+    """Logits of a finished net, always in eval mode.
 
     Args:
         teacher: A module, which is fed what the student is fed; or timm's `DistillationTeacher`, or the name of a

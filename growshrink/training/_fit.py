@@ -9,8 +9,7 @@ from growshrink.data.feed import UpdateBatches
 from growshrink.errors import RunError
 from growshrink.schedules.closed_loop import ClosedLoop
 from growshrink.schedules.functions import Schedule, constant, cosine, rewarm
-from growshrink.training.listening import ListeningTrainer
-from growshrink.training.trainer import TrainConfig
+from growshrink.training.trainer import TrainConfig, Trainer
 
 
 def fit(
@@ -28,10 +27,10 @@ def fit(
     Args:
         model: Any net.
         batches: What it is fed with.
-        config: How; with `ema_decay` the averaged net is what comes back, with batch norm statistics taken anew.
+        config: How; with `ema_decay` the averaged net is returned, recalibrated.
         updates: How long.
-        lam: A schedule, or a closed loop, which then listens to the training loss.
-        label: Of the progress bar.
+        lam: A schedule, or a closed loop, which then observes the training loss.
+        label: Label of the progress bar.
         progress: Show one.
 
     Returns:
@@ -40,12 +39,12 @@ def fit(
     Raises:
         RunError: The loss is no longer finite.
     """
-    trainer = ListeningTrainer(model, config, batches)
-    if isinstance(lam, ClosedLoop):
-        trainer.listener = lam.observe
+    trainer = Trainer(model, config, batches)
+    on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
     learning_rate = rewarm(cosine(1.0, 0.0, updates), [0], warmup=updates // 20)
     with tqdm(total=updates, desc=label, unit="update", leave=False, disable=not progress, ncols=110) as bar:
-        loss = float(trainer.train(updates, learning_rate=learning_rate, lam=lam, after_update=bar.update))
+        mean = trainer.train(updates, learning_rate=learning_rate, lam=lam, on_loss=on_loss, after_update=bar.update)
+    loss = float(mean)
     if not loss < float("inf"):
         raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")
     trainer.calibrate_average()

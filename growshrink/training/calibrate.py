@@ -1,4 +1,4 @@
-"""Batch norm statistics of a net, taken anew."""
+"""Recalibrate the batch norm statistics of a net."""
 
 from __future__ import annotations
 

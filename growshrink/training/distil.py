@@ -15,8 +15,8 @@ class TeacherNet:
 
     Attributes:
         model: In eval mode.
-        weight: Of its loss.
-        temperature: Of both softmaxes.
+        weight: Weight of its loss.
+        temperature: Temperature of both softmaxes.
         repeat: Update from which it teaches, and number of updates after which the same batches come again, to be
             learnt from by the answers it has given; None asks it about new batches for ever.
 

@@ -42,9 +42,9 @@ class TrainConfig:
             adahessian).
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
-        momentum: Of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
+        momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
         label_smoothing: In [0, 1).
-        ema_decay: Of the averaged weights, which are what is judged and deployed; 0 for none.
+        ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower
             elsewhere. Scores are always taken in float32.
@@ -83,10 +83,10 @@ class Trainer:
     Attributes:
         model: What is trained; a change of structure happens in place, between two calls of `train`.
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
-        optimizer: Made by timm's factory; made anew after a change of structure, see `rebuild_optimizer`.
+        optimizer: Made by timm's factory; recreated after a change of structure, see `structure_changed`.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
-            call goes on with; else None.
+            call adds to; else None.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
@@ -123,6 +123,7 @@ class Trainer:
         lam: Schedule,
         teacher: TeacherNet | None = None,
         task: Task | None = None,
+        on_loss: Callable[[Tensor], None] | None = None,
         after_update: Callable[[], None] | None = None,
         stop_early: Callable[[], bool] | None = None,
     ) -> Tensor:
@@ -138,12 +139,14 @@ class Trainer:
             teacher: Distil from it.
             task: Computes loss and gradients in place of the trainer (a `NetAugTask` on the same model, with a teacher
                 of its own if it is to have one).
+            on_loss: Called with the training loss of each update without a task, 0-dim, detached, on its device
+                (`ClosedLoop.observe`).
             after_update: Called after each update (a progress bar).
-            stop_early: Called after each update; where it says so, no more are done for now.
+            stop_early: Called after each update; where it returns True, `train` returns early.
 
         Returns:
-            Mean training loss, 0-dim, still on the device; of the call that was stopped early too, where this one
-            goes on with it.
+            Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
+            this one completes it.
         """
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
@@ -160,6 +163,8 @@ class Trainer:
                     loss = task.backward(images_NCHW, labels_N)["loss"]
             else:
                 loss = self._loss(images_NCHW, labels_N, teacher, question)
+                if on_loss is not None:
+                    on_loss(loss.detach())
                 loss.backward()
             loss = loss.detach().clone()
             average_update_(self.model, loss)
@@ -179,11 +184,11 @@ class Trainer:
         return total / max(1, self.update - first)
 
     def calibrate_average(self, num_batches: int = 50) -> None:
-        """Take the batch norm statistics of the averaged net anew, on the last batches it was trained on.
+        """Recalibrate the batch norms of the averaged net on the last batches it was trained on.
 
         The averaged statistics are those of other weights, and reach back to before lam was 0: fused with them, a net
-        would be worth less than it is. Statistics that are frozen in training (see `collapse_online`) are no statistics
-        any more, but what the weights were trained with: the average takes them from the model.
+        would be worth less than it is. Statistics that are frozen in training (see `collapse_online`) no longer
+        track the data, but are what the weights were trained with: the average takes them from the model.
         """
         if self.ema is None or not self.update:
             return
@@ -200,7 +205,7 @@ class Trainer:
         return (self.batches.batch(u)[0] for u in range(max(0, self.update - num_batches), self.update))
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
-        """Make the optimizer anew after the model grew or fused.
+        """Recreate the optimizer after the model grew or fused.
 
         Parameters keep their state, bit for bit, if they go by the same name and shape as before and are not named in
         `reset`; all others start empty, step count included (a kept count would make Adam's first steps too long).

@@ -2,7 +2,7 @@
 
 RepVGG's and MobileOne's blocks, and those of a dozen other families, have a `fuse`, `reparameterize` or
 `switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the layers inside and
-know nothing of branches, which would be lost without a word.
+know nothing of branches, which would be lost silently.
 """
 
 from __future__ import annotations
@@ -16,20 +16,17 @@ from growshrink.algebra.dataflow import Flow
 from growshrink.errors import FuseError
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
+from growshrink.layers.swaps import to_plain
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
 
 
 class MergeFirst:
-    """What stands in a module's way to its own hook: merges the branches inside, goes away, and calls the hook.
+    """Wrapper that merges branches before a module's own hook; removes itself, then calls the hook.
 
-    It is an attribute of the module, refers to it and to modules inside it, and is copied with them.
-
-    Args:
-        owner: The module.
-        hook: Name of its method.
-        convs: The grown layers in it, each with the batch norm that takes its bias if it has none.
+    It is an attribute of the module (`owner`), refers to it and to the grown layers inside it, each with the batch norm
+    that takes its bias if it has none, and is copied with them.
     """
 
     def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[Grown, nn.Module | None]]) -> None:
@@ -47,12 +44,7 @@ class MergeFirst:
 
 
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
-    """Put a `MergeFirst` before each hook of a module that holds grown layers.
-
-    Args:
-        model: A grown net; guards that are there already are replaced.
-        flow: The data flow of `model`.
-    """
+    """Put a `MergeFirst` before each hook of a module that holds grown layers; replaces guards that are there."""
     unguard_hooks(model)
     convs: dict[str, tuple[Grown, nn.Module | None]] = {}
     for name, module in grown_modules(model).items():
@@ -88,4 +80,4 @@ def _merge(conv: Grown, norm: nn.Module | None) -> None:
         running_mean = norm.running_mean
         assert isinstance(running_mean, Tensor)
         running_mean.copy_(running_mean.double() - total.bias)
-    conv.to_plain()
+    to_plain(conv)

@@ -19,7 +19,7 @@ from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
-from growshrink.layers.online import expand_online
+from growshrink.layers.swaps import expand_online, to_plain
 from growshrink.layers.widths import Width, active_width
 from growshrink.transforms._deploy import unguard_hooks
 
@@ -200,7 +200,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
             module.weight.copy_(merge.map.kernel.reshape(module.weight.shape))
             if module.bias is not None:
                 module.bias.copy_(merge.map.bias)
-            module.to_plain()
+            to_plain(module)
         else:
             assert isinstance(module, PureBottleneck)
             replace_module(model, name, _conv_for(module, merge.map))

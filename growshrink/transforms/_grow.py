@@ -15,14 +15,15 @@ from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trac
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import GROWN_CLASSES, Grown, GrownConv2d, grown_modules
-from growshrink.layers.grown_linear import GrownLinear, TokenConv2d
+from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
+from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
-Where = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
+WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
-Layer = nn.Conv2d | nn.Linear
+Growable = nn.Conv2d | nn.Linear
 
 INITS = ("silent", "paper")
 
@@ -35,7 +36,7 @@ def grow(
     branch: BranchLike = "bottleneck",
     *,
     ratio: float = 2.0,
-    where: Where = None,
+    where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
     inplace: bool = False,
@@ -86,11 +87,7 @@ def grow(
             for position, spec in enumerate(_fitting(specs, conv)[0])
         ]
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        layer = layers[name]
-        if isinstance(layer, nn.Linear):
-            GrownLinear.from_linear(layer, branches)
-        else:
-            GrownConv2d.from_conv(layer, branches)
+        attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
     return model
 
@@ -110,7 +107,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     model = model if inplace else copy.deepcopy(model)
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
-        module.to_plain()
+        to_plain(module)
     unguard_hooks(model)
     return model
 
@@ -220,7 +217,7 @@ class _Eligibility:
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
 
-    def reason_against(self, name: str, layer: Layer, specs: Sequence[BranchSpec]) -> str:
+    def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
         calls = self.flow.calls.get(name, 0)
         if name in self.stem:
@@ -229,7 +226,7 @@ class _Eligibility:
             return "the classifier is left alone"
         if isinstance(layer, _STANDARDISED):
             return f"it is a {type(layer).__name__}: its kernel is standardised, and a merged one could not be"
-        if type(layer) not in (*GROWN_CLASSES, nn.Linear) and not isinstance(layer, Grown):
+        if type(layer) not in GROWN_CLASSES and not isinstance(layer, Grown):
             return f"it is a {type(layer).__name__}, whose forward is its own"
         if not isinstance(layer._parameters.get("weight"), nn.Parameter):
             return "its weight is computed by a hook, not a parameter"
@@ -253,27 +250,27 @@ class _Eligibility:
         return ""
 
 
-def _candidates(model: nn.Module) -> dict[str, Layer]:
+def _candidates(model: nn.Module) -> dict[str, Growable]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
         id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
     }
-    return {n: m for n, m in model.named_modules() if isinstance(m, Layer) and id(m) not in inside}
+    return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
 
 
-def _as_conv(layer: Layer) -> nn.Conv2d:
+def _as_conv(layer: Growable) -> nn.Conv2d:
     """What branches are built for."""
     return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
 
 
-def _shape(layer: Layer) -> str:
+def _shape(layer: Growable) -> str:
     if isinstance(layer, nn.Linear):
         return f"{layer.in_features}->{layer.out_features} linear"
     shape = f"{layer.in_channels}->{layer.out_channels} {layer.kernel_size[0]}x{layer.kernel_size[1]}"
     return shape + f" s{layer.stride[0]}" * (layer.stride[0] > 1) + f" g{layer.groups}" * (layer.groups > 1)
 
 
-def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
+def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, specs: Sequence[BranchSpec]) -> list[str]:
     candidates = _candidates(model)
     reasons = {name: eligibility.reason_against(name, layer, specs) for name, layer in candidates.items()}
     if isinstance(where, str):
@@ -287,7 +284,7 @@ def _select(model: nn.Module, where: Where, eligibility: _Eligibility, specs: Se
     elif where is None:
         chosen = list(candidates)
     elif callable(where):
-        # not about classifiers and the like: a callable written for convolutions goes on working in nets of those
+        # not about classifiers and the like: a callable written for convolutions also works in nets with other layers
         asked = {n: m for n, m in candidates.items() if isinstance(m, nn.Conv2d) or not reasons[n]}
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:

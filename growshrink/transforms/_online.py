@@ -19,7 +19,8 @@ from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, GrownConv2d, grown_modules
-from growshrink.layers.online import ONLINE_CLASSES, OnlineModule, expand_online, go_online
+from growshrink.layers.online import OnlineModule
+from growshrink.layers.swaps import ONLINE_CLASSES, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
 
 Choose = str | Iterable[str]
@@ -43,7 +44,7 @@ def collapse_online(
     A branch is linear once every lam in it is 0, or from the start where it has no activation (those of the
     literature). What each convolution then computes, and the gradient of every parameter, are those of the branches
     run one by one with their norms in eval mode, to rounding; the kernel is merged in float32 at least, under autocast
-    too. Branches with a live activation go on running beside the kernel, until this is called again with their lam at
+    too. Branches with a live activation still run beside the kernel, until this is called again with their lam at
     0. Names and values of the state_dict stay, `fuse`, `drop`, `grow`, copies and widths work as before;
     `expand_online` is the way back.
 
@@ -60,7 +61,7 @@ def collapse_online(
         freeze: False leaves branches with norms as they are, and collapses those without.
         batch_size: Images per step, for measuring.
         input_size: `(C, H, W)`, for measuring; None takes the model's own.
-        rounds: Of measurements, each in turns.
+        rounds: Number of interleaved measurements.
         inplace: Work on `model` itself; otherwise on a deep copy.
         progress: Show a progress bar of the measurements.
 

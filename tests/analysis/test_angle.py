@@ -11,7 +11,6 @@ import growshrink as gs
 import nets
 from growshrink.analysis._angle import AngleTable, angle, supernet_table
 from growshrink.analysis.layers import Layer, Side, supernet_layers
-from growshrink.analysis.masks import mask_scores
 from growshrink.errors import AnalysisError, WidthError
 
 SIZE = (3, 16, 16)
@@ -154,54 +153,28 @@ def test_null_is_the_angle_where_every_layer_turns_alike():
     assert np.ptp(scores.excess) > 1e-3
 
 
-def test_orders_of_channels_and_masks_agree():
+def test_an_order_of_channels_is_a_table_of_channels_in_that_order():
     init, trained = pair()
     layers, space = supernet_layers(init, SIZE), gs.width_space(init)
     random = np.random.default_rng(0)
     order = {name: random.permutation(choices[-1]) for name, choices in space.choices.items()}
+
+    def permuted(net):
+        state = dict(net.named_parameters())
+        for layer in layers:
+            for axis, side in enumerate((layer.rows, layer.columns)):
+                if side is not None and not side.switch:
+                    state[layer.name] = state[layer.name].index_select(axis, torch.tensor(order[side.variable]))
+        return state
+
     table = supernet_table(init, trained, space, input_size=SIZE, order=order)
     index = table.sample(20)
-    masks = {name: np.zeros((20, choices[-1]), bool) for name, choices in space.choices.items()}
-    for row, subnet in enumerate(index):
-        for name, width in table.width(subnet).items():
-            masks[name][row, order[name][:width]] = True
-    states = dict(init.named_parameters()), dict(trained.named_parameters())
-    by_mask, by_order = mask_scores(layers, *states, masks), table.score(index)
-    assert np.abs(by_mask.angle - by_order.angle).max() < 1e-12
-    assert (by_mask.params == by_order.params).all() and (by_mask.macs == by_order.macs).all()
+    found = table.score(index)
+    expected = AngleTable(layers, space.choices, permuted(init), permuted(trained)).score(index)
+    assert np.abs(found.angle - expected.angle).max() < 1e-12
+    assert (found.params == expected.params).all() and (found.macs == expected.macs).all()
     prefixes = supernet_table(init, trained, space, input_size=SIZE).score(index)
-    assert np.abs(prefixes.angle - by_order.angle).max() > 1e-4
-
-
-@pytest.mark.parametrize("make", [lambda: grown(groups=4), lambda: grown("nest")])
-def test_masks_of_prefixes_are_the_table(make):
-    init, trained = make()
-    space = gs.width_space(init, divisor=4)
-    table = supernet_table(init, trained, space, input_size=SIZE)
-    masks = {}
-    for column, (name, choices) in enumerate(space.choices.items()):
-        groups = 4 if init.conv.groups == 4 else 1
-        kept = np.array([choices[i] for i in table.all()[:, column]])
-        masks[name] = np.tile(np.arange(choices[-1] // groups) < kept[:, None] // groups, groups)
-    states = dict(init.named_parameters()), dict(trained.named_parameters())
-    found, expected = mask_scores(supernet_layers(init, SIZE), *states, masks), table.score(table.all())
-    assert np.abs(found.angle - expected.angle).max() < 1e-12 and (found.params == expected.params).all()
-    assert (found.macs == expected.macs).all()
-
-
-def test_arbitrary_masks_are_slices():
-    random = np.random.default_rng(0)
-    w0 = random.normal(size=(6, 5, 3))
-    w1 = w0 + 0.1 * random.normal(size=w0.shape)
-    out, inside = random.random((40, 6)) < 0.5, random.random((40, 5)) < 0.5
-    out[:, 0] = inside[:, 0] = True
-    found = mask_scores(
-        [Layer("w", Side("o"), Side("i"), 7)], as_tensors(w=w0), as_tensors(w=w1), {"o": out, "i": inside}
-    )
-    for row in range(40):
-        a, b = (w[out[row]][:, inside[row]].ravel() for w in (w0, w1))
-        assert found.angle[row] == pytest.approx(twins.angle_between(a, b), abs=1e-13)
-        assert found.macs[row] == 7 * found.params[row] == 7 * len(a)
+    assert np.abs(prefixes.angle - found.angle).max() > 1e-4
 
 
 def test_trajectory_has_the_angle_of_every_checkpoint():

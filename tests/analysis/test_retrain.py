@@ -45,7 +45,7 @@ def test_dense_training_keeps_three_moments(dense, feed):
 
 
 def test_arms_start_from_what_they_say(dense, feed):
-    starts = {arm: start(arm, dense, feed) for arm in retrain.ARMS}
+    starts = {arm: start(arm, dense, feed) for arm in retrain.RETRAIN_ARMS}
     shapes = {arm: [p.shape for p in s.net.parameters()] for arm, s in starts.items()}
     same = ("fine-tune", "rewind", "rewind-init", "scratch-e", "scratch-b", "random-channels")
     assert all(shapes[arm] == shapes["fine-tune"] for arm in same)
@@ -99,4 +99,4 @@ def test_comparison_is_paired_and_corrected():
     assert better["difference"].low > 2.9 and better["p"] == 2 / 2**6 and better["p_holm"] == 2 * better["p"]
     assert same["difference"].low < 0 < same["difference"].high or abs(same["difference"].value) < 0.02
     assert "difference" not in summary["arms"]["fine-tune"]
-    assert "0.50" in retrain.text(summary) and "no p below 0.031" in retrain.text(summary)
+    assert "0.50" in retrain.format_comparison(summary) and "no p below 0.031" in retrain.format_comparison(summary)

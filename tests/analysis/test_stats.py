@@ -102,11 +102,10 @@ def test_partial_correlation_is_blind_to_what_the_controls_explain():
     assert math.isnan(stats.partial_spearman(np.exp(size), y, [size]))
 
 
-def test_wilson_yield_and_percentile_are_scipys():
+def test_wilson_and_percentile_are_scipys():
     assert stats.wilson(7, 50)[1:] == tuple(scipy_stats.binomtest(7, 50).proportion_ci(0.95, method="wilson"))
     assert stats.wilson(0, 10).low == 0.0 and stats.wilson(0, 10).high > 0.2
     values = np.arange(10.0)
-    assert stats.yield_at(values, 7).value == 0.3
     assert stats.percentile(values, 7) == scipy_stats.percentileofscore(values, 7, kind="mean") == 75.0
 
 

@@ -46,14 +46,14 @@ def test_criteria_are_placed_among_the_random_subnets_of_their_own_net():
     assert l1["of_its_channels"] == pytest.approx(65.5 - 50.0) and l1["of_its_widths"] == pytest.approx(50 - 25.5)
     assert l1["over_random"]["p_holm"] == l1["over_random"]["p"] == 0.5  # two nets cannot say more
     assert summary["random"]["yield"][5.0].value == pytest.approx(0.06)
-    assert "no p can be below 0.500" in study.text(summary)
+    assert "no p can be below 0.500" in study.format_summary(summary)
     json.dumps(jsonable(summary), allow_nan=False)
 
 
 def test_better_than_all_draws_cannot_be_told_in_draws():
     summary = study.summarise(records([1.0, 2.0, 3.0], {"l1": [9.0]}), [10.0], num_resamples=20)
     assert summary["criteria"]["l1"]["n_eq"][0][0] == np.inf
-    text = study.text(summary)
+    text = study.format_summary(summary)
     assert " > (>, >)" in text and "there is no test" in text
     with pytest.raises(AnalysisError, match="fewer than 2 random subnets"):
         study.summarise(records([1.0], {}), [10.0])

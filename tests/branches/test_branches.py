@@ -17,8 +17,6 @@ OWN = "tests-own-3x3-and-norm"
 class Own(Branch, kind=OWN):
     """The least a branch can be: a second kernel."""
 
-    has_width = False
-
     def __init__(self, conv, ratio):
         super().__init__(conv, ratio)
         self.conv = nn.Conv2d(
@@ -41,7 +39,8 @@ class Own(Branch, kind=OWN):
         return convmap_of(self.conv, "conv").then(convmap_of(self.norm, "norm"))
 
 
-KINDS = tuple(Branch.kinds)
+#: Not those of other tests, which may have been imported before.
+KINDS = (*(kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")), OWN)
 ANY = {"kernel_size": 5, "padding": 2}  # a convolution that every kind fits
 OPTIONS = [
     {"kernel_size": 3, "padding": 1},
@@ -188,3 +187,27 @@ def test_a_trained_branch_can_be_silenced(kind):
     assert bool((branch(x, conv(x)) != 0).any())
     branch.silence_()
     assert bool((branch(x, conv(x)) == 0).all())
+
+
+def test_a_kind_defined_again_replaces_the_one_before_with_a_warning():
+    old = Branch.kinds[OWN]
+    try:
+        with pytest.warns(UserWarning, match=rf"'{OWN}' of {__name__} is replaced by that of {__name__}") as caught:
+
+            class Own(old, kind=OWN):
+                pass
+
+        assert caught[0].filename == __file__ and Branch.kinds[OWN] is Own
+        conv = nn.Conv2d(4, 4, 3, padding=1)
+        assert type(BranchSpec(kind=OWN).build(conv, ratio=1.0, init="silent", generator_seed=0)) is Own
+    finally:
+        Branch.kinds[OWN] = old
+
+
+def test_a_kind_of_growshrinks_own_cannot_be_replaced():
+    with pytest.raises(GrowError, match=r"'nest': a branch of growshrink \(growshrink.branches.bottleneck\)"):
+
+        class Mine(Own, kind="nest"):
+            pass
+
+    assert Branch.kinds["nest"].__module__ == "growshrink.branches.bottleneck"

@@ -16,10 +16,11 @@ import tyro
 
 from growshrink.cli.program import read_options
 from program import run
+from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
-#: Modules beside the programs that are none.
-HELPERS = {"tools/loaders.py", "tools/paired.py"}
+#: Modules beside the programs that are none, or take no options.
+HELPERS = {"tools/import_cost.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
@@ -41,6 +42,8 @@ PROGRAMS = (
     *(f"tools/{name}.py" for name in ("soak", "step_cost")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
+#: In the default run.
+FEW = ("recipes/one_layer.py", "tools/fuzz.py files", "tools/step_cost.py")
 NUMBERS = {int: ("0", "-1", "nan", "inf", "1000000000000"), float: ("0", "-1", "nan", "inf", "1e30")}
 #: Values that an option can well have, by its name, and why; with a program's name only there.
 FINE = {
@@ -152,7 +155,7 @@ def test_no_program_is_missing():
     assert {program.split()[0] for program in PROGRAMS} == found - HELPERS
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", sampled(PROGRAMS, FEW))
 def test_what_an_option_cannot_be_is_refused_in_one_line(program, place, capsys):
     found = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     before, wrong, count = signal.signal(signal.SIGALRM, too_long), [], 0

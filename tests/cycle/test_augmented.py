@@ -13,6 +13,7 @@ from growshrink.data.batches import Augment
 from growshrink.errors import PlanError
 from growshrink.supernet import load_supernet
 from growshrink.training.calibrate import calibrate_bn
+from sampled import sampled
 
 ALIVE = {"hold": 0.9, "vanish": 0.0, "settle": 0.0}
 CASES = {
@@ -50,7 +51,7 @@ def run(path, case, *, fail_at=None, resume=False, plan=None):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, ("drop, annealed", "fuse", "choose, born grown")))
 def test_a_run_ends_plain_and_a_resumed_one_ends_alike(tmp_path, case):
     whole = run(tmp_path / "whole", case)
     assert list(whole.model.state_dict()) == list(small(outputs=4).state_dict())

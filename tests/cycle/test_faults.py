@@ -76,7 +76,7 @@ EVENTS = (
     "phases.gradients",
     "journal.json_line",
     "running.save_run",
-    "running.ListeningTrainer.calibrate_average",
+    "running.Trainer.calibrate_average",
     "exits.fuse_nets",
     "surgery.fuse",
     "surgery.verify",
@@ -86,6 +86,7 @@ EVENTS = (
 )
 
 
+@pytest.mark.exhaustive
 def test_killed_at_every_kind_of_event(tmp_path, undisturbed, judged, monkeypatch):
     """One run, killed before and after each of them: the first time it comes in each life of the run."""
     for event in EVENTS:

@@ -12,7 +12,8 @@ from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher, lay_out
 from growshrink.cycle.costs import Costs
 from growshrink.errors import PlanError
 from growshrink.schedules.functions import cosine
-from growshrink.training import ListeningTrainer
+from growshrink.training import Trainer
+from sampled import sampled
 
 PLANS = {
     "plain": [],
@@ -50,7 +51,7 @@ def run(path, plan, **kwargs):
     return gs.run_cycle(small(outputs=4), Feed.make(), plan, out_dir=path, config=CONFIG, **kwargs)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", sampled(PLANS, ("plain", "fuse", "online", "teach", "netaug, previous")))
 def test_the_cost_is_known_before(tmp_path, name):
     plan, feed = plan_of(name), Feed.make()
     result = run(tmp_path / "run", plan)
@@ -78,14 +79,14 @@ def test_a_taught_net_goes_on_where_it_was_and_learns_from_the_peak(tmp_path):
 
 def test_a_taught_net_begins_with_the_weights_it_grew_from(tmp_path, monkeypatch):
     seen = []
-    train = ListeningTrainer.train
+    train = Trainer.train
 
     def spy(trainer, stop, **kwargs):
         values = (trainer.model.conv1.weight, trainer.best.conv1.weight)
         seen.append((trainer.update, kwargs["teacher"], copy.deepcopy(values)))
         return train(trainer, stop, **kwargs)
 
-    monkeypatch.setattr(ListeningTrainer, "train", spy)
+    monkeypatch.setattr(Trainer, "train", spy)
     run(tmp_path / "run", plan_of("teach"))
     _, _, before = next(entry for entry in seen if entry[0] == 4)
     _, teacher, after = next(entry for entry in seen if entry[0] == 16)

@@ -18,6 +18,7 @@ from growshrink.runs.folder import RunFolder, claim_together
 HERE = Path(__file__).parent
 
 
+@pytest.mark.exhaustive
 def test_ranks_that_are_asked_to_stop_and_that_die(tmp_path):
     environment = {
         **os.environ,

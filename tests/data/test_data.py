@@ -329,9 +329,9 @@ def test_a_foreign_pickle_is_never_opened(tmp_path: Path) -> None:
         ("fashion-mnist", "absent", "is not a folder"),
         ("folder", None, "needs data_dir"),
         ("folder", ".", "has no folder train/.*train/CLASS"),
-        ("cifar-10", None, "did you mean 'cifar10'"),
-        ("Fashion_MNIST", None, "did you mean 'fashion-mnist'"),
-        ("zzz", None, "known are digits, fashion-mnist"),
+        ("cifar-10", None, "did you mean cifar10"),
+        ("Fashion_MNIST", None, "did you mean .*fashion-mnist"),
+        ("zzz", None, "there are cifar10, cifar100, digits"),
     ],
 )
 def test_what_is_not_there(tmp_path: Path, name: str, where: str | None, message: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from records import record_of
 
-from growshrink.analysis.stats import Interval
+from growshrink.analysis.stats import Estimate
 from growshrink.cycle import lay_out
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
@@ -20,6 +20,7 @@ from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig
 from nets import net
+from sampled import sampled
 
 TINY = Experiment(
     data="digits",
@@ -37,7 +38,7 @@ TINY = Experiment(
 )
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", sampled(ARMS, (PLAIN, "cycles-2-peak", "dbb", "drop-layers", "reducenet-x2")))
 def test_every_arm_fits_its_budget(name):
     data = load_data("digits")
     feed = MemoryFeed.of(data, batch_size=64, augment=Augment(crop=0, flip=False))
@@ -128,9 +129,9 @@ def test_runs_are_made_once_cost_their_budget_and_are_told_of(tmp_path):
 @pytest.mark.parametrize(
     ("difference", "word"),
     [
-        (Interval(1.0, 0.1, 1.9), "better (+1.00, +0.10 .. +1.90)"),
-        (Interval(-1.0, -1.9, -0.1), "worse (-1.00"),
-        (Interval(0.5, -0.1, 1.1), "not told apart (+0.50"),
+        (Estimate(1.0, 0.1, 1.9), "better (+1.00, +0.10 .. +1.90)"),
+        (Estimate(-1.0, -1.9, -0.1), "worse (-1.00"),
+        (Estimate(0.5, -0.1, 1.1), "not told apart (+0.50"),
         (None, "too few seeds"),
     ],
 )
@@ -140,7 +141,7 @@ def test_verdicts(difference, word):
 
 
 def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
-    own, sharper, vague = Interval(0.5, -0.1, 1.1), Interval(0.5, 0.1, 0.9), Interval(0.5, -0.3, 1.3)
+    own, sharper, vague = Estimate(0.5, -0.1, 1.1), Estimate(0.5, 0.1, 0.9), Estimate(0.5, -0.3, 1.3)
     assert verdict("dbb", own, sharper).startswith("better by the noise of all arms, not told apart by its own seeds")
     assert verdict("dbb", own, sharper).endswith("(+0.50, +0.10 .. +0.90)")
     assert verdict("dbb", own, vague) == verdict("dbb", own)
@@ -225,6 +226,7 @@ def test_without_a_finished_trial_the_rate_is_the_configs():
     assert set(rates(experiment).values()) == {TINY.config.lr}
 
 
+@pytest.mark.exhaustive
 def test_sampled_widths_of_several_nets_side_by_side_cost_their_budget(tmp_path):
     experiment = replace(TINY, arms=("plain", "lazy-distil"), model_kwargs={"width": 0.375}, seeds=(0, 1, 2))
     job = jobs_of(experiment, rates(experiment), stack=True)[1]

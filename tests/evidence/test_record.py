@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from records import record_of
 
+from growshrink.cycle.records import Row
 from growshrink.errors import RunError
 from growshrink.evidence.record import RUNS_FILE, History, Job, RunRecord, append_run, read_plan, read_runs
 
@@ -19,7 +20,7 @@ ROW = {
 
 
 def test_lines_are_read_as_they_were_written(tmp_path):
-    history = History.from_rows([{**ROW, "of a later version": 1}, ROW])
+    history = History.from_rows([Row(**ROW), Row(**ROW)])
     records = (
         replace(record_of(JOB), rounds=({"top1": {"peak": 1.0}},), history=history),
         record_of(replace(JOB, kind="trial", net="width-1-depth-2", seeds=(100,))),
@@ -32,7 +33,7 @@ def test_lines_are_read_as_they_were_written(tmp_path):
 
 
 def test_histories_are_rounded_but_for_what_pictures_are_drawn_from():
-    history = History.from_rows([ROW])
+    history = History.from_rows([Row(**ROW)])
     assert history.val_top1 == (100 / 3,) and history.training_macs == (123456789012,) and history.lam == (None,)
     assert history.train_loss == (0.142857,) and history.seconds == (12.3457,)
 
@@ -79,7 +80,10 @@ def _without(*keys):
         (lambda values: json.dumps({**values, "weather": "fine"}), "weather"),
         (lambda values: json.dumps({**values, "scores": []}), "not those of the seeds"),
         (lambda values: json.dumps({**values, "cost": None}), "a cost is missing"),
-        (lambda values: json.dumps({**values, "job": {**values["job"], "lr": "high"}}), "not a number"),
+        (
+            lambda values: json.dumps({**values, "job": {**values["job"], "lr": "high"}}),
+            "lr='high': must be a",
+        ),
         (lambda values: json.dumps({**values, "history": {**values["history"], "lr": [0.1]}}), "differ in length"),
         (_without("job", "arm"), "arm"),
         (_without("scores"), "scores"),

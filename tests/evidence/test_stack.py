@@ -114,7 +114,7 @@ def test_a_stack_goes_through_rounds_like_any_net(tmp_path):
     plan = gs.CyclePlan(rounds=(gs.Round(epochs=4, hold=0.1, vanish=0.1, settle=0.6, ratio=1.0),))
     result = gs.run_cycle(stack_nets(nets, (1, 8, 8)), feed, plan, out_dir=tmp_path / "run")
     ends = [evaluate(one, f.test).top1 for one, f in zip(unstack_net(result.model, nets[0], 2), feeds, strict=True)]
-    assert result.final["top1"] == pytest.approx(sum(ends) / 2)
+    assert result.final.top1 == pytest.approx(sum(ends) / 2)
     alone = gs.run_cycle(nets[0], feeds[0], plan, out_dir=tmp_path / "alone")
     assert result.training_macs == 2 * alone.training_macs
 

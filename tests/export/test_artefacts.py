@@ -10,6 +10,7 @@ from dataclasses import replace
 import onnx
 import pytest
 import torch
+from onnx.numpy_helper import to_array
 from safetensors.torch import load_file
 from timm.layers import Conv2dSame
 from torch import nn
@@ -18,7 +19,7 @@ import growshrink as gs
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, checks, export, int8
-from growshrink.export.ranges import verdict, weight_ranges
+from growshrink.export.ranges import range_verdict, weight_ranges
 from nets import ConvNet, images, net, randomized, rel
 
 SIZE = (3, 32, 32)
@@ -28,15 +29,18 @@ import sys
 sys.modules["growshrink"] = None
 import timm, torch
 folder, name = sys.argv[1:]
-x, expected = torch.load(folder + "/logits.pt", weights_only=True)
+x, expected, weights = torch.load(folder + "/plain.pt", weights_only=True)
 nets = [
     timm.create_model("local-dir:" + folder, pretrained=True),
     timm.create_model(name, num_classes=10, checkpoint_path=folder + "/model.safetensors"),
 ]
 with torch.no_grad():
     for net in nets:
-        assert torch.equal(net.eval()(x), expected)
-    assert torch.allclose(torch.export.load(folder + "/folded.pt2").module()(x), expected, atol=1e-5)
+        found = net.state_dict()
+        assert list(found) == list(weights) and all(torch.equal(found[key], weights[key]) for key in weights)
+        torch.testing.assert_close(net.eval().double()(x.double()), expected, rtol=1e-12, atol=1e-12)
+    folded = torch.export.load(folder + "/folded.pt2").module()
+    torch.testing.assert_close(folded(x).double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 print(nets[0].pretrained_cfg["input_size"], nets[0].pretrained_cfg["mean"], nets[0].pretrained_cfg["label_names"][3])
 """
 
@@ -63,7 +67,8 @@ def test_nothing_but_timm_reads_it(exported):
     folder, source, _ = exported
     x = images(*SIZE, n=3)
     with torch.no_grad():
-        torch.save((x, source.plain(x)), folder / "logits.pt")
+        logits = copy.deepcopy(source.plain).double()(x.double())
+    torch.save((x, logits, source.plain.state_dict()), folder / "plain.pt")
     command = [sys.executable, "-c", OUTSIDE, str(folder), source.name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -174,7 +179,8 @@ def digits_like():
     return DataSet("noise", split, split, split, tuple("0123456789"), (0.5,), (0.25,))
 
 
-def test_int8_is_hurt_where_the_ranges_say_so(tmp_path):
+@pytest.mark.parametrize("reduce_range", sorted({True, int8.needs_reduced_range()}))
+def test_int8_is_hurt_where_the_ranges_say_so(tmp_path, reduce_range):
     errors = {}
     for ratio in (1, 200):
         torch.manual_seed(0)
@@ -185,14 +191,35 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path):
         assert calibration.shape == (50, 1, 8, 8) and calibration.unique(dim=0).shape[0] == 50
         for granularity in int8.GRANULARITIES:
             path = tmp_path / f"{ratio}-{granularity}.onnx"
-            int8.quantise(tmp_path / artefacts.ONNX_FILE, path, calibration, granularity=granularity)
+            int8.quantise(
+                tmp_path / artefacts.ONNX_FILE, path, calibration, granularity=granularity, reduce_range=reduce_range
+            )
+            weights = [to_array(t) for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8]
+            assert max(int(abs(w.astype(int)).max()) for w in weights if w.ndim) == (64 if reduce_range else 127)
             quantised = artefacts.onnx_function(path, threads=1)
             with torch.no_grad():
                 errors[ratio, granularity] = rel(quantised(calibration[:7]), source.plain(calibration[:7]))
         expected = "likely not hurt" if ratio == 1 else "likely hurt (1 of 3 layers): in conv2,"
-        assert expected in verdict(weight_ranges(folded))
+        assert expected in range_verdict(weight_ranges(folded))
     assert max(errors[1, "per-tensor"], errors[1, "per-channel"], errors[200, "per-channel"]) < 0.03, errors
-    assert errors[200, "per-tensor"] > 10 * errors[1, "per-tensor"], errors
+    assert errors[200, "per-tensor"] > (5 if reduce_range else 10) * errors[1, "per-tensor"], errors
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "reduced"),
+    [
+        ("x86_64", "flags : avx2 avx512f", True),
+        ("AMD64", None, True),
+        ("x86_64", "flags : avx2 avx512_vnni", False),
+        ("x86_64", "flags : avx2 avx_vnni", False),
+        ("arm64", None, False),
+    ],
+)
+def test_int8_is_reduced_where_the_cpu_could_saturate(monkeypatch, tmp_path, machine, flags, reduced):
+    (tmp_path / "cpuinfo").write_text(flags or "")
+    monkeypatch.setattr(int8.platform, "machine", lambda: machine)
+    monkeypatch.setattr(int8, "Path", lambda _: tmp_path / ("cpuinfo" if flags else "nowhere"))
+    assert int8.needs_reduced_range() is reduced
 
 
 def test_scores_of_several_nets_from_one_reading(tmp_path):
@@ -204,7 +231,7 @@ def test_scores_of_several_nets_from_one_reading(tmp_path):
         found = (bright[:, None].flatten(2) - data.test.images.flatten(1)).abs().amax(2) < 0.01
         return 9.0 * nn.functional.one_hot(data.test.labels[found.int().argmax(1)], 10).float()
 
-    scores = int8.score({"knows": knows, "net": source.plain}, source, data)
+    scores = int8.score_all({"knows": knows, "net": source.plain}, source, data)
     assert scores["knows"].top1 == 100.0 and scores["net"].top1 < 50.0
     assert scores["knows"].loss == pytest.approx(float(torch.log1p(9 * torch.exp(torch.tensor(-9.0)))), rel=1e-3)
 

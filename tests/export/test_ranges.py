@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from growshrink.export.ranges import draw_ranges, verdict, weight_ranges
+from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
 from nets import ConvNet
 
 
@@ -43,13 +43,13 @@ def test_the_worst_layer_comes_first_and_decides():
     ranges = weight_ranges(model)
     assert [(layer.name, round(layer.ratio)) for layer in ranges] == [("odd", 100), ("less", 10), ("even", 1)]
     assert ranges[0].error_per_channel < 0.01  # of the largest channel's norm, nearly all of the layer's
-    assert verdict(ranges) == (
+    assert range_verdict(ranges) == (
         "Per-tensor int8 will likely hurt (1 of 3 layers): in odd, the worst layer, the largest channel is 100.0 times "
         "the median one, which is left 1 of 127 steps; quantise per channel."
     )
-    assert verdict(ranges[1:]).startswith("Per-tensor int8 may hurt: in less,")
-    assert verdict(ranges[2:]).startswith("Per-tensor int8 will likely not hurt: in even,")
-    assert verdict([]) == "There is no layer to quantise."
+    assert range_verdict(ranges[1:]).startswith("Per-tensor int8 may hurt: in less,")
+    assert range_verdict(ranges[2:]).startswith("Per-tensor int8 will likely not hurt: in even,")
+    assert range_verdict([]) == "There is no layer to quantise."
 
 
 @pytest.mark.parametrize("dead", [1, 9])

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 sys.modules["onnxscript"] = None
@@ -16,6 +18,7 @@ except RunError as error:
 """
 
 
+@pytest.mark.exhaustive
 def test_the_package_is_imported_and_the_hint_is_true():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -65,9 +65,7 @@ def _cifar() -> dict[str, bytes]:
 _MODES = "tools/netaug_modes.py --file out.jsonl --modes plain-x1 --epochs 0.02 --quiet"
 _GROW = "recipes/grow_cycle.py --out out"
 _ANGLE = "tools/angle_rank.py --init supernet.safetensors --trained supernet.safetensors --out out --quiet"
-_PRUNE = (
-    "tools/random_prune.py --model reducenet20 --model-kwargs width=0.25 --trained net.safetensors --subnets 2 --out out"
-)
+_PRUNE = "tools/random_prune.py --model reducenet20 --model-kwargs width=0.25 --trained net.safetensors --subnets 2 --out out"
 
 COMMANDS: dict[str, Command] = {
     "grow_cycle --plan": Command("json", _plan_of_one_update, f"{_GROW} --plan plan.json --quiet"),

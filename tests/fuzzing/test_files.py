@@ -11,6 +11,7 @@ from fuzzing.damage import damage
 from fuzzing.files import TARGETS, Target, check_file
 from growshrink.base.reading import read_json, read_tensors
 from growshrink.errors import GrowShrinkError
+from sampled import sampled
 
 # Found by the fuzzer: JSON nested too deeply, a list of names that is not UTF-8, a name of a model that is none, a CSV
 # file without end, a folder in the place of the results, a number beyond any float, images that claim 10^10 pixels.
@@ -29,7 +30,7 @@ def test_a_whole_file_is_read(tmp_path, name):
     TARGETS[name].read(tmp_path)
 
 
-@pytest.mark.parametrize("number", [*FOUND, *range(20000, 20100)])
+@pytest.mark.parametrize("number", sampled([*FOUND, *range(20000, 20100)], {*FOUND, *range(20000, 20030)}))
 def test_a_damaged_file_is_read_or_refused(number):
     assert check_file(number).outcome in ("read", "refused")
 

@@ -14,6 +14,7 @@ from growshrink.errors import AlgebraError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.layers.mapping import convmap_of
+from growshrink.layers.swaps import attach, to_plain
 from nets import ConvNet, images, net, randomized, rel
 
 
@@ -22,7 +23,7 @@ def grown_conv(kinds=("bottleneck",), lam=0.0, **kwargs):
     kwargs = {"kernel_size": 3, "padding": 1, **kwargs}
     conv = nn.Conv2d(4, 8, dtype=torch.float64, **kwargs)
     branches = [BranchSpec(kind=k).build(conv, ratio=1.5, init="paper", generator_seed=i) for i, k in enumerate(kinds)]
-    grown = randomized(GrownConv2d.from_conv(conv, branches)).eval()
+    grown = randomized(attach(conv, branches)).eval()
     gs.set_lambda(grown, lam)
     return grown
 
@@ -30,13 +31,13 @@ def grown_conv(kinds=("bottleneck",), lam=0.0, **kwargs):
 def test_growing_and_back_keeps_the_object_and_its_parameters():
     conv = nn.Conv2d(4, 8, 3)
     weight, bias = conv.weight, conv.bias
-    grown = GrownConv2d.from_conv(conv, [Insert(conv, 1.0)])
+    grown = attach(conv, [Insert(conv, 1.0)])
     assert grown is conv and type(conv) is GrownConv2d and len(grown.branches) == 1
     assert conv.weight is weight and conv.bias is bias
     assert list(conv.state_dict())[:2] == ["weight", "bias"]
-    GrownConv2d.from_conv(conv, [Insert(conv, 1.0), Bottleneck(conv, 1.0)])
+    attach(conv, [Insert(conv, 1.0), Bottleneck(conv, 1.0)])
     assert [b.kind for b in grown.branches] == ["insert", "insert", "bottleneck"]
-    assert grown.to_plain() is conv and type(conv) is nn.Conv2d
+    assert to_plain(grown) is conv and type(conv) is nn.Conv2d
     assert list(conv.state_dict()) == ["weight", "bias"] and not hasattr(conv, "branches")
 
 

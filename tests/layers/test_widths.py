@@ -16,6 +16,7 @@ from growshrink.branches import BranchSpec, Insert
 from growshrink.errors import WidthError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.swaps import attach
 from growshrink.layers.widths import WidthSpace
 from nets import ConvNet, images, net, randomized, rel, untouched
 from supernet.twins import Narrow
@@ -435,7 +436,7 @@ def test_the_map_at_any_width(groups, multiple, stride, kernel, data):
     built = [
         BranchSpec(kind=k).build(conv, ratio=multiple, init="paper", generator_seed=i) for i, k in enumerate(kinds)
     ]
-    model = randomized(nn.Sequential(GrownConv2d.from_conv(conv, built))).eval()
+    model = randomized(nn.Sequential(attach(conv, built))).eval()
     gs.set_lambda(model, 0.0)
     widths = {
         n: data.draw(st.sampled_from(v)) for n, v in gs.width_space(model, divisor=1, diversity=9).choices.items()

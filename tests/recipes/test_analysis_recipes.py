@@ -12,7 +12,7 @@ from program import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RETRAIN = ["--epochs", "0.2", "--seeds", "2", "--lrs", "0.1", "--tolerance", "0.2"]
-RETRAIN += ["--model-kwargs", "width=0.5", "--arms", "fine-tune", "scratch-b", "random-widths"]
+RETRAIN += ["--model-kwargs", "width=0.5", "depths=(1,1,1)", "--arms", "fine-tune", "scratch-b", "random-widths"]
 SHRINK = [
     *("--first-epochs", "0.2", "--later-epochs", "0.1", "--samples", "2", "--judged", "2", "--seeds", "2"),
     *("--model-kwargs", "width=0.25", "--drop", "9", "--drivers", "angle", "random"),

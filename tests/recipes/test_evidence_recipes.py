@@ -133,6 +133,7 @@ def test_published_evidence_is_small_and_its_links_lead_somewhere():
             assert link.startswith("https://") or (page.parent / link.split("#")[0]).exists(), f"{page}: {link}"
 
 
+@pytest.mark.exhaustive
 def test_where_it_is_ended_its_workers_end_too(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "budget": 3000.0, "arms": ["plain", "short"]}))
     command = ["recipes/compare.py", tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--workers", "2"]
@@ -169,6 +170,7 @@ def test_the_arms_are_listed(capsys):
     assert "never-shrunk" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_a_scan_of_two_nets_filled_and_unfilled(tmp_path, capsys):
     (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "seeds": [0]}))
     args = [tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", "--channels", "0.125", "--depths", "1", "2"]

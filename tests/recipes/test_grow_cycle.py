@@ -1,6 +1,5 @@
 """recipes/grow_cycle.py as its users run it."""
 
-import ast
 import errno
 import json
 import os
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import growshrink.cli.options
+from growshrink.cli.forms import parts_of
+from growshrink.cli.options import ModelOptions, RunOptions
 from growshrink.cycle import CyclePlan
 from growshrink.data.batches import TrainBatches
 from growshrink.errors import RunError
@@ -31,13 +31,14 @@ FILES = {"curves.png", "growth_log.json", "log.jsonl", "plain.safetensors", "rep
 SMALL = [
     "--model-kwargs",
     "width=0.25",
+    "depths=(1,1,1)",
     "--ratio",
     "1",
     "--rounds",
     "1",
     "--epochs",
     "5",
-    "--distil",
+    "--teacher",
     "peak",
     "--quiet",
 ]
@@ -64,6 +65,7 @@ def contents(path):
     return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in path.rglob("*")}
 
 
+@pytest.mark.exhaustive
 def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
     began = time.monotonic()
     process = start("--out", tmp_path / "run", cwd=tmp_path)
@@ -90,6 +92,7 @@ def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.exhaustive
 def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, capsys):
     path, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     process = start("--out", path, *SMALL)
@@ -178,13 +181,14 @@ def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, m
                 pixels = torch.randint(100, (16, 16, 3), generator=pictures) + 120 * label
                 Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{index}.png")
     monkeypatch.chdir(tmp_path / "my data")
+    net = ["--model", "reducenet20_x2", "--model-kwargs", "width=0.125", "depths=(1,1,1)"]
     options = ["--data", ".", "--batch-size", "8", "--epochs", "24", "--rounds", "1", "--quiet"]
-    assert main("--model", "reducenet20_x2", "--model-kwargs", "width=0.125", *options) == 0
+    assert main(*net, *options) == 0
     path = tmp_path / "my data" / "runs" / "my data-reducenet20_x2"
     report = json.loads((path / "report.json").read_text())
     assert report["rounds"][0]["branch"] == ["born grown"]
     assert report["final"]["params"] == report["plain"]["params"]
-    assert main("--model", "reducenet20_x2", "--model-kwargs", "width=0.125", *options, "--resume") == 0
+    assert main(*net, *options, "--resume") == 0
     assert "is finished" in capsys.readouterr().out
     monkeypatch.chdir(path)
     exec((path / "report.md").read_text().split("```python\n")[1].split("```")[0], {})
@@ -201,8 +205,8 @@ def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, m
 )
 def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
     recipe = runpy.run_path(str(RECIPE))
-    args = recipe["Args"](model=name, model_kwargs=kwargs, quiet=True)
-    model, about = args.make_model(args.make_feed(torch.device("cpu")))
+    args = recipe["Args"](model=ModelOptions(model=name, model_kwargs=kwargs), running=RunOptions(quiet=True))
+    model, about = args.model.make(args.feed())
     set_lambda(model, 0.0)
     again = timm.create_model(about["plain_name"], **about["plain_kwargs"])
     assert about["plain_name"] == plain
@@ -212,20 +216,16 @@ def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
 def test_help_explains_every_option(capsys):
     assert main("--help") == 0
     out = capsys.readouterr().out
-    trees = [ast.parse(Path(path).read_text()) for path in (RECIPE, growshrink.cli.options.__file__)]
-    bodies = [n.body for tree in trees for n in tree.body if isinstance(n, ast.ClassDef) and n.name != "Options"]
-    options = [
-        (n.target.id, after)
-        for body in bodies
-        for n, after in zip(body, body[1:], strict=False)
-        if isinstance(n, ast.AnnAssign)
-    ]
+    parts = parts_of(runpy.run_path(str(RECIPE))["Args"]).values()
+    options = {name: option for _, options in parts for name, option in options.items()}
     assert len(options) >= 40
-    words = " ".join(out.replace("│", " ").split())
-    for name, explanation in options:
+    words = " ".join(out.replace("│", " ").replace("|", " ").split())
+    for name, option in options.items():
         assert f"--{name.replace('_', '-')}" in out, name
-        assert isinstance(explanation, ast.Expr) and isinstance(explanation.value, ast.Constant), name
-        assert explanation.value.value.split(".")[0][:40].strip() in words, name
+        assert len(option.doc) > 10 and option.doc.split(".")[0][:40].strip() in words, name
+    groups = [name for name in ("data", "model", "training", "rounds", "running") if f" {name} options " in out]
+    assert len(groups) == 5 and out.count(" options -") + out.count(" options ─") == 6
+    assert "fuse[,accept_within=None] drop" in words and "peak previous[,weight=0.5]" in words
 
 
 BAD = {
@@ -249,7 +249,7 @@ BAD = {
     "too few epochs": (["--epochs", "4"], "too few for hold"),
     "no epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
     "negative epochs": (["--epochs=-3"], "--epochs -3: must be above 0"),
-    "infinite epochs": (["--epochs", "inf"], "--epochs inf: must be above 0"),
+    "infinite epochs": (["--epochs", "inf"], "--epochs inf: must be a finite number"),
     "rounds": (["--rounds=-1"], "--rounds -1: must be at least 0"),
     "base": (["--base", "2"], "--base 2"),
     "shares": (["--hold", "0.6", "--vanish", "0.3"], "hold + vanish = 0.9"),
@@ -263,10 +263,10 @@ BAD = {
     "crop": (["--crop=-1"], "--crop -1"),
     "stream": (["--stream"], "--stream needs --image-size"),
     "size": (["--image-size", "16"], "works for class folders only"),
-    "mode": (["--augment", "netog"], "augment='netog': no such mode; did you mean netaug"),
-    "exit": (["--augment", "lazy", "--exit", "fall"], "exit='fall': no such exit"),
-    "exit of what": (["--exit", "choose"], "only a round with sampled widths"),
-    "alpha": (["--augment", "lazy", "--alpha=-1"], "--alpha -1: must be at least 0"),
+    "mode": (["--widths", "netog"], "--widths netog: mode='netog': no such mode; did you mean netaug"),
+    "exit": (["--widths", "lazy", "--exit", "fall"], "--exit fall: no such exit"),
+    "exit of what": (["--exit", "choose"], "--exit choose: only a round with sampled widths"),
+    "alpha": (["--widths", "lazy,alpha=-1"], "--widths lazy,alpha=-1: alpha=-1: must be at least 0"),
     "no plan": (["--plan", "nowhere.json"], "--plan nowhere.json: there is no such file"),
     "nan": (["--lr", "1e9", "--epochs", "20"], "the loss is nan in round 0, phase base, between updates 0 and "),
 }
@@ -307,7 +307,7 @@ def test_a_malformed_plan_file_gets_one_clear_line(tmp_path, capsys, content, wo
 
 
 @pytest.mark.parametrize(
-    ("args", "words"), [(["--epoch", "3"], "--epochs"), (["--epochs", "abc"], "abc"), (["--distil", "peek"], "peak")]
+    ("args", "words"), [(["--epoch", "3"], "--epochs"), (["--epochs", "abc"], "abc"), (["--teacher", "peek"], "peak")]
 )
 def test_an_unknown_option_or_value_is_named_before_anything_is_made(tmp_path, monkeypatch, capsys, args, words):
     monkeypatch.chdir(tmp_path)
@@ -322,9 +322,9 @@ def test_a_folder_in_use_or_of_somebody_else_is_refused_and_left_as_it_was(tmp_p
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("x")
     with RunFolder.claim(tmp_path / "busy"):
-        process = start("--out", tmp_path / "busy", "--quiet")
-        out, err = process.communicate(timeout=300)
-    assert (process.returncode, out, err.count("\n")) == (2, "", 1) and "in use by another run" in err
+        assert main("--out", tmp_path / "busy", "--quiet") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and "in use by another run" in err
     for name, words in {"foreign": "thesis.tex is in it", "file": "cannot be used"}.items():
         assert main("--out", tmp_path / name, "--quiet") == 2
         out, err = capsys.readouterr()
@@ -336,7 +336,7 @@ def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch,
     def press(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("growshrink.cycle.execution.evaluate", press)
+    monkeypatch.setattr("growshrink.cycle.running.evaluate", press)
     assert main("--out", tmp_path / "run", *SMALL) == 130
     assert "--resume" in capsys.readouterr().err
     with pytest.raises(RunError, match="unfinished run"):
@@ -344,11 +344,11 @@ def test_an_interrupt_from_the_keyboard_says_how_to_go_on(tmp_path, monkeypatch,
 
 
 def test_an_arm_of_the_experiment_is_a_recipe_for_users(tmp_path):
-    options = ("--model-kwargs", "width=0.125", "--epochs", "8", "--quiet", "--out", tmp_path / "run")
+    options = ("--model-kwargs", "width=0.125", "depths=(1,1,1)", "--epochs", "8", "--quiet", "--out", tmp_path / "run")
     assert main("--arm", "return", *options) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert [entry["exit"] for entry in report["about"]["plan"]["rounds"]] == ["teach"]
-    assert report["about"]["plan"]["rounds"][0]["distil_asked"] == 0.3
+    assert [entry["exit"] for entry in report["about"]["plan"]["rounds"]] == [{"kind": "rewind"}]
+    assert report["about"]["plan"]["rounds"][0]["teacher"]["asked"] == 0.3
 
 
 @pytest.mark.parametrize(

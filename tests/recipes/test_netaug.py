@@ -14,16 +14,18 @@ from safetensors.torch import load_file
 import growshrink as gs
 from growshrink.supernet import load_supernet
 from program import run
+from sampled import sampled
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "netaug.py"
 FILES = {"report.md", "report.json", "netaug.json", "netaug.png", "curves.png", "plain.safetensors", "run.json"}
-SMALL = ("--model-kwargs", "width=0.25", "--ratio", "2", "--turns", "2", "--quiet")
+SMALL = ("--model-kwargs", "width=0.25", "depths=(1,1,1)", "--ratio", "2", "--turns", "2", "--quiet")
 
 
 def main(*args):
     return run(RECIPE, *args)
 
 
+@pytest.mark.exhaustive
 def test_without_arguments_it_learns_the_digits(tmp_path):
     process = subprocess.run(
         [sys.executable, str(RECIPE), "--epochs", "25", "--out", str(tmp_path / "run")],
@@ -61,13 +63,14 @@ def test_without_arguments_it_learns_the_digits(tmp_path):
     assert list(init.state_dict()) == list(supernet.state_dict())
 
 
-def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys):
-    args = ("--model", "reducenet20_x4", "--widths", "sandwich", "--exit", "choose", "--epochs", "12", *SMALL)
+@pytest.mark.parametrize("mode", sampled(["single", "sandwich"], ["single"]))
+def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys, mode):
+    args = ("--model", "reducenet20_x4", "--widths", mode, "--exit", "choose", "--epochs", "9", *SMALL)
     assert main("--out", tmp_path / "run", *args) == 0
     summary = json.loads((tmp_path / "run" / "netaug.json").read_text())
     scores = [candidate["top1"] for candidate in summary["candidates"]]
-    assert len(scores) == 8 and summary["val_top1"]["deployed"] == max(scores) and len(set(scores)) > 1
-    plain = timm.create_model("reducenet20", num_classes=10, in_chans=1, width=0.25)
+    assert len(scores) == 6 and summary["val_top1"]["deployed"] == max(scores) and len(set(scores)) > 1
+    plain = timm.create_model("reducenet20", num_classes=10, in_chans=1, width=0.25, depths=(1, 1, 1))
     plain.load_state_dict(load_file(tmp_path / "run" / "plain.safetensors"), strict=True)
     assert "deployed net (choose)" in capsys.readouterr().out
     assert main("--out", tmp_path / "run", *args, "--resume") == 0

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import timm
+import timm.optim
+import timm.task
 import torch
 
 import growshrink  # noqa: F401 - registers the models
+from program import completed
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "timm_train.py"
 SCRIPT = """
@@ -73,14 +75,20 @@ def test_a_script_like_timms_trains_a_net_that_is_deployed_without_its_branches(
         ([], "name timm's train.py"),
         (["nowhere/train.py"], "no such script"),
         (["beside/train.py"], "a folder timm beside it"),
-        (["--widths", "netog", "train.py", "--model", "reducenet20", "--lr", "0.1"], "no such mode; did you mean netaug"),
+        (
+            ["--widths", "netog", "train.py", "--model", "reducenet20", "--lr", "0.1"],
+            "no such mode; did you mean netaug",
+        ),
         (["--branch", "bottel", "train.py", "--model", "reducenet20", "--lr", "0.1"], "no such branch"),
     ],
 )
-def test_bad_input_gets_one_clear_line(tmp_path, args, words):
+def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((timm.task, "ClassificationTask"), (timm.optim, "create_optimizer_v2")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # so that what the recipe puts there is taken away
     (tmp_path / "beside" / "timm").mkdir(parents=True)
     for folder in (tmp_path, tmp_path / "beside"):
         (folder / "train.py").write_text(SCRIPT)
-    result = run(tmp_path, *args)
+    result = completed(RECIPE, *args)
     assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1
     assert result.stderr.startswith("timm_train: ")

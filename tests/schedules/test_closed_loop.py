@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 from growshrink.errors import PlanError
 from growshrink.layers.activations import get_lambda
 from growshrink.schedules.closed_loop import ClosedLoop
-from growshrink.training import ListeningTrainer, TrainConfig
+from growshrink.training import TrainConfig, Trainer
 from nets import Batches, net
 
 
@@ -113,14 +113,18 @@ def test_bad_arguments(kwargs):
 
 def test_a_trainer_drives_it():
     model = net("reducenet20_x1", width=0.1)
-    trainer = ListeningTrainer(model, TrainConfig(lr=0.01, ema_decay=0.5), Batches())
+    trainer = Trainer(model, TrainConfig(lr=0.01, ema_decay=0.5), Batches())
     loop = ClosedLoop(8, fall=4, every=2, tolerance=10.0)
     seen = []
-    trainer.listener = lambda loss: (seen.append(float(loss)), loop.observe(loss))
-    mean = trainer.train(3, learning_rate=lambda update: 1.0, lam=loop)
+
+    def on_loss(loss):
+        seen.append(float(loss))
+        loop.observe(loss)
+
+    mean = trainer.train(3, learning_rate=lambda update: 1.0, lam=loop, on_loss=on_loss)
     assert len(seen) == 3 and float(mean) == pytest.approx(sum(seen) / 3)
     assert set(get_lambda(model).values()) == set(get_lambda(trainer.ema).values()) == {0.5}
-    trainer.train(9, learning_rate=lambda update: 1.0, lam=loop)
+    trainer.train(9, learning_rate=lambda update: 1.0, lam=loop, on_loss=on_loss)
     assert set(get_lambda(model).values()) == set(get_lambda(trainer.ema).values()) == {0.0}
 
 

@@ -82,6 +82,7 @@ def test_with_norms_of_running_statistics_it_is_the_gradient_of_the_joint_batch(
     assert_same(results(runs, "joint")[0]["grads"][0], grads_of(model))
 
 
+@pytest.mark.exhaustive
 def test_resumed_in_fresh_processes_it_is_the_run_that_never_stopped(runs):
     names = ["x4", "suffix"]
     both_ranks(runs, names, 2, 3)

@@ -11,22 +11,8 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.schedules.functions import constant
-from nets import Batches, ConvNet, net, randomized
-from supernet.twins import Narrow, added, assert_same, gradients, grads_of, soft_loss
-
-SIZE = (3, 8, 8)
-
-
-def x4():
-    return net("reducenet20_x4")
-
-
-def grown():
-    return gs.grow(net(), ["bottleneck", "insert"], init="paper", input_size=SIZE)
-
-
-def nest():
-    return gs.grow(ConvNet(groups=2), ["bottleneck", "nest"], init="paper", input_size=SIZE)
+from nets import Batches, net, randomized
+from supernet.twins import SIZE, Narrow, added, assert_same, gradients, grads_of, grown, nest, soft_loss, x4
 
 
 def model_of(make, lam=0.6):

@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from nets import Batches, ConvNet, net, randomized
-from supernet.twins import Narrow
+from supernet.twins import SIZE, Narrow, grown, nest, x4
 
-SIZE = (3, 8, 8)
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "dampened sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
@@ -25,18 +24,6 @@ OPTIMIZERS = {
         for name in ("lion", "rmsproptf", "nadamw", "muon", "adopt")
     },
 }
-
-
-def x4():
-    return net("reducenet20_x4")
-
-
-def grown():
-    return gs.grow(net(), ["bottleneck", "insert"], init="paper", input_size=SIZE)
-
-
-def nest():
-    return gs.grow(ConvNet(groups=2), ["bottleneck", "nest"], init="paper", input_size=SIZE)
 
 
 def task_of(model, optimizer=None, **options):

@@ -6,10 +6,27 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import growshrink as gs
 from growshrink.branches import Branch
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.swaps import to_plain
 from growshrink.layers.widths import get_width
+from nets import ConvNet, net
+
+SIZE = (3, 8, 8)
+
+
+def x4():
+    return net("reducenet20_x4")
+
+
+def grown():
+    return gs.grow(net(), ["bottleneck", "insert"], init="paper", input_size=SIZE)
+
+
+def nest():
+    return gs.grow(ConvNet(groups=2), ["bottleneck", "nest"], init="paper", input_size=SIZE)
 
 
 class Narrow:
@@ -85,7 +102,7 @@ class Narrow:
         for branch in conv.branches:
             assert isinstance(branch, Branch) and not branch.skipped
         if not kept:
-            conv.to_plain()
+            to_plain(conv)
 
     def spread(self, tensors, like, fill=0.0):
         """Tensors by name of this net -> by name of the supernet, in its shapes; what is not in this net is `fill`."""

@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
-import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+import program
 
 TOOL = Path(__file__).parents[2] / "tools" / "angle_rank.py"
 TINY = ["--model-kwargs", "width=0.25", "expansion=2", "--epochs", "0.2", "--quiet"]
@@ -17,28 +15,14 @@ TINY = ["--model-kwargs", "width=0.25", "expansion=2", "--epochs", "0.2", "--qui
 
 def main(capsys, *args):
     """Run it in this process: exit code, stdout, stderr."""
-    argv, sys.argv = sys.argv, [str(TOOL), *map(str, args)]
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return code, *capsys.readouterr()
+    return program.run(TOOL, *args), *capsys.readouterr()
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A supernet trained for a moment, and all of its subnets ranked."""
     out = tmp_path_factory.mktemp("angle") / "run"
-    done = subprocess.run(
-        [sys.executable, str(TOOL), *TINY, "--out", str(out)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = program.completed(TOOL, *TINY, "--out", out)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
     return out, done.stdout

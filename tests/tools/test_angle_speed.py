@@ -1,22 +1,15 @@
 """tools/angle_speed.py as its users run it: what it computes, not how fast."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "angle_speed.py"
 
 
 def run(*options):
-    return subprocess.run(
-        [sys.executable, str(TOOL), *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return completed(TOOL, *options)
 
 
 def test_both_ways_agree_and_are_timed():

@@ -2,20 +2,21 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
 TARGETS = {"fused": "<=", "grown": ">=", "loader": ">=", "round": "<="}
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), "--quick", "--threads", "1", *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return completed(TOOL, "--quick", "--threads", "1", *options)
 
 
+@pytest.mark.exhaustive
 def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
     out = tmp_path / "bench.json"
     result = run("--file", str(out), "--strict", "--quiet")

@@ -1,12 +1,12 @@
-import subprocess
-import sys
 from pathlib import Path
+
+from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "coverage.py"
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(TOOL), *args], capture_output=True, text=True, timeout=300)
+    return completed(TOOL, *args)
 
 
 def test_table_of_small_nets():

@@ -1,10 +1,9 @@
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+import program
 from growshrink.depth import latency
 
 TOOL = Path(__file__).parents[2] / "tools" / "depth_latency.py"
@@ -21,10 +20,7 @@ def run(monkeypatch, *args, power=1.0):
 
     monkeypatch.setattr(latency, "interleaved_timings", clock)
     monkeypatch.setattr(latency, "ANCHORS", 1)
-    monkeypatch.setattr(sys, "argv", [str(TOOL), *args])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(TOOL), run_name="__main__")
-    return end.value.code
+    return program.run(TOOL, *args)
 
 
 BRIEF = ["--quiet", "--model-kwargs", "width=0.1", "--pixels", "8", "--longest", "2", "--cuts", "3"]
@@ -39,7 +35,9 @@ def test_predictions_are_held_against_the_clock(monkeypatch, capsys, power, code
     assert ("at most 0.0% off (3 cuts)" in lines[-1]) == (code == 0)
 
 
-@pytest.mark.parametrize(("args", "words"), [(["--model", "resnet18"], "not a plain ReduceNet"), (["--cuts", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    ("args", "words"), [(["--model", "resnet18"], "not a plain ReduceNet"), (["--cuts", "0"], "at least 1")]
+)
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, args, words):
     assert run(monkeypatch, *args) == 2
     error = capsys.readouterr().err

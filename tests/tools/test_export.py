@@ -1,6 +1,4 @@
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,22 +6,11 @@ import timm
 import torch
 
 import growshrink as gs
-from growshrink.export import artefacts
+from growshrink.export import artefacts, int8
 from nets import images
+from program import run
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(path, *args):
-    """Run the program at `path` as its user would; its exit code."""
-    argv, sys.argv = sys.argv, [str(path), *map(str, args)]
-    try:
-        runpy.run_path(str(path), run_name="__main__")
-    except SystemExit as end:
-        return end.code or 0
-    finally:
-        sys.argv = argv
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +18,8 @@ def trained(tmp_path_factory):
     """A run on digits, as short as it can be."""
     path = tmp_path_factory.mktemp("runs") / "run"
     recipe = ROOT / "recipes" / "grow_cycle.py"
-    options = ("--rounds", "1", "--epochs", "8", "--ratio", "1", "--model-kwargs", "width=0.25", "--quiet")
+    net = ("--model-kwargs", "width=0.5", "depths=(1,1,1)")
+    options = ("--rounds", "1", "--epochs", "8", "--ratio", "1", "--quiet", *net)
     assert run(recipe, "--out", path, *options) == 0
     return path
 
@@ -51,6 +39,8 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
     final = json.loads((trained / "report.json").read_text())["final"]["top1"]
     assert scores["float32"]["top1"] == pytest.approx(final) == pytest.approx(scores["float32, ONNX"]["top1"])
     assert abs(scores["int8"]["top1"] - final) < 3.0 and scores["int8"]["loss"] != scores["float32"]["loss"]
+    bits = 7 if int8.needs_reduced_range() else 8
+    assert report["int8"]["weight_bits"] == bits and f"Weights have {bits} bits" in (folder / "report.md").read_text()
     assert report["files"]["int8.onnx"] < 0.8 * report["files"]["folded.onnx"]
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images(1, 8, 8, n=5)
@@ -78,8 +68,7 @@ def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, t
 
     monkeypatch.setattr("growshrink.export.run.write_folded", damaged)
     assert (
-        run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--turns", "0", "--quiet")
-        == 1
+        run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--turns", "0", "--quiet") == 1
     )
     assert "NOT as exact" in (tmp_path / "e" / "report.md").read_text()
 

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import growshrink
+from program import completed
 
 TOOL = Path(__file__).parent.parent.parent / "tools" / "kills.py"
 
@@ -17,6 +20,7 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
+@pytest.mark.exhaustive
 def test_three_kills(tmp_path):
     done = run("--kills", 3, "--quiet", "--out", tmp_path / "kills")
     assert done.returncode == 0, done.stderr
@@ -28,5 +32,5 @@ def test_three_kills(tmp_path):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    done = run("--kills", 0, "--out", tmp_path / "kills")
+    done = completed(TOOL, "--kills", 0, "--out", tmp_path / "kills")
     assert done.returncode == 2 and done.stderr == "kills: --kills 0: must be at least 1 and at most 1,000,000,000.\n"

@@ -1,24 +1,17 @@
 """tools/online_cost.py as its users run it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "online_cost.py"
 
 
 def run(*options):
-    return subprocess.run(
-        [sys.executable, str(TOOL), "--quiet", *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return completed(TOOL, "--quiet", *options)
 
 
 def test_every_branch_of_every_net_gets_a_row_and_every_convolution_its_times():

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -13,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from program import run
+
 TOOL = Path(__file__).parents[2] / "tools" / "random_prune.py"
-TINY = ["--model-kwargs", "width=0.5", "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
+SHALLOW = "depths=(1,1,1)"
+TINY = ["--model-kwargs", "width=0.5", SHALLOW, "--epochs", "0.3", "--tolerance", "0.2", "--null-draws", "1", "--quiet"]
 SMALL = [*TINY, "--subnets", "6", "--seeds", "2", "--criteria", "l1", "random"]
 
 
@@ -29,15 +31,7 @@ def start(*args):
 
 
 def main(capsys, *args):
-    argv, sys.argv = sys.argv, [str(TOOL), *map(str, args)]
-    try:
-        runpy.run_path(str(TOOL), run_name="__main__")
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    finally:
-        sys.argv = argv
-    return code, *capsys.readouterr()
+    return run(TOOL, *args), *capsys.readouterr()
 
 
 def lines(path):
@@ -45,6 +39,7 @@ def lines(path):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.exhaustive
 def test_killed_and_run_again_by_two_processes_nothing_is_lost_and_nothing_done_twice(tmp_path, capsys):
     pytest.importorskip("torch_pruning")
     out = tmp_path / "run"
@@ -106,8 +101,8 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
 
 
 def test_subnets_that_are_trained_by_themselves_are_better_than_their_start(tmp_path, capsys):
-    args = ["--space", "widths", "--model-kwargs", "width=0.25", "--tolerance", "0.5", "--epochs", "0.1", "--subnets", "2"]
-    args += ["--seeds", "1", "--criteria", "params", "--quiet"]
+    args = ["--space", "widths", "--model-kwargs", "width=0.25", SHALLOW, "--tolerance", "0.5", "--epochs", "0.1"]
+    args += ["--subnets", "2", "--seeds", "1", "--criteria", "params", "--quiet"]
     for name, epochs in (("alone", "2"), ("untrained", "0.01")):
         code, _, err = main(capsys, *args, "--alone", epochs, "--out", tmp_path / name)
         assert code == 0, err

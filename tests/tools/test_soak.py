@@ -1,23 +1,19 @@
 """tools/soak.py: a few rounds of it, and its verdicts."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 import growshrink as gs
+import program
 
 SOAK = Path(__file__).parents[2] / "tools" / "soak.py"
 LITTLE = ("--pixels", "8", "--updates", "1", "--quiet")
 
 
 def run(*args):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", [str(SOAK), *map(str, args)])
-        runpy.run_path(str(SOAK), run_name="__main__")
-    return end.value.code
+    return program.run(SOAK, *args)
 
 
 def test_a_few_rounds(tmp_path, capsys):

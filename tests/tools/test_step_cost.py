@@ -1,27 +1,21 @@
 """tools/step_cost.py and tools/netaug_modes.py as their users run them."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from program import completed
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def run(tool, *options):
-    return subprocess.run(
-        [sys.executable, str(TOOLS / tool), *map(str, options)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return completed(TOOLS / tool, *options)
 
 
+@pytest.mark.exhaustive
 def test_every_mode_is_counted_and_timed():
     result = run("step_cost.py", "--quick", "--strict", "--quiet", "--batch-size", 4, "reducenet20_x2")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -60,8 +54,11 @@ def test_bad_options_are_refused(tool, options, words):
     assert result.stderr.count("\n") == 1 and "Traceback" not in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
 def test_the_speed_of_the_experiment_beside_timms_and_the_originals():
-    result = run("experiment_speed.py", "--quick", "--quiet", "--pixels", 8, "--model-kwargs", "width=0.25", "--stacked", 2)
+    result = run(
+        "experiment_speed.py", "--quick", "--quiet", "--pixels", 8, "--model-kwargs", "width=0.25", "--stacked", 2
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert re.findall(r"^(one seed|timm|original) +[\d,]+ +[\d,]+ +[\d.]+ ", result.stdout, re.M) == [
         "one seed",

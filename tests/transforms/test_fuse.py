@@ -13,8 +13,10 @@ from growshrink.branches import BranchSpec
 from growshrink.errors import FuseError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import GrownConv2d, grown_modules
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.swaps import attach
 from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
+from sampled import sampled
 
 SIZE = (3, 16, 16)
 KINDS = ("bottleneck", "insert", "nest")
@@ -32,7 +34,7 @@ def grown_by_hand(model, names=("conv",), kinds=("bottleneck",)):
     for index, name in enumerate(names):
         conv = model.get_submodule(name)
         specs = [BranchSpec(kind=kind) for kind in kinds]
-        GrownConv2d.from_conv(conv, [s.build(conv, ratio=2.0, init="paper", generator_seed=index) for s in specs])
+        attach(conv, [s.build(conv, ratio=2.0, init="paper", generator_seed=index) for s in specs])
     return linear(model)
 
 
@@ -53,7 +55,7 @@ AT_BIRTH = [f"reducenet{d}_x{x}" for d, x in itertools.product((20, 32, 44, 56, 
 AT_BIRTH += [f"reducenet{d}_x{x}" for d, x in itertools.product((18, 34), (1, 2, 4))]
 
 
-@pytest.mark.parametrize("name", AT_BIRTH)
+@pytest.mark.parametrize("name", sampled(AT_BIRTH, ("reducenet20_x4", "reducenet32_x1", "reducenet34_x2")))
 def test_every_reducenet_that_is_grown_at_birth(name):
     photo = name.startswith(("reducenet18", "reducenet34"))
     size, width = ((3, 32, 32), 0.1) if photo else ((3, 11, 12), 0.25)
@@ -69,10 +71,13 @@ def test_every_reducenet_that_is_grown_at_birth(name):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        ("reducenet20", KINDS),
-        *itertools.product(["reducenet20", "reducenet18", "test_resnet", "test_efficientnet", "resnet18"], KINDS),
-    ],
+    sampled(
+        [
+            ("reducenet20", KINDS),
+            *itertools.product(["reducenet20", "reducenet18", "test_resnet", "test_efficientnet", "resnet18"], KINDS),
+        ],
+        lambda case: case[0] == "test_resnet" or case in (("reducenet20", KINDS), ("test_efficientnet", "insert")),
+    ),
 )
 def test_every_kind_in_whole_nets(name, kind):
     narrow = {"reducenet18": {"width": 0.1}, "resnet18": {"channels": (8, 16, 24, 32)}}
@@ -316,7 +321,7 @@ def alive_in_a_nest(model):
     nest = BranchSpec(kind="nest").build(model.conv, ratio=1.0, init="paper", generator_seed=0)
     gs.set_lambda(nest, 0.0)
     nest.body.conv.branches[0].body.act.lam.fill_(0.5)
-    GrownConv2d.from_conv(model.conv, [nest])
+    attach(model.conv, [nest])
 
 
 def relu_in_a_branch(model):

@@ -1,0 +1,36 @@
+"""Configuration of the documentation: `sphinx-build -W --keep-going -b html docs build/docs`, without network."""
+
+from __future__ import annotations
+
+from sphinx.application import Sphinx
+
+import growshrink as gs
+
+project = "growshrink"
+author = "the growshrink authors"
+release = gs.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+
+myst_heading_anchors = 3
+
+default_role = "code"  # a single backtick in our docstrings is code, as in Markdown
+autodoc_default_options = {"members": True, "imported-members": True, "member-order": "groupwise"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+
+html_theme = "pydata_sphinx_theme"
+html_title = "growshrink"
+html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"], "footer_end": []}
+
+
+def skip_top_names(app: Sphinx, what: str, name: str, item: object, skip: bool, options: object) -> bool | None:
+    """Leave a name of `gs` out of its room's page: it is documented once, on the page of `gs`."""
+    on_top_page = app.env.docname == "reference/top"
+    return True if not on_top_page and getattr(gs, name, None) is item else None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what this file adds."""
+    app.connect("autodoc-skip-member", skip_top_names)

@@ -1,0 +1,89 @@
+"""Rules that hold for the package as a whole; import-linter checks the order of the rooms (pyproject.toml)."""
+
+import ast
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import grimp
+import pytest
+
+import growshrink
+
+PACKAGE = Path(growshrink.__file__).parent
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+#: timm looks for this name in every module of models.
+SHARED_NAMES = {"default_cfgs"}
+#: Go with the rewrites of cycle and evidence.
+SHARED_NAMES |= {"CALIBRATION_BATCHES", "Entry", "INITS", "SCORES", "Segment"}
+
+
+def test_classes_are_swapped_in_one_file():
+    assigning = set()
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "__class__" and isinstance(node.ctx, ast.Store):
+                assigning.add(name)
+            if isinstance(node, ast.Constant) and node.value == "__class__":  # setattr(module, "__class__", ...)
+                assigning.add(name)
+    assert assigning == {"layers/swaps.py"}
+
+
+def test_no_two_modules_import_each_other_in_a_circle():
+    """Imports for type checking and those inside functions count too."""
+    graph = grimp.build_graph("growshrink")
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    while leaves := [module for module, imported in imports.items() if not imported & imports.keys()]:
+        for module in leaves:
+            del imports[module]
+    assert not imports, f"in circles, or importing one: {sorted(imports)}"
+
+
+def test_a_public_name_has_one_meaning():
+    places = defaultdict(set)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar":
+                    continue
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+            else:
+                continue
+            for name in names:
+                if not name.startswith("_") and name not in SHARED_NAMES:
+                    places[name].add(path)
+    assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
+
+
+IMPORT = """
+import sys
+for name in {blocked!r}:
+    sys.modules[name] = None
+for name in {modules!r}:
+    __import__(name)
+loaded = [name for name in {slow!r} if name in sys.modules]
+assert not loaded, loaded
+"""
+#: What only some systems have.
+PLATFORM = ("fcntl", "grp", "msvcrt", "pwd", "resource", "syslog", "termios", "winreg")
+#: What takes long to import, or is an extra.
+SLOW = ("matplotlib", "onnx", "onnxruntime", "scipy.optimize", "scipy.special", "scipy.stats", "sklearn", "tyro")
+ROOMS = ("evidence", "evidence.table", "export", "export.run", "analysis.results", "runs")
+
+
+@pytest.mark.parametrize(
+    ("modules", "blocked", "slow"),
+    [
+        (("growshrink",), (), SLOW),
+        (("growshrink", "growshrink.cli.program", *(f"growshrink.{room}" for room in ROOMS)), PLATFORM, ()),
+    ],
+    ids=["nothing slow", "nothing of one platform"],
+)
+def test_what_is_not_imported_at_the_top(modules, blocked, slow):
+    script = IMPORT.format(modules=modules, blocked=blocked, slow=slow)
+    done = subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
