@@ -1,16 +1,20 @@
 """Running a program in the process of the tests: starting Python and importing torch takes seconds, every time."""
 
+import importlib.util
 import io
 import os
 import runpy
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 from unittest import mock
 
 import torch
 from tqdm import tqdm
+
+from growshrink.cli.forms import parts_of
 
 
 def run(path, *args):
@@ -35,3 +39,14 @@ def completed(path, *args):
     with redirect_stdout(out), redirect_stderr(err):
         code = run(path, *args)
     return subprocess.CompletedProcess([str(path), *map(str, args)], code, out.getvalue(), err.getvalue())
+
+
+@cache
+def args_of(path, name="Args"):
+    """The dataclass of a program's options, and the options by name."""
+    spec = importlib.util.spec_from_file_location(f"options_of_{path.stem}", path)
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    found = getattr(module, name)
+    return found, {name: option for _, options in parts_of(found).values() for name, option in options.items()}

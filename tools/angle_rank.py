@@ -1,8 +1,8 @@
 """Rank the width subnets of a supernet by how far training has turned their weights, and say what that is worth.
 
     python tools/angle_rank.py                           trains a small supernet on digits, scores all of its subnets
-    python tools/angle_rank.py --model reducenet20_x4 --init N/init.safetensors --trained N/supernet.safetensors
-    python tools/angle_rank.py --init I --trained T --truth truth.csv --also naswot supernet_accuracy
+    python tools/angle_rank.py --model reducenet20_x4 --untrained N/init.safetensors --trained N/supernet.safetensors
+    python tools/angle_rank.py --untrained I --trained T --truth truth.csv --also naswot supernet_accuracy
 
 The angle grows with the size of a subnet, and on the usual benchmark ranks no better than the number of parameters
 does. So beside it stand parameters, MACs, the structural null (the same angle if every layer had turned by its mean
@@ -62,7 +62,7 @@ ScoreName = Annotated[str, OneOf("no such score", tuple(SCORES))]
 class Args(StudyOptions):
     """Options of angle_rank.
 
-    With --init and --trained the model is needed where they are state_dicts alone; without, it is what is trained
+    With --untrained and --trained the model is needed where they are state_dicts alone; without, it is what is trained
     (reducenet20_x4 by default). Data are for training and for --also, and angles are taken on the CPU.
     """
 
@@ -91,16 +91,16 @@ class Args(StudyOptions):
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     files = args.files
-    if (files.init is None) != (files.trained is None):
-        raise AnalysisError("--init and --trained belong together: the same supernet before and after training.")
-    if args.random_labels and files.init is not None:
-        raise AnalysisError("--random-labels is about training: it goes without --init and --trained.")
+    if (files.untrained is None) != (files.trained is None):
+        raise AnalysisError("--untrained and --trained belong together: the same supernet before and after training.")
+    if args.random_labels and files.untrained is not None:
+        raise AnalysisError("--random-labels is about training: it goes without --untrained and --trained.")
     if args.truth is not None:
         read_rows(args.truth)  # before anything is trained
     began = time.monotonic()
     with args.running.claim(f"angle-{args.model.model or MODEL}") as folder:
-        feed = make_feed(args) if files.init is None or args.also else None
-        init, trained, space, about = train(args, feed, folder) if files.init is None else load(args)
+        feed = make_feed(args) if files.untrained is None or args.also else None
+        init, trained, space, about = train(args, feed, folder) if files.untrained is None else load(args)
         table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
         if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
@@ -202,7 +202,7 @@ def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module
 
 def load(args: Args) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """The two supernets, if they are one."""
-    paths, name = (args.files.init, args.files.trained), args.model.model
+    paths, name = (args.files.untrained, args.files.trained), args.model.model
     kwargs = parse_kwargs(args.model.model_kwargs)
     (init, space, about), (trained, other, about_trained) = (
         load_supernet(path, name=name, kwargs=kwargs) for path in paths if path is not None

@@ -67,7 +67,7 @@ class Args:
     """Options of kills."""
 
     kills: Count = 100
-    """How many."""
+    """How many kills."""
     spread: Positive = 0.2
     """A process is killed within this share of the time that the undisturbed run took, from the moment on that it is at
     work; uniformly drawn."""

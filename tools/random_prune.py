@@ -71,7 +71,7 @@ SPACES = ("channels", "widths")
 class Args(StudyOptions):
     """Options of random_prune.
 
-    --trained has a net (a state_dict, or for --space widths a supernet.safetensors) instead of training one, --init the
+    --trained has a net (a state_dict, or for --space widths a supernet.safetensors) instead of training one, --untrained the
     supernet before training, without which nothing but params can pick. The model is by default reducenet20, or for
     --space widths reducenet20_x4.
     """
@@ -136,12 +136,14 @@ def check(args: Args) -> None:
             raise AnalysisError(
                 f"--criteria {criterion}: not one of --space {args.space}{did_you_mean(criterion, known)}"
             )
-    if args.alone and (not widths or files.trained is not None and files.init is None):
-        raise AnalysisError("--alone goes with --space widths, and with --trained needs --init.")
-    if files.init is not None and (not widths or files.trained is None):
-        raise AnalysisError("--init goes with --space widths and --trained.")
-    if widths and files.trained is not None and files.init is None and criteria_of(args) != ("params",):
-        raise AnalysisError("--criteria other than params look at the untrained supernet too: give it with --init.")
+    if args.alone and (not widths or files.trained is not None and files.untrained is None):
+        raise AnalysisError("--alone goes with --space widths, and with --trained needs --untrained.")
+    if files.untrained is not None and (not widths or files.trained is None):
+        raise AnalysisError("--untrained goes with --space widths and --trained.")
+    if widths and files.trained is not None and files.untrained is None and criteria_of(args) != ("params",):
+        raise AnalysisError(
+            "--criteria other than params look at the untrained supernet too: give it with --untrained."
+        )
     if args.subnets < 2:
         raise AnalysisError(f"--subnets {args.subnets}: too few.")
     if not args.data.val_fraction:
@@ -167,7 +169,7 @@ def criteria_of(args: Args) -> tuple[str, ...]:
         return args.criteria
     if not args.widths():
         return (*CRITERIA, RANDOM)
-    return PICKERS if args.files.trained is None or args.files.init is not None else ("params",)
+    return PICKERS if args.files.trained is None or args.files.untrained is not None else ("params",)
 
 
 def trainer(args: Args, feed: Feed) -> Callable[[nn.Module], object] | None:
@@ -234,7 +236,7 @@ def supernet(
     device, seed, epochs = args.running.torch_device(), args.running.seed + number, args.length.epochs
     if args.files.trained is not None:
         trained, space, _ = load_supernet(args.files.trained)
-        init = trained if args.files.init is None else load_supernet(args.files.init)[0]
+        init = trained if args.files.untrained is None else load_supernet(args.files.untrained)[0]
     else:
         paths = [results.path / f"{name}-{number}.safetensors" for name in ("init", "supernet")]
         with results.once(number):

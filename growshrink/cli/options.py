@@ -246,7 +246,7 @@ RUNNING = ("out", "quiet", "device")
 class NetFiles:
     """A net that has been trained already."""
 
-    init: InFile | None = None
+    untrained: InFile | None = None
     """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net grown at birth."""
     trained: InFile | None = None
     """The same net after it: supernet.safetensors, or a state_dict alone."""

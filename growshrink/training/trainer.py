@@ -43,7 +43,7 @@ class TrainConfig:
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
-        label_smoothing: In [0, 1).
+        label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower

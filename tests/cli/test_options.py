@@ -3,19 +3,14 @@
 The cases are generated from the programs' own dataclasses, so that a new option, or a new program, is among them.
 """
 
-import dataclasses
-import importlib.util
 import signal
-import sys
 import typing
-from functools import cache
 from pathlib import Path
 
 import pytest
-import tyro
 
 from growshrink.cli.program import read_options
-from program import run
+from program import args_of, run
 from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
@@ -48,30 +43,27 @@ NUMBERS = {int: ("0", "-1", "nan", "inf", "1000000000000"), float: ("0", "-1", "
 #: Values that an option can well have, by its name, and why; with a program's name only there.
 FINE = {
     "seed": {"0": "the default", "1000000000000": "any number is a seed"},
-    "netaug_modes.seeds": {"0": "the default", "1000000000000": "any number is a seed"},
     "data_dir": {"folder": "digits need none, so what is in it is not looked at"},
     "out": {"missing": "it is made", "folder": "an empty folder is free", "missing/below": "both are made"},
-    "benchmark.out": {"missing": "it is made"},
-    "netaug_modes.out": {"missing": "it is made", "missing/below": "both are made", "empty": "no results yet"},
-    "log": {"missing": "it is made", "missing/below": "both are made"},
+    "benchmark.file": {"missing": "it is made"},
+    "netaug_modes.file": {"missing": "it is made", "missing/below": "both are made", "empty": "no results yet"},
+    "soak.file": {"missing": "it is made", "missing/below": "both are made"},
     "crop": {"0": "none"},
     "cutout": {"0": "none"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
     "ema_decay": {"0": "no average"},
-    "alpha": {"0": "the augmented net teaches nothing"},
-    "inplace_distil": {"0": "labels only"},
-    "accept_within": {"0": "no loss is accepted"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
-    "export.rounds": {"0": "not timed"},
+    "export.turns": {"0": "not timed"},
+    "netaug.turns": {"0": "not timed"},
     "base": {"0": "rounds from the start"},
     "settle": {"0": "50 updates anyway"},
-    "steps_to_time": {"0": "not timed"},
     "rebase_after": {"0": "never"},
+    "max_iterations": {"0": "nothing is dropped"},
     "null_draws": {"0": "none"},
     "alone": {"0": "judged with the supernet's weights"},
-    "closed_loop.tolerance": {"0": "no rise is tolerated"},
-    "depth_latency.tolerance": {"0": "no prediction is good enough"},
+    "loss_tolerance": {"0": "no rise is tolerated"},
+    "most_off": {"0": "no prediction is good enough"},
     **{f"{name}.val_fraction": {"0": "not used there"} for name in ("closed_loop", "one_layer", "shrink_depth")},
     "mean": {"0": "black"},
 }
@@ -79,19 +71,9 @@ FINE = {
 MISSPELT = {"where": "("}
 
 
-@cache
-def args_of(program):
-    """The dataclass of a program's options, and the type of each."""
-    path = ROOT / program.split()[0]
-    spec = importlib.util.spec_from_file_location(f"options_of_{path.stem}", path)
-    folders, sys.path = sys.path, [str(path.parent), *sys.path]
-    try:
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path = folders
-    found = getattr(module, CLASSES.get(program, "Args"))
-    return found, typing.get_type_hints(found, include_extras=True)
+def options_of(program):
+    """The dataclass of a program's options, and the options by name."""
+    return args_of(ROOT / program.split()[0], CLASSES.get(program, "Args"))
 
 
 def kinds(hint):
@@ -106,21 +88,19 @@ def kinds(hint):
 
 def values_of(program):
     """Every option with every value that it is given: (name, words of the command line, value)."""
-    args, hints = args_of(program)
-    for field in dataclasses.fields(args):
-        (kind,) = kinds(hints[field.name])
-        positional = tyro.conf.Positional in getattr(hints[field.name], "__metadata__", ())
-        option = f"--{field.name.replace('_', '-')}"
+    for name, option in options_of(program)[1].items():
+        (kind,) = (str,) if option.compact else kinds(option.hint)
+        positional = not option.spell("x").startswith("--")
         values = {
             **NUMBERS,
             bool: ("maybe",),
-            str: (MISSPELT.get(field.name, "misspelt"),),
+            str: (MISSPELT.get(name, "misspelt"),),
             Path: ("missing", "missing/below", "folder", "text", "empty", "text/below"),
         }[kind]
         for value in values:
             before = [] if positional else BEFORE.get(program, [])
-            words = [value] if positional else [f"{option}={value}"]
-            yield field.name, value, [*before, *words, *BEHIND.get(program, [])]
+            words = [option.spell(value).replace(" ", "=", 1)]
+            yield name, value, [*before, *words, *BEHIND.get(program, [])]
 
 
 def reason(program, name, value):
@@ -182,7 +162,7 @@ def test_what_an_option_cannot_be_is_refused_in_one_line(program, place, capsys)
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_is_fine_is_within_the_limits(program, place):
-    args, _ = args_of(program)
+    args, _ = options_of(program)
     for name, value, words in values_of(program):
         if reason(program, name, value):
             words = words[1:] if program in CLASSES else words
@@ -192,3 +172,17 @@ def test_what_is_fine_is_within_the_limits(program, place):
 def test_the_table_of_what_is_fine_names_options_only():
     names = {name for program in PROGRAMS for name, _, _ in values_of(program)}
     assert {key.split(".")[-1] for key in FINE} <= names
+
+
+def test_every_option_is_declared_once():
+    owners = {}
+    for program in PROGRAMS:
+        for name, option in options_of(program)[1].items():
+            owners.setdefault(name, set()).add((option.owner.__module__, option.owner.__qualname__))
+    assert len(owners) > 100
+    assert {name: found for name, found in owners.items() if len(found) > 1} == {}
+
+
+def test_every_option_is_explained():
+    for program in PROGRAMS:
+        assert all(len(option.doc) >= 10 for option in options_of(program)[1].values()), program

@@ -64,8 +64,8 @@ def _cifar() -> dict[str, bytes]:
 
 _MODES = "tools/netaug_modes.py --file out.jsonl --modes plain-x1 --epochs 0.02 --quiet"
 _GROW = "recipes/grow_cycle.py --out out"
-_ANGLE = "tools/angle_rank.py --init supernet.safetensors --trained supernet.safetensors --out out --quiet"
-_PRUNE = "tools/random_prune.py --model reducenet20 --model-kwargs width=0.25 --trained net.safetensors --subnets 2 --out out"
+_ANGLE = "tools/angle_rank.py --untrained supernet.safetensors --trained supernet.safetensors --out out --quiet"
+_PRUNE = "tools/random_prune.py --model-kwargs width=0.25 --trained net.safetensors --subnets 2 --out out"
 
 COMMANDS: dict[str, Command] = {
     "grow_cycle --plan": Command("json", _plan_of_one_update, f"{_GROW} --plan plan.json --quiet"),
@@ -73,7 +73,7 @@ COMMANDS: dict[str, Command] = {
     "grow_cycle --data FOLDER": Command("images", image_files, f"{_GROW} --data . {_LITTLE}"),
     "grow_cycle, idx": Command("idx", _idx, f"{_GROW} --data fashion-mnist --data-dir . {_LITTLE}"),
     "grow_cycle, CIFAR": Command("bytes", _cifar, f"{_GROW} --data cifar10 --data-dir . {_LITTLE}"),
-    "angle_rank --init": Command("safetensors", supernet_files, _ANGLE),
+    "angle_rank --untrained": Command("safetensors", supernet_files, _ANGLE),
     "random_prune --trained": Command("safetensors", weight_files, _PRUNE),
     "netaug_modes --file": Command("jsonl", _modes, _MODES),
 }

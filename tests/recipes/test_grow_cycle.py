@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from growshrink.cli.forms import parts_of
 from growshrink.cli.options import ModelOptions, RunOptions
 from growshrink.cycle import CyclePlan
 from growshrink.data.batches import TrainBatches
@@ -24,7 +23,7 @@ from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.runs.folder import RunFolder
 from growshrink.transforms import fuse
-from program import run
+from program import args_of, run
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "grow_cycle.py"
 FILES = {"curves.png", "growth_log.json", "log.jsonl", "plain.safetensors", "report.json", "report.md", "run.json"}
@@ -216,8 +215,7 @@ def test_how_to_make_the_plain_net_is_told(name, kwargs, plain):
 def test_help_explains_every_option(capsys):
     assert main("--help") == 0
     out = capsys.readouterr().out
-    parts = parts_of(runpy.run_path(str(RECIPE))["Args"]).values()
-    options = {name: option for _, options in parts for name, option in options.items()}
+    options = args_of(RECIPE)[1]
     assert len(options) >= 40
     words = " ".join(out.replace("│", " ").replace("|", " ").split())
     for name, option in options.items():

@@ -34,7 +34,7 @@ def rows(path):
 
 
 def saved(run):
-    return ["--init", run[0] / "init.safetensors", "--trained", run[0] / "supernet.safetensors", "--quiet"]
+    return ["--untrained", run[0] / "init.safetensors", "--trained", run[0] / "supernet.safetensors", "--quiet"]
 
 
 def test_without_a_truth_it_ranks_all_and_says_that_it_cannot_judge(run):
@@ -120,8 +120,8 @@ def test_truth_tables_that_are_wrong(run, tmp_path, capsys, text, message):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--init", "nowhere.safetensors", "--trained", "nowhere.safetensors"], "there is no such file"),
-        (["--init", __file__], "--init and --trained belong together"),
+        (["--untrained", "nowhere.safetensors", "--trained", "nowhere.safetensors"], "there is no such file"),
+        (["--untrained", __file__], "--untrained and --trained belong together"),
         (["--also", "nasswot"], "nasswot: no such score; did you mean naswot?"),
         (["--num", "1", *TINY], "--num needs at least 2"),
         (["--model", "reducenet21"], "timm knows no such model"),
@@ -136,7 +136,7 @@ def test_options_that_are_wrong(tmp_path, capsys, args, message):
 
 def test_states_that_do_not_belong_together(run, tmp_path, capsys):
     init = run[0] / "init.safetensors"
-    code, _, err = main(capsys, "--init", init, "--trained", init, "--out", tmp_path / "a", "--quiet")
+    code, _, err = main(capsys, "--untrained", init, "--trained", init, "--out", tmp_path / "a", "--quiet")
     assert code == 2 and "the trained weights are the initial ones" in err
     code, _, err = main(capsys, *saved(run), "--model", "reducenet32_x4", "--out", tmp_path / "b")
     assert code == 2 and "is a reducenet20_x4" in err
