@@ -151,7 +151,7 @@ def test_keys_of_a_checkpoint_are_names_and_no_paths(tmp_path):
 @pytest.mark.parametrize("text", ["../../x", "/etc/passwd", "{0.__class__}", "%s%n", "\x00", "a\nb", "\ud800"])
 def test_strings_of_a_plan_are_not_followed(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)
-    for key in ("branch", "where", "augment", "exit", "distil", "control"):
+    for key in ("branch", "where", "widths", "exit", "teacher", "control"):
         value = [text] if key == "branch" else text
         plan = {"rounds": [{"epochs": 1, key: value}]}
         if key == "where":

@@ -134,21 +134,14 @@ def load_data(
         train, test, classes = load_folder(path, image_size=image_size, progress=progress)
         return _Raw(Split(*train), Split(*test), classes)
 
-    sources: dict[str, Callable[[], _Raw]] = {
-        "digits": _digits,
-        "fashion-mnist": lambda: _fashion_mnist(root),
-        "cifar10": lambda: _cifar(10, root, folder),
-        "cifar100": lambda: _cifar(100, root, folder),
-        "folder": lambda: folder(_needed(root, "folder", "train/CLASS/* and test/CLASS/*")),
-    }
     label = name
-    if name in sources:
-        raw = sources[name]()
+    if name in SOURCES:
+        raw = SOURCES[name](root, folder)
     elif Path(name).expanduser().is_dir():
         raw, label = folder(Path(name).expanduser()), Path(name).expanduser().resolve().name
     else:
         raise DataError(
-            f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), sources)}"
+            f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), SOURCES)}"
         )
 
     height, width = raw.train.images.shape[1:3]
@@ -284,3 +277,13 @@ def _cifar(num_classes: int, root: Path | None, folder: Callable[[Path], _Raw]) 
             train, test, classes = formats.read_cifar_pickled(base, num_classes)
             return _Raw(Split(*train), Split(*test), classes)
     raise DataError(f"{name}: {root} has none of {layouts}.")
+
+
+#: The data sets by name: functions of their folder and of the reader of class folders.
+SOURCES: dict[str, Callable[[Path | None, Callable[[Path], _Raw]], _Raw]] = {
+    "digits": lambda root, folder: _digits(),
+    "fashion-mnist": lambda root, folder: _fashion_mnist(root),
+    "cifar10": lambda root, folder: _cifar(10, root, folder),
+    "cifar100": lambda root, folder: _cifar(100, root, folder),
+    "folder": lambda root, folder: folder(_needed(root, "folder", "train/CLASS/* and test/CLASS/*")),
+}
