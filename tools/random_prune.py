@@ -71,9 +71,9 @@ SPACES = ("channels", "widths")
 class Args(StudyOptions):
     """Options of random_prune.
 
-    --trained has a net (a state_dict, or for --space widths a supernet.safetensors) instead of training one, --untrained the
-    supernet before training, without which nothing but params can pick. The model is by default reducenet20, or for
-    --space widths reducenet20_x4.
+    --trained has a net (a state_dict, or for --space widths a supernet.safetensors) instead of training one; without
+    --untrained nothing but params can pick from it. The model is by default reducenet20, or for --space widths
+    reducenet20_x4.
     """
 
     space: Annotated[str, OneOf("no such space", SPACES)] = "channels"
@@ -142,7 +142,7 @@ def check(args: Args) -> None:
         raise AnalysisError("--untrained goes with --space widths and --trained.")
     if widths and files.trained is not None and files.untrained is None and criteria_of(args) != ("params",):
         raise AnalysisError(
-            "--criteria other than params look at the untrained supernet too: give it with --untrained."
+            "--criteria other than params look at the supernet before training too: --untrained."
         )
     if args.subnets < 2:
         raise AnalysisError(f"--subnets {args.subnets}: too few.")

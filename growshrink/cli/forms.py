@@ -82,7 +82,7 @@ class Option:
         metavar = "|".join(_known_names(self.hint)) or None
         if self.compact is not None:
             doc += " " + " | ".join([*_alternatives(self.compact), *["none"] * (NoneType in get_args(self.hint))])
-            hint, default, metavar = str, shown(default), "KIND[,FIELD=VALUE ...]"
+            hint, default, metavar = str, "none" if default is None else shown(default), "KIND[,FIELD=VALUE ...]"
         for each in (tyro.conf.arg(help=doc, prefix_name=False, metavar=metavar), *_marks(self.hint)):
             hint = Annotated[hint, each]
         return self.name, hint, field() if default is MISSING else field(default=default)

@@ -95,7 +95,7 @@ def test_widths_of_a_supernet_and_the_truth_they_leave(tmp_path, capsys):
     assert len(rows) == 6 and list(rows[0]) == ["subnet", "net0", "net1"]
     weights = ["--trained", tmp_path / "run" / "supernet-0.safetensors", "--out", tmp_path / "again"]
     code, _, err = main(capsys, *args[:-2], *weights)
-    assert code == 2 and "give it with --untrained" in err
+    assert code == 2 and "look at the supernet before training too: --untrained" in err
     code, out, _ = main(capsys, *args[:-2], *weights, "--untrained", tmp_path / "run" / "init-0.safetensors")
     assert code == 0 and "6 random subnets" in out
 
