@@ -42,7 +42,7 @@ from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
-from growshrink.cli.options import LengthOptions, ModelOptions, NetFiles, StudyOptions, command, parse_kwargs
+from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command, parse_kwargs
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError
@@ -50,6 +50,7 @@ from growshrink.runs.folder import RunFolder
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import evaluate
+from inputs import NetFiles
 
 MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.

@@ -25,10 +25,11 @@ from growshrink.analysis.layers import Layer, Side, supernet_layers
 from growshrink.base.limits import Count
 from growshrink.base.timing import machine, seconds_of
 from growshrink.cli.forms import pick
-from growshrink.cli.options import ModelOptions, NetOptions
+from growshrink.cli.options import ModelOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError
 from growshrink.layers.grown import grown_modules
+from inputs import NetOptions
 from paired import PairOptions, TimedArgs, load
 
 MODEL = "reducenet20_x4"

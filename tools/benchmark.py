@@ -44,7 +44,7 @@ import growshrink as gs
 from growshrink.base.environment import versions
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import write_json
-from growshrink.cli.options import FileOptions, command
+from growshrink.cli.options import command
 from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
 from growshrink.cycle.surgery import fuse_nets, grow_nets
@@ -52,6 +52,7 @@ from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
+from inputs import FileOptions
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import Bench, OneBatch, PairOptions, TimedArgs, channels_last, load, table
 

@@ -34,12 +34,13 @@ import growshrink as gs
 from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.base.limits import Positive
 from growshrink.cli.forms import pick
-from growshrink.cli.options import GrowOptions, NetOptions
+from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import did_you_mean
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs._compare import EXACT_FLOAT32, EXACT_FLOAT64, LEAST_EFFECT, branch_effect
 from growshrink.proofs.probes import random_images, randomize_norms_
+from inputs import NetOptions
 
 #: How the reasons begin that say a layer is nobody's to grow.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")

@@ -20,11 +20,12 @@ import timm
 import growshrink  # noqa: F401 - registers the models
 from growshrink.base.limits import Count, NotNegative
 from growshrink.cli.forms import pick
-from growshrink.cli.options import ModelOptions, NetOptions, RunOptions, TimingOptions
+from growshrink.cli.options import ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.depth.latency import Latencies, measure_cuts, measure_latencies
 from growshrink.depth.segments import Cut, random_cut
 from growshrink.errors import PlanError, did_you_mean
+from inputs import NetOptions
 
 
 @dataclass(frozen=True, kw_only=True)

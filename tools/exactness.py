@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.cli.forms import pick
-from growshrink.cli.options import NetOptions
 from growshrink.cli.program import run_program
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs.probes import randomize_norms_
+from inputs import NetOptions
 
 COLUMNS = ("float64", "float32", "rounding", "effect", "drift")
 

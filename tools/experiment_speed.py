@@ -33,7 +33,7 @@ from torchvision import transforms
 from growshrink.base.limits import Count
 from growshrink.base.timing import Call
 from growshrink.cli.forms import pick
-from growshrink.cli.options import ModelOptions, NetOptions
+from growshrink.cli.options import ModelOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split
@@ -41,6 +41,7 @@ from growshrink.data.feed import MemoryFeed
 from growshrink.evidence.stack import StackedFeed, stack_nets
 from growshrink.schedules.functions import constant
 from growshrink.training import TrainConfig, Trainer
+from inputs import NetOptions
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import PairOptions, TimedArgs, channels_last, conditions, load
 

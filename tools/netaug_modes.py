@@ -25,7 +25,7 @@ from growshrink.base.limits import Count, OneOf
 from growshrink.base.reading import parse_json, read_bytes
 from growshrink.base.writing import json_line, write_atomic
 from growshrink.cli.forms import pick, plain_options
-from growshrink.cli.options import DataOptions, FileOptions, LengthOptions, ModelOptions, RunOptions
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled
@@ -36,6 +36,7 @@ from growshrink.schedules.functions import cosine, rewarm
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
 from growshrink.training._evaluate import evaluate
+from inputs import FileOptions
 
 #: Arguments of NetAugTask; a number is a plain net trained that many times as long.
 ARMS: dict[str, dict[str, Any] | float] = {

@@ -57,12 +57,13 @@ from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, NetFiles, StudyOptions, command
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError, RunError, did_you_mean
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import evaluate
+from inputs import NetFiles
 
 SPACES = ("channels", "widths")
 
@@ -141,9 +142,7 @@ def check(args: Args) -> None:
     if files.untrained is not None and (not widths or files.trained is None):
         raise AnalysisError("--untrained goes with --space widths and --trained.")
     if widths and files.trained is not None and files.untrained is None and criteria_of(args) != ("params",):
-        raise AnalysisError(
-            "--criteria other than params look at the supernet before training too: --untrained."
-        )
+        raise AnalysisError("--criteria other than params look at the supernet before training too: --untrained.")
     if args.subnets < 2:
         raise AnalysisError(f"--subnets {args.subnets}: too few.")
     if not args.data.val_fraction:

@@ -30,11 +30,12 @@ from tqdm import tqdm
 import growshrink as gs
 from growshrink.base.limits import Count, Positive
 from growshrink.cli.forms import pick
-from growshrink.cli.options import FileOptions, GrowOptions, ModelOptions, NetOptions, RunOptions
+from growshrink.cli.options import GrowOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs.probes import randomize_norms_
+from inputs import FileOptions, NetOptions
 
 MOST_DRIFT = 1e-9
 #: What the rounds grow, in turn.

@@ -19,12 +19,12 @@ import torch
 
 import growshrink as gs
 from growshrink.cli.forms import pick
-from growshrink.cli.options import NetOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.proofs._profile import training_macs
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
+from inputs import NetOptions
 from paired import Bench, OneBatch, TimedArgs, channels_last, conditions, load
 
 #: NetAugTask's own defaults, and every mode.

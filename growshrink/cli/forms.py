@@ -72,6 +72,8 @@ class Option:
         if self.compact is not None:
             optional = NoneType in get_args(self.hint) and value.lower() == "none"
             return None if optional else _from_compact(self.compact, value, self.spell(value))
+        if value is None and self.default is not None:
+            raise RunError(f"{self.spell(value)}: name one.")
         if wrong := fault(self.hint, value):
             raise RunError(f"{self.spell(value)}: {wrong}")
         return value

@@ -26,7 +26,6 @@ from growshrink.base.limits import (
     InFile,
     InFolder,
     NotAll,
-    OutFile,
     OutFolder,
     PartOf,
     Pixels,
@@ -59,16 +58,6 @@ class BatchOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetOptions(BatchOptions):
-    """Nets, and the images they run on."""
-
-    models: Annotated[tuple[ModelName, ...], tyro.conf.Positional] = ()
-    """timm models."""
-    pixels: Pixels = 32
-    """Side of the images in pixels."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataOptions(BatchOptions):
     """What is trained on."""
 
@@ -92,9 +81,7 @@ class DataOptions(BatchOptions):
     @property
     def name(self) -> str:
         """The data set."""
-        if self.data is None:
-            raise RunError("--data: name a data set.")
-        return self.data
+        return self.data or ""
 
     def feed(self, *, seed: int, device: torch.device, progress: bool) -> Feed:
         """Make batches of the data set."""
@@ -125,9 +112,7 @@ class ModelOptions:
     @property
     def name(self) -> str:
         """The model."""
-        if self.model is None:
-            raise RunError("--model: name one.")
-        return self.model
+        return self.model or ""
 
     def create(self, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Create the model with these arguments and --model-kwargs, which it returns together."""
@@ -212,13 +197,10 @@ class RunOptions:
 
     def claim(self, name: str) -> RunFolder:
         """Claim the folder of the run, by default runs/NAME, before anything else is done."""
-
-        def claim() -> RunFolder:
-            if self.out is not None:
-                return RunFolder.claim(self.out, resume=self.resume)
-            return RunFolder.claim_next(Path("runs"), name, resume=self.resume)
-
-        return claim_together(claim)
+        out, resume = self.out, self.resume
+        if out is not None:
+            return claim_together(lambda: RunFolder.claim(out, resume=resume))
+        return claim_together(lambda: RunFolder.claim_next(Path("runs"), name, resume=resume))
 
     def set_threads(self) -> None:
         """Let torch take as many threads as asked for."""
@@ -240,26 +222,6 @@ class RunOptions:
 
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NetFiles:
-    """A net that has been trained already."""
-
-    untrained: InFile | None = None
-    """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net grown at birth."""
-    trained: InFile | None = None
-    """The same net after it: supernet.safetensors, or a state_dict alone."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileOptions:
-    """What is written."""
-
-    group: ClassVar[str] = "running"
-
-    file: OutFile | None = None
-    """File of the results."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,23 +254,13 @@ class Options:
         self, plan: CyclePlan, folder: RunFolder, feed: Feed, model: nn.Module, about: dict[str, Any]
     ) -> CycleResult:
         """Run a plan as the options have it; `about` says how to make the model again."""
-        running, fed = self.running, {**vars(self.data)}
+        running, names = self.running, ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
         running.set_threads()
-        for name in ("batch_size", "data", "data_dir"):
-            del fed[name]
-        return run_cycle(
-            model,
-            feed,
-            plan,
-            out_dir=folder,
-            config=self.training,
-            device=running.torch_device(),
-            progress=not running.quiet,
-            tensorboard=running.tensorboard,
-            about={"command": command(), "seed": running.seed, "model": about, "options": fed},
-            save_every=running.save_every,
-            keep=running.keep,
-        )
+        options = {name: getattr(self.data, name) for name in names}
+        about = {"command": command(), "seed": running.seed, "model": about, "options": options}
+        keywords: dict[str, Any] = {name: getattr(running, name) for name in ("tensorboard", "save_every", "keep")}
+        keywords |= {"device": running.torch_device(), "progress": not running.quiet, "about": about}
+        return run_cycle(model, feed, plan, out_dir=folder, config=self.training, **keywords)
 
     def identity(self) -> dict[str, Any]:
         """Say what has to be the same for all processes that work on a run."""
@@ -329,11 +281,7 @@ class Options:
     def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:
         """Show a progress bar; what is to be called after each update."""
         with tqdm(total=updates, unit="update", desc=what, disable=self.running.quiet, leave=False) as bar:
-
-            def advance() -> None:
-                bar.update()
-
-            yield advance
+            yield bar.update
 
 
 @dataclass(frozen=True, kw_only=True)

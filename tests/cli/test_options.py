@@ -15,7 +15,7 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"tools/import_cost.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {"tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
