@@ -131,19 +131,15 @@ closed loop is **{verdict}**. {length.epochs:g} epochs each, lam 0 after {length
 
 def draw(path: Path, curves: list[dict[int, float]], cosine: dict[int, float]) -> None:
     """Lam by update."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    axes = (figure := Figure(figsize=(7, 3.5), layout="constrained")).subplots()
     axes.plot(list(cosine), list(cosine.values()), "k--", label="cosine")
     for seed, curve in enumerate(curves):
         axes.plot(list(curve), list(curve.values()), lw=0.8, label=f"closed loop, seed {seed}")
     axes.set(xlabel="update", ylabel="lam")
     axes.legend(fontsize=7)
     save_picture(figure, path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

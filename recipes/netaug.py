@@ -164,11 +164,9 @@ def text(summary: Mapping[str, Any]) -> str:
 
 def draw(path: Path, summary: Mapping[str, Any]) -> None:
     """netaug.png: accuracy over the run with its stages, and of the widths that could have been deployed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     over_time, by_width = figure.subplots(1, 2, width_ratios=(2, 1), sharey=False)
     history = list(map(json.loads, (path / "log.jsonl").read_text().splitlines()))
     over_time.plot(

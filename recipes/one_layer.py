@@ -226,14 +226,12 @@ def report(args: Args, rows: dict[str, Row], collapse_error: float) -> str:
 
 def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
     """The rows of the matrices as pictures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     classes = len(feed.classes)
     shape = (len(nets), classes)
-    figure, axes = plt.subplots(*shape, figsize=(1.1 * classes, 1.4 * len(nets)), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.1 * classes, 1.4 * len(nets)), layout="constrained")
+    axes = figure.subplots(*shape, squeeze=False)
     for line, (name, net) in zip(axes, nets.items(), strict=True):
         for axis, row, label in zip(line, net.get_parameter("1.weight").detach(), feed.classes, strict=True):
             template_HWC = row.reshape(feed.input_size).permute(1, 2, 0).numpy()
@@ -245,7 +243,6 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
             axis.set(xticks=[], yticks=[], xlabel=label)
         line[0].set_title(name, loc="left", fontsize=8)
     save_picture(figure, path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def main(args: Args) -> None:
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if (name := args.model.name) not in plain:
         raise RunError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
-    args.timing.check()
+    if not args.timing.turns:
+        raise PlanError("--turns 0: must be at least 1.")
     with args.recorded("depth") as path:
         rows, latencies = run(args, path)
         write_report(args, path, rows, latencies)
@@ -228,12 +229,9 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) 
 
 def draw(path: Path, rows: list[Row], title: str) -> None:
     """Accuracy against measured latency."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
     ordered = sorted(rows, key=lambda row: row.ms)
     for key, label, style in (("knob", "depth knob", "o-"), ("plain", "trained plainly at this depth", "s--")):
         axes.plot(
@@ -246,7 +244,6 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     axes.legend()
     axes.grid(alpha=0.3)
     save_picture(figure, path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

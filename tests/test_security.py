@@ -129,10 +129,10 @@ def test_a_pickled_cifar_is_not_opened_unless_it_is_the_published_one(tmp_path):
 
 
 def test_model_kwargs_are_literals_only(tmp_path):
-    from growshrink.cli.options import parse_kwargs
+    from growshrink.cli.forms import read_pairs
 
     code = f"__import__('os').mkdir({str(tmp_path / 'executed')!r})"
-    assert parse_kwargs((f"a={code}",)) == {"a": code}
+    assert read_pairs((f"a={code}",), "--model-kwargs") == {"a": code}
     assert not (tmp_path / "executed").exists()
 
 

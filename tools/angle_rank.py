@@ -42,7 +42,7 @@ from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
-from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command, parse_kwargs
+from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError
@@ -204,7 +204,7 @@ def calibrated(model: nn.Module, feed: Feed, width: dict[str, int]) -> nn.Module
 def load(args: Args) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """The two supernets, if they are one."""
     paths, name = (args.files.untrained, args.files.trained), args.model.model
-    kwargs = parse_kwargs(args.model.model_kwargs)
+    kwargs = args.model.kwargs
     (init, space, about), (trained, other, about_trained) = (
         load_supernet(path, name=name, kwargs=kwargs) for path in paths if path is not None
     )

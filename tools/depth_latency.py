@@ -47,7 +47,8 @@ def main(args: Args) -> int:
     plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
     if (name := args.model.name) not in plain:
         raise PlanError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
-    args.timing.check()
+    if not args.timing.turns:
+        raise PlanError("--turns 0: must be at least 1.")
     args.running.set_threads()
     (model, _), size = args.model.create(), (3, args.nets.pixels, args.nets.pixels)
     options: dict[str, Any] = {"batch_size": args.timing.latency_batch, "rounds": args.timing.turns}

@@ -25,7 +25,7 @@ import tyro
 import growshrink as gs
 from growshrink.base.limits import Checkpoint
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions, parse_kwargs
+from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import DataSet, load_data
 from growshrink.export import ExportOptions, export, read_source
@@ -65,7 +65,7 @@ def main(args: Args) -> int:
     recipe = replace(
         args.source,
         name=args.model.model,
-        kwargs=parse_kwargs(args.model.model_kwargs),
+        kwargs=args.model.kwargs,
         branches=args.grow.branches,
         ratio=args.rounds.ratio,
         image_size=args.data.image_size,

@@ -14,11 +14,13 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import tyro
@@ -72,8 +74,6 @@ class Option:
         if self.compact is not None:
             optional = NoneType in get_args(self.hint) and value.lower() == "none"
             return None if optional else _from_compact(self.compact, value, self.spell(value))
-        if value is None and self.default is not None:
-            raise RunError(f"{self.spell(value)}: name one.")
         if wrong := fault(self.hint, value):
             raise RunError(f"{self.spell(value)}: {wrong}")
         return value
@@ -82,6 +82,8 @@ class Option:
         """Make the field of the form: limits stay out, `read` has them."""
         hint, default, doc = get_type_hints(self.owner)[self.name], self.default, self.doc
         metavar = "|".join(_known_names(self.hint)) or None
+        if default is not None and get_origin(hint) in (Union, UnionType):  # what has another default cannot be None
+            hint = reduce(or_, (each for each in get_args(hint) if each is not NoneType))
         if self.compact is not None:
             doc += " " + " | ".join([*_alternatives(self.compact), *["none"] * (NoneType in get_args(self.hint))])
             hint, default, metavar = str, "none" if default is None else shown(default), "KIND[,FIELD=VALUE ...]"
@@ -156,21 +158,25 @@ def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def literal(text: str) -> Any:
-    """Read a Python literal, or take the text as it is."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+def read_pairs(pairs: Iterable[str], what: str) -> dict[str, Any]:
+    """Read KEY=VALUE strings; values are Python literals, or text."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.isidentifier():
+            raise RunError(f"{what}: {pair!r} must be KEY=VALUE.")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[key] = text
+    return values
 
 
 def _from_compact(cls: Any, text: str, what: str) -> Any:
     pairs = _COMMA.split(text)
     if "=" not in pairs[0]:
         pairs[0] = f"{KIND if 'kinds' in vars(cls) else fields(cls)[0].name}={pairs[0]}"
-    if bare := [pair for pair in pairs if "=" not in pair]:
-        raise RunError(f"{what}: {bare[0]!r} must be FIELD=VALUE.")
-    return from_dict(cls, {key: literal(value) for key, _, value in (pair.partition("=") for pair in pairs)}, what)
+    return from_dict(cls, read_pairs(pairs, what), what)
 
 
 def _alternatives(cls: Any) -> list[str]:

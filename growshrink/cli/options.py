@@ -35,14 +35,14 @@ from growshrink.base.limits import (
     Whole,
 )
 from growshrink.base.ranks import num_ranks, this_rank
-from growshrink.cli.forms import literal, pick, plain_options
+from growshrink.cli.forms import pick, plain_options, read_pairs
 from growshrink.cli.limits import BranchName, DataName, ModelName
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.data.stream import stream_data
-from growshrink.errors import PlanError, RunError
+from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.runs.folder import RunFolder, claim_together
@@ -114,9 +114,14 @@ class ModelOptions:
         """The model."""
         return self.model or ""
 
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments."""
+        return read_pairs(self.model_kwargs, "--model-kwargs")
+
     def create(self, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         """Create the model with these arguments and --model-kwargs, which it returns together."""
-        kwargs |= parse_kwargs(self.model_kwargs)
+        kwargs |= self.kwargs
         try:
             return timm.create_model(self.name, **kwargs), kwargs
         except Exception as error:  # models check their arguments in their own ways
@@ -165,11 +170,6 @@ class TimingOptions:
     """Images at a time."""
     longest: Count = 4
     """Most blocks that become one."""
-
-    def check(self) -> None:
-        """PlanError where nothing is timed."""
-        if not self.turns:
-            raise PlanError("--turns 0: must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,14 +323,3 @@ class ExperimentOptions:
 def command() -> str:
     """Return the command line of this process."""
     return shlex.join(["python", *sys.argv])
-
-
-def parse_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Read KEY=VALUE strings as arguments; values are Python literals, or strings."""
-    kwargs = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise RunError(f"--model-kwargs {pair}: must be KEY=VALUE.")
-        kwargs[key] = literal(text)
-    return kwargs
