@@ -34,7 +34,7 @@ class Exit(Checked, Variant, ABC):
     needs_kernels: ClassVar[bool] = False
     #: An augmented net fades out with lam.
     fades: ClassVar[bool] = False
-    #: The grown net is trained as a teacher alone, by a learning rate of its own: the plain net comes back.
+    #: The grown net is prepared as a teacher alone: the plain net from before comes back.
     rewinds: ClassVar[bool] = False
 
     @property

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 from growshrink.cycle.control import LamControl, LoopSpan
 from growshrink.cycle.costs import Costs
-from growshrink.cycle.phases import Base, Hold, Phase, Settle, Tail, Vanish
+from growshrink.cycle.phases import Base, Hold, Phase, Prepare, Settle, Tail, Vanish
 from growshrink.cycle.plan import SLACK, CyclePlan, Round
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.teaching import Lessons
@@ -130,7 +130,7 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
     for number, entry in enumerate(plan.rounds, start=1):
         span = _span(entry, number, plan.seed, stop, updates_per_epoch)
         phases += [
-            Hold(span.start, span.hold_stop, span),
+            (Prepare if entry.exit.rewinds else Hold)(span.start, span.hold_stop, span),
             Vanish(span.hold_stop, span.vanish_stop, span),
             Settle(span.vanish_stop, span.grown_stop, span),
             Tail(span.grown_stop, span.stop, span),

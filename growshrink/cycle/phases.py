@@ -194,24 +194,15 @@ class Hold(_Grown):
     advice = "a lower lr, clip_grad=1, a smaller ratio, or more updates of rewarm after the growth"
 
     @property
-    def _annealed(self) -> bool:
-        return self.span.plan.teaches_peak and not self.own_rate
-
-    @property
     def warmups(self) -> tuple[int, ...]:
         """See `Phase.warmups`."""
-        return (self.start, self.stop) if self._annealed else (self.start,)
+        return (self.start, self.stop) if self.span.plan.teaches_peak else (self.start,)
 
     @property
     def anneal(self) -> tuple[int, Schedule] | None:
         """See `Phase.anneal`."""
         length = round(PEAK_ANNEAL * (self.stop - self.start))
-        return (self.stop - length, cosine(1.0, 0.0, steps=length)) if self._annealed else None
-
-    @property
-    def own_rate(self) -> bool:
-        """See `Phase.own_rate`."""
-        return self.span.plan.exit.rewinds
+        return (self.stop - length, cosine(1.0, 0.0, steps=length)) if self.span.plan.teaches_peak else None
 
     @property
     def lessons(self) -> Lessons | None:
@@ -290,6 +281,28 @@ class Hold(_Grown):
             macs_before=run.state.macs_spent,
             top1=Top1(before=None if built_grown else before),
         )
+
+
+@dataclass(frozen=True)
+class Prepare(Hold):
+    """A teacher is trained: the grown net, which the plain net does not come out of."""
+
+    name = "prepare"
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """See `Phase.warmups`."""
+        return (self.start,)
+
+    @property
+    def anneal(self) -> tuple[int, Schedule] | None:
+        """None: its learning rate falls to 0 over the phase as it is."""
+        return None
+
+    @property
+    def own_rate(self) -> bool:
+        """See `Phase.own_rate`."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -113,12 +113,12 @@ def run_cycle(
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
         run = Run(
-            model,
-            feed,
-            config,
-            folder,
-            Saving(save_every, keep, torch.device(device)),
-            torch.device(device),
+            initial=model,
+            feed=feed,
+            config=config,
+            folder=folder,
+            saving=Saving(save_every, keep, torch.device(device)),
+            device=torch.device(device),
             progress=progress,
             tensorboard=tensorboard,
             learning_rate=phases.learning_rate,

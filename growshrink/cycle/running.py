@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -29,75 +30,52 @@ from growshrink.training import Score, TrainConfig, Trainer, evaluate
 from growshrink.training.distil import TeacherNet
 
 
+@dataclass(eq=False, kw_only=True)
 class Run:
     """What the phases of a run change, and what they need for it.
 
-    Args:
+    Attributes:
         initial: The model as `run_cycle` was given it.
-        feed: What it is trained and judged on.
-        config: How to train.
-        folder: Claimed.
-        saving: When to save.
-        device: Where to train.
-        progress: Show a bar.
-        tensorboard: Write event files too.
         learning_rate: Factor on the config's rate, by update.
-        lam: By update.
+        lam: Lam by update.
         model_about: What the run was told of its model.
-        num_rounds: Of the plan.
+        num_rounds: Rounds of the plan.
         total: Updates of the whole run.
         identity: Everything that the result depends on; the run is resumed with the same only.
-
-    Attributes:
-        trainer: Of the net in training and its average.
-        state: Plain values.
         phase: Number of the phase that the next update belongs to.
-        teaching: Who teaches.
+        state: What a checkpoint holds beside tensors.
         augmentation: The sampled widths of the present phase, or None.
-        before: A snapshot, in a round that may go back to where it began.
+        before: A snapshot, in a round that may return to where it began.
     """
 
-    def __init__(
-        self,
-        initial: nn.Module,
-        feed: Feed,
-        config: TrainConfig,
-        folder: RunFolder,
-        saving: Saving,
-        device: torch.device,
-        *,
-        progress: bool,
-        tensorboard: bool,
-        learning_rate: Schedule,
-        lam: LamControl,
-        model_about: Mapping[str, Any],
-        num_rounds: int,
-        total: int,
-        identity: Mapping[str, Any],
-    ) -> None:
-        self.initial = copy.deepcopy(initial)
-        self.feed = feed
-        self.config = config
-        self.folder = folder
-        self.saving = saving
-        self.device = device
-        self.learning_rate = learning_rate
-        self.lam = lam
-        self.model_about = model_about
-        self.num_rounds = num_rounds
-        self.total = total
-        self.identity = identity
-        self.phase = 0
-        self.state = RunState()
-        self.size = feed.input_size
-        self.images_per_update = feed.train.batch_size * num_ranks()
-        self.teaching = Teaching(feed.input_size)
-        self.augmentation: Augmentation | None = None
-        self.before: Mapping[str, Any] | None = None
+    initial: nn.Module
+    feed: Feed
+    config: TrainConfig
+    folder: RunFolder
+    saving: Saving
+    device: torch.device
+    progress: InitVar[bool]
+    tensorboard: InitVar[bool]
+    learning_rate: Schedule
+    lam: LamControl
+    model_about: Mapping[str, Any]
+    num_rounds: int
+    total: int
+    identity: Mapping[str, Any]
+    phase: int = 0
+    state: RunState = field(default_factory=RunState)
+    augmentation: Augmentation | None = None
+    before: Mapping[str, Any] | None = None
+    _augmented_for: object = None
+    _cost: int | None = None  # MACs of the present structure, see macs
+
+    def __post_init__(self, progress: bool, tensorboard: bool) -> None:
+        self.initial = copy.deepcopy(self.initial)
+        self.size = self.feed.input_size
+        self.images_per_update = self.feed.train.batch_size * num_ranks()
+        self.teaching = Teaching(self.size)
         self.trainer = self.make_trainer(self.initial)
-        self.journal = Journal(folder.path, total, progress=progress, tensorboard=tensorboard)
-        self._augmented_for: object = None
-        self._cost: int | None = None  # MACs of the present structure, see macs
+        self.journal = Journal(self.folder.path, self.total, progress=progress, tensorboard=tensorboard)
 
     # ---- structure
 

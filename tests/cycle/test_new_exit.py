@@ -104,7 +104,7 @@ def test_no_exit_and_no_phase_is_compared_by_name():
     from growshrink.cycle import phases
 
     names = {*Exit.kinds, *(phase.name for phase in phases.Phase.__subclasses__() if hasattr(phase, "name"))}
-    names |= {"hold", "vanish", "settle", "tail", "base"}
+    names |= {"prepare", "hold", "vanish", "settle", "tail", "base"}
     found = []
     for path in (PACKAGE / "cycle").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -66,7 +66,7 @@ def test_a_taught_net_goes_on_where_it_was_and_learns_from_the_peak(tmp_path):
     phases = lay_out(plan, 4)
     assert [(phase.name, phase.start, phase.stop) for phase in phases.all] == [
         ("base", 0, 4),
-        ("hold", 4, 16),
+        ("prepare", 4, 16),
         ("tail", 16, 28),
     ]
     quiet = lay_out(gs.CyclePlan(rounds=plan.rounds, base_epochs=1, rewarm=0), 4).learning_rate

@@ -358,12 +358,12 @@ def _restore(root: Path) -> object:
     with RunFolder.claim(root / "run", resume=True) as folder:
         place = torch.device("cpu")
         run = Run(
-            _net(),
-            feed,
-            TrainConfig(),
-            folder,
-            Saving(None, 2, place),
-            place,
+            initial=_net(),
+            feed=feed,
+            config=TrainConfig(),
+            folder=folder,
+            saving=Saving(None, 2, place),
+            device=place,
             progress=False,
             tensorboard=False,
             learning_rate=phases.learning_rate,
