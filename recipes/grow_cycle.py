@@ -35,7 +35,12 @@ COMMON = tuple(entry.name for entry in fields(gs.Round) if entry.name not in ("e
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Options):
-    """Options of grow_cycle; the epochs are those of the whole run: --base, then rounds of equal length."""
+    """Options of grow_cycle.
+
+    The epochs are those of the whole run: --base, then rounds of equal length. Round 1, 2, ... attaches the 1st, 2nd,
+    ... entry of --branches, the last one again and again; a model that is grown at birth (reducenet20_x4) is not grown
+    again in round 1. What hold, vanish and settle leave of a round is trained at plain cost.
+    """
 
     base: Share = 0.1
     """Share of the epochs before the first round."""

@@ -8,8 +8,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from growshrink.base.limits import InFile, OutFile, Pixels
-from growshrink.cli.limits import ModelName
-from growshrink.cli.options import BatchOptions
+from growshrink.cli.options import BatchOptions, ModelName
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ from growshrink.base.limits import (
     InFile,
     InFolder,
     NotAll,
+    OneOf,
     OutFolder,
     PartOf,
     Pixels,
@@ -35,18 +36,24 @@ from growshrink.base.limits import (
     Whole,
 )
 from growshrink.base.ranks import num_ranks, this_rank
+from growshrink.branches.spec import PRESETS
 from growshrink.cli.forms import pick, plain_options, read_pairs
-from growshrink.cli.limits import BranchName, DataName, ModelName
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment
-from growshrink.data.datasets import load_data
+from growshrink.data.datasets import SOURCES, load_data
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.data.stream import stream_data
 from growshrink.errors import RunError
+from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.runs.folder import RunFolder, claim_together
 from growshrink.training.trainer import TrainConfig
+
+ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, timm.is_model)]
+DataName = Annotated[str, OneOf("no such data set, nor is it a folder", tuple(SOURCES), lambda name: _is_data(name))]
+BranchName = Annotated[str, OneOf("no such branch", lambda: [*Branch.kinds, *PRESETS], joined=True)]
+"""A+B for both."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,3 +330,7 @@ class ExperimentOptions:
 def command() -> str:
     """Return the command line of this process."""
     return shlex.join(["python", *sys.argv])
+
+
+def _is_data(name: str) -> bool:
+    return name in SOURCES or Path(name).expanduser().is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import io
 import itertools
 import signal
@@ -51,17 +52,18 @@ def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] |
 
     Args:
         args: A dataclass of the options (see `growshrink.cli.forms`), or a union of several, each a program of its own.
-        doc: What --help says.
+        doc: What --help says, before what the dataclass says of itself.
         words: The command line, by default this process's own.
 
     Raises:
         RunError: It is not a command line of this program, or an option lies beyond its limits.
     """
     forms = {form_of(cls): cls for cls in get_args(args) or (args,)}
+    about = "" if len(forms) > 1 else inspect.cleandoc(args.__doc__ or "")
     complaint = io.StringIO()
     try:
         with redirect_stderr(complaint):
-            form: Any = tyro.cli(reduce(or_, forms), description=doc, args=words)
+            form: Any = tyro.cli(reduce(or_, forms), description=f"{doc or ''}\n{about}", args=words)
     except SystemExit as end:
         if not end.code:  # --help
             raise

@@ -151,7 +151,7 @@ def test_a_budget_that_nothing_meets_is_told_with_what_there_is(plain, monkeypat
     with pytest.raises(AnalysisError, match=r"0 subnets within 5% of [\d,]+ MACs \(0.001 of the full net\) in 40,000"):
         gs.random_prune(plain, macs=0.001, input_size=SIZE)
     for macs in (0.0, 1.5):
-        with pytest.raises(AnalysisError, match="must lie in"):
+        with pytest.raises(AnalysisError, match="must be above 0 and at most 1"):
             gs.random_prune(plain, macs=macs, input_size=SIZE)
     with pytest.raises(AnalysisError, match="no such criterion"):
         gs.random_prune(plain, criterion="l7", input_size=SIZE)
