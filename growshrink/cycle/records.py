@@ -23,12 +23,7 @@ from growshrink.transforms import collapse_online, fuse, grow
 
 @dataclass(frozen=True, kw_only=True)
 class Change(Variant):
-    """A change of structure, enough to make it again.
-
-    Attributes:
-        update: Updates done before it.
-        round: Number of the round, from 1.
-    """
+    """A change of structure before update number `update`, in round number `round`: enough to make it again."""
 
     update: int = 0
     round: int = 0
@@ -46,15 +41,9 @@ class Change(Variant):
 
 @dataclass(frozen=True, kw_only=True)
 class Grew(Change, kind="grow"):
-    """Branches were attached.
+    """Branches of these kinds and this ratio were attached to the layers `names` (none in a net that had its own).
 
-    Attributes:
-        branches: Kinds, in order.
-        ratio: Middle width over output channels.
-        names: The layers, by dotted name; empty where the net had its branches from the beginning.
-        init: As for `grow`.
-        seed: Of the branches' weights.
-        shapes: Of every parameter of every grown module afterwards, by dotted name.
+    `shapes` are those of every parameter of every grown module afterwards, by dotted name.
     """
 
     branches: list[str] = field(default_factory=list)
@@ -93,12 +82,7 @@ class Collapsed(Change, kind="collapse"):
 
 @dataclass(frozen=True, kw_only=True)
 class Fused(Change, kind="fuse"):
-    """The branches were merged.
-
-    Attributes:
-        max_rel: Relative difference of the outputs before and after, in float64.
-        effect: Relative change of the outputs without the branches, with random norms.
-    """
+    """The branches were merged; `max_rel` and `effect` as in `Merged`."""
 
     max_rel: float = 0.0
     effect: float = 0.0
@@ -111,13 +95,7 @@ class Fused(Change, kind="fuse"):
 
 @dataclass(frozen=True, kw_only=True)
 class Undone(Change, kind="undo"):
-    """A round was undone, because its fused net was worse than the net that was grown; the structure is the same.
-
-    Attributes:
-        before: Top-1 before the growth.
-        fused: After the fuse.
-        accept_within: What a round may cost.
-    """
+    """A round was undone: its fused net lost more than `accept_within` points against the net before the growth."""
 
     before: float
     fused: float
@@ -163,19 +141,8 @@ def shapes_of(model: nn.Module) -> dict[str, list[int]]:
 class Row:
     """A row of log.jsonl: the end of an epoch or of a phase.
 
-    Attributes:
-        update: Updates done.
-        epoch: The same in epochs.
-        round: Number of the round; 0 before the first.
-        phase: Name of the phase.
-        train_loss: Mean since the last row.
-        val_top1: In percent.
-        val_loss: Cross-entropy.
-        lr: Of the last update.
-        lam: Of the last update; None where nothing is grown.
-        training_macs: Spent so far.
-        images_per_second: Since the last row.
-        seconds: Of training so far.
+    Losses and rates are means since the last row; `lr` and `lam` (None where nothing is grown) are those of the last
+    update; MACs and seconds are spent so far; top-1 is in percent.
     """
 
     update: int
@@ -278,11 +245,10 @@ class LeftBy:
     """How a round with sampled widths ended.
 
     Attributes:
-        mode: Of the sampling.
         every: Updates from one augmented net to the next.
         inplace_distil: Share of the base's loss that came from the wider net.
         nets: How many nets there were to draw from.
-        step_macs: Of an average update, an image.
+        step_macs: MACs of an average update, an image.
         exit: Kind of the exit.
         width: What was merged: "base", "full", a level, or the widths by name.
         candidates: What was tried, the best first.
@@ -303,30 +269,18 @@ class RoundRecord:
     """What became of a round.
 
     Attributes:
-        number: From 1.
         branch: Kinds that were attached; "born grown" where the net had its own.
-        ratio: Middle width over output channels.
         widths: Mode of the sampling, or None.
         teacher: Who taught, or None.
         num_grown: Layers that carry branches.
         num_skipped: Layers that were left alone.
-        params: Parameters.
-        macs: Of an image forward.
-        plain_step_macs: Of an image forward and backward through the plain net.
+        macs: MACs of an image forward.
+        plain_step_macs: MACs of an image forward and backward through the plain net.
         tail_share: Share of the updates that train the plain net.
         macs_before: Training MACs of the run before the round.
-        top1: By stage.
-        gradients_at_update_2: After the second update with the branches.
-        gradients_at_peak: At the end of the hold.
-        left_by: Where widths were sampled.
-        effect: See `Merged`, like the next four; None where nothing was merged.
-        trained_effect: See there.
-        max_rel: See there.
-        max_rel_float32: See there.
-        top1_agreement: See there.
-        retention: See `Top1.retention`.
+        effect: As in `Merged`, like the next four; None where nothing was merged.
         undone: Whether the round was undone; None where it could not be.
-        training_macs: Of the round, forward and backward, teachers included.
+        training_macs: Training MACs of the round, teachers included.
     """
 
     number: int
@@ -366,11 +320,6 @@ class RunState:
     """What a checkpoint holds beside tensors.
 
     Attributes:
-        log: Changes of structure so far.
-        history: Rows so far.
-        rounds: Records so far, the last perhaps unfinished.
-        macs_spent: Training MACs.
-        seconds: Of training.
         lam: States of the closed loops by number of the round.
         teacher_log: Entries of the log that make the teacher's structure; None without a teacher.
     """

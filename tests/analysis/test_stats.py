@@ -166,6 +166,7 @@ def within(hits, low=0.90, high=0.99):
     return low <= np.mean(hits) <= high
 
 
+@pytest.mark.exhaustive
 def test_bootstrap_intervals_of_tau_cover():
     rho, hits_a, hits_difference = 0.6, [], []
     truth = 2 / math.pi * math.asin(rho)

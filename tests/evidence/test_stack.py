@@ -104,6 +104,7 @@ def test_training_side_by_side_ends_near_where_each_ends_alone():
     assert score.loss == pytest.approx(sum(s.loss for s in scores) / 2, rel=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_a_stack_goes_through_rounds_like_any_net(tmp_path):
     feeds = [
         MemoryFeed.of(load_data("digits", seed=s), batch_size=64, augment=Augment(crop=0, flip=False), seed=s)

@@ -60,6 +60,7 @@ def layers(model):
     return [module for module in model.modules() if isinstance(module, nn.Conv2d)]
 
 
+@pytest.mark.exhaustive
 def test_shrink_depth(tmp_path, capsys, monkeypatch):
     def by_layers(calls, **kwargs):
         return {name: float(len(layers(call.args[0]))) for name, call in calls.items()}

@@ -57,6 +57,7 @@ def run(folder, *args):
     )
 
 
+@pytest.mark.exhaustive
 def test_a_script_like_timms_trains_a_net_that_is_deployed_without_its_branches(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     result = run(tmp_path, "--ratio", "2", "--widths", "netaug", "train.py", "--model", "reducenet20", "--lr", "0.1")

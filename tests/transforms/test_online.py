@@ -441,7 +441,7 @@ def test_one_graph_for_training_and_no_other_when_values_change():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_trace_feature_extraction_and_script():
-    online = nets(["dbb", "insert"])[0].float().eval()
+    online = nets(["dbb", "insert"], depths=(1, 1, 1))[0].float().eval()
     x = images()
     with torch.no_grad():
         expected = online(x)
