@@ -18,20 +18,8 @@ from growshrink.base.environment import versions
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
-from growshrink.export import int8
-from growshrink.export.artefacts import (
-    FOLDED_FILE,
-    ONNX_FILE,
-    PT2_FILE,
-    TIMM_FILE,
-    Function,
-    onnx_function,
-    require_onnx,
-    write_folded,
-    write_onnx,
-    write_pt2,
-    write_timm,
-)
+from growshrink.export import artefacts, int8
+from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, PT2_FILE, TIMM_FILE, Function, write_folded
 from growshrink.export.checks import exactness
 from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
 from growshrink.export.report import write_report
@@ -74,7 +62,7 @@ class ExportOptions:
         if self.rounds < 0 or min(self.batch_size, self.calibration) < 1:
             raise RunError("--rounds must not be negative, --batch-size and --calibration must be at least 1.")
         if self.onnx:
-            require_onnx()
+            artefacts.require_onnx()
 
 
 def export(
@@ -82,9 +70,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 
-    Each file is read back and compared on random images with the net it was made from: the plain net with the grown one
-    where there is one, the folded net with the plain one, in float64 and float32; ONNX and pt2 with the plain net in
-    float32, at several batch sizes.
+    Each file is read back and compared on random images with the net it was made from (see `checks.exactness`).
 
     Args:
         source: The net.
@@ -113,17 +99,17 @@ def export(
             bar.update()
 
         doing("timm's format")
-        write_timm(source, folder)
+        artefacts.write_timm(source, folder)
         doing("folded")
         folded = write_folded(source, folder)
         programs: dict[str, Function] = {}
         if options.pt2:
             doing("torch.export")
-            programs[PT2_FILE] = write_pt2(folded, source, folder)
+            programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
         if options.onnx:
             doing("ONNX")
             with _quiet():
-                programs[ONNX_FILE] = write_onnx(folded, source, folder, threads=threads)
+                programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
         doing("checks")
         report: dict[str, Any] = {
             "source": _about(source),
@@ -139,13 +125,10 @@ def export(
             reduced = int8.needs_reduced_range()
             with _quiet():
                 int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
-            programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
+            program = programs[int8.INT8_FILE] = artefacts.onnx_function(quantised, threads=threads)
             doing("accuracy")
-            judged: dict[str, Function] = {
-                "float32": source.plain,
-                "float32, ONNX": programs[ONNX_FILE],
-                "int8": programs[int8.INT8_FILE],
-            }
+            judged: dict[str, Function] = {"float32": source.plain, "float32, ONNX": programs[ONNX_FILE]}
+            judged["int8"] = program
             report["int8"] = {
                 "granularity": options.int8,
                 "weight_bits": 7 if reduced else 8,
@@ -195,10 +178,9 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
     nets: dict[str, Function] = {"plain net": source.plain, **functions}
     if source.grown is not None:
         nets = {"grown net": source.grown, **nets}
+    calls = {name: partial(net, x) for name, net in nets.items()}
     with torch.inference_mode():
-        times = interleaved_timings(
-            {name: partial(net, x) for name, net in nets.items()}, rounds=options.rounds, progress=options.progress
-        )
+        times = interleaved_timings(calls, rounds=options.rounds, progress=options.progress)
     return {
         "machine": machine(),
         "batch_size": options.batch_size,
