@@ -60,14 +60,10 @@ def segment_harms(
     longest: int = 4,
     progress: bool = False,
 ) -> dict[Segment, float]:
-    """Measure how much the loss of a trained net rises when each segment gives up its activations; never negative.
+    """Measure how much the loss of a trained plain ReduceNet rises when a segment gives up its activations; never < 0.
 
-    Args:
-        model: A trained plain ReduceNet.
-        batches: Training images `(N, C, H, W)`, on which batch norms are recalibrated.
-        loss: Loss of a net, on images it was not trained on.
-        longest: Blocks a segment has at most.
-        progress: Show a progress bar.
+    `batches` are training images `(N, C, H, W)`, on which batch norms are recalibrated; `loss` is taken on images that
+    the net was not trained on; a segment has at most `longest` blocks.
     """
     own = loss(model)
     harms = {}

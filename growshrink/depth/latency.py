@@ -65,14 +65,8 @@ def measure_latencies(
     fit all times best (least squares). What has been measured on this hardware, with this version of torch, for a net
     of this shape comes from the disk; delete the file to measure again.
 
-    Args:
-        model: A plain ReduceNet; its weights do not matter.
-        input_size: `(C, H, W)`.
-        batch_size: Images at a time.
-        longest: Blocks a segment has at most.
-        rounds: Interleaved rounds.
-        cache: Folder for the table, one JSON file per hardware; None neither reads nor writes one.
-        progress: Show a progress bar.
+    A segment has at most `longest` blocks; the net's weights do not matter. `cache` is a folder for the tables, one
+    JSON file per hardware; None neither reads nor writes one.
     """
     segments = all_segments(model, longest)
     hardware = hardware_name(next(model.parameters()).device)
@@ -117,10 +111,8 @@ def _fit(merged: Sequence[Counter[str]], ms: Sequence[float]) -> dict[str, Any]:
     """The net's time and the change by kind of segment that explain best what nets with these merged take."""
     kinds = list(dict.fromkeys(kind for counts in merged for kind in counts))
     design = torch.tensor([[1.0, *(counts[kind] for kind in kinds)] for counts in merged], dtype=torch.float64)
-    # relatively: a clock is a certain share off
-    times = torch.tensor(ms, dtype=torch.float64)
-    solution = torch.linalg.lstsq(design / times[:, None], torch.ones(len(ms), 1, dtype=torch.float64)).solution
-    net_ms, *changes = solution[:, 0].tolist()
+    times = torch.tensor(ms, dtype=torch.float64)[:, None]  # errors are relative: a clock is a certain share off
+    net_ms, *changes = torch.linalg.lstsq(design / times, torch.ones_like(times)).solution[:, 0].tolist()
     return {"net_ms": net_ms, "change_ms": dict(zip(kinds, changes, strict=True))}
 
 

@@ -29,10 +29,7 @@ IF_COSTLIER = ("refuse", "warn", "allow")
 
 @dataclass(frozen=True)
 class Run:
-    """Convolutions that become one, which goes by the last of their names.
-
-    `macs_before` are those of the convolutions for one image, `macs_after` those of the merged one.
-    """
+    """Convolutions that become one, which goes by the last of their names, and their MACs for one image."""
 
     names: tuple[str, ...]
     kernel_size: tuple[int, int]
@@ -42,14 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging does to a net, or would do.
-
-    Attributes:
-        runs: What is merged.
-        ends: Why a convolution is not merged with the one that feeds it, by its name.
-        macs_before: MACs of the whole net, one image.
-        macs_after: MACs of the merged net.
-    """
+    """What merging does to a net, or would do; `ends`: why a convolution is not merged with the one that feeds it."""
 
     runs: tuple[Run, ...]
     ends: dict[str, str]
@@ -88,8 +78,7 @@ def merge_runs(
     Args:
         model: A plain net (fuse a grown one first).
         where: Which convolutions may take part: None (all), a regular expression on dotted names, a callable (name,
-            module) -> bool, a list of names, each of which then has to become part of a run, or a list of runs, each a
-            list of names in order.
+            module) -> bool, names, all of which have to become part of a run, or runs, each a list of names in order.
         if_costlier: About runs that cost more MACs merged. "refuse": what is asked for by name is an error, elsewhere
             the cheapest way to cut is taken; "warn": merged, with a warning; "allow": merged.
         inplace: Work on `model` itself; otherwise on a deep copy.
@@ -244,24 +233,21 @@ def _selected(
 def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
     """The map of convolutions in a row; AlgebraError, with the name, where they are not one convolution."""
     total: ConvMap | None = None
-    for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        try:
+    try:
+        for name in names:
+            conv = model.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
             total = ConvMap.from_conv2d(conv) if total is None else total.then(ConvMap.from_conv2d(conv))
-        except AlgebraError as error:
-            raise AlgebraError(str(error), module=name) from error
-    assert total is not None
+        assert total is not None
+        if len(names) > 1:  # alone, a convolution may be padded as it likes
+            total.to_conv2d()  # refuses lopsided padding
+    except AlgebraError as error:
+        raise AlgebraError(str(error), module=name) from error
     return total
 
 
 def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
     total = _compose(model, names)
-    if len(names) > 1:  # alone, a convolution may be padded as it likes
-        try:
-            total.to_conv2d()  # refuses lopsided padding
-        except AlgebraError as error:
-            raise AlgebraError(str(error), module=names[-1]) from error
     positions = {name: math.prod(flow.output_sizes[name]) for name in names}
     before = sum(model.get_parameter(f"{name}.weight").numel() * number for name, number in positions.items())
     kh, kw = total.kernel.shape[2:]
@@ -270,8 +256,9 @@ def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
 
 def _whole(model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[list[str]], ends: dict[str, str]) -> Run:
     """A run that was asked for, name by name."""
+    follows = {pair for chain in chains for pair in zip(chain, chain[1:], strict=False)}
     for first, second in zip(names, names[1:], strict=False):
-        if not any(pair == (first, second) for chain in chains for pair in zip(chain, chain[1:], strict=False)):
+        if (first, second) not in follows:
             reason = ends.get(second, "something that is not affine, or another reader, is between them")
             raise MergeError(f"{second} does not follow {first} directly: {reason}.")
     try:
@@ -303,11 +290,10 @@ def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> t
             stop = max(s for b, s in runs if b == start)
             found.append(runs[start, stop])
             start = stop
-    for run in found:
-        if (first := run.names[0]) != chain[0]:
-            reasons.setdefault(first, "it would cost more MACs")
-    first_names = {run.names[0] for run in found}
-    return [run for run in found if len(run.names) > 1], {n: r for n, r in reasons.items() if n in first_names}
+    for run in found[1:]:
+        reasons.setdefault(run.names[0], "it would cost more MACs")
+    cuts = {run.names[0] for run in found}
+    return [run for run in found if len(run.names) > 1], {n: r for n, r in reasons.items() if n in cuts}
 
 
 def _prepare(model: nn.Module, input_size: InputSize | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,8 +23,7 @@ from growshrink.transforms import fold
 class Segment(NamedTuple):
     """Blocks `start` to `stop - 1` of a stage, as one convolution.
 
-    Wide, every kernel is kept, and the merged one is as large as all of them together: 5x5, 7x7, ... Slim, only the
-    first kernel is; of the others the centre is, they are pointwise from then on, and the merged one is 3x3.
+    Wide, every kernel is kept: the merged one is 5x5, 7x7, ... Slim, of all but the first only the centre is: 3x3.
     """
 
     stage: int
@@ -143,11 +142,12 @@ def _block_like(model: nn.Module, segment: Segment) -> Block:
     blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
     first, last = blocks[0].conv, blocks[-1].conv
     assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-    stride, device, dtype = first.stride[0], first.weight.device, first.weight.dtype
-    block = Block(first.in_channels, last.out_channels, stride, device=device, dtype=dtype)
+    stride = first.stride[0]
+    factory: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
     padding = 1 if segment.slim else front_padding(stride, segment.length)
     channels = first.in_channels, 0, last.out_channels
-    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, device=device, dtype=dtype)
+    block = Block(first.in_channels, last.out_channels, stride, **factory)
+    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, **factory)
     return block
 
 

@@ -20,13 +20,8 @@ MAY_HURT, WILL_HURT = 4.0, 16.0
 class LayerRange:
     """Ranges of a layer's weights, output channel by output channel.
 
-    Attributes:
-        name: Dotted name.
-        channels: max|w| of each output channel, over that of the layer, in [0, 1].
-        largest: max|w| of the layer.
-        ratio: `largest` over the median of the channels that are not all zero.
-        error_per_tensor: Norm of what rounding to int8 changes, over that of the weights, with one scale for the layer.
-        error_per_channel: The same with one scale per output channel.
+    `channels` is max|w| of each over that of the layer (`largest`), `ratio` is `largest` over the median of those that
+    are not all zero; the errors are norms of what rounding to int8 changes over those of the weights.
     """
 
     name: str

@@ -79,8 +79,8 @@ def export(
         data: For int8: its training split calibrates, its test split is read once.
 
     Returns:
-        The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64 (where the net
-        runs in it), and in float32 1e-5, or 10 times the rounding error of the plain net in float32 if that is more.
+        The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64, and in float32
+        1e-5, or 10 times the rounding error of the plain net if that is more.
 
     Raises:
         RunError: Something cannot be written, or reads back as something else; int8 without data.
@@ -152,9 +152,7 @@ def _about(source: Source) -> dict[str, Any]:
         "path": str(source.path),
         "model": source.name,
         "kwargs": dict(source.kwargs),
-        "input_size": list(source.input_size),
-        "mean": list(source.mean),
-        "std": list(source.std),
+        **{name: list(getattr(source, name)) for name in ("input_size", "mean", "std")},
         "merged_from_a_grown_net": source.grown is not None,
         "needs_growshrink": source.needs_growshrink,
     }

@@ -29,19 +29,14 @@ _BRANCH = ".branches."
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A plain net, and where it comes from.
+    """A plain net, and where it comes from; what is unknown is empty or None.
 
     Attributes:
-        path: The file that was read.
         plain: The net to deploy, as `timm.create_model(name, **kwargs)` makes it, in eval mode on the CPU.
-        name: Name of the timm model.
-        kwargs: Arguments of `timm.create_model`.
-        input_size: `(C, H, W)` of an image.
         grown: The net it was merged from, in eval mode; None if it was plain already, or branches were dropped.
-        mean: Per channel, of images in [0, 1].
-        std: Per channel, in the same unit.
-        classes: Their names in the order of the outputs; empty where unknown.
-        data: Name of the data set it was trained on; None where unknown.
+        mean: Per channel, of images in [0, 1], like `std`.
+        classes: Their names in the order of the outputs.
+        data: Name of the data set it was trained on.
     """
 
     path: Path
