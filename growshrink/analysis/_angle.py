@@ -1,8 +1,7 @@
 r"""The angle between a subnet's weights before and after training, for millions of subnets a second.
 
-:math:`\theta(a) = \angle(V(a, W_0), V(a, W_t))`, V the concatenation of the subnet's kernels. In a space of prefixes
-every sum that the angle is made of is a sum over layers of one entry of a table: prefix sums over channels, taken once
-in float64. A subnet is then a gather, and its parameters and MACs are two more columns of the same gather.
+:math:`\theta(a) = \angle(V(a, W_0), V(a, W_t))`, V the concatenation of the subnet's kernels. Every sum in it is a sum
+over layers of one entry of a table of prefix sums over channels: so a subnet is a gather, its costs two more columns.
 
 Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), and RLNAS (arXiv:2101.11834).
 """
@@ -64,19 +63,16 @@ class AngleScores:
 class AngleTable:
     r"""The sums that angles of subnets are made of, by layer and width.
 
-    For each pair of states (initial, trained) the columns are :math:`|w_0|^2`, :math:`|w_1|^2 - |w_0|^2` (summed as
-    :math:`(w_1 - w_0)(w_1 + w_0)`) and :math:`|w_1 - w_0|^2`: the same information as the three products, without their
-    cancellation at small angles. See `angle_of`.
-
-    The structural null has the norms of every layer as they are, and instead of its cosine at each width the mean of
-    its cosines over all widths. What differs between subnets is then their structure alone.
+    For each pair of states (initial, trained) the columns are :math:`|w_0|^2`, :math:`|w_1|^2 - |w_0|^2` and
+    :math:`|w_1 - w_0|^2`: without the cancellation of products at small angles, see `angle_of`. The structural null has
+    in place of a layer's cosine at each width the mean of its cosines over all widths.
 
     Args:
         layers: What a subnet keeps of each tensor, e.g. `supernet_layers(model, input_size)`.
         variables: The choices of each width, in the order of the columns of an index.
         init: The initial weights.
         trained: The trained weights, or several: a trajectory.
-        order: For some variables an order of its channels; a width keeps the first of them, e.g. the most important.
+        order: For some variables an order of its channels, of which a width keeps the first.
 
     Raises:
         AnalysisError: The states do not fit each other or the layers, or a layer names an unknown variable.
@@ -122,19 +118,16 @@ class AngleTable:
         index = self._checked(index)
         t = checkpoint % self.num_checkpoints
         columns = [0, 1, 2, 3 + 3 * t, 4 + 3 * t, 5 + 3 * t]
-        factors = [
-            (variables, strides, np.ascontiguousarray(table[:, columns].T))
-            for variables, strides, table in self._factors
-        ]
+        factors = [(axes, strides, np.ascontiguousarray(table[:, columns].T)) for axes, strides, table in self._factors]
         scores = AngleScores(*(np.empty(len(index), dtype) for dtype in (float, float, np.int64, np.int64)))
         for start in range(0, len(index), _CHUNK):
             rows = slice(start, start + _CHUNK)
             part = index[rows].astype(np.intp, copy=False)  # codes would overflow narrower integers
             total = np.zeros((len(columns), len(part)))
-            for variables, strides, table in factors:
+            for axes, strides, table in factors:
                 code = np.zeros(len(part), dtype=np.intp)
-                for variable, stride in zip(variables, strides, strict=True):
-                    code += part[:, variable] * stride
+                for axis, stride in zip(axes, strides, strict=True):
+                    code += part[:, axis] * stride
                 for sums, column in zip(total, table, strict=True):
                     sums += column.take(code)
             params, macs, norm0, difference, distance, null = total
@@ -179,8 +172,6 @@ class AngleTable:
         """One row of an index as a width."""
         return {name: choices[i] for (name, choices), i in zip(self.choices.items(), row, strict=True)}
 
-    # ---- details
-
     def _checked(self, index: Index) -> Index:
         index = np.asarray(index)
         limits = np.array([len(choices) for choices in self.choices.values()])
@@ -205,7 +196,7 @@ class AngleTable:
                     sums = np.stack(np.split(sums, side.blocks, axis)).sum(0)
                 sums = np.cumsum(sums, axis, dtype=np.longdouble)
         for axis, side in enumerate((layer.rows, layer.columns)):
-            sums = np.take(_padded(sums, axis), self._kept(layer, side, sums.shape[axis]), axis)
+            sums = np.take(np.insert(sums, 0, 0.0, axis), self._kept(layer, side, sums.shape[axis]), axis)
         sums = sums.astype(np.float64)
         if layer.rows is not None and layer.columns is not None and layer.rows.variable == layer.columns.variable:
             sums = sums[np.arange(len(sums)), np.arange(len(sums))][:, None]
@@ -260,8 +251,7 @@ def angle_of(norm0: Floats, difference: Floats, distance: Floats) -> Floats:
     r"""Angles from :math:`A = |w_0|^2`, :math:`D = |w_1|^2 - |w_0|^2` and :math:`E = |w_1 - w_0|^2`; NaN at zero norm.
 
     With :math:`\delta = |w_1| - |w_0|`: :math:`4 |w_0||w_1| \sin^2(\theta/2) = E - \delta^2` and
-    :math:`4 |w_0||w_1| \cos^2(\theta/2) = |w_0 + w_1|^2 - \delta^2`. arccos of the cosine loses half of the digits near
-    0; this does not, as long as the weights have not only changed their length.
+    :math:`4 |w_0||w_1| \cos^2(\theta/2) = |w_0 + w_1|^2 - \delta^2`. (arccos loses half of the digits near 0.)
 
     Source: Kahan, How Futile are Mindless Assessments of Roundoff (2006), section 12: the angle of two unit vectors.
     """
@@ -281,11 +271,9 @@ def channel_sums(layer: Layer, init: State, checkpoints: Sequence[State]) -> Flo
         shape = (*tensor.shape[:2], -1) if tensor.ndim > 1 else (*tensor.shape, 1, 1) if tensor.ndim else (1, 1, 1)
         return tensor.reshape(shape).numpy()
 
-    before = as_3d(init)
+    before, inside = as_3d(init), float(layer.in_vector)
     counts = np.full(before.shape[:2], before.shape[2], dtype=np.float64)
-    columns = [counts, counts * layer.positions]
-    inside = float(layer.in_vector)
-    columns.append((before**2).sum(2) * inside)
+    columns = [counts, counts * layer.positions, (before**2).sum(2) * inside]
     for state in checkpoints:
         after = as_3d(state)
         change = after - before
@@ -319,16 +307,15 @@ def angle(
     *,
     input_size: InputSize,
 ) -> AngleScores:
-    """Angle, structural null, parameters and MACs of subnets of a grown net; `widths` None is every one of the space.
+    """Angle, structural null, parameters and MACs of subnets of a grown net.
 
-    The angle alone misleads: it grows with the size of a subnet, and on the usual benchmark it ranks no better than
-    the number of parameters. `growshrink.rank` says what it adds to that.
+    The angle alone misleads: it grows with the size of a subnet. `growshrink.rank` says what it adds to that.
 
     Args:
         init: The net as it was initialised.
         trained: The same net, trained.
         space: Its width space.
-        widths: Subnets, each a width of the space.
+        widths: Subnets, each a width of the space; None is every one.
         input_size: `(C, H, W)`, for the MACs.
 
     Raises:
@@ -346,10 +333,6 @@ def _null_distance(norm0: Floats, difference: Floats, angles: Floats) -> Floats:
     with np.errstate(invalid="ignore"):
         length = np.where(root0 + root1 > 0, difference / (root0 + root1), 0.0)
     return length**2 + 2.0 * mean * root0 * root1
-
-
-def _padded(sums: NDArray[Any], axis: int) -> NDArray[Any]:
-    return np.concatenate([np.zeros_like(sums.take([0], axis)), sums], axis)
 
 
 def _order(layer: Layer, side: Side, order: Sequence[int], length: int) -> NDArray[np.intp]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,8 @@ FEW = 200
 class Agreement:
     """How one score agrees with the truth. Everything has a bootstrap interval; NaN where a figure has no value.
 
-    Attributes:
-        tau_a: Kendall's.
-        tau_b: Kendall's, with ties out of account.
-        spearman: rho.
-        precision: The share of the k best by score that are among the k best by truth.
-        regret: Best truth less the best truth among the k best by score.
-        tau_within: tau-b over pairs of about equal size only (within bins of MACs).
-        beyond: Partial Spearman given the baselines: 0 where the score knows nothing that they do not.
+    `precision` and `regret` are of the k best by score (see `stats`), `tau_within` is tau-b within bins of MACs, and
+    `beyond` the partial Spearman given the baselines: 0 where the score knows nothing that they do not.
     """
 
     tau_a: Estimate
@@ -46,16 +40,11 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a score adds anything to size, by a rule that was fixed beforehand.
+    """Whether a score adds anything to size, by a rule that was fixed beforehand; `reason` says it in one sentence.
 
     It does if (1) within bins of MACs its tau-b is above that of every baseline, the interval of the paired difference
-    excluding 0 (a baseline that ranks backwards counts as its opposite), and (2) the interval of its partial
-    correlation given all baselines excludes 0 from above.
-
-    Attributes:
-        adds: Whether both hold.
-        differences: tau-b within bins, less the baseline's, by baseline.
-        reason: One sentence.
+    (`differences`) excluding 0 (a baseline that ranks backwards counts as its opposite), and (2) the interval of its
+    partial correlation given all baselines excludes 0 from above.
     """
 
     adds: bool
@@ -65,20 +54,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Outcome of `rank`.
+    """Outcome of `rank`: agreement of every score, and verdicts of those that are no baselines.
 
     Attributes:
-        agreement: Agreement of every score, baselines included.
-        verdicts: Verdicts of every score that is no baseline.
-        n: Subnets that were compared.
-        left_out: Subnets without a finite score.
+        n: Subnets that were compared; `left_out` have no finite score.
         k: K of precision and regret.
-        num_bins: Number of size bins.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
         seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
         ceiling: tau that a score without any error would have, `stats.noise_ceiling`; None if it was measured once.
-        confidence: Confidence of the intervals.
-        num_resamples: Resamples of the bootstrap.
     """
 
     agreement: dict[str, Agreement]
@@ -99,17 +82,14 @@ class Ranking:
 
     def table(self) -> str:
         """The agreement and the verdicts as text."""
-        titles = list(asdict(next(iter(self.agreement.values()))))
-        rows = [["score", *titles]]
-        for name, agreement in self.agreement.items():
-            rows.append([name, *(_cell(interval) for interval in vars(agreement).values())])
+        rows = [["score", *(entry.name for entry in fields(Agreement))]]
+        rows += [[name, *map(_cell, vars(agreement).values())] for name, agreement in self.agreement.items()]
         lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, lengths, strict=True)).rstrip() for row in rows]
-        percent = f"{self.confidence:.0%}"
         lines.append(
-            f"{self.n} subnets, {percent} intervals of {self.num_resamples} paired resamples; precision and regret of "
-            f"the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the pairs are tied "
-            "in truth."
+            f"{self.n} subnets, {self.confidence:.0%} intervals of {self.num_resamples} paired resamples; precision "
+            f"and regret of the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the "
+            "pairs are tied in truth."
         )
         if self.left_out:
             lines.append(f"{self.left_out} subnets have no finite score and were left out.")
@@ -168,7 +148,7 @@ def rank(
     columns = {name: column[finite] for name, column in columns.items()}
     measured = [column[finite] for column in measured]
     target = np.mean(measured, axis=0)
-    n = len(target)
+    n, several = len(target), len(measured) > 1
     if n < 8:
         raise AnalysisError(f"{n} subnets with a truth and finite scores: too few to rank.")
     if not np.isfinite(target).all() or np.ptp(target) == 0:
@@ -183,8 +163,6 @@ def rank(
         controls = [columns[b] for b in baselines if b != name]
         agreement[name], within[name] = _agreement(column, target, controls, bins, k, boot)
     verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
-    tied = stats.kendall(target, target).tied_x / math.comb(n, 2)
-    several = len(measured) > 1
     return Ranking(
         agreement,
         verdicts,
@@ -192,7 +170,7 @@ def rank(
         left_out=int((~finite).sum()),
         k=k,
         num_bins=num_bins,
-        tied_truth=tied,
+        tied_truth=stats.kendall(target, target).tied_x / math.comb(n, 2),
         seed_agreement=stats.seed_agreement(measured) if several else None,
         ceiling=stats.noise_ceiling(measured) if several else None,
         confidence=confidence,
@@ -205,29 +183,27 @@ def _agreement(
 ) -> tuple[Agreement, Floats]:
     """Its figures, and the resamples of tau_within."""
     if np.ptp(score) == 0:  # a constant score ranks nothing
-        nothing = Estimate(math.nan, math.nan, math.nan)
-        zero = Estimate(0.0, 0.0, 0.0)
-        return Agreement(zero, nothing, nothing, nothing, nothing, nothing, nothing), np.full(len(boot.index), math.nan)
+        nothing = [Estimate(math.nan, math.nan, math.nan)] * 6
+        return Agreement(Estimate(0.0, 0.0, 0.0), *nothing), np.full(len(boot.index), math.nan)
     tau_a, tau_b = boot.kendall(score, truth)
     within = boot.kendall(score, truth, bins)[1]
     found = stats.kendall(score, truth)
     ranks = scipy.stats.rankdata(score), scipy.stats.rankdata(truth)
-    figures = {
-        "tau_a": (found.tau_a, tau_a),
-        "tau_b": (found.tau_b, tau_b),
-        "spearman": (stats.spearman(score, truth), boot.of(lambda i: stats.pearson(ranks[0][i], ranks[1][i]))),
-        "precision": (
-            stats.top_k_precision(score, truth, k),
-            boot.of(lambda i: stats.top_k_precision(score[i], truth[i], k)),
-        ),
-        "regret": (stats.regret(score, truth, k), boot.of(lambda i: stats.regret(score[i], truth[i], k))),
-        "tau_within": (stats.kendall_within(score, truth, bins), within),
-        "beyond": (
-            stats.partial_spearman(score, truth, controls),
-            boot.of(lambda i: stats.partial_spearman(score[i], truth[i], [c[i] for c in controls])),
-        ),
-    }
-    return Agreement(**{name: boot.interval(*figure) for name, figure in figures.items()}), within
+    every = np.arange(len(score))
+
+    def estimate(statistic: Callable[[Any], float]) -> Estimate:
+        return boot.interval(statistic(every), boot.of(statistic))
+
+    agreement = Agreement(
+        tau_a=boot.interval(found.tau_a, tau_a),
+        tau_b=boot.interval(found.tau_b, tau_b),
+        spearman=estimate(lambda i: stats.pearson(ranks[0][i], ranks[1][i])),
+        precision=estimate(lambda i: stats.top_k_precision(score[i], truth[i], k)),
+        regret=estimate(lambda i: stats.regret(score[i], truth[i], k)),
+        tau_within=boot.interval(stats.kendall_within(score, truth, bins), within),
+        beyond=estimate(lambda i: stats.partial_spearman(score[i], truth[i], [c[i] for c in controls])),
+    )
+    return agreement, within
 
 
 def _verdict(
@@ -237,26 +213,19 @@ def _verdict(
     baselines: Sequence[str],
     boot: Bootstrap,
 ) -> Verdict:
-    own = agreement[name]
-    differences = {}
+    own, differences = agreement[name], {}
     for other in baselines:
         theirs = agreement[other].tau_within.value
         sign = -1.0 if theirs < 0 else 1.0  # where small is good, smallness is what has to be beaten
         value = own.tau_within.value - sign * (0.0 if math.isnan(theirs) else theirs)
         differences[other] = boot.interval(value, within[name] - sign * np.nan_to_num(within[other]))
-    better = [other for other, difference in differences.items() if difference.low > 0]
-    beyond = own.beyond.low > 0
-    adds = beyond and len(better) == len(baselines)
-    if adds:
-        reason = f"adds to {', '.join(baselines)}: better within bins of MACs, partial correlation {_cell(own.beyond)}."
-    else:
-        why = []
-        if missed := [other for other in baselines if other not in better]:
-            why.append(f"within bins of MACs not shown to be better than {', '.join(missed)}")
-        if not beyond:
-            why.append(f"partial correlation given {', '.join(baselines)} {_cell(own.beyond)}")
-        reason = f"adds nothing that could be shown: {'; '.join(why)}."
-    return Verdict(adds, differences, reason)
+    why = []
+    if missed := [other for other in baselines if not differences[other].low > 0]:
+        why.append(f"within bins of MACs not shown to be better than {', '.join(missed)}")
+    if not own.beyond.low > 0:
+        why.append(f"partial correlation given {', '.join(baselines)} {_cell(own.beyond)}")
+    reason = f"adds to {', '.join(baselines)}: better within bins of MACs, partial correlation {_cell(own.beyond)}."
+    return Verdict(not why, differences, f"adds nothing that could be shown: {'; '.join(why)}." if why else reason)
 
 
 def _cell(interval: Estimate) -> str:

@@ -1,7 +1,6 @@
 """The deployed channels of any convolutional net: which of them go together, what they cost, and nets without some.
 
-Which tensors lose a channel together is found by Torch-Pruning's dependency graph (the optional extra `prune`; Fang et
-al., DepGraph, arXiv:2301.12900). Costs of all widths follow from the graph without pruning anything.
+Source: Fang et al., DepGraph (arXiv:2301.12900), by Torch-Pruning (the optional extra `prune`).
 """
 
 from __future__ import annotations
@@ -56,13 +55,11 @@ class ChannelSpace:
         round_to: Widths are multiples of this (the full width is always a choice).
 
     Attributes:
-        model: The net.
         choices: Rising widths by name of the group: its first convolution.
         left_alone: Groups that cannot be pruned, with the reason.
 
     Raises:
-        AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds nothing to prune; or a net
-            that is cut by its graph does not run.
+        AnalysisError: Torch-Pruning is not there or cannot prune the net.
     """
 
     def __init__(self, model: nn.Module, input_size: InputSize, *, least: float = 0.1, round_to: int = 1) -> None:
@@ -121,15 +118,11 @@ class ChannelSpace:
             images, labels = (tensor.cpu() for tensor in batch)
             F.cross_entropy(self._traced(images), labels).backward()
         measure = getattr(_torch_pruning().importance, name)(**kwargs)
-        found = {}
-        for group in self._groups.values():
-            values = measure(group.group)
-            if values is None:  # no norm in it, for bn_scale
-                values = torch.ones(group.channels)
-            found[group.name] = values.detach().double().numpy()
-        return found
-
-    # ---- details
+        found = {name: measure(group.group) for name, group in self._groups.items()}
+        return {  # None: no norm in it, for bn_scale
+            name: np.ones(self._groups[name].channels) if values is None else values.detach().double().numpy()
+            for name, values in found.items()
+        }
 
     def _find(self) -> list[_Group]:
         tp = _torch_pruning()
@@ -138,9 +131,8 @@ class ChannelSpace:
                 warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
                 graph = tp.DependencyGraph().build_dependency(self._traced, torch.zeros(1, *self.input_size))
         except Exception as error:  # whatever a forward or the tracer may raise
-            raise AnalysisError(
-                f"{type(self.model).__name__}: Torch-Pruning cannot trace it on {self.input_size}: {error}"
-            ) from error
+            net = type(self.model).__name__
+            raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.input_size}: {error}") from error
         names = {id(module): name for name, module in self._traced.named_modules()}
         last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
         groups = []
@@ -149,30 +141,26 @@ class ChannelSpace:
             if reason := _why_not(group):
                 self.left_alone[name] = reason
                 continue
-            places = []
-            for item in group.items:
-                module = names.get(id(item.dep.target.module))
-                if module is not None:  # the others are operations without tensors
-                    places.append((item.dep, module, _entries(item)))
-            groups.append(_Group(name, len(group[0].idxs), group, tuple(places)))
+            found = [(item, names.get(id(item.dep.target.module))) for item in group.items]
+            # modules without a name are operations without tensors
+            places = tuple((item.dep, module, _entries(item)) for item, module in found if module is not None)
+            groups.append(_Group(name, len(group[0].idxs), group, places))
         return groups
 
     def _prove(self) -> None:
         """Cut a net at middle widths, run it, and compare its costs with those that were computed."""
         index = np.array([[len(choices) // 2 for choices in self.choices.values()]])
         kept = {name: np.arange(choices[len(choices) // 2]) for name, choices in self.choices.items()}
-        name = type(self.model).__name__
+        what = f"{type(self.model).__name__}: with fewer channels it"
         try:
             found = profile(self.cut(kept), self.input_size)
         except Exception as error:  # whatever a forward may raise
-            raise AnalysisError(
-                f"{name}: with fewer channels it does not run ({str(error).splitlines()[0]})."
-            ) from error
+            raise AnalysisError(f"{what} does not run ({str(error).splitlines()[0]}).") from error
         params, macs = self.cost(index)
         if (found.params, found.macs) != (params[0], macs[0]):
             raise AnalysisError(
-                f"{name}: with fewer channels it has {found.params:,} parameters and {found.macs:,} MACs, its graph "
-                f"says {params[0]:,} and {macs[0]:,}: it cannot be pruned by the graph."
+                f"{what} has {found.params:,} parameters and {found.macs:,} MACs, its graph says {params[0]:,} and "
+                f"{macs[0]:,}: it cannot be pruned by the graph."
             )
 
     def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
@@ -202,15 +190,8 @@ class ChannelSpace:
                     weights = module.weight[0].numel()
                 else:
                     sizes, weights = (sizes[0], module.weight.shape[1]), module.weight[0, 0].numel()
-            terms.append(
-                (
-                    (sizes[0] - int(out @ full), out),
-                    (sizes[1] - int(inside @ full), inside),
-                    weights,
-                    positions.get(name, 0),
-                    vectors,
-                )
-            )
+            outs, ins = (sizes[0] - int(out @ full), out), (sizes[1] - int(inside @ full), inside)
+            terms.append((outs, ins, weights, positions.get(name, 0), vectors))
         self._cost = ((0, 0), terms)
         whole = profile(self.model, self.input_size)
         params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
@@ -223,9 +204,8 @@ def _torch_pruning() -> Any:
             warnings.simplefilter("ignore")
             import torch_pruning
     except ImportError as error:
-        raise AnalysisError(
-            "pruning channels needs Torch-Pruning: pip install 'growshrink[prune]' (torch-pruning)."
-        ) from error
+        needed = "pruning channels needs Torch-Pruning: pip install 'growshrink[prune]' (torch-pruning)."
+        raise AnalysisError(needed) from error
     return torch_pruning
 
 
@@ -244,8 +224,7 @@ def _why_not(group: Any) -> str:
 
 def _entries(item: Any) -> tuple[NDArray[np.intp], ...]:
     """For each channel of a group the entries that it has along the axis of one place."""
-    roots = np.asarray(item.root_idxs)
-    places = np.asarray(item.idxs)
+    roots, places = np.asarray(item.root_idxs), np.asarray(item.idxs)
     return tuple(places[roots == channel] for channel in range(int(roots.max()) + 1))
 
 

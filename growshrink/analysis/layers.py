@@ -22,13 +22,9 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """What a subnet keeps along one axis of a tensor.
+    """What a subnet keeps along one axis of a tensor: of each of equal `blocks` the first width / `divisor` entries.
 
-    Attributes:
-        variable: The width that decides.
-        blocks: The axis is cut into this many equal blocks, and each keeps its own prefix.
-        divisor: Each block keeps the first width / divisor entries.
-        switch: All is kept, or nothing at width 0; `blocks` and `divisor` are then without meaning.
+    `variable` names the width; with `switch` all is kept, or nothing at width 0.
     """
 
     variable: str
@@ -39,18 +35,9 @@ class Side:
 
 @dataclass(frozen=True)
 class Layer:
-    """A tensor of the net and what a subnet keeps of it.
+    """A tensor of the net, and what a subnet keeps along axes 0 (`rows`) and 1 (`columns`); None is everything.
 
-    Two layers may name the same tensor's slices, if the tensors given to a table are cut accordingly: a convolution
-    that reads a concatenation is one layer for each segment.
-
-    Attributes:
-        name: Name of the tensor, in the states that a table is made from.
-        rows: What is kept along axis 0; None is everything.
-        columns: Along axis 1 (of one entry, where the tensor has a single axis).
-        positions: Multiply-accumulates of an image for each of its weights: the output positions of a convolution, 1
-            for a linear layer, 0 for what costs none.
-        in_vector: Whether it is part of the vector whose angle is taken; parameters and MACs are counted in any case.
+    `positions` are MACs of an image for each weight, `in_vector` whether it is part of the vector whose angle is taken.
     """
 
     name: str
@@ -68,9 +55,8 @@ class Layer:
 def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
     """Every parameter of a grown net as a layer; the variables are the names of its width space.
 
-    The vector is made of the kernels of convolutions and of linear layers, as in AngleNAS: no norms, no biases. MACs
-    are those of the grown net as it is trained, each convolution cut to what its output is used for: fused, all widths
-    cost the same. WidthError if the model carries no branches.
+    The vector is made of the kernels of convolutions and of linear layers. MACs are those of the grown net as it is
+    trained (fused, all widths cost the same). WidthError if the model carries no branches.
 
     Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), section 3.2.
     """
@@ -104,18 +90,18 @@ def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
     """AnalysisError unless every state has every layer, with the same shapes and finite values."""
     states = list(states)
     for layer in layers:
+        name = layer.name
         for number, state in enumerate(states):
             which = "the initial weights" if number == 0 else "the trained weights"
-            if layer.name not in state:
-                raise AnalysisError(f"{layer.name}: missing in {which}; both must be of the net that is ranked.")
-            tensor, first = state[layer.name], states[0][layer.name]
-            if tensor.shape != first.shape:
+            if name not in state:
+                raise AnalysisError(f"{name}: missing in {which}; both must be of the net that is ranked.")
+            shape, first = tuple(state[name].shape), tuple(states[0][name].shape)
+            if shape != first:
                 raise AnalysisError(
-                    f"{layer.name}: {tuple(first.shape)} in the initial weights, {tuple(tensor.shape)} in the trained "
-                    "ones; both must be of one net."
+                    f"{name}: {first} in the initial weights, {shape} in the trained ones; both must be of one net."
                 )
-            if not bool(torch.isfinite(tensor).all()):
-                raise AnalysisError(f"{layer.name}: has values that are not finite in {which}.")
+            if not bool(torch.isfinite(state[name]).all()):
+                raise AnalysisError(f"{name}: has values that are not finite in {which}.")
 
 
 def output_positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:

@@ -27,16 +27,9 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
     shown = np.arange(num) if num <= MOST_POINTS else np.random.default_rng(0).choice(num, MOST_POINTS, replace=False)
     axes = figure.subplots(1, 3)
     for axis, (x, y) in zip(axes, (("params", "angle"), ("null", "angle"), ("params", "excess")), strict=True):
-        dots = axis.scatter(
-            columns[x][shown],
-            columns[y][shown],
-            s=4,
-            c="C0" if colour is None else colour[shown],
-            linewidths=0,
-            rasterized=True,
-        )
-        axis.set_xlabel(_LABELS[x])
-        axis.set_ylabel(_LABELS[y])
+        c = "C0" if colour is None else colour[shown]
+        dots = axis.scatter(columns[x][shown], columns[y][shown], s=4, c=c, linewidths=0, rasterized=True)
+        axis.set(xlabel=_LABELS[x], ylabel=_LABELS[y])
     low, high = np.nanmin(columns["null"]), np.nanmax(columns["null"])
     axes[1].plot([low, high], [low, high], color="0.6", linewidth=1)
     if colour is not None:
@@ -76,10 +69,7 @@ _LABELS = {"params": "parameters", "angle": "angle (rad)", "null": "structural n
 
 def _figure(width: float, height: float) -> Any:
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    return Figure(figsize=(width, height), layout="constrained")

@@ -1,8 +1,7 @@
-"""Random pruning in regular shapes, and criteria beside it: subnets under a budget, each a name and a way to make it.
+"""Random pruning in regular shapes, and criteria beside it, under a budget of MACs.
 
 Two spaces: the widths of a supernet (`SupernetSpace`), and the deployed channels of any net (`ChannelSpace`). Widths
-are drawn uniformly from the choices of each layer, all at once, and accepted if the cost fits the budget. So the law of
-what is drawn is the uniform one given the budget; the share accepted says how far the budget is from its middle.
+are drawn uniformly for all layers at once, and accepted if the cost fits the budget.
 
 Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et al., EagleEye (arXiv:2007.02491).
 """
@@ -39,11 +38,9 @@ class Space(Protocol):
     @property
     def choices(self) -> Mapping[str, Sequence[int]]:
         """Rising widths by name."""
-        ...
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +85,10 @@ class Budget:
 
 @dataclass(frozen=True, eq=False)
 class DrawnWidths:
-    """Widths drawn under a budget.
+    """Widths drawn under a budget: `index` is `(N, names)`, `params` and `macs` `(N,)`.
 
-    Attributes:
-        index: `(N, names)`.
-        params: `(N,)`.
-        macs: `(N,)`.
-        drawn: How many were looked at, the rejected included.
-        accepted: How many of these met the budget (`index` has the first N of them, perhaps without repetitions).
+    `drawn` were looked at, the rejected included; of these `accepted` met the budget, of which `index` has the first N,
+    perhaps without repetitions.
     """
 
     index: NDArray[np.intp]
@@ -111,19 +104,17 @@ class DrawnWidths:
 
 
 def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> DrawnWidths:
-    """Draw widths uniformly until `num` of them meet the budget, in MACs; with `distinct` no subnet twice.
+    """Draw widths uniformly until `num` of them meet the budget; with `distinct` no subnet twice.
 
-    Raises:
-        AnalysisError: `MOST_DRAWS` draws were not enough: nothing, or too little, meets the budget.
+    AnalysisError if `MOST_DRAWS` draws were not enough.
     """
     random = np.random.default_rng(seed)
     lengths = [len(choices) for choices in space.choices.values()]
-    full = int(space.cost(np.array([lengths]) - 1)[1][0])
+    full = lowest = profile_macs(space)
     target = budget.macs * full
     kept: list[tuple[NDArray[np.intp], NDArray[np.int64], NDArray[np.int64]]] = []
     seen: set[bytes] = set()
-    drawn = accepted = found = 0
-    lowest, highest = full, 0
+    drawn = accepted = found = highest = 0
     while found < num and drawn < MOST_DRAWS:
         index = np.stack([random.integers(length, size=_CHUNK) for length in lengths], axis=1)
         params, macs = space.cost(index)
@@ -132,7 +123,9 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
         rows = np.flatnonzero(np.abs(macs / target - 1.0) <= budget.tolerance)
         accepted += len(rows)
         if distinct:
-            rows = np.array([i for i in rows if _new(index[i].tobytes(), seen)], dtype=np.intp)
+            first = {index[i].tobytes(): i for i in rows[::-1]}
+            rows = np.array(sorted(i for key, i in first.items() if key not in seen), dtype=np.intp)
+            seen |= first.keys()
         found += len(rows)
         kept.append((index[rows], params[rows], macs[rows]))
     if found < num:
@@ -148,13 +141,10 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
 def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:
     """The widths that a criterion gives under a budget: all channels above one threshold, common to all groups.
 
-    Widths are rounded to the nearest choice. The threshold is the one whose net comes closest to the budget.
-
-    Raises:
-        AnalysisError: The closest is still beyond the tolerance (importances that are all alike leave no choice).
+    Widths are rounded to the nearest choice. The threshold is the one whose net comes closest to the budget;
+    AnalysisError if that is beyond the tolerance.
     """
-    levels = np.unique(np.concatenate(list(importance.values())))
-    thresholds = np.concatenate([[-np.inf], levels])
+    thresholds = np.unique(np.concatenate([[-np.inf], *importance.values()]))
     rows = []
     for name, choices in space.choices.items():
         ordered = np.sort(importance[name])
@@ -168,7 +158,7 @@ def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budg
             f"the nearest a threshold comes is {macs[best]:.3f} times the budget: its channels' importances lie too "
             "close together. Take a wider tolerance."
         )
-    return {name: choices[i] for (name, choices), i in zip(space.choices.items(), index[best], strict=True)}
+    return width_of(space, index[best])
 
 
 def profile_macs(space: Space) -> int:
@@ -178,10 +168,7 @@ def profile_macs(space: Space) -> int:
 
 
 def random_channels(space: ChannelSpace, widths: Mapping[str, int], seed: int) -> dict[str, NDArray[np.intp]]:
-    """Channels drawn uniformly, for given widths; group by group, so that none is pruned before another.
-
-    Source: an earlier random baseline of Torch-Pruning pruned small groups first (its issue 498).
-    """
+    """Channels drawn uniformly, for given widths, group by group (see issue 498 of Torch-Pruning)."""
     kept = {}
     for number, (name, width) in enumerate(widths.items()):
         order = torch.randperm(space.choices[name][-1], generator=generator("channels", seed, number))
@@ -204,7 +191,7 @@ def random_prune(
     """A copy of a convolutional net without some of its channels, in a regular shape: dense, smaller tensors.
 
     Its batch norm statistics are those of the full net: `growshrink.calibrate_bn` comes next. As a baseline, draw
-    several, with seeds 0, 1, ...: a criterion is worth what it has over the distribution of these.
+    several, with seeds 0, 1, ...
 
     Args:
         model: Any timm model, or another that Torch-Pruning can trace. Not modified.
@@ -236,10 +223,3 @@ def random_prune(
 def width_of(space: Space, row: Sequence[int] | Index) -> dict[str, int]:
     """A row of an index as widths by name."""
     return {name: choices[i] for (name, choices), i in zip(space.choices.items(), row, strict=True)}
-
-
-def _new(key: bytes, seen: set[bytes]) -> bool:
-    if key in seen:
-        return False
-    seen.add(key)
-    return True

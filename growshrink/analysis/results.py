@@ -1,9 +1,8 @@
 """Results that many processes add to, one line each, and that a crash cannot spoil.
 
-A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). A
-process that computes a record holds a lock on its number, which the system releases when the process dies. So
-processes on one machine, or ranks of torchrun, need no communication: each takes a record that is neither done nor
-locked. Nothing is done twice, and a killed run is resumed where it was.
+A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). A process holds a
+lock on the number of the record that it computes, which the system releases when the process dies: so nothing is done
+twice, and a killed run is resumed where it was.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ class Results(AbstractContextManager["Results"]):
         identity: What the run is; the same for all that take part.
 
     Attributes:
-        path: The folder.
-        damaged: Lines that are not what was written: a process, or the machine, died in the middle of one. What they
-            said is computed again.
+        damaged: Lines that are not what was written, because a process died in the middle; they are computed again.
 
     Raises:
         RunError: The folder holds something else, or a run with another identity.
@@ -99,22 +96,19 @@ class Results(AbstractContextManager["Results"]):
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record, which has a "key"; it is on the disk when this returns."""
         line = json_line({**record, DIGEST: _digest(record)}).encode()
-        with self._locked(_APPEND):
-            with open(self.path / FILE, "a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                if end:
-                    file.seek(end - 1)
-                    if file.read(1) != b"\n":  # a process died while it wrote a line
-                        line = b"\n" + line
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+        with self._locked(_APPEND), open(self.path / FILE, "a+b") as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                if file.read(1) != b"\n":  # a process died while it wrote a line
+                    line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
 
     def unfinished(self, keys: Sequence[str]) -> Iterator[str]:
         """Keys to compute and `append` here, one at a time; ends when all of `keys` are done, by whomever.
 
-        All processes have to give the same keys in the same order. While others compute the last ones this waits for
-        them, and takes over what a process that died has left.
+        All processes have to give the same keys in the same order. What a process that died has left is taken over.
         """
         while True:
             waiting = False

@@ -7,7 +7,7 @@ shape from scratch; Frankle et al. (arXiv:1903.01611) and Renda et al. (arXiv:20
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,8 +89,7 @@ def start_arm(
 ) -> Start:
     """The net an arm (a key of `RETRAIN_ARMS`) begins with, for one criterion of `ChannelSpace.importance`.
 
-    `model` is a net of the dense architecture, whose weights do not matter, and change; `epochs` those of the dense
-    training, `least` the smallest share of its channels that a layer keeps.
+    `model` is a net of the dense architecture, whose weights change; `epochs` those of the dense training.
     """
     if arm not in RETRAIN_ARMS:
         raise AnalysisError(f"{arm}: no such arm; there are {', '.join(RETRAIN_ARMS)}.")
@@ -100,13 +99,9 @@ def start_arm(
     widths = allocate(space, importance, budget)
     if arm == "random-widths":
         widths = width_of(space, draw_widths(space, budget, 1, seed=seed).index[0])
-    kept: Kept = (
-        random_channels(space, widths, seed) if arm.startswith("random-") else best_channels(importance, widths)
-    )
-    if arm == "rewind":
-        model.load_state_dict(dense.rewind)
-    elif arm == "rewind-init":
-        model.load_state_dict(dense.init)
+    at_random = arm.startswith("random-")
+    kept: Kept = random_channels(space, widths, seed) if at_random else best_channels(importance, widths)
+    model.load_state_dict({"rewind": dense.rewind, "rewind-init": dense.init}.get(arm, dense.trained))
     net = space.cut(kept)  # the space cuts `model` as it is now
     if arm.startswith("scratch-"):
         reinitialise(net, seed)
@@ -129,24 +124,19 @@ def reinitialise(net: nn.Module, seed: int) -> None:
 def run_arm(
     start: Start, feed: Feed, config: TrainConfig, *, after_update: Callable[[], None] | None = None
 ) -> dict[str, float]:
-    """Train an arm; val and test top-1, parameters, MACs, and MACs spent.
-
-    The data order is that of the dense training from its first update on, the same for every arm and learning rate.
-    """
-    total = num_updates(feed, start.epochs)
+    """Train an arm in the data order of the dense training; val and test top-1, parameters, MACs, and MACs spent."""
+    net, total = start.net, num_updates(feed, start.epochs)
     rate = schedules.cosine(1.0, 0.0, total)
-    trainer = Trainer(start.net, replace(config, ema_decay=0.0), feed.train)
+    trainer = Trainer(net, replace(config, ema_decay=0.0), feed.train)
     trainer.update = round(start.begin * total)
     updates = total - trainer.update
     trainer.train(total, learning_rate=rate, lam=schedules.constant(1.0), after_update=after_update)
-    cost = profile(start.net, feed.input_size)
     return {
-        "val": evaluate(start.net, feed.val).top1,
-        "test": evaluate(start.net, feed.test).top1,
-        "params": cost.params,
-        "macs": cost.macs,
+        "val": evaluate(net, feed.val).top1,
+        "test": evaluate(net, feed.test).top1,
+        **asdict(profile(net, feed.input_size)),
         "updates": updates,
-        "training_macs": updates * feed.train.batch_size * training_macs(start.net, feed.input_size),
+        "training_macs": updates * feed.train.batch_size * training_macs(net, feed.input_size),
     }
 
 
@@ -161,42 +151,22 @@ def best_rates(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def compare_arms(records: Sequence[Mapping[str, Any]], dense: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Test top-1 of every arm, and its difference from fine-tuning over paired seeds, corrected for their number.
 
-    `records` has one for each arm and seed, at the arm's own learning rate; `dense` the `test` and `training_macs` of
-    the dense net of each seed, in the order of the seeds.
+    `records` has one for each arm and seed, `dense` the `test` and `training_macs` of each seed's dense net, in order.
     """
     seeds = sorted({int(record["seed"]) for record in records})
-    by_arm = {
-        arm: [next(r for r in records if r["arm"] == arm and r["seed"] == seed) for seed in seeds]
-        for arm in RETRAIN_ARMS
-        if any(r["arm"] == arm for r in records)
-    }
+    present = {record["arm"] for record in records}
     rows: dict[str, Any] = {}
-    tests: list[str] = []
-    for arm, runs in by_arm.items():
-        test = [run["test"] for run in runs]
-        rows[arm] = {
-            "lr": runs[0]["lr"],
-            "test": test,
-            "mean": float(np.mean(test)),
-            "sd": float(np.std(test, ddof=1)) if len(test) > 1 else None,
-            "training_macs": float(np.mean([run["training_macs"] for run in runs])),
-            "macs": float(np.mean([run["macs"] for run in runs])),
-        }
-        if arm != REFERENCE and REFERENCE in by_arm and len(seeds) > 1:
-            found = stats.paired(test, [run["test"] for run in by_arm[REFERENCE]])
-            rows[arm] |= {"difference": found.difference, "p": found.p, "effect": found.effect}
-            tests.append(arm)
-    for arm, p in zip(tests, stats.holm([rows[arm]["p"] for arm in tests]), strict=True):
-        rows[arm]["p_holm"] = p
-    return {
-        "seeds": seeds,
-        "arms": rows,
-        "dense": {
-            "test": [run["test"] for run in dense],
-            "mean": float(np.mean([run["test"] for run in dense])),
-            "training_macs": float(np.mean([run["training_macs"] for run in dense])),
-        },
-    }
+    for arm in (arm for arm in RETRAIN_ARMS if arm in present):
+        runs = [next(r for r in records if r["arm"] == arm and r["seed"] == seed) for seed in seeds]
+        row = rows[arm] = {"lr": runs[0]["lr"], **_means(runs, "training_macs", "macs")}
+        row["sd"] = float(np.std(row["test"], ddof=1)) if len(seeds) > 1 else None
+    tests = [row for arm, row in rows.items() if arm != REFERENCE] if REFERENCE in rows and len(seeds) > 1 else []
+    for row in tests:
+        found = stats.paired(row["test"], rows[REFERENCE]["test"])
+        row |= {"difference": found.difference, "p": found.p, "effect": found.effect}
+    for row, p in zip(tests, stats.holm([row["p"] for row in tests]), strict=True):
+        row["p_holm"] = p
+    return {"seeds": seeds, "arms": rows, "dense": _means(dense, "training_macs")}
 
 
 def format_comparison(summary: Mapping[str, Any]) -> str:
@@ -221,6 +191,11 @@ def format_comparison(summary: Mapping[str, Any]) -> str:
         "at given widths need besides."
     )
     return "\n".join(lines)
+
+
+def _means(runs: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+    test = [run["test"] for run in runs]
+    return {"test": test, "mean": float(np.mean(test)), **{n: float(np.mean([run[n] for run in runs])) for n in names}}
 
 
 def _copy(model: nn.Module) -> State:

@@ -8,9 +8,9 @@ def mine(bench: Bench, index: Index) -> Floats:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.analysis._angle import AngleScores, AngleTable, Floats, Index
+from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.data.feed import Feed
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.widths import Slots
@@ -32,15 +32,10 @@ BATCH = 128
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What scores may look at. None of it is modified by a score.
+    """What scores may look at, and must not modify: the supernet as initialised and trained, its angle table, the data.
 
-    Attributes:
-        init: The supernet as it was initialised.
-        trained: The supernet, trained.
-        table: Its angle table.
-        feed: Training batches and the val split; no score sees the test split.
-        num_calibration: Training batches that batch norm statistics are taken from, the same for every subnet.
-        progress: Wraps what takes long, e.g. with a progress bar.
+    Batch norm statistics of every subnet are taken from the same `num_calibration` training batches; `progress` wraps
+    what takes long, e.g. with a progress bar. No score may look at the test split of `feed`.
     """
 
     init: nn.Module
@@ -79,24 +74,18 @@ def score(name: str) -> Callable[[ScoreFunction], ScoreFunction]:
     return register
 
 
-def _of_table(name: str) -> ScoreFunction:
-    def read(bench: Bench, index: Index) -> Floats:
-        scores: AngleScores = bench.table.score(index)
-        return np.asarray(getattr(scores, name), dtype=np.float64)
-
-    return read
+def _of_table(bench: Bench, index: Index, name: str) -> Floats:
+    return np.asarray(getattr(bench.table.score(index), name), dtype=np.float64)
 
 
-for _name in FAST:
-    score(_name)(_of_table(_name))
+SCORES.update({name: partial(_of_table, name=name) for name in FAST})
 
 
 @score("naswot")
 def naswot(bench: Bench, index: Index) -> Floats:
     r"""How differently the untrained subnet's ReLUs react to the images of a batch: :math:`\log|\det K|`.
 
-    :math:`K_{ij}` is the number of units that are both on or both off for images i and j. Batch statistics are used,
-    an untrained net has no others.
+    :math:`K_{ij}` is the number of units that are both on or both off for images i and j.
 
     Source: Mellor et al., Neural Architecture Search without Training (arXiv:2006.04647).
     """
@@ -130,8 +119,7 @@ def grad_norm(bench: Bench, index: Index) -> Floats:
 
     def of(net: nn.Module) -> float:
         kernels = [p for p in net.parameters() if p.ndim >= 2]
-        loss = F.cross_entropy(net(images), labels)
-        gradients = torch.autograd.grad(loss, kernels, allow_unused=True)
+        gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), kernels, allow_unused=True)
         return float(sum(g.norm() for g in gradients if g is not None))
 
     return _each(bench, bench.init, index, of, train=True)
@@ -139,9 +127,7 @@ def grad_norm(bench: Bench, index: Index) -> Floats:
 
 @score("supernet_accuracy")
 def supernet_accuracy(bench: Bench, index: Index) -> Floats:
-    """Val top-1, in percent, with the weights of the trained supernet and recalibrated batch norms.
-
-    Every subnet gets its statistics from the same images. (Without that, agreement with the truth is near 0.)
+    """Val top-1, in percent, with the weights of the trained supernet and batch norms recalibrated on the same images.
 
     Source: Guo et al., Single Path One-Shot NAS (arXiv:1904.00420).
     """
@@ -156,17 +142,11 @@ def supernet_accuracy(bench: Bench, index: Index) -> Floats:
 
 def _each(bench: Bench, model: nn.Module, index: Index, of: Callable[[nn.Module], float], *, train: bool) -> Floats:
     """`of` a copy of `model` at each of the widths; statistics that it leaves behind do not matter."""
-    with _replica(model, train) as (net, slots):
-        values = []
+    net = copy.deepcopy(model).train(train)
+    slots, values = Slots(net), []
+    with torch.random.fork_rng(devices=[]):  # dropout
+        torch.default_generator.manual_seed(0)
         for row in bench.progress(index):
             slots.set(bench.table.width(row))
             values.append(of(net))
     return np.array(values, dtype=np.float64)
-
-
-@contextmanager
-def _replica(model: nn.Module, train: bool) -> Iterator[tuple[nn.Module, Slots]]:
-    net = copy.deepcopy(model).train(train)
-    with torch.random.fork_rng(devices=[]):  # dropout
-        torch.default_generator.manual_seed(0)
-        yield net, Slots(net)

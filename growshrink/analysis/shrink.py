@@ -1,8 +1,6 @@
 """AngleNAS's loop: shrink a space of widths while its supernet trains, dropping the choices that score lowest.
 
-Train the supernet; score each choice of each layer by the mean score of sampled subnets that contain it; drop the
-lowest; train on. Driven by the angle as published, or by anything else: what the loop is worth is what it has over
-the same loop that drops at random.
+What the loop is worth is what it has over the same loop that drops at random.
 
 Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), algorithm 2.
 """
@@ -16,13 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-from growshrink.analysis._angle import AngleTable, Floats, supernet_table
+from growshrink.analysis._angle import Floats, supernet_table
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
-from growshrink.base.config import check_fields
+from growshrink.base.config import Checked
 from growshrink.base.limits import Count, Positive, Whole
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError, did_you_mean
@@ -33,12 +30,11 @@ Choices = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShrinkPlan:
+class ShrinkPlan(Checked):
     """How the loop goes.
 
-    The article's figures are for 21 layers of 7 operators: 100 epochs, then 5 for each stage; 1000 subnets for each
-    operator; 7 operators dropped at a time; until 1e6 subnets are left, or after 20 iterations; and the initial weights
-    that angles are measured from are replaced, once, when more than 50 of 147 operators are gone.
+    The article's figures, for 21 layers of 7 operators: 100 epochs, then 5; 1000 samples; 7 dropped at a time, until
+    1e6 subnets are left, or after 20 iterations; rebased when more than 50 of 147 operators are gone.
 
     Attributes:
         first_epochs: Before the first drop.
@@ -59,19 +55,12 @@ class ShrinkPlan:
     max_iterations: Whole = 20
     rebase_after: Whole | None = 12
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 @dataclass(frozen=True, eq=False)
 class Shrunk:
-    """Outcome of `shrink`.
+    """Outcome of `shrink`: the space that is left, and for each step the choices dropped, the size left and all scores.
 
-    Attributes:
-        space: What is left.
-        steps: For each iteration the choices that were dropped, the size that was left, and every choice's score.
-        updates: Spent after the first stage: the same for all drivers.
-        rebased_at: The iteration at which the initial weights were replaced, or None.
+    `updates` were spent after the first stage; `rebased_at` is the iteration that replaced the initial weights.
     """
 
     space: WidthSpace
@@ -83,8 +72,7 @@ class Shrunk:
 def balanced_sample(choices: Choices, samples: int, seed: int) -> list[dict[str, int]]:
     """Subnets of a space, each choice of each layer in the same number of them, `samples` at least, otherwise random.
 
-    Every layer's list of choices is repeated and shuffled. (The article samples for each operator; here a subnet counts
-    for all of its choices, so that as few as possible have to be scored.)
+    (The article samples for each operator; here a subnet counts for all of its choices: fewer have to be scored.)
     """
     random = np.random.default_rng(seed)
     num = samples * max(len(values) for values in choices.values())
@@ -114,14 +102,6 @@ def drop_lowest(choices: Choices, scores: Mapping[tuple[str, int], float], num: 
     return dropped
 
 
-def score_with(driver: str, subnets: list[dict[str, int]], table: AngleTable, bench: Bench, seed: int) -> Floats:
-    """Scores of subnets: by a key of `SCORES`, or drawn."""
-    if driver == RANDOM:
-        return np.random.default_rng((seed, 7)).random(len(subnets))
-    index: NDArray[np.intp] = table.index(subnets)
-    return SCORES[driver](bench, index)
-
-
 def shrink(
     init: nn.Module,
     model: nn.Module,
@@ -135,19 +115,10 @@ def shrink(
     num_calibration: int = 4,
     after_update: Callable[[], None] | None = None,
 ) -> Shrunk:
-    """Shrink the space of a supernet that has been through its first stage, and train it on, in place.
+    """Shrink the space of a supernet, initialised as `init` and trained for `plan.first_epochs`; train it on, in place.
 
-    Args:
-        init: The net as it was initialised.
-        model: The net after `plan.first_epochs`.
-        space: All of its widths.
-        feed: What it is trained with.
-        driver: "angle", another key of `SCORES` ("null", "supernet_accuracy", "params", ...), or "random".
-        plan: How the loop goes.
-        config: How to train.
-        seed: Seed of subnets and widths.
-        num_calibration: Batches for statistics, where the driver needs them.
-        after_update: Called after each update (a progress bar).
+    `driver` is "angle", another key of `SCORES`, or "random"; `num_calibration` batches are for drivers that need batch
+    norm statistics; `after_update` is called after each update.
     """
     if driver not in SCORES and driver != RANDOM:
         raise AnalysisError(f"{driver}: no such score to shrink by{did_you_mean(driver, (*SCORES, RANDOM))}")
@@ -157,25 +128,25 @@ def shrink(
     steps: list[dict[str, Any]] = []
     rebased_at: int | None = None
     gone = 0
+    options: dict[str, Any] = {"config": config, "seed": seed, "after_update": after_update}
+
+    def left() -> WidthSpace:
+        return WidthSpace(choices, space.factor, space.diversity, space.divisor)
 
     def stage(start: int) -> int:
-        return train_supernet(
-            model,
-            feed,
-            epochs=plan.later_epochs,
-            config=config,
-            space=WidthSpace(choices, space.factor, space.diversity, space.divisor),
-            seed=seed,
-            start=start,
-            after_update=after_update,
-        )
+        return train_supernet(model, feed, epochs=plan.later_epochs, space=left(), start=start, **options)
 
     while _size(choices) > plan.stop_size and len(steps) < plan.max_iterations:
         iteration = len(steps)
         table = supernet_table(base, model, space, input_size=feed.input_size)
         bench = Bench(base, model, table, feed, num_calibration=num_calibration)
-        subnets = balanced_sample(choices, plan.samples, seed * 1_000_003 + iteration)
-        scores = choice_scores(subnets, score_with(driver, subnets, table, bench, seed * 1_000_003 + iteration))
+        drawn = seed * 1_000_003 + iteration
+        subnets = balanced_sample(choices, plan.samples, drawn)
+        if driver == RANDOM:
+            values = np.random.default_rng((drawn, 7)).random(len(subnets))
+        else:
+            values = SCORES[driver](bench, table.index(subnets))
+        scores = choice_scores(subnets, values)
         dropped = drop_lowest(choices, scores, plan.drop)
         if not dropped:
             break
@@ -198,8 +169,7 @@ def shrink(
     longest = -(-(sum(map(len, space.choices.values())) - len(space.choices)) // plan.drop)
     for _ in range(len(steps), min(longest, plan.max_iterations)):
         update = stage(update)
-    left = WidthSpace(choices, space.factor, space.diversity, space.divisor)
-    return Shrunk(left, steps, update - first, rebased_at)
+    return Shrunk(left(), steps, update - first, rebased_at)
 
 
 def _size(choices: Choices) -> int:

@@ -1,7 +1,6 @@
 """Statistics of rankings and of random draws: pure functions on arrays, by scipy where scipy has them.
 
-Ties are never broken by the order in which things happen to lie: a figure is either defined for ties (tau-b), or the
-expectation over all ways to break them (precision and regret of the best k).
+Figures are defined for ties (tau-b), or are expectations over all ways to break them (precision and regret).
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Kendall(NamedTuple):
 def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
     r"""Kendall's tau of n pairs, in O(n log n).
 
-    With P concordant and Q discordant of the :math:`n_0 = n(n-1)/2` pairs, and :math:`n_x, n_y` of them tied:
-    :math:`\tau_a = (P - Q) / n_0`, :math:`\tau_b = (P - Q) / \sqrt{(n_0 - n_x)(n_0 - n_y)}`. tau-b is NaN where
-    one side is constant.
+    With P concordant, Q discordant and :math:`n_x, n_y` tied ones of the :math:`n_0 = n(n-1)/2` pairs: :math:`\tau_a =
+    (P - Q) / n_0`, :math:`\tau_b = (P - Q) / \sqrt{(n_0 - n_x)(n_0 - n_y)}`, NaN where one side is constant.
 
     Source: Kendall, The treatment of ties in ranking problems (Biometrika 33, 1945); tau-b is scipy's `kendalltau`.
     """
@@ -74,9 +72,8 @@ def pearson(x: Floats, y: Floats) -> float:
 def partial_spearman(x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike]) -> float:
     """Spearman's correlation of x and y that is left once both have been explained by `controls`.
 
-    All columns are turned into ranks; the ranks of x and of y are fitted by least squares with polynomials of the
-    controls' ranks (up to the third power, and their products), and what the fits leave is correlated. NaN if a fit
-    leaves nothing (up to rounding): x is then a function of the controls.
+    The ranks of x and of y are fitted by least squares with polynomials of the controls' ranks (up to the third power,
+    and their products), and what the fits leave is correlated. NaN if a fit leaves nothing (up to rounding).
     """
     x, y = _columns(x, y)
     ranks = [_unit_ranks(np.asarray(c, dtype=np.float64)) for c in controls]
@@ -98,17 +95,13 @@ def size_bins(size: ArrayLike, num_bins: int = 10) -> NDArray[np.int64]:
 
 
 def kendall_within(x: ArrayLike, y: ArrayLike, bins: ArrayLike) -> float:
-    """tau-b over the pairs whose two items lie in the same bin; NaN if there are none that differ.
-
-    P - Q and both counts of untied pairs are summed over the bins, so that large bins weigh more.
-    """
+    """tau-b over the pairs whose two items lie in the same bin; NaN if there are none that differ."""
     x, y = _columns(x, y)
     bins = np.asarray(bins)
     agree = untied_x = untied_y = 0.0
-    for number in np.unique(bins):
-        part = kendall(x[bins == number], y[bins == number]) if (bins == number).sum() > 1 else None
-        if part is not None:
-            pairs = math.comb(int((bins == number).sum()), 2)
+    for number, size in zip(*np.unique(bins, return_counts=True), strict=True):
+        if size > 1:
+            part, pairs = kendall(x[bins == number], y[bins == number]), math.comb(int(size), 2)
             agree += part.tau_a * pairs
             untied_x += pairs - part.tied_x
             untied_y += pairs - part.tied_y
@@ -143,9 +136,7 @@ def regret(score: ArrayLike, truth: ArrayLike, k: int) -> float:
 class Bootstrap:
     """Resamples of n items, drawn once and used for every statistic, so that differences of statistics are paired.
 
-    Attributes:
-        index: int64 `(num, n)`.
-        counts: How often each item is in each resample, `(num, n)`.
+    `index` is int64 `(num, n)`; `counts` how often each item is in each resample, `(num, n)`.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993): percentile intervals.
     """
@@ -165,9 +156,8 @@ class Bootstrap:
     def kendall(self, x: ArrayLike, y: ArrayLike, bins: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """tau-a and tau-b of each resample (within `bins`, if given), `(num,)` each.
 
-        An item is never paired with itself: both are sums over pairs of different items, each weighted with the product
-        of its counts. tau-b is then what `kendall` gives for the resample; tau-a lacks the bias of about 1/n that
-        pairs of copies would add.
+        An item is never paired with itself, so tau-a lacks the bias of about 1/n that pairs of copies would add; tau-b
+        is what `kendall` gives for the resample.
         """
         x, y = _columns(x, y)
         n = len(x)
@@ -192,10 +182,9 @@ class Bootstrap:
         return Estimate(value, float(low), float(high))
 
     def corrected(self, value: float, samples: Floats) -> Estimate:
-        r"""`value` with the bias-corrected percentile interval; values may be infinite.
+        r"""`value` with the bias-corrected percentile interval, for skewed statistics; values may be infinite.
 
-        With :math:`z_0 = \Phi^{-1}` of the share of samples below `value`, the ends are the percentiles
-        :math:`\Phi(2 z_0 \pm z)`. For skewed statistics, whose plain percentiles cover too little.
+        With :math:`z_0 = \Phi^{-1}` of the share of samples below `value`: the percentiles :math:`\Phi(2 z_0 \pm z)`.
 
         Source: Efron, Nonparametric standard errors and confidence intervals (Can. J. Stat. 9, 1981).
         """
@@ -233,8 +222,7 @@ def expected_max(values: ArrayLike, n: float) -> float:
 def equivalent_draws(values: ArrayLike, value: float) -> float:
     """N_eq: how many random draws have `value` as their expected maximum; the inverse of `expected_max`.
 
-    1 means as good as one draw; below 1, worse than the average draw. Infinite where `value` is not below the best of
-    `values`: more draws would be needed to tell.
+    Infinite where `value` is not below the best of `values`: more draws would be needed to tell.
     """
     values = _finite(values)
     if value >= values.max():
@@ -258,8 +246,7 @@ class Paired:
 def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired:
     """Student's interval of the mean of a - b over pairs (seeds), and the exact sign-flip test of no difference.
 
-    A bootstrap of a handful of pairs covers too little; Student's interval is right for normal differences. The test
-    assumes only that under no difference each sign is a coin's: with n pairs p is never below 2 / 2**n (0.0625 for 5).
+    (A bootstrap of a handful of pairs covers too little.) With n pairs p is never below 2 / 2**n (0.0625 for 5).
 
     Source: Fisher, The Design of Experiments (1935), by scipy's `permutation_test`; d_z after Cohen.
     """
@@ -280,23 +267,17 @@ def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE)
     r"""Difference of each row of `values` to the row `control`, with Student's interval and p: columns are blocks.
 
     With :math:`y_{as} = \mu + \alpha_a + \beta_s + \epsilon`, the noise is estimated from the residuals of all rows,
-    :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`.
-    For few seeds (blocks) and many arms (rows) that is far sharper than pairs alone, if all rows have the same
-    noise. With two rows it is `paired`'s interval.
-
-    Args:
-        values: `(A, S)`, at least 2 of both.
-        control: A row.
-        confidence: Confidence of the intervals.
+    :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`:
+    for few seeds (blocks) and many arms (rows) of equal noise far sharper than pairs alone. `values` is `(A, S)`, at
+    least 2 of both. With two rows it is `paired`'s interval.
 
     Source: Fisher, The Design of Experiments (1935): randomised blocks.
     """
     values_AS = np.asarray(values, dtype=np.float64)
-    if values_AS.ndim != 2 or min(values_AS.shape) < 2 or not np.isfinite(values_AS).all():
-        raise AnalysisError(
-            f"values of shape {values_AS.shape}: needs a finite one for each of 2 rows or more and 2 columns."
-        )
-    rows, columns = values_AS.shape
+    shape = values_AS.shape
+    if len(shape) != 2 or min(shape) < 2 or not np.isfinite(values_AS).all():
+        raise AnalysisError(f"values of shape {shape}: needs a finite one for each of 2 rows or more and 2 columns.")
+    rows, columns = shape
     means_A = values_AS.mean(1)
     residuals = values_AS - means_A[:, None] - values_AS.mean(0) + values_AS.mean()
     freedom = (rows - 1) * (columns - 1)
@@ -314,18 +295,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Source: Holm, A simple sequentially rejective multiple test procedure (Scand. J. Stat. 6, 1979).
     """
-    corrected, largest = [1.0] * len(p_values), 0.0
-    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
-        largest = max(largest, (len(p_values) - rank) * p_values[index])
-        corrected[index] = min(1.0, largest)
-    return corrected
+    order = np.argsort(p_values, kind="stable")
+    corrected = np.empty(len(p_values))
+    corrected[order] = np.maximum.accumulate(np.arange(len(order), 0, -1) * np.asarray(p_values)[order]).clip(max=1.0)
+    return list(map(float, corrected))
 
 
 def seed_agreement(columns: Sequence[ArrayLike]) -> float:
-    """Mean tau-b between the measurements of the same items with different seeds; NaN for a single one.
-
-    This is no bound on a score: one that knew what is behind the noise would agree better. See `noise_ceiling`.
-    """
+    """Mean tau-b between the measurements of the same items with different seeds; NaN for a single one."""
     taus = [kendall(columns[i], columns[j]).tau_b for i in range(len(columns)) for j in range(i)]
     return float(np.mean(taus)) if taus else math.nan
 
@@ -334,17 +311,14 @@ def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
     r"""Tau with the mean of `columns` that a score without any error would reach, were values and noise normal.
 
     With m measurements and r the correlation of two of them, :math:`r = \sin(\pi\tau/2)` by `seed_agreement`: their
-    mean has the reliability :math:`R = m r / (1 + (m - 1) r)` and the correlation :math:`\sqrt R` with the values
-    behind the noise, so the ceiling is :math:`\tfrac2\pi \arcsin \sqrt R`. 0 where the measurements do not agree at
-    all; NaN for a single one.
+    mean has the reliability :math:`R = m r / (1 + (m - 1) r)`, so the ceiling is :math:`\tfrac2\pi \arcsin \sqrt R`. 0
+    where the measurements do not agree at all; NaN for a single one.
 
     Source: Greiner's relation of tau and r; Spearman (1910) and Brown (1910), Brit. J. Psychology 3.
     """
     agreement, m = seed_agreement(columns), len(columns)
-    if math.isnan(agreement):
-        return math.nan
     r = max(0.0, math.sin(math.pi / 2 * agreement))
-    return 2 / math.pi * math.asin(math.sqrt(m * r / (1 + (m - 1) * r)))
+    return math.nan if math.isnan(agreement) else 2 / math.pi * math.asin(math.sqrt(m * r / (1 + (m - 1) * r)))
 
 
 def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
@@ -357,9 +331,10 @@ def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
 def _finite(values: ArrayLike) -> Floats:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        wrong = int((~np.isfinite(values)).sum())
         raise AnalysisError(
-            f"a column of shape {values.shape} with {int((~np.isfinite(values)).sum())} values that are not finite: "
-            "statistics need a filled column of numbers; leave the others out."
+            f"a column of shape {values.shape} with {wrong} values that are not finite: statistics need a filled "
+            "column of numbers; leave the others out."
         )
     return values
 

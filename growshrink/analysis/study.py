@@ -1,7 +1,6 @@
 """A study of pruning: random subnets under a budget, criteria at the same budget, and where these lie among those.
 
-The plan is a list of candidates, the same in every process that works on it. What a candidate costs to find is only
-spent by the process that evaluates it.
+The plan is the same list of candidates in every process; each is made by the process that evaluates it.
 """
 
 from __future__ import annotations
@@ -16,19 +15,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from growshrink.analysis import stats
-from growshrink.analysis._angle import Floats
+from growshrink.analysis import prune, stats
+from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.channels import ChannelSpace, best_channels
-from growshrink.analysis.prune import (
-    Budget,
-    DrawnWidths,
-    Space,
-    SupernetSpace,
-    allocate,
-    draw_widths,
-    random_channels,
-    width_of,
-)
+from growshrink.analysis.prune import Budget, DrawnWidths, Space, SupernetSpace, draw_widths, width_of
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
@@ -42,10 +32,7 @@ Made = tuple[nn.Module, Mapping[str, int]]
 
 @dataclass(frozen=True, eq=False)
 class PlannedNet:
-    """A subnet to evaluate: `make` cuts it from trained net number `net`.
-
-    `key` is its name in the results, `kind` "random", a criterion, or "CRITERION, random channels".
-    """
+    """A subnet of trained net number `net`; `kind` is "random", a criterion, or "CRITERION, random channels"."""
 
     key: str
     net: int
@@ -54,10 +41,7 @@ class PlannedNet:
 
 
 def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Floats]:
-    """Draw an importance for every channel, uniformly: the criterion that knows nothing.
-
-    Drawn for every net: one lucky draw, judged on all nets, would look like a criterion that works.
-    """
+    """Draw an importance for every channel of a net, uniformly: the criterion that knows nothing."""
     random = np.random.default_rng((seed, 1, net))
     return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
 
@@ -75,23 +59,23 @@ def plan_channels(
 ) -> list[PlannedNet]:
     """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
 
-    The last isolates which channels a criterion takes from how many it takes of each group. Criteria are keys of
-    `CRITERIA`, or "random": a threshold on random importances. `net` is the number of the trained net, `null_draws` how
-    often random channels are drawn at each criterion's widths.
+    Criteria are keys of `CRITERIA`, or "random": a threshold on random importances. `net` is the number of the trained
+    net, `null_draws` how often random channels are drawn at each criterion's widths.
     """
 
+    def at_random(widths: Mapping[str, int], number: int) -> Made:
+        return space.cut(prune.random_channels(space, widths, seed * 1_000_003 + number)), widths
+
     def drawn(number: int) -> Made:
-        widths = width_of(space, draws.index[number])
-        return space.cut(random_channels(space, widths, seed * 1_000_003 + number)), widths
+        return at_random(width_of(space, draws.index[number]), number)
 
     def by(criterion: str, channels: int | None) -> Made:
-        importance = (
-            random_importance(space, seed, net) if criterion == RANDOM else space.importance(criterion, batch())
-        )
-        widths = allocate(space, importance, budget)
-        if channels is None:
-            return space.cut(best_channels(importance, widths)), widths
-        return space.cut(random_channels(space, widths, seed * 1_000_003 + channels)), widths
+        drawn_by_lot = criterion == RANDOM
+        importance = random_importance(space, seed, net) if drawn_by_lot else space.importance(criterion, batch())
+        widths = prune.allocate(space, importance, budget)
+        if channels is not None:
+            return at_random(widths, channels)
+        return space.cut(best_channels(importance, widths)), widths
 
     plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
     for criterion in criteria:
@@ -114,16 +98,15 @@ def plan_widths(
 ) -> list[PlannedNet]:
     """Random widths of trained supernet number `net`, and for each score the best by it of as many other draws."""
 
-    def drawn(number: int) -> Made:
-        widths = width_of(space, draws.index[number])
+    def at(row: Index) -> Made:
+        widths = width_of(space, row)
         return space.subnet(widths), widths
 
     def by(picker: str) -> Made:
         pool = draw_widths(space, budget, len(draws.index), seed=seed + 1 + net).index
-        widths = width_of(space, pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
-        return space.subnet(widths), widths
+        return at(pool[int(np.nanargmax(SCORES[picker](bench, pool)))])
 
-    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(drawn, i)) for i in range(len(draws.index))]
+    plan = [PlannedNet(f"net {net}, random {i}", net, RANDOM, partial(at, row)) for i, row in enumerate(draws.index)]
     return plan + [PlannedNet(f"net {net}, {name}", net, name, partial(by, name)) for name in pickers]
 
 
@@ -134,10 +117,7 @@ def measure(
     val: ScoringBatches,
     train: Callable[[nn.Module], object] | None = None,
 ) -> dict[str, Any]:
-    """Make a candidate, recalibrate its batch norms, and evaluate it: its line in the results.
-
-    `train` trains it before, in place; None judges it as it was cut.
-    """
+    """Make a candidate, train it (None: judge it as cut), recalibrate its batch norms, evaluate it: its record."""
     began = time.perf_counter()
     net, widths = candidate.make()
     found = time.perf_counter()
@@ -164,32 +144,27 @@ def measure(
 def summarise(
     records: Sequence[Mapping[str, Any]], full: Sequence[float], *, num_resamples: int = 500
 ) -> dict[str, Any]:
-    """Where every criterion lies among the random draws of its own net.
+    """Where every criterion lies among the random draws of its own net; `full` has the val top-1 of each full net.
 
-    Args:
-        records: Lines of the results, complete.
-        full: Val top-1 of each trained net, unpruned.
-        num_resamples: Resamples of the bootstrap of N_eq.
-
-    Returns:
-        `random`: distribution and yields. `criteria`: for each its top-1 by net, percentile, N_eq with its interval,
-        difference from the mean random draw over nets (Student's interval, sign-flip test, Holm over criteria), and,
-        where there are nets with its widths and random channels, what its choice of channels and of widths are worth.
+    Returns `random`, distribution and yields, and `criteria`: for each its top-1 by net, percentile, N_eq with its
+    interval, difference from the mean random draw over nets (Student's interval, sign-flip test, Holm over criteria),
+    and, where known, what its choice of channels and of widths are worth.
     """
     nets = sorted({int(record["net"]) for record in records})
-    top1: dict[str, list[Floats]] = {}
-    for kind in dict.fromkeys(str(record["kind"]) for record in records):
-        top1[kind] = [
-            np.array([r["top1"] for r in records if r["kind"] == kind and r["net"] == net], dtype=np.float64)
-            for net in nets
-        ]
+
+    def top1_by_net(kind: str) -> list[Floats]:
+        return [np.array([float(r["top1"]) for r in records if r["kind"] == kind and r["net"] == n]) for n in nets]
+
+    top1 = {kind: top1_by_net(kind) for kind in dict.fromkeys(str(record["kind"]) for record in records)}
     random = top1[RANDOM]
     if any(len(values) < 2 for values in random):
         raise AnalysisError("fewer than 2 random subnets of a net: there is no distribution to place anything on.")
     summary: dict[str, Any] = {"random": _distribution(records, random, full), "criteria": {}}
-    names = [kind for kind in top1 if kind != RANDOM and not kind.endswith(", random channels")]
+    means = [float(own.mean()) for own in random]
     tests = []
-    for kind in names:
+    for kind in top1:
+        if kind == RANDOM or kind.endswith(", random channels"):
+            continue
         values = [float(found[0]) for found in top1[kind]]
         placed = [_place(own, value, num_resamples) for own, value in zip(random, values, strict=True)]
         row: dict[str, Any] = {
@@ -198,20 +173,18 @@ def summarise(
             "n_eq": [place["n_eq"] for place in placed],
             "seconds_to_find": _mean(r["seconds_to_find"] for r in records if r["kind"] == kind),
         }
-        means = [float(own.mean()) for own in random]
+        over = row["over_random"] = {"difference": [values[0] - means[0], None, None], "p": None, "effect": None}
         if len(nets) > 1:
             compared = stats.paired(values, means)
-            row["over_random"] = {"difference": compared.difference, "p": compared.p, "effect": compared.effect}
-            tests.append((row["over_random"], compared.p))
-        else:
-            row["over_random"] = {"difference": [values[0] - means[0], None, None], "p": None, "effect": None}
+            over |= {"difference": compared.difference, "p": compared.p, "effect": compared.effect}
+            tests.append(over)
         if f"{kind}, random channels" in top1:
             null = [float(found.mean()) for found in top1[f"{kind}, random channels"]]
             row["of_its_channels"] = float(np.mean(values) - np.mean(null))
             row["of_its_widths"] = float(np.mean(null) - np.mean(means))
         summary["criteria"][kind] = row
-    for (row, _), corrected in zip(tests, stats.holm([p for _, p in tests]), strict=True):
-        row["p_holm"] = corrected
+    for over, corrected in zip(tests, stats.holm([over["p"] for over in tests]), strict=True):
+        over["p_holm"] = corrected
     return summary
 
 
@@ -222,11 +195,9 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         f"full nets: val top-1 {_list(random['full'])} %",
         f"{random['n']} random subnets: mean {random['mean']:.2f} %, sd {random['sd']:.2f}, "
         f"best {random['max']:.2f} %; {random['seconds_each']:.3f} s each",
-        *(
-            f"yield within {points:g} points of the full net: {value:.1%} ({low:.1%}, {high:.1%})"
-            for points, (value, low, high) in random["yield"].items()
-        ),
     ]
+    for points, (value, low, high) in random["yield"].items():
+        lines.append(f"yield within {points:g} points of the full net: {value:.1%} ({low:.1%}, {high:.1%})")
     if not summary["criteria"]:
         return "\n".join(lines)
     lines += [
@@ -238,13 +209,12 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         over = row["over_random"]
         value, low, high = over["difference"]
         difference = f"{value:+.2f}" + ("" if low is None else f" ({low:+.2f}, {high:+.2f})")
-        p = over.get("p_holm")
-        n_eq, n_low, n_high = (_draws(x) for x in row["n_eq"][0])
+        n_eq, n_low, n_high = (">" if math.isinf(x) else f"{x:.3g}" for x in row["n_eq"][0])
         draws = f"{n_eq} ({n_low}, {n_high})"
         lines.append(
             f"{name:20s} {_list(row['top1']):>24s} {_list(row['percentile'], 0):>16s} "
-            f"{draws:>22s} {difference:>24s} {'-' if p is None else f'{p:.3f}':>9s} "
-            f"{_signed(row.get('of_its_channels')):>9s} {_signed(row.get('of_its_widths')):>7s} "
+            f"{draws:>22s} {difference:>24s} {_cell(over.get('p_holm'), '.3f'):>9s} "
+            f"{_cell(row.get('of_its_channels'), '+.2f'):>9s} {_cell(row.get('of_its_widths'), '+.2f'):>7s} "
             f"{row['seconds_to_find']:7.3f}"
         )
     lines += [
@@ -264,10 +234,7 @@ def _distribution(
     records: Sequence[Mapping[str, Any]], random: Sequence[Floats], full: Sequence[float]
 ) -> dict[str, Any]:
     values = np.concatenate(random)
-    reached = {
-        points: np.concatenate([own >= top - points for own, top in zip(random, full, strict=True)])
-        for points in (1.0, 2.0, 5.0)
-    }
+    tops = np.repeat(full, [len(own) for own in random])
     return {
         "full": list(full),
         "n": len(values),
@@ -275,7 +242,7 @@ def _distribution(
         "sd": float(np.mean([own.std(ddof=1) for own in random])),
         "max": float(values.max()),
         "quantiles": {q: float(np.quantile(values, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
-        "yield": {points: stats.wilson(int(hits.sum()), len(hits)) for points, hits in reached.items()},
+        "yield": {d: stats.wilson(int((values >= tops - d).sum()), len(values)) for d in (1.0, 2.0, 5.0)},
         "seconds_each": _mean(r["seconds_to_find"] + r["seconds_to_evaluate"] for r in records if r["kind"] == RANDOM),
     }
 
@@ -295,9 +262,5 @@ def _list(values: Sequence[float], digits: int = 1) -> str:
     return " ".join(f"{value:.{digits}f}" for value in values)
 
 
-def _draws(value: float) -> str:
-    return ">" if math.isinf(value) else f"{value:.3g}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.2f}"
+def _cell(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

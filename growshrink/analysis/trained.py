@@ -36,12 +36,8 @@ def as_supernet(
     if not grown_modules(model):
         grown_by = {"branch": "bottleneck", "ratio": RATIO, "seed": seed}
         grow(model, **grown_by, inplace=True, input_size=input_size)
-    return width_space(model), {
-        "name": about["name"],
-        "kwargs": about["kwargs"],
-        "grow": grown_by,
-        "input_size": list(input_size),
-    }
+    about = {"name": about["name"], "kwargs": about["kwargs"], "grow": grown_by, "input_size": list(input_size)}
+    return width_space(model), about
 
 
 def train_supernet(
@@ -58,8 +54,7 @@ def train_supernet(
 ) -> int:
     """Train the widths of a grown net together, in place, activations alive; see `train_net`.
 
-    Widths are drawn from `space` (None: all of the model's) by `seed` and the update. `mode` is one of `NetAugTask`'s:
-    "single" draws one subnet an update, uniformly, as the articles on ranking do.
+    Widths are drawn from `space` (None: all of the model's) by `seed` and the update, in a `mode` of `NetAugTask`'s.
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
@@ -78,10 +73,9 @@ def train_net(
     after_update: Callable[[], None] | None = None,
     task: NetAugTask | None = None,
 ) -> int:
-    """Train a net in place, learning rate falling by a cosine; no average of the weights is kept.
+    """Train a net in place, learning rate falling by a cosine; a `task` computes the loss in place of the trainer.
 
-    Updates are counted from `start`, which decides about their batches; returns the number of the next one. A `task`
-    computes the loss in place of the trainer.
+    Updates are counted from `start`, which decides about their batches; returns the number of the next one.
     """
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start

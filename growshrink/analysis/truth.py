@@ -22,12 +22,7 @@ _WHOLE = re.compile(r"[0-9]{1,9}")
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """Measured subnets.
-
-    Attributes:
-        index: The subnets, `(N, number of variables)`.
-        columns: One measurement of each for every seed, `(N,)` by name, higher is better.
-    """
+    """Measured subnets, `(N, number of variables)`, and a column of measurements `(N,)` by seed, higher is better."""
 
     index: Index
     columns: dict[str, Floats]
@@ -52,9 +47,7 @@ def read_rows(path: Path) -> list[list[str]]:
 def read_truth(path: Path, table: AngleTable) -> Truth:
     """A CSV file with the header `subnet,NAME[,NAME...]`: a subnet's name, and a number for each seed.
 
-    Raises:
-        AnalysisError: The file is not readable, knows a subnet that the space does not have, names one twice, or has a
-            value that is no finite number. (Equal values are no error: ties are what tau-b is for.)
+    AnalysisError unless it is readable and names subnets of the space, each once, with finite numbers.
     """
     rows = read_rows(path)
     names, widths, values = rows[0][1:], [], []
@@ -84,15 +77,12 @@ def read_truth(path: Path, table: AngleTable) -> Truth:
 
 
 def _width(text: str, table: AngleTable, where: str) -> dict[str, int]:
-    parts = text.split("-")
-    if len(parts) != len(table.names) or not all(_WHOLE.fullmatch(part) for part in parts):
-        raise AnalysisError(
-            f"{where}: {text!r} is no subnet of this space: needs {len(table.names)} widths joined by '-'."
-        )
+    parts, num = text.split("-"), len(table.names)
+    if len(parts) != num or not all(_WHOLE.fullmatch(part) for part in parts):
+        raise AnalysisError(f"{where}: {text!r} is no subnet of this space: needs {num} widths joined by '-'.")
     width = dict(zip(table.names, map(int, parts), strict=True))
     for name, choices in table.choices.items():
         if width[name] not in choices:
-            raise AnalysisError(
-                f"{where}: {text}: {name} cannot be {width[name]}, only {', '.join(map(str, choices))}."
-            )
+            known = ", ".join(map(str, choices))
+            raise AnalysisError(f"{where}: {text}: {name} cannot be {width[name]}, only {known}.")
     return width

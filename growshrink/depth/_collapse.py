@@ -15,24 +15,22 @@ from growshrink.proofs._compare import EXACT_FLOAT64
 from growshrink.proofs.probes import random_images
 from growshrink.transforms._fuse import relative_error
 
-#: Rows of the matrix that are computed at a time.
-ROWS = 64
+ROWS = 64  # of the matrix that are computed at a time
 
 
 def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
     r"""An affine net as `nn.Flatten` and one `nn.Linear`: for images of this size, exactly the same function.
 
     Row k of the weight is the gradient of output k with respect to the image, and the bias is the output for a black
-    image: :math:`A_k = \nabla_x f_k(0), b = f(0)`. Zero padding, strides, skips and pooling need no care: for a fixed
-    input size all of them are matrices. Whether the net is affine is tested, not assumed.
+    image: :math:`A_k = \nabla_x f_k(0), b = f(0)`. Whether the net is affine is tested, not assumed.
 
     Args:
         model: Any net that maps images (N, C, H, W) to (N, K). It is used as in eval mode.
         input_size: `(C, H, W)`.
 
     Returns:
-        `nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, K))` on the model's device, in its dtype, in eval mode. The
-        numbers are computed in float64.
+        `nn.Sequential(nn.Flatten(), nn.Linear(C * H * W, K))` in eval mode, on the model's device and in its dtype,
+        computed in float64.
 
     Raises:
         NotLinearError: The net is not affine; names the first module that is not.
@@ -58,19 +56,19 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
 
 
 def _refuse_nonlinear(model: nn.Module, input_size: InputSize) -> None:
+    lams = {name: float(act.lam) for name, act in vanishing(model) if float(act.lam) != 0}
     culprits = nonaffine_modules(model, input_size)
     if not culprits:  # a lam may be too small to be felt, and is alive nevertheless
         ran = trace(model, input_size).calls
-        culprits = {name: float(act.lam) for name, act in vanishing(model) if ran.get(name) and float(act.lam) != 0}
+        culprits = {name: lam for name, lam in lams.items() if ran.get(name)}
     if not culprits:
         return
     name, defect = next(iter(culprits.items()))
     module = model.get_submodule(name)
     lam = getattr(module, "lam", None)
+    advice = "build the net without activations (a ReduceNet with linear=True), and see that none works in place"
     if isinstance(lam, Tensor) and float(lam) != 0:
         advice = f"its lam is {float(lam):g}; growshrink.set_lambda(model, 0), or train until the schedule is there"
-    else:
-        advice = "build the net without activations (a ReduceNet with linear=True), and see that none works in place"
     more = f" (and {len(culprits) - 1} more)" if len(culprits) > 1 else ""
     raise NotLinearError(
         f"{name or 'the model itself'} ({type(module).__name__}) is not affine{more}, relative defect {defect:.1e} (of "

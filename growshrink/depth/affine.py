@@ -1,8 +1,7 @@
 """Is a net an affine map of its input, and if not, which module makes it another?
 
-A net is affine exactly if f(a) + f(b) - f(a + b) - f(0) = 0 for all a and b. The test asks what the net *does*, so it
-also sees what no list of layer types shows: an activation called as a function, or one that works in place and thereby
-changes the other term of a sum (`lam * relu(x, inplace=True) + (1 - lam) * x` is a ReLU at every lam).
+Asked is what the net *does*: so activations that are called as functions, or work in place on what is read elsewhere
+too, are found as well.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.proofs._compare import EXACT_FLOAT64
 from growshrink.proofs.probes import random_images
 
-#: A net is probed with values of the size it was given, and if that shows nothing with values so much larger: a bias
-#: that keeps an activation on one side, or its own bounds, are then left behind.
+#: Sizes of probes, tried in turn: large ones get past a bias that keeps an activation on one side, and its own bounds.
 SCALES = (1.0, 1e6)
 
 
@@ -32,12 +30,7 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
     .. math:: \max |f(a) + f(b) - f(a + b) - f(0)| \; / \; \max |f(a) - f(0)|
 
     Computed on a copy, in eval mode and float64, with every lam as it is, for random images a and b, and if these show
-    nothing for images a million times as large: an activation that a bias keeps on one side is found too.
-
-    Args:
-        model: Any module that takes one image batch.
-        input_size: `(C, H, W)`; None takes the model's own.
-        seed: Seed of the images.
+    nothing for images a million times as large. `input_size` is `(C, H, W)`; None takes the model's own.
     """
     replica, images = _in_float64(model, input_size, 4, seed)
     return _defect(replica, (images,), {}, seed)
@@ -47,8 +40,8 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
 def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, seed: int = 0) -> dict[str, float]:
     """The modules that keep a net from being affine, with their own defects, in the order in which they run.
 
-    Only the innermost are named: a module is listed if it is not affine itself and no module inside it is to blame.
-    Empty if the net is affine, whatever its parts are. Arguments as for `affinity_defect`.
+    Only the innermost are named. Empty if the net is affine, whatever its parts are. Arguments as for
+    `affinity_defect`.
     """
     replica, images = _in_float64(model, input_size, 2, seed)
     if _defect(replica, (images,), {}, seed) <= EXACT_FLOAT64:

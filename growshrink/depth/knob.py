@@ -1,12 +1,10 @@
 """The depth knob: which activations of a net go, so that the merged net meets a latency on this machine.
 
-Giving up an activation lets two blocks become one convolution, which may or may not be faster here, and costs some
-accuracy. Both are measured per segment of neighbouring blocks, and taken to add up; then the best cut of the net for
-a latency is a shortest path problem, solved by dynamic programming over the blocks.
+Latency and loss are measured per segment of neighbouring blocks and taken to add up; the best cut for a latency is then
+found by dynamic programming over the blocks.
 
-The idea is that of Kim et al., Efficient Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming
-(arXiv:2301.12187), who train per segment to find out what it is worth; here the activations are silenced in the
-trained net, the batch norms recalibrated, and the loss read off.
+Source: Kim et al., Efficient Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming (arXiv:2301.12187),
+who train per segment; here the activations are silenced in the trained net and the batch norms recalibrated.
 """
 
 from __future__ import annotations
@@ -43,13 +41,9 @@ class DepthPlan:
 
 @dataclass(frozen=True)
 class MeasuredPlan:
-    """A plan, and what the clock says of it.
+    """A plan, and the measured latency of its merged net.
 
-    Attributes:
-        plan: The plan.
-        ms: Measured latency of the merged net.
-        share: The same over that of the net as it is, measured in the same turns.
-        error: Relative error of the predicted share.
+    `share` is that latency over the net's own, measured in the same turns; `error` is relative, of the predicted share.
     """
 
     plan: DepthPlan
@@ -66,17 +60,10 @@ def segment_harms(
     longest: int = 4,
     progress: bool = False,
 ) -> dict[Segment, float]:
-    """Measure how much the loss of a trained net rises when each segment gives up its activations; never negative.
+    """Measure how much the loss of a trained plain ReduceNet rises when a segment gives up its activations; never < 0.
 
-    For each segment of several blocks: what `vanish_cut` does to it, lam 0, the batch norms recalibrated on
-    `batches`, and the loss compared with the net's own.
-
-    Args:
-        model: A trained plain ReduceNet.
-        batches: Training images `(N, C, H, W)`.
-        loss: Loss of a net, on images it was not trained on.
-        longest: Blocks a segment has at most.
-        progress: Show a progress bar.
+    `batches` are training images `(N, C, H, W)`, on which batch norms are recalibrated; `loss` is taken on images that
+    the net was not trained on; a segment has at most `longest` blocks.
     """
     own = loss(model)
     harms = {}
@@ -101,25 +88,19 @@ def depth_frontier(latencies: Latencies, harms: Mapping[Segment, float]) -> list
         own = [segment for segment in harms if segment.stage == stage]
         at = {0: ways}
         for stop in range(1, 1 + max(segment.stop for segment in own)):
-            at[stop] = _frontier(
-                (
-                    DepthPlan((*way.cut, segment), way.ms + latencies.change_ms[segment], way.harm + harms[segment])
-                    for segment in own
-                    if segment.stop == stop
-                    for way in at[segment.start]
-                ),
-                step,
-            )
+            found = [
+                DepthPlan((*way.cut, segment), way.ms + latencies.change_ms[segment], way.harm + harms[segment])
+                for segment in own
+                if segment.stop == stop
+                for way in at[segment.start]
+            ]
+            at[stop] = _frontier(found, step)
         ways = at[stop]
     return [way for way in ways if way.ms <= latencies.net_ms]
 
 
 def plan_depth(latencies: Latencies, harms: Mapping[Segment, float], *, target_ms: float) -> DepthPlan:
-    """The plan of the least harm whose predicted latency meets the target.
-
-    Raises:
-        PlanError: None does; says which latency can be had.
-    """
+    """The plan of the least harm whose predicted latency meets the target; PlanError if none does."""
     frontier = depth_frontier(latencies, harms)
     fitting = [plan for plan in frontier if plan.ms <= target_ms]
     if not fitting:
@@ -139,10 +120,9 @@ def measure_plans(
     batch_size: int = 1,
     rounds: int = 200,
 ) -> list[MeasuredPlan]:
-    """Time the nets that plans lead to; those that turn out slower than the net as it is are left out.
+    """Time the nets that plans lead to, before any training; those slower than the net as it is are left out.
 
-    (The plan that merges nothing is that net, and stays.) Latency does not depend on the weights, so this comes before
-    any training. `latencies` are those the plans were made with.
+    (The plan that merges nothing is that net, and stays.) `latencies` are those the plans were made with.
     """
     net_ms, times = measure_cuts(model, [plan.cut for plan in plans], input_size, batch_size=batch_size, rounds=rounds)
     measured = [

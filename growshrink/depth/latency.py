@@ -60,21 +60,13 @@ def measure_latencies(
 ) -> Latencies:
     """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
 
-    Each segment is timed where it will work, as the net in which it alone is merged: alone, with its input
-    always in the cache, a large kernel looks up to 15 % faster than it is. An error in the net's own time would be in
-    every change, and so count once per segment in a sum, and changes do not quite add up; so some cuts of the whole net
-    are timed too, and the changes are those that fit all these times best (least squares). All timings are interleaved
-    in one session. What has been measured on this hardware, with this version of torch,
-    for a net of this shape comes from the disk; delete the file to measure again.
+    Each segment is timed as the net in which it alone is merged: by itself, with its input always in the cache, a large
+    kernel looks up to 15 % faster than it is. Some cuts of the whole net are timed too, and the changes are those that
+    fit all times best (least squares). What has been measured on this hardware, with this version of torch, for a net
+    of this shape comes from the disk; delete the file to measure again.
 
-    Args:
-        model: A plain ReduceNet; its weights do not matter.
-        input_size: `(C, H, W)`.
-        batch_size: Images at a time.
-        longest: Blocks a segment has at most.
-        rounds: Interleaved rounds.
-        cache: Folder for the table, one JSON file per hardware; None neither reads nor writes one.
-        progress: Show a progress bar.
+    A segment has at most `longest` blocks; the net's weights do not matter. `cache` is a folder for the tables, one
+    JSON file per hardware; None neither reads nor writes one.
     """
     segments = all_segments(model, longest)
     hardware = hardware_name(next(model.parameters()).device)
@@ -105,24 +97,22 @@ def measure_latencies(
 def read_table(path: Path) -> dict[str, Any]:
     """What `measure_latencies` left on the disk; RunError if it is something else."""
     table = read_json(path)
-    nets = table.get("nets")
-    entries: list[Any] = list(nets.values()) if isinstance(nets, dict) else [None]
-    for entry in entries:
-        whole = isinstance(entry, dict) and isinstance(entry.get("change_ms"), dict)
-        numbers: list[Any] = [entry.get("net_ms"), *entry["change_ms"].values()] if whole else [None]
-        if not all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
-            raise RunError(f"{path}: not a table of latencies; delete it, to measure again.")
+    try:
+        numbers = [ms for entry in table["nets"].values() for ms in (entry["net_ms"], *entry["change_ms"].values())]
+        sound = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise RunError(f"{path}: not a table of latencies; delete it, to measure again.")
     return table
 
 
 def _fit(merged: Sequence[Counter[str]], ms: Sequence[float]) -> dict[str, Any]:
-    """The time of the net and the change by kind of segment that explain best what nets with these merged take."""
+    """The net's time and the change by kind of segment that explain best what nets with these merged take."""
     kinds = list(dict.fromkeys(kind for counts in merged for kind in counts))
     design = torch.tensor([[1.0, *(counts[kind] for kind in kinds)] for counts in merged], dtype=torch.float64)
-    # relatively: a clock is a certain share off
-    times = torch.tensor(ms, dtype=torch.float64)
-    solution = torch.linalg.lstsq(design / times[:, None], torch.ones(len(ms), 1, dtype=torch.float64)).solution
-    net_ms, *changes = solution[:, 0].tolist()
+    times = torch.tensor(ms, dtype=torch.float64)[:, None]  # errors are relative: a clock is a certain share off
+    net_ms, *changes = torch.linalg.lstsq(design / times, torch.ones_like(times)).solution[:, 0].tolist()
     return {"net_ms": net_ms, "change_ms": dict(zip(kinds, changes, strict=True))}
 
 
@@ -135,21 +125,18 @@ def measure_cuts(
     rounds: int = 200,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
-    """Time a plain ReduceNet and what it becomes by each of the cuts, interleaved; no training is needed.
-
-    Returns:
-        Milliseconds per batch of the folded net, and of the merged net of each cut.
-    """
+    """Time a plain ReduceNet and what it becomes by each of the cuts, interleaved: milliseconds per batch of each."""
     like = next(model.parameters())
     images = random_images(input_size, batch_size, like.dtype, seed=0).to(like.device)
-    calls = {"net": _call(fold(model, input_size=input_size), images)}
-    for number, cut in enumerate(cuts):
+    nets = [fold(model, input_size=input_size)]
+    for cut in cuts:
         vanished = vanish_cut(model, cut)
         set_lambda(vanished, 0.0)
-        calls[str(number)] = _call(merge_cut(vanished, cut, input_size=input_size), images)
+        nets.append(merge_cut(vanished, cut, input_size=input_size))
+    calls = {str(number): partial(_forward, net.eval(), images) for number, net in enumerate(nets)}
     own_thread = like.device.type == "cpu" and torch.get_num_threads() == 1
-    times = interleaved_timings(calls, rounds=rounds, own_thread=own_thread, progress=progress)
-    return times["net"], [times[str(number)] for number in range(len(cuts))]
+    net_ms, *ms = interleaved_timings(calls, rounds=rounds, own_thread=own_thread, progress=progress).values()
+    return net_ms, ms
 
 
 def hardware_name(device: torch.device) -> str:
@@ -158,10 +145,6 @@ def hardware_name(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     about = machine()
     return f"{about['processor']}, {about['threads']} of {about['cores']} threads, torch {torch.__version__}"
-
-
-def _call(model: nn.Module, x: Tensor) -> partial[None]:
-    return partial(_forward, model.eval(), x)
 
 
 @torch.no_grad()

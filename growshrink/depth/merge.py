@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import nn
@@ -27,10 +29,7 @@ IF_COSTLIER = ("refuse", "warn", "allow")
 
 @dataclass(frozen=True)
 class Run:
-    """Convolutions that become one, which goes by the last of their names.
-
-    `macs_before` are those of the convolutions for one image, `macs_after` those of the merged one.
-    """
+    """Convolutions that become one, which goes by the last of their names, and their MACs for one image."""
 
     names: tuple[str, ...]
     kernel_size: tuple[int, int]
@@ -40,14 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What merging does to a net, or would do.
-
-    Attributes:
-        runs: What is merged.
-        ends: Why a convolution is not merged with the one that feeds it, by its name.
-        macs_before: MACs of the whole net, one image.
-        macs_after: MACs of the merged net.
-    """
+    """What merging does to a net, or would do; `ends`: why a convolution is not merged with the one that feeds it."""
 
     runs: tuple[Run, ...]
     ends: dict[str, str]
@@ -78,39 +70,35 @@ def merge_runs(
     The net is folded first (batch norms, in ReduceNets skips), activations that have vanished are taken out, and
     then each run of convolutions, in which each alone reads the output of the one before, becomes a single one at the
     place of the last. Strides, dilations and groups compose; pointwise convolutions merge into anything. Exact at the
-    borders, or not done: behind a convolution, another one that pads can only be merged if what it pads with is what
-    the first would give there. Build the net with all padding in front (`pad="front"` of a ReduceNet), or end the run.
+    borders, or not done: build the net with all padding in front (`pad="front"` of a ReduceNet).
 
-    Merging can increase the cost of a net: two 3x3 of equal width cost 18 multiplications where the 5x5
-    costs 25. Whether it is faster nevertheless has to be measured (`growshrink.depth.knob`).
+    Merging can increase the cost of a net (two 3x3: 18 multiplications, the 5x5: 25); whether it is faster has to be
+    measured (`growshrink.depth.knob`).
 
     Args:
         model: A plain net (fuse a grown one first).
         where: Which convolutions may take part: None (all), a regular expression on dotted names, a callable (name,
-            module) -> bool, a list of names, each of which then has to become part of a run, or a list of runs, each a
-            list of names in order.
+            module) -> bool, names, all of which have to become part of a run, or runs, each a list of names in order.
         if_costlier: About runs that cost more MACs merged. "refuse": what is asked for by name is an error, elsewhere
             the cheapest way to cut is taken; "warn": merged, with a warning; "allow": merged.
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)` for the data flow, the MACs and the final check; None takes the model's own.
 
     Returns:
-        The merged net, in its inference form, checked against the given one on random inputs. See `merge_report` for
-        its MACs.
+        The merged net, in its inference form, checked against the given one on random inputs.
 
     Raises:
         MergeError: Nothing, or not what was named, can be merged exactly, or it would cost more. The model is as it
             was.
         FuseError: The net is grown, or cannot be folded.
     """
-    plan, _, size = _plan(model, where, if_costlier, input_size)
-    if not plan.runs:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(plan.ends.items())[:3])
+    runs, ends, _, size = _plan(model, where, if_costlier, input_size)
+    if not runs:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(ends.items())[:3])
         raise MergeError(f"there are no two convolutions to merge: {reasons or 'none follows another'}.")
-    costly = [run for run in plan.runs if run.macs_after > run.macs_before]
-    if costly and if_costlier == "warn":
-        warnings.warn(f"merging increases the cost of {_priced(costly)}", stacklevel=2)
-    commit = partial(_commit, runs=plan.runs, input_size=size)
+    if if_costlier == "warn" and (costly := _costly(runs)):
+        warnings.warn(f"merging increases the cost of {costly}", stacklevel=2)
+    commit = partial(_commit, runs=runs, input_size=size)
     model = model if inplace else copy.deepcopy(model)
     try:
         check_unchanged(model, commit, size)
@@ -124,21 +112,15 @@ def merge_report(
     model: nn.Module, where: WhereToMerge = None, *, if_costlier: str = "refuse", input_size: InputSize | None = None
 ) -> MergeReport:
     """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after."""
-    plan, folded, size = _plan(model, where, if_costlier, input_size)
-    _merge(folded, plan.runs)
-    return MergeReport(plan.runs, plan.ends, profile(model, size).macs, profile(folded, size).macs)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    runs: tuple[Run, ...]
-    ends: dict[str, str]
+    runs, ends, folded, size = _plan(model, where, if_costlier, input_size)
+    _merge(folded, runs)
+    return MergeReport(runs, ends, profile(model, size).macs, profile(folded, size).macs)
 
 
 def _plan(
     model: nn.Module, where: WhereToMerge, if_costlier: str, input_size: InputSize | None
-) -> tuple[_Plan, nn.Module, InputSize]:
-    """What to merge, the folded copy it was found out on, and the size of its input."""
+) -> tuple[tuple[Run, ...], dict[str, str], nn.Module, InputSize]:
+    """What to merge and why not more, the folded copy it was found out on, and the size of its input."""
     if if_costlier not in IF_COSTLIER:
         raise MergeError(f"if_costlier={if_costlier!r}: no such choice{did_you_mean(if_costlier, IF_COSTLIER)}")
     folded = copy.deepcopy(model)
@@ -146,11 +128,10 @@ def _plan(
     flow = trace(folded, input_size)
     chains, ends = _chains(folded, flow)
     named, exact = _named(folded, where)
+    runs: list[Run] = []
     if exact is not None:
-        runs = [_whole(folded, flow, run, chains, ends) for run in exact]
-        ends = {}
+        runs, ends = [_whole(folded, flow, run, chains, ends) for run in exact], {}
     else:
-        runs = []
         for chain in _selected(folded, chains, where, named):
             found, reasons = _cut(folded, flow, chain, cheapest=if_costlier == "refuse" and named is None)
             runs += found
@@ -160,16 +141,12 @@ def _plan(
             raise MergeError(
                 f"{name} cannot be merged with what is before or behind it: {ends.get(name, 'see where')}."
             )
-    costly = [run for run in runs if run.macs_after > run.macs_before]
-    if costly and if_costlier == "refuse":
+    if if_costlier == "refuse" and (costly := _costly(runs)):
         raise MergeError(
-            f"merging would increase the cost of {_priced(costly)}. "
+            f"merging would increase the cost of {costly}. "
             "Pass if_costlier='warn' or 'allow' if latency says otherwise."
         )
-    return _Plan(tuple(runs), ends), folded, flow.input_size
-
-
-# ---- which convolutions follow which
+    return tuple(runs), ends, folded, flow.input_size
 
 
 def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, str]]:
@@ -189,9 +166,8 @@ def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, st
         if not behind:
             continue
         if others or len(behind) > 1:  # what changes the output in place is one of its readers
-            ends |= {
-                b: f"{', '.join([*others, *behind[1:]])} reads or changes the output of {name} too" for b in behind
-            }
+            others += behind[1:]
+            ends |= dict.fromkeys(behind, f"{', '.join(others)} reads or changes the output of {name} too")
         elif flow.calls[name] != 1 or flow.calls[behind[0]] != 1:
             ends[behind[0]] = "a module that runs more than once is not merged"
         elif hooked := [n for n in (name, behind[0]) if _has_hooks(model.get_submodule(n))]:
@@ -250,57 +226,39 @@ def _selected(
             return re.search(where, name) is not None
         return where is None or bool(where(name, model.get_submodule(name)))  # type: ignore[operator]
 
-    parts: list[list[str]] = []
-    for chain in chains:
-        part: list[str] = []
-        for name in chain:
-            if takes(name):
-                part.append(name)
-            else:
-                parts.append(part)
-                part = []
-        parts.append(part)
+    parts = [list(part) for chain in chains for taken, part in groupby(chain, takes) if taken]
     return [part for part in parts if len(part) > 1]
-
-
-# ---- what they become
 
 
 def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
     """The map of convolutions in a row; AlgebraError, with the name, where they are not one convolution."""
     total: ConvMap | None = None
-    for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        try:
+    try:
+        for name in names:
+            conv = model.get_submodule(name)
+            assert isinstance(conv, nn.Conv2d)
             total = ConvMap.from_conv2d(conv) if total is None else total.then(ConvMap.from_conv2d(conv))
-        except AlgebraError as error:
-            raise AlgebraError(str(error), module=name) from error
-    assert total is not None
+        assert total is not None
+        if len(names) > 1:  # alone, a convolution may be padded as it likes
+            total.to_conv2d()  # refuses lopsided padding
+    except AlgebraError as error:
+        raise AlgebraError(str(error), module=name) from error
     return total
 
 
 def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
     total = _compose(model, names)
-    if len(names) > 1:  # alone, a convolution may be padded as it likes
-        try:
-            total.to_conv2d()  # refuses lopsided padding
-        except AlgebraError as error:
-            raise AlgebraError(str(error), module=names[-1]) from error
-    height, width = flow.output_sizes[names[-1]]
-    before = 0
-    for name in names:
-        conv = model.get_submodule(name)
-        assert isinstance(conv, nn.Conv2d)
-        before += conv.weight.numel() * flow.output_sizes[name][0] * flow.output_sizes[name][1]
+    positions = {name: math.prod(flow.output_sizes[name]) for name in names}
+    before = sum(model.get_parameter(f"{name}.weight").numel() * number for name, number in positions.items())
     kh, kw = total.kernel.shape[2:]
-    return Run(tuple(names), (kh, kw), before, total.kernel.numel() * height * width)
+    return Run(tuple(names), (kh, kw), before, total.kernel.numel() * positions[names[-1]])
 
 
 def _whole(model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[list[str]], ends: dict[str, str]) -> Run:
     """A run that was asked for, name by name."""
+    follows = {pair for chain in chains for pair in zip(chain, chain[1:], strict=False)}
     for first, second in zip(names, names[1:], strict=False):
-        if not any(pair == (first, second) for chain in chains for pair in zip(chain, chain[1:], strict=False)):
+        if (first, second) not in follows:
             reason = ends.get(second, "something that is not affine, or another reader, is between them")
             raise MergeError(f"{second} does not follow {first} directly: {reason}.")
     try:
@@ -323,9 +281,7 @@ def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> t
     # best[i]: MACs of the first i convolutions, and the cuts that lead there
     best: dict[int, tuple[int, list[Run]]] = {0: (0, [])}
     for stop in range(1, len(chain) + 1):
-        ways = [
-            (best[start][0] + run.macs_after, best[start][1] + [run]) for (start, s), run in runs.items() if s == stop
-        ]
+        ways = [(best[b][0] + run.macs_after, best[b][1] + [run]) for (b, s), run in runs.items() if s == stop]
         best[stop] = min(ways, key=lambda way: (way[0], len(way[1])))
     found = best[len(chain)][1]
     if not cheapest:
@@ -334,14 +290,10 @@ def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> t
             stop = max(s for b, s in runs if b == start)
             found.append(runs[start, stop])
             start = stop
-    for run in found:
-        if (first := run.names[0]) != chain[0]:
-            reasons.setdefault(first, "it would cost more MACs")
-    first_names = {run.names[0] for run in found}
-    return [run for run in found if len(run.names) > 1], {n: r for n, r in reasons.items() if n in first_names}
-
-
-# ---- doing it
+    for run in found[1:]:
+        reasons.setdefault(run.names[0], "it would cost more MACs")
+    cuts = {run.names[0] for run in found}
+    return [run for run in found if len(run.names) > 1], {n: r for n, r in reasons.items() if n in cuts}
 
 
 def _prepare(model: nn.Module, input_size: InputSize | None) -> None:
@@ -374,7 +326,10 @@ def _commit(model: nn.Module, runs: tuple[Run, ...], input_size: InputSize) -> N
     _merge(model, runs)
 
 
-def _priced(runs: Iterable[Run]) -> str:
+def _costly(runs: Iterable[Run]) -> str:
+    """The runs that cost more merged, for messages."""
     return ", ".join(
-        f"{run.names[0]} .. {run.names[-1]} ({run.macs_before:,} -> {run.macs_after:,} MACs)" for run in runs
+        f"{run.names[0]} .. {run.names[-1]} ({run.macs_before:,} -> {run.macs_after:,} MACs)"
+        for run in runs
+        if run.macs_after > run.macs_before
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -23,8 +23,7 @@ from growshrink.transforms import fold
 class Segment(NamedTuple):
     """Blocks `start` to `stop - 1` of a stage, as one convolution.
 
-    Wide, every kernel is kept, and the merged one is as large as all of them together: 5x5, 7x7, ... Slim, only the
-    first kernel is; of the others the centre is, they are pointwise from then on, and the merged one is 3x3.
+    Wide, every kernel is kept: the merged one is 5x5, 7x7, ... Slim, of all but the first only the centre is: 3x3.
     """
 
     stage: int
@@ -92,10 +91,9 @@ def check_reducenet(model: nn.Module) -> None:
 def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
     """A copy of a plain ReduceNet in which the activations inside the segments can vanish, and which then merges.
 
-    In a segment of several blocks every ReLU but the last becomes a `VanishingReLU`, still alive (lam 1). Of a wide
-    segment all padding moves to the first convolution; of a slim one all kernels but the first shrink to their
-    centres. Otherwise the weights are kept; training has to make good what has changed. Train with lam falling to 0,
-    then `merge_cut`.
+    In a segment of several blocks every ReLU but the last becomes a `VanishingReLU` of lam 1. Of a wide segment all
+    padding moves to the first convolution; of a slim one all kernels but the first shrink to their centres. Train with
+    lam falling to 0, then `merge_cut`.
     """
     check_reducenet(model)
     _check_cut(model, cut)
@@ -119,22 +117,15 @@ def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
 
 def merge_cut(model: nn.Module, cut: Sequence[Segment], *, input_size: InputSize | None = None) -> nn.Module:
     """The inference form of a net from `vanish_cut` whose lam is 0: one convolution per segment, on a copy, exactly."""
-    names = [
-        [f"stages.{segment.stage}.{index}.conv" for index in range(segment.start, segment.stop)]
-        for segment in cut
-        if segment.length > 1
-    ]
+    runs = [segment for segment in cut if segment.length > 1]
+    names = [[f"stages.{run.stage}.{index}.conv" for index in range(run.start, run.stop)] for run in runs]
     if not names:
         return fold(model, input_size=input_size)
     return merge_runs(model, names, if_costlier="allow", input_size=input_size)
 
 
 def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
-    """A fresh net with the shape the merged one has, to be trained plainly: what the knob is to be compared with.
-
-    One block per segment: a convolution of the merged kernel's size, batch norm, the skip where the shape allows it,
-    ReLU.
-    """
+    """A fresh net with the shape the merged one has, a block per segment: what the knob is to be compared with."""
     check_reducenet(model)
     _check_cut(model, cut)
     model = cast(ReduceNet, copy.deepcopy(model))
@@ -151,11 +142,12 @@ def _block_like(model: nn.Module, segment: Segment) -> Block:
     blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
     first, last = blocks[0].conv, blocks[-1].conv
     assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-    stride, device, dtype = first.stride[0], first.weight.device, first.weight.dtype
-    block = Block(first.in_channels, last.out_channels, stride, device=device, dtype=dtype)
+    stride = first.stride[0]
+    factory: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
     padding = 1 if segment.slim else front_padding(stride, segment.length)
     channels = first.in_channels, 0, last.out_channels
-    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, device=device, dtype=dtype)
+    block = Block(first.in_channels, last.out_channels, stride, **factory)
+    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, **factory)
     return block
 
 
@@ -172,18 +164,11 @@ def stages_of(model: nn.Module) -> list[list[Block]]:
 
 def _centre(conv: nn.Conv2d) -> nn.Conv2d:
     """The centre of a kernel as a pointwise convolution."""
-    pointwise = nn.utils.skip_init(
-        nn.Conv2d,
-        conv.in_channels,
-        conv.out_channels,
-        1,
-        bias=False,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
-    with torch.no_grad():
-        pointwise.weight.copy_(conv.weight[:, :, 1:2, 1:2])
-    return cast(nn.Conv2d, pointwise.train(conv.training).requires_grad_(conv.weight.requires_grad))
+    weight = conv.weight.detach()[:, :, 1:2, 1:2].clone(memory_format=torch.contiguous_format)
+    with torch.device("meta"):
+        pointwise = nn.Conv2d(conv.in_channels, conv.out_channels, 1, bias=False)
+    pointwise.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
+    return pointwise.train(conv.training)
 
 
 def _check_cut(model: nn.Module, cut: Sequence[Segment]) -> None:

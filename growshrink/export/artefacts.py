@@ -1,8 +1,4 @@
-"""The files of deployment, each written and read back.
-
-Weights are compared with those that were written here; of programs, what they compute on the CPU is returned,
-`(N, C, H, W) -> (N, num_classes)`, to be held against the net.
-"""
+"""Write the files of deployment and read them back: weights are compared, programs returned as functions on the CPU."""
 
 from __future__ import annotations
 
@@ -32,11 +28,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 def write_timm(source: Source, folder: Path) -> None:
-    """model.safetensors and config.json: what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads.
-
-    Nothing but timm is needed for that, where the architecture is timm's own.
-    """
-    config: dict[str, Any] = {"label_names": list(source.classes)} if source.classes else {}
+    """model.safetensors and config.json: what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
     data_config: dict[str, Any] = {"input_size": source.input_size}
     if source.mean:
         data_config |= {"mean": source.mean, "std": source.std}
@@ -45,7 +37,7 @@ def write_timm(source: Source, folder: Path) -> None:
     timm.models.save_for_hf(
         source.plain,
         str(folder),
-        model_config=config,
+        model_config={"label_names": list(source.classes)} if source.classes else {},
         model_args=dict(source.kwargs),
         safe_serialization=True,
         data_config=data_config,
@@ -79,21 +71,16 @@ def write_pt2(folded: nn.Module, source: Source, folder: Path) -> Function:
 
 
 def write_onnx(folded: nn.Module, source: Source, folder: Path, *, threads: int) -> Function:
-    """folded.onnx: input `images` (batch, C, H, W), any batch size, output `logits`; runs in onnxruntime.
-
-    Raises:
-        RunError: onnx, onnxscript or onnxruntime is not installed.
-    """
+    """folded.onnx: input `images` (batch, C, H, W), any batch size, output `logits`; runs in onnxruntime."""
     require_onnx()
     import onnx
 
     path = folder / ONNX_FILE
-    batch = torch.zeros(2, *source.input_size)
     with warnings.catch_warnings():  # the exporter warns about its own internals
         warnings.simplefilter("ignore")
         torch.onnx.export(
             folded,
-            (batch,),
+            (torch.zeros(2, *source.input_size),),
             str(path),
             input_names=[ONNX_INPUT],
             output_names=["logits"],
@@ -113,11 +100,7 @@ def onnx_function(path: Path, *, threads: int) -> Function:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def call(x: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(None, {ONNX_INPUT: x.contiguous().numpy()})[0])
-
-    return call
+    return lambda x: torch.from_numpy(session.run(None, {ONNX_INPUT: x.contiguous().numpy()})[0])
 
 
 def require_onnx() -> None:

@@ -39,13 +39,8 @@ def quantise(
 ) -> None:
     """Write an int8 net in the QDQ format: uint8 activations by their range on `images`, symmetric int8 weights.
 
-    Args:
-        onnx_path: The float32 net, batch norms folded.
-        path: Where the int8 net goes.
-        images: Training images (N, C, H, W), normalised, to calibrate activations with.
-        granularity: One scale per output channel ("per-channel") or per layer ("per-tensor").
-        reduce_range: Give the weights 7 bits, for CPUs on which 8 can saturate (`needs_reduced_range`).
-        batch_size: Batch size of the calibration.
+    `onnx_path` is the float32 net, batch norms folded; `images` are normalised training images (N, C, H, W);
+    `granularity` is one of `GRANULARITIES`; `reduce_range` gives the weights 7 bits (`needs_reduced_range`).
 
     Source: the defaults that onnxruntime documents for x86-64.
     """

@@ -20,13 +20,8 @@ MAY_HURT, WILL_HURT = 4.0, 16.0
 class LayerRange:
     """Ranges of a layer's weights, output channel by output channel.
 
-    Attributes:
-        name: Dotted name.
-        channels: max|w| of each output channel, over that of the layer, in [0, 1].
-        largest: max|w| of the layer.
-        ratio: `largest` over the median of the channels that are not all zero.
-        error_per_tensor: Norm of what rounding to int8 changes, over that of the weights, with one scale for the layer.
-        error_per_channel: The same with one scale per output channel.
+    `channels` is max|w| of each over that of the layer (`largest`), `ratio` is `largest` over the median of those that
+    are not all zero; the errors are norms of what rounding to int8 changes over those of the weights.
     """
 
     name: str
@@ -38,11 +33,7 @@ class LayerRange:
 
 
 def weight_ranges(model: nn.Module) -> list[LayerRange]:
-    """Every convolution and linear layer of `model`, the one with the most unequal channels first.
-
-    Give it the net that is quantised: folding moves the scales of batch norms into the weights, so the plain net's
-    ranges say little about int8.
-    """
+    """Every convolution and linear layer of `model`, which is to be quantised (folded), the most unequal first."""
     layers = [
         _range(name, module.weight.detach().flatten(1).double())
         for name, module in model.named_modules()
@@ -76,10 +67,9 @@ def range_verdict(ranges: Sequence[LayerRange]) -> str:
     if not ranges:
         return "There is no layer to quantise."
     worst = ranges[0]
-    steps = LEVELS / worst.ratio
     where = (
         f"in {worst.name}, the worst layer, the largest channel is {worst.ratio:.1f} times the median one, which is "
-        f"left {steps:.0f} of {LEVELS} steps"
+        f"left {LEVELS / worst.ratio:.0f} of {LEVELS} steps"
     )
     if worst.ratio > WILL_HURT:
         count = sum(layer.ratio > WILL_HURT for layer in ranges)
@@ -91,24 +81,19 @@ def range_verdict(ranges: Sequence[LayerRange]) -> str:
 
 def draw_ranges(ranges: Sequence[LayerRange], path: Path, *, most: int = 40) -> None:
     """A picture: a column per layer, worst first, a dot per channel at its share of the layer's range."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = ranges[:most]
     figure = Figure(figsize=(max(6.0, 0.3 * len(shown) + 2), 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for column, layer in enumerate(shown):
         alive = [share for share in layer.channels if share > 0]
         axis.scatter([column] * len(alive), alive, s=9, color="C0", alpha=0.5, linewidths=0)
         axis.scatter([column], [1 / layer.ratio], s=60, marker="_", color="C3", label="median" if not column else None)
     lowest = min([1 / LEVELS, *(share for layer in shown for share in layer.channels if share > 0)]) / 1.5
-    axis.axhspan(
-        lowest, 8 / LEVELS, color="0.88", linewidth=0, zorder=0, label="below 8 steps with one scale per layer"
-    )
-    axis.set_yscale("log")
-    axis.set_ylim(lowest, 1.2)
-    axis.set_ylabel("max|w| of a channel over its layer's")
+    label = "below 8 steps with one scale per layer"
+    axis.axhspan(lowest, 8 / LEVELS, color="0.88", linewidth=0, zorder=0, label=label)
+    axis.set(yscale="log", ylim=(lowest, 1.2), ylabel="max|w| of a channel over its layer's")
     axis.set_xticks(range(len(shown)), [layer.name for layer in shown], rotation=90, fontsize=7)
     axis.legend(frameon=False, loc="lower left")
     of = f"{len(shown)} worst of {len(ranges)} layers" if len(shown) < len(ranges) else f"all {len(ranges)} layers"

@@ -20,20 +20,8 @@ from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
-from growshrink.export import int8
-from growshrink.export.artefacts import (
-    FOLDED_FILE,
-    ONNX_FILE,
-    PT2_FILE,
-    TIMM_FILE,
-    Function,
-    onnx_function,
-    require_onnx,
-    write_folded,
-    write_onnx,
-    write_pt2,
-    write_timm,
-)
+from growshrink.export import artefacts, int8
+from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, PT2_FILE, TIMM_FILE, Function, write_folded
 from growshrink.export.checks import exactness
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
@@ -77,7 +65,7 @@ class ExportOptions:
     def check_installed(self) -> None:
         """RunError unless what ONNX needs is installed, where it is needed."""
         if self.onnx:
-            require_onnx()
+            artefacts.require_onnx()
 
 
 def export(
@@ -85,9 +73,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 
-    Each file is read back and compared on random images with the net it was made from: the plain net with the grown one
-    where there is one, the folded net with the plain one, in float64 and float32; ONNX and pt2 with the plain net in
-    float32, at several batch sizes.
+    Each file is read back and compared on random images with the net it was made from (see `checks.exactness`).
 
     Args:
         source: The net.
@@ -96,8 +82,8 @@ def export(
         data: For int8: its training split calibrates, its test split is read once.
 
     Returns:
-        The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64 (where the net
-        runs in it), and in float32 1e-5, or 10 times the rounding error of the plain net in float32 if that is more.
+        The content of report.json. `ok` tells whether all is as exact as it should be: 1e-10 in float64, and in float32
+        1e-5, or 10 times the rounding error of the plain net if that is more.
 
     Raises:
         RunError: Something cannot be written, or reads back as something else; int8 without data.
@@ -117,17 +103,17 @@ def export(
             bar.update()
 
         doing("timm's format")
-        write_timm(source, folder)
+        artefacts.write_timm(source, folder)
         doing("folded")
         folded = write_folded(source, folder)
         programs: dict[str, Function] = {}
         if options.pt2:
             doing("torch.export")
-            programs[PT2_FILE] = write_pt2(folded, source, folder)
+            programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
         if options.onnx:
             doing("ONNX")
             with _quiet():
-                programs[ONNX_FILE] = write_onnx(folded, source, folder, threads=threads)
+                programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
         doing("checks")
         report: dict[str, Any] = {
             "source": _about(source),
@@ -143,13 +129,10 @@ def export(
             reduced = int8.needs_reduced_range()
             with _quiet():
                 int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
-            programs[int8.INT8_FILE] = onnx_function(quantised, threads=threads)
+            program = programs[int8.INT8_FILE] = artefacts.onnx_function(quantised, threads=threads)
             doing("accuracy")
-            judged: dict[str, Function] = {
-                "float32": source.plain,
-                "float32, ONNX": programs[ONNX_FILE],
-                "int8": programs[int8.INT8_FILE],
-            }
+            judged: dict[str, Function] = {"float32": source.plain, "float32, ONNX": programs[ONNX_FILE]}
+            judged["int8"] = program
             report["int8"] = {
                 "granularity": options.int8,
                 "weight_bits": 7 if reduced else 8,
@@ -173,9 +156,7 @@ def _about(source: Source) -> dict[str, Any]:
         "path": str(source.path),
         "model": source.name,
         "kwargs": dict(source.kwargs),
-        "input_size": list(source.input_size),
-        "mean": list(source.mean),
-        "std": list(source.std),
+        **{name: list(getattr(source, name)) for name in ("input_size", "mean", "std")},
         "merged_from_a_grown_net": source.grown is not None,
         "needs_growshrink": source.needs_growshrink,
     }
@@ -199,10 +180,9 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
     nets: dict[str, Function] = {"plain net": source.plain, **functions}
     if source.grown is not None:
         nets = {"grown net": source.grown, **nets}
+    calls = {name: partial(net, x) for name, net in nets.items()}
     with torch.inference_mode():
-        times = interleaved_timings(
-            {name: partial(net, x) for name, net in nets.items()}, rounds=options.rounds, progress=options.progress
-        )
+        times = interleaved_timings(calls, rounds=options.rounds, progress=options.progress)
     return {
         "machine": machine(),
         "batch_size": options.batch_size,

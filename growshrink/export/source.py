@@ -30,19 +30,14 @@ _BRANCH = ".branches."
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A plain net, and where it comes from.
+    """A plain net, and where it comes from; what is unknown is empty or None.
 
     Attributes:
-        path: The file that was read.
         plain: The net to deploy, as `timm.create_model(name, **kwargs)` makes it, in eval mode on the CPU.
-        name: Name of the timm model.
-        kwargs: Arguments of `timm.create_model`.
-        input_size: `(C, H, W)` of an image.
         grown: The net it was merged from, in eval mode; None if it was plain already, or branches were dropped.
-        mean: Per channel, of images in [0, 1].
-        std: Per channel, in the same unit.
-        classes: Their names in the order of the outputs; empty where unknown.
-        data: Name of the data set it was trained on; None where unknown.
+        mean: Per channel, of images in [0, 1], like `std`.
+        classes: Their names in the order of the outputs.
+        data: Name of the data set it was trained on.
     """
 
     path: Path
@@ -128,10 +123,7 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
     if "plain_name" in (about := _about(path, header)):
         known = _of_the_header(path, header, about, recipe)
         return Source(
-            path=path,
-            plain=_made(known["name"], known["kwargs"], tensors, path),
-            data=_of_the_run(path).get("data"),
-            **known,
+            path, _made(known["name"], known["kwargs"], tensors, path), data=_of_the_run(path).get("data"), **known
         )
     return _of_a_state_dict(path, clean_keys(tensors), recipe)
 
@@ -172,27 +164,23 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
         _load(grown, tensors, path, f"{name} grown with {', '.join(recipe.branches)}, ratio {recipe.ratio:g}")
         return _merged(path, grown, recipe, **known)
     plain = {key: value for key, value in tensors.items() if _BRANCH not in key}
-    return Source(path=path, plain=_made(name, kwargs, plain, path), **known)
+    return Source(path, _made(name, kwargs, plain, path), **known)
 
 
 def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Source:
     """The source of a grown net: what is left of it, in a fresh net of the plain architecture."""
     known["input_size"] = _input_size(known["input_size"], recipe)
     grown = grown.eval()
-    if not recipe.merge:
-        try:
-            left, kept = drop(grown), None
-        except DropError as error:
-            raise DropError(f"{path}: {error}") from error
-    else:
-        try:
-            left, kept = fuse(grown, input_size=known["input_size"]), grown
-        except FuseError as error:
-            raise FuseError(
-                f"{path}: {error} If the net without its branches was trained, export it: --no-merge."
-            ) from error
+    try:
+        left = fuse(grown, input_size=known["input_size"]) if recipe.merge else drop(grown)
+    except DropError as error:
+        raise DropError(f"{path}: {error}") from error
+    except FuseError as error:
+        raise FuseError(
+            f"{path}: {error} If the net without its branches was trained, export it: --no-merge."
+        ) from error
     plain = _made(known["name"], known["kwargs"], left.state_dict(), path)
-    return Source(path=path, plain=plain, grown=kept, **known)
+    return Source(path, plain, grown=grown if recipe.merge else None, **known)
 
 
 def _made(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor] | None, path: Path) -> nn.Module:
@@ -208,16 +196,12 @@ def _made(name: str, kwargs: Mapping[str, Any], tensors: Mapping[str, Tensor] | 
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str) -> None:
-    wanted = model.state_dict()
-    wrong = [
-        *(f"{key} is missing" for key in wanted if key not in tensors),
-        *(f"{key} is not part of it" for key in tensors if key not in wanted),
-        *(
-            f"{key} has shape {tuple(tensors[key].shape)}, not {tuple(wanted[key].shape)}"
-            for key in wanted
-            if key in tensors and tensors[key].shape != wanted[key].shape
-        ),
-    ]
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    wrong = [f"{key} is missing" for key in wanted if key not in found]
+    wrong += [f"{key} is not part of it" for key in found if key not in wanted]
+    both = [key for key in wanted if key in found]
+    wrong += [f"{key} has shape {found[key]}, not {wanted[key]}" for key in both if found[key] != wanted[key]]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise RunError(f"{path}: not the weights of {what}: {wrong[0]}{more}.")
@@ -259,12 +243,11 @@ def _of_the_header(path: Path, header: Mapping[str, str], about: Mapping[str, An
 
 def _of_the_run(path: Path) -> dict[str, Any]:
     """What the folder around a file knows of the data, where it is that of a run."""
-    known: dict[str, Any] = {}
-    if (path.parent / "report.json").is_file():
-        data = read_json(path.parent / "report.json").get("about", {}).get("data", {})
-        known = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
-        known |= {"data": data["name"]} if "name" in data else {}
-    return known
+    if not (path.parent / "report.json").is_file():
+        return {}
+    data = read_json(path.parent / "report.json").get("about", {}).get("data", {})
+    known: dict[str, Any] = {key: tuple(data[key]) for key in ("mean", "std") if key in data}
+    return known | ({"data": data["name"]} if "name" in data else {})
 
 
 def _input_size(size: Sequence[int], recipe: Recipe) -> InputSize:
