@@ -1,13 +1,11 @@
 """Batches that are a pure function of (seed, update).
 
-A run can be resumed at any update, and several ranks take their shares without communication: every draw
-comes from a generator that is named by the seed and the update (`seeding.generator`), on the CPU whatever the
-device, so that the same images are cut the same way on every machine. The global generators are left alone.
+A run can be resumed at any update, and several ranks take their shares without communication: every draw comes from a
+generator named by the seed and the update (`seeding.generator`), on the CPU, so that it is the same on every machine.
 
-The work is done on whole batches of uint8 (N, H, W, C) images, with no Python loop over images and, on a GPU,
-without waiting for it: the images are padded once and stay on the device; a crop copies whole pixel rows out of a
-strided view of them; flip and cutout choose between bytes by bit masks, which vectorise where `torch.where` with a
-broadcast condition does not.
+The work is done on whole batches of uint8 (N, H, W, C) images, without waiting for a GPU: the images are padded once
+and stay on the device; a crop copies whole pixel rows out of a strided view of them; flip and cutout choose between
+bytes by bit masks, which vectorise where `torch.where` with a broadcast condition does not.
 """
 
 from __future__ import annotations
@@ -35,10 +33,10 @@ class Augment:
     hold: after normalisation it is 0 up to `0.5 / (255 * std)`, less than 0.01 for natural images.
 
     Attributes:
-        crop: zero padding in pixels on each side, out of which a window of the image's size is cut; 0 is off.
-        flip: mirror left to right with probability 1/2.
-        cutout: side in pixels of a square that is blanked, its centre anywhere in the image; what sticks out is
-            lost; 0 is off. Cutout (DeVries and Taylor, arXiv:1708.04552).
+        crop: Padding in pixels on each side, out of which a window of the image's size is cut; 0 is off.
+        flip: Mirror left to right with probability 1/2.
+        cutout: Side in pixels of a square that is blanked, its centre anywhere in the image; 0 is off. Cutout (DeVries
+            and Taylor, arXiv:1708.04552).
     """
 
     crop: int = 4
@@ -56,8 +54,8 @@ NO_AUGMENT = Augment(crop=0, flip=False, cutout=0)
 class Draws(NamedTuple):
     """What is drawn for one batch; int64 (N,) each, on the CPU.
 
-    The result is `padded[image]` from row `top` and column `left` on, mirrored if `flip` is 1; then the square of
-    side `cutout` that begins `cutout // 2` above and to the left of (`cut_y`, `cut_x`) is blanked.
+    The result is `padded[image]` from row `top` and column `left` on, mirrored if `flip` is 1; then the square of side
+    `cutout` that begins `cutout // 2` above and to the left of (`cut_y`, `cut_x`) is blanked.
     """
 
     image: Tensor
@@ -72,14 +70,10 @@ class Order:
     """Which images make up which batch: a permutation per epoch, cut into batches, those cut into the ranks' shares.
 
     The ranks' batches of an update, one after another, are the batch that a single rank of `world_size` times the
-    batch size would have had.
-
-    Attributes:
-        batch_size: images per update and rank.
-        updates_per_epoch: the images left over at the end of an epoch are dropped; other ones in each epoch.
+    batch size would have had. Images left over at the end of an epoch are dropped.
 
     Raises:
-        DataError: fewer images than one update of all ranks needs, or a rank outside the world.
+        DataError: Fewer images than one update of all ranks needs, or a rank outside the world.
     """
 
     def __init__(self, num_images: int, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
@@ -87,15 +81,12 @@ class Order:
             raise DataError(
                 f"Batches need batch_size >= 1 and 0 <= rank < world_size, got {batch_size=}, {rank=}, {world_size=}."
             )
-        if num_images < batch_size * world_size:
+        if num_images < (together := batch_size * world_size):
             raise DataError(
                 f"{num_images} training images are too few for one update of {batch_size=} on {world_size=}."
             )
-        self.batch_size = batch_size
-        self.updates_per_epoch = num_images // (batch_size * world_size)
-        self._num_images = num_images
-        self._seed = seed
-        self._all = batch_size * world_size
+        self.batch_size, self.updates_per_epoch = batch_size, num_images // together
+        self._num_images, self._seed, self._all = num_images, seed, together
         self._share = slice(rank * batch_size, (rank + 1) * batch_size)
         self._permutation: tuple[int, Tensor] | None = None
 
@@ -118,16 +109,8 @@ class Order:
 class TrainBatches:
     """Shuffled, augmented and normalised batches of a split.
 
-    Args:
-        split: the images; with `augment.crop`, one padded copy of them is kept on `device`.
-        batch_size: images per update and rank; all batches are full.
-        mean: per channel, where 1.0 is the brightest value.
-        std: per channel, in the same unit.
-        augment: what to change at random.
-        seed: Seed of order and augmentation.
-        device: where the batches are made.
-        rank: Rank of this process, 0 .. world_size - 1.
-        world_size: how many processes take a share of each update.
+    The batches are made on `device`, where one padded copy of the images is kept. All of them are full: `batch_size`
+    images for each of `world_size` ranks. `mean` and `std` are per channel, 1.0 is the brightest value.
 
     >>> split = Split(torch.zeros(10, 8, 8, 1, dtype=torch.uint8), torch.arange(10))
     >>> batches = TrainBatches(split, batch_size=4, mean=(0.5,), std=(0.5,))
@@ -161,13 +144,10 @@ class TrainBatches:
 
         fill = fill_colour(mean).to(self._device)
         padded = split.images.to(self._device).contiguous()
+        self._padded_size = height + 2 * augment.crop, width + 2 * augment.crop
         if augment.crop:
-            images = padded
-            self._padded_size = height + 2 * augment.crop, width + 2 * augment.crop
-            padded = fill.repeat(count, *self._padded_size, 1)
+            images, padded = padded, fill.repeat(count, *self._padded_size, 1)
             padded[:, augment.crop : augment.crop + height, augment.crop : augment.crop + width] = images
-        else:
-            self._padded_size = height, width
         self._fill = fill.repeat(height, width)
         # Element i is the `width` pixels from pixel i of all pixels on: any row of any crop is one element.
         starts = padded.numel() // channels - width + 1
@@ -182,11 +162,7 @@ class TrainBatches:
         return Draws(self._order.indices(update), *self._order.draw(update, (window, window, 2, height, width)))
 
     def batch(self, update: int) -> Batch:
-        """The batch of an update, counted from 0 over all epochs.
-
-        Returns:
-            Images, float32 (batch_size, C, H, W) in channels_last memory format, and labels, int64 (batch_size,).
-        """
+        """The batch of an update, counted from 0 over all epochs: `batch_size` images and labels (see `Batch`)."""
         height, width, channels = self._shape
         draws = torch.stack(self.draws(update))
         if self._device.type == "cuda":
@@ -212,11 +188,7 @@ class TrainBatches:
 def eval_batches(
     split: Split, *, batch_size: int, mean: Sequence[float], std: Sequence[float], device: torch.device | str = "cpu"
 ) -> Iterator[Batch]:
-    """All images of a split in order, normalised and unchanged otherwise; the last batch may be smaller.
-
-    Yields:
-        Images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,).
-    """
+    """All images of a split in order, normalised and unchanged otherwise; the last `Batch` may be smaller."""
     if batch_size < 1:
         raise DataError(f"eval_batches needs batch_size >= 1, got {batch_size=}.")
     normalise = _Normalise(tuple(split.images.shape[1:]), mean, std, torch.device(device))
@@ -239,8 +211,8 @@ def fill_colour(mean: Sequence[float]) -> Tensor:
 class _Normalise:
     """`byte * (1 / (255 std)) - mean / std` in float32, a multiplication and then an addition.
 
-    Not `addcmul`, which rounds once or twice depending on the machine, and which is the slower one besides. The
-    constants are repeated over a whole image, as a broadcast over 3 channels would not vectorise.
+    Not `addcmul`, which rounds once or twice depending on the machine. The constants are repeated over a whole image:
+    a broadcast over 3 channels would not vectorise.
     """
 
     def __init__(self, shape: Sequence[int], mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,25 +26,17 @@ CACHE = Path("~/.cache/growshrink")
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Images and their labels.
-
-    Attributes:
-        images: uint8, (N, H, W, C).
-        labels: int64, (N,).
-    """
+    """Images, uint8 (N, H, W, C), and their labels, int64 (N,)."""
 
     images: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise DataError(
-                f"Split.images must be uint8 (N, H, W, C), got {self.images.dtype} {tuple(self.images.shape)}."
-            )
-        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
-            raise DataError(
-                f"Split.labels must be int64 ({len(self.images)},), got {self.labels.dtype} {tuple(self.labels.shape)}."
-            )
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise DataError(f"Split.images must be uint8 (N, H, W, C), got {images.dtype} {tuple(images.shape)}.")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise DataError(f"Split.labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}.")
 
     def __len__(self) -> int:
         """The number of images."""
@@ -56,11 +48,9 @@ class DataSet:
     """The three splits of a data set.
 
     Attributes:
-        name: as asked for; a folder's own name for a folder.
-        train: to train on.
-        val: to choose with: a part of the training set, never of the test set.
-        test: to report once.
-        classes: the class names, in the order of the labels.
+        name: As asked for; a folder's own name for a folder.
+        val: To choose with: a part of the training set, never of the test set.
+        classes: The class names, in the order of the labels.
         mean: Mean of `train`, per channel, where 1.0 is the brightest value.
         std: Standard deviation, likewise; at least 1/255, so that a constant channel can be divided by it.
     """
@@ -85,12 +75,8 @@ class DataSet:
         return channels, height, width
 
 
-class _Raw(NamedTuple):
-    """A data set as its files have it, before a val split is taken."""
-
-    train: Split
-    test: Split
-    classes: tuple[str, ...]
+#: A data set as its files have it, before a val split is taken: train, test, class names.
+_Raw = tuple[formats.Arrays, formats.Arrays, tuple[str, ...]]
 
 
 def load_data(
@@ -112,17 +98,17 @@ def load_data(
     | `folder`, or any path | `train/CLASS/*` and `test/CLASS/*` (or `val`, `validation`: the first that exists) |
 
     Args:
-        name: one of the names above, or the path of a folder.
-        data_dir: where the files are; `digits` needs none and ignores it.
-        val_fraction: the part of each class of the training set that becomes `val`; 0 leaves `val` empty. A class
+        name: One of the names above, or the path of a folder.
+        data_dir: Where the files are; `digits` needs none.
+        val_fraction: The part of each class of the training set that becomes `val`; 0 leaves `val` empty. A class
             keeps at least one image in `train`, and gives at least one to `val` if it has two.
-        seed: which images become `val`. The test split never depends on it.
-        image_size: side in pixels to which the images of class folders are brought: the shorter side is resized
-            (bicubic), then the centre is cut out. None takes them as they are. Other data sets have one size only.
-        progress: show a progress bar with the remaining time where decoding takes longer than two seconds.
+        seed: Which images become `val`. The test split never depends on it.
+        image_size: Side in pixels to which the images of class folders are brought: the shorter side is resized
+            (bicubic), then the centre is cut out. None takes them as they are.
+        progress: Show a progress bar where decoding takes longer than two seconds.
 
     Raises:
-        DataError: unknown name, missing or damaged files, or more images than fit into memory.
+        DataError: Unknown name, missing or damaged files, or more images than fit into memory.
     """
     if not 0.0 <= val_fraction < 1.0:
         raise DataError(f"load_data needs 0 <= val_fraction < 1, got {val_fraction=}.")
@@ -130,35 +116,30 @@ def load_data(
         raise DataError(f"load_data needs image_size >= 1 pixel, got {image_size=}.")
     root = None if data_dir is None else Path(data_dir).expanduser()
 
-    def folder(path: Path) -> _Raw:
-        train, test, classes = load_folder(path, image_size=image_size, progress=progress)
-        return _Raw(Split(*train), Split(*test), classes)
-
-    label = name
+    folder = partial(load_folder, image_size=image_size, progress=progress)
+    label, path = name, Path(name).expanduser()
     if name in SOURCES:
-        raw = SOURCES[name](root, folder)
-    elif Path(name).expanduser().is_dir():
-        raw, label = folder(Path(name).expanduser()), Path(name).expanduser().resolve().name
+        (images, labels), test, classes = SOURCES[name](root, folder)
+    elif path.is_dir():
+        (images, labels), test, classes = folder(path)
+        label = path.resolve().name
     else:
         raise DataError(
             f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), SOURCES)}"
         )
 
-    height, width = raw.train.images.shape[1:3]
+    height, width = images.shape[1:3]
     if image_size is not None and (height, width) != (image_size, image_size):
         raise DataError(f"load_data: {name} has {height}x{width} images; {image_size=} works for class folders only.")
-    rest, picked = stratified(raw.train.labels, val_fraction, generator("val split", seed))
-    train = Split(raw.train.images[rest], raw.train.labels[rest])
-    val = Split(raw.train.images[picked], raw.train.labels[picked])
-    mean, std = channel_statistics(train.images)
-    return DataSet(label, train, val, raw.test, raw.classes, mean, std)
+    rest, picked = stratified(labels, val_fraction, generator("val split", seed))
+    train, val = (Split(images[part], labels[part]) for part in (rest, picked))
+    return DataSet(label, train, val, Split(*test), classes, *channel_statistics(train.images))
 
 
 def stratified(labels: Tensor, fraction: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Splits indices class by class: (the rest, the picked `fraction`), both int64 and rising.
+    """Split indices class by class: (the rest, the picked `fraction`), both int64 and rising.
 
-    Of a class with n images `round(n * fraction)` are picked, but at least 1 and at most n - 1; none if `fraction`
-    is 0.
+    Of a class with n images `round(n * fraction)` are picked, but at least 1 and at most n - 1; none if it is 0.
 
     >>> rest, picked = stratified(torch.tensor([0, 1, 0, 0, 1, 0]), 0.5, generator("example"))
     >>> len(rest), len(picked)
@@ -181,8 +162,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
     >>> channel_statistics(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1))
     ((0.5,), (0.5,))
     """
-    values = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
+    values, means, deviations = torch.arange(256, dtype=torch.float64) / 255, [], []
     for channel in images.unbind(-1):
         weights = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         mean = (weights * values).sum()
@@ -192,11 +172,7 @@ def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def pooled(data: DataSet, pool: int) -> DataSet:
-    """The data set with smaller images: each pixel the mean of `pool` by `pool`; mean and std are kept as they are.
-
-    Raises:
-        DataError: `pool` is not at least 1, or larger than the images.
-    """
+    """The data set with smaller images: each pixel the mean of `pool` by `pool`; mean and std are kept as they are."""
     if not 1 <= pool <= min(data.input_size[1:]):
         raise DataError(f"pool={pool!r}: must lie between 1 and the side of the images, {min(data.input_size[1:])}.")
 
@@ -226,7 +202,7 @@ def _digits() -> _Raw:
     images = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     labels = torch.from_numpy(bunch.target).long()
     rest, picked = stratified(labels, 0.2, generator("digits test split"))
-    return _Raw(Split(images[rest], labels[rest]), Split(images[picked], labels[picked]), tuple("0123456789"))
+    return (images[rest], labels[rest]), (images[picked], labels[picked]), tuple("0123456789")
 
 
 def _fashion_mnist(root: Path | None) -> _Raw:
@@ -236,12 +212,10 @@ def _fashion_mnist(root: Path | None) -> _Raw:
         root = DEBIAN_FASHION
     else:
         root = _download_fashion_mnist()
-    train, test = (
-        Split(*formats.read_idx_pair(root, prefix, num_classes=len(FASHION_CLASSES))) for prefix in ("train", "t10k")
-    )
-    if train.images.shape[1:] != test.images.shape[1:]:
+    train, test = (formats.read_idx_pair(root, prefix, len(FASHION_CLASSES)) for prefix in ("train", "t10k"))
+    if train[0].shape[1:] != test[0].shape[1:]:
         raise DataError(f"fashion-mnist in {root}: train and test images differ in size.")
-    return _Raw(train, test, FASHION_CLASSES)
+    return train, test, FASHION_CLASSES
 
 
 def _download_fashion_mnist() -> Path:
@@ -259,23 +233,20 @@ def _download_fashion_mnist() -> Path:
 
 
 def _cifar(num_classes: int, root: Path | None, folder: Callable[[Path], _Raw]) -> _Raw:
-    name = f"cifar{num_classes}"
-    binary, pickled = formats.CIFAR_FOLDERS[num_classes]
+    name, (binary, pickled) = f"cifar{num_classes}", formats.CIFAR_FOLDERS[num_classes]
     layouts = f"{binary}/*.bin, {pickled}/ (torchvision's), or train/CLASS/*.png and test/CLASS/*.png"
     root = _needed(root, name, layouts)
     for base in (root, root / binary):
         if formats.has_cifar_binary(base, num_classes):
-            train, test, classes = formats.read_cifar_binary(base, num_classes)
-            return _Raw(Split(*train), Split(*test), classes)
+            return formats.read_cifar_binary(base, num_classes)
     if (root / "train").is_dir():
-        raw = folder(root)
-        if len(raw.classes) != num_classes:
-            raise DataError(f"{name} in {root}: {len(raw.classes)} class folders, not {num_classes}; is it a 'folder'?")
-        return raw
+        train, test, classes = folder(root)
+        if len(classes) != num_classes:
+            raise DataError(f"{name} in {root}: {len(classes)} class folders, not {num_classes}; is it a 'folder'?")
+        return train, test, classes
     for base in (root, root.parent):
         if (base / pickled).is_dir() and (base == root or root.name == pickled):
-            train, test, classes = formats.read_cifar_pickled(base, num_classes)
-            return _Raw(Split(*train), Split(*test), classes)
+            return formats.read_cifar_pickled(base, num_classes)
     raise DataError(f"{name}: {root} has none of {layouts}.")
 
 

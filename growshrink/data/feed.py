@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -41,7 +41,7 @@ class ScoringBatches(Protocol):
 
 
 class Feed(Protocol):
-    """Everything `run_cycle` wants to know of a data set; `MemoryFeed` and `StreamedData` are two."""
+    """Everything `run_cycle` wants to know of a data set, as in `DataSet`; `MemoryFeed` and `StreamedData` are two."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
@@ -63,19 +63,21 @@ class Feed(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class MemoryFeed:
-    """A data set held in memory, on the device, as uint8.
-
-    Attributes:
-        data: The data set.
-        train: Shuffled and augmented batches.
-        val: The part of the training set that rounds are judged by.
-        test: Read once, at the very end.
-    """
+    """A data set held in memory, on the device, as uint8; `train` is shuffled and augmented."""
 
     data: DataSet
     train: TrainBatches
     val: SplitBatches
     test: SplitBatches
+    name: str = field(init=False)
+    classes: tuple[str, ...] = field(init=False)
+    mean: tuple[float, ...] = field(init=False)
+    std: tuple[float, ...] = field(init=False)
+    input_size: tuple[int, int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for key in ("name", "classes", "mean", "std", "input_size"):
+            object.__setattr__(self, key, getattr(self.data, key))
 
     @staticmethod
     def of(
@@ -89,11 +91,7 @@ class MemoryFeed:
         rank: int = 0,
         world_size: int = 1,
     ) -> MemoryFeed:
-        """Batches of `data` for one process, rank `rank` of `world_size`.
-
-        Raises:
-            DataError: The training split is smaller than a batch.
-        """
+        """Batches of `data` for one process, rank `rank` of `world_size`; DataError for fewer images than a batch."""
         train = TrainBatches(
             data.train,
             batch_size=batch_size,
@@ -109,31 +107,6 @@ class MemoryFeed:
             SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test)
         )
         return MemoryFeed(data, train, val, test)
-
-    @property
-    def name(self) -> str:
-        """Name of the data set."""
-        return self.data.name
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in the order of the labels."""
-        return self.data.classes
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, 1.0 is the brightest value."""
-        return self.data.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Per channel, in the same unit."""
-        return self.data.std
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.data.input_size
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,14 +26,6 @@ _NAMED = 3  # how many offending files a message names
 _FILES_A_TASK = 64
 
 
-class Listing(NamedTuple):
-    """The image files of one part of a folder, class after class, sorted by name."""
-
-    paths: list[Path]
-    labels: Tensor
-    """int64, (N,)"""
-
-
 def find_parts(root: Path) -> tuple[Path, Path]:
     """(training folder, test folder) of `root`; the latter is the first of test/, val/, validation/ that exists."""
     train = root / "train"
@@ -43,7 +35,7 @@ def find_parts(root: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def list_parts(root: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
+def _list_parts(root: Path) -> tuple[tuple[list[Path], Tensor], tuple[list[Path], Tensor], tuple[str, ...]]:
     """(train, test, class names) of a folder; classes are sorted by name, hidden files and folders are skipped."""
     parts = find_parts(root)
     train, test = ({d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."} for part in parts)
@@ -55,7 +47,8 @@ def list_parts(root: Path) -> tuple[Listing, Listing, tuple[str, ...]]:
     return _list(train, classes), _list(test, classes), classes
 
 
-def _list(folders: dict[str, Path], classes: Sequence[str]) -> Listing:
+def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    """The image files of one part of a folder, class after class, sorted by name, and their labels, int64 (N,)."""
     paths: list[Path] = []
     counts = []
     for name in classes:
@@ -65,7 +58,7 @@ def _list(folders: dict[str, Path], classes: Sequence[str]) -> Listing:
             raise DataError(f"{folders[name]} has no images ({', '.join(sorted(SUFFIXES))}).")
         paths += [folders[name] / file for file in names]
         counts.append(len(names))
-    return Listing(paths, torch.arange(len(classes)).repeat_interleave(torch.tensor(counts)))
+    return paths, torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
 
 
 def load_folder(
@@ -73,17 +66,15 @@ def load_folder(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
     """((train images, labels), (test images, labels), class names) of a folder, see `find_parts` for its layout.
 
-    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is 8-bit greyscale (PIL's mode L), else 3. With
-    `image_size` the shorter side is resized to it, then the centre cut out.
+    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is 8-bit greyscale (PIL's mode L), else 3.
     """
-    train, test, classes = list_parts(root)
-    images = _decode_all([*train.paths, *test.paths], root, image_size, progress)
-    count = len(train.paths)
-    return (images[:count], train.labels), (images[count:], test.labels), classes
+    (train, train_labels), (test, test_labels), classes = _list_parts(root)
+    images = _decode_all([*train, *test], root, image_size, progress)
+    return (images[: len(train)], train_labels), (images[len(train) :], test_labels), classes
 
 
+#: Why an image could not be stored, and the words for it.
 _Problem = tuple[Literal["damaged", "size", "colour"], str]
-"""Why an image could not be stored, and the words for it."""
 
 
 def _decode_all(paths: list[Path], root: Path, image_size: int | None, progress: bool) -> Tensor:
@@ -96,12 +87,12 @@ def _decode_all(paths: list[Path], root: Path, image_size: int | None, progress:
         problems = _decode_into(images, paths, image_size, progress)
         if not any(kind == "colour" for kind, _ in problems):
             break  # else: the first image was grey, a later one is not; decode all again into three channels
-    if damaged := [words for kind, words in problems if kind == "damaged"]:
+    damaged, sizes = ([words for kind, words in problems if kind == wanted] for wanted in ("damaged", "size"))
+    if damaged:
         raise DataError(f"{root}: {len(damaged)} of {len(paths)} images are damaged: {_some(damaged)}.")
-    if sizes := [words for kind, words in problems if kind == "size"]:
-        raise DataError(
-            f"{root}: images differ in size; {paths[0]} is {width}x{height}, but {_some(sizes)}; pass image_size."
-        )
+    if sizes:
+        first_size = f"{paths[0]} is {width}x{height}"
+        raise DataError(f"{root}: images differ in size; {first_size}, but {_some(sizes)}; pass image_size.")
     return torch.from_numpy(images)
 
 

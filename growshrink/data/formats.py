@@ -1,7 +1,4 @@
-"""Readers of the files in which small data sets are handed around: idx, and CIFAR's binary and pickled versions.
-
-Sizes declared in a file are checked against its length.
-"""
+"""Readers of idx files and of CIFAR's binary and pickled versions; sizes they declare are checked against length."""
 
 from __future__ import annotations
 
@@ -19,14 +16,11 @@ from growshrink.base.reading import read_bytes
 from growshrink.data.memory import check_fits
 from growshrink.errors import DataError
 
+#: uint8 images (N, H, W, C) and int64 labels (N,).
 Arrays = tuple[Tensor, Tensor]
-"""uint8 images (N, H, W, C) and int64 labels (N,)."""
-
+#: By number of classes: the subfolder of the binary version, and of the pickled one.
 CIFAR_FOLDERS = {10: ("cifar-10-batches-bin", "cifar-10-batches-py"), 100: ("cifar-100-binary", "cifar-100-python")}
-"""By number of classes: the subfolder of the binary version, and of the pickled one."""
-
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
 _CIFAR_FILES = {
     10: ([f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
     100: (["train.bin"], ["test.bin"]),
@@ -80,10 +74,10 @@ def read_idx_pair(root: Path, prefix: str, num_classes: int) -> Arrays:
 
 
 def _idx_path(root: Path, name: str) -> Path:
-    for path in (root / f"{name}.gz", root / name):
-        if path.is_file():
-            return path
-    raise DataError(f"{root} has no {name}.gz.")
+    found = [path for path in (root / f"{name}.gz", root / name) if path.is_file()]
+    if not found:
+        raise DataError(f"{root} has no {name}.gz.")
+    return found[0]
 
 
 def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
@@ -93,8 +87,7 @@ def _check_labels(labels: Tensor, num_classes: int, where: str) -> None:
 
 def has_cifar_binary(base: Path, num_classes: int) -> bool:
     """Whether any file of CIFAR's binary version is in `base`."""
-    train, test = _CIFAR_FILES[num_classes]
-    return any((base / name).is_file() for name in (*train, *test))
+    return any((base / name).is_file() for part in _CIFAR_FILES[num_classes] for name in part)
 
 
 def read_cifar_binary(base: Path, num_classes: int) -> tuple[Arrays, Arrays, tuple[str, ...]]:

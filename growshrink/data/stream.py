@@ -33,18 +33,10 @@ _RETRIES = 50
 
 @dataclass(frozen=True, eq=False)
 class StreamedData:
-    """The three splits of a folder, as batches.
+    """The three splits of a folder, as batches; attributes as in `DataSet`.
 
-    Attributes:
-        name: the folder's own name.
-        train: training batches by update.
-        val: all images of the val split, a part of the training folder.
-        test: all images of the test folder.
-        classes: the class names, in the order of the labels.
-        mean: that the images are normalised by.
-        std: that the images are normalised by.
-        input_size: (C, H, W) of every image.
-        fingerprint: Digest of the names and labels of all images, and which of them are val.
+    `mean` and `std` are what the images are normalised by; `fingerprint` is a digest of the names and labels of all
+    images and of which of them are val.
     """
 
     name: str
@@ -84,22 +76,12 @@ def stream_data(
     workers. Asking for updates out of order is allowed but restarts the workers. Damaged images are skipped
     with a warning, which is timm's way. Images are RGB.
 
-    Args:
-        data_dir: the folder.
-        batch_size: images per update and rank.
-        image_size: side in pixels.
-        val_fraction: the part of each class of the training folder that becomes `val`.
-        seed: Seed of the val split, order and augmentation.
-        mean: per channel, where 1.0 is the brightest value.
-        std: per channel, in the same unit.
-        num_workers: decoding processes; 0 decodes in this one.
-        device: where the batches go.
-        rank: Rank of this process, 0 .. world_size - 1.
-        world_size: how many processes take a share of each update.
-        loader_options: passed on to `timm.data.create_loader`, `train_crop_mode="rkrc"` or `color_jitter=0.0` say.
+    `val_fraction` and `seed` are those of `load_data`, the other arguments those of `TrainBatches`; `image_size` is a
+    side in pixels, `num_workers` 0 decodes in this process, and `loader_options` go to `timm.data.create_loader`:
+    `train_crop_mode="rkrc"` or `color_jitter=0.0`, say.
 
     Raises:
-        DataError: wrong layout, no images, differing classes, or an argument out of range.
+        DataError: Wrong layout, no images, differing classes, or an argument out of range.
     """
     root = Path(data_dir).expanduser()
     if image_size < 1 or not 0.0 <= val_fraction < 1.0:
@@ -117,37 +99,28 @@ def stream_data(
         odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())
         raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
 
-    size = (3, image_size, image_size)
-    target = torch.device(device)
-
+    size, target = (3, image_size, image_size), torch.device(device)
     options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
     options |= {"crop_pct": 1.0, "interpolation": "bicubic", **loader_options}  # at test as load_data's image_size
-    options |= {"worker_seeding": _start_worker}
+    # timm's prefetcher erases in this process and from the global generator, its workers do not
+    options |= {"use_prefetcher": not loader_options.get("re_prob"), "device": target, "worker_seeding": _start_worker}
 
-    def loader(images: Any, batch_size: int, is_training: bool) -> Any:
-        return create_loader(
-            images,
-            size,
-            batch_size,
-            is_training=is_training,
-            **options,
-            device=target,
-            # timm's prefetcher erases in this process and from the global generator, its workers do not
-            use_prefetcher=not loader_options.get("re_prob"),
-        )
+    def scoring(images: ImageDataset, indices: Tensor) -> StreamEvalBatches:
+        part: Any = _Part(images, indices)
+        return StreamEvalBatches(len(part), lambda: create_loader(part, size, batch_size, **options), target)
+
+    def training(start: int) -> Any:
+        images: Any = _Endless(train, rest, order, start)
+        return create_loader(images, size, batch_size, is_training=True, **options)
 
     labels = torch.tensor([label for _, label in train.reader.samples])
     rest, picked = stratified(labels, val_fraction, generator("val split", seed))
     order = Order(len(rest), batch_size=batch_size, seed=seed, rank=rank, world_size=world_size)
     return StreamedData(
         name=root.resolve().name,
-        train=StreamTrainBatches(
-            order, lambda start: loader(_Endless(train, rest, order, seed, start), batch_size, True), target
-        ),
-        val=StreamEvalBatches(len(picked), lambda: loader(_Part(train, picked), batch_size, False), target),
-        test=StreamEvalBatches(
-            len(test), lambda: loader(_Part(test, torch.arange(len(test))), batch_size, False), target
-        ),
+        train=StreamTrainBatches(order, training, target),
+        val=scoring(train, picked),
+        test=scoring(test, torch.arange(len(test))),
         classes=tuple(sorted(classes, key=classes.__getitem__)),
         mean=tuple(mean),
         std=tuple(std),
@@ -168,10 +141,8 @@ class StreamTrainBatches:
     """`TrainBatches` over timm's loader."""
 
     def __init__(self, order: Order, open_at: Callable[[int], Any], device: torch.device) -> None:
-        self.batch_size = order.batch_size
-        self.updates_per_epoch = order.updates_per_epoch
-        self._open_at = open_at
-        self._device = device
+        self.batch_size, self.updates_per_epoch = order.batch_size, order.updates_per_epoch
+        self._open_at, self._device = open_at, device
         self._next = -1
         self._batches: Iterator[Batch] = iter(())
 
@@ -191,9 +162,7 @@ class StreamEvalBatches:
     """All images of a split in order; iterate over it as often as needed. Its `len` is the number of images."""
 
     def __init__(self, num_images: int, open_loader: Callable[[], Any], device: torch.device) -> None:
-        self._num_images = num_images
-        self._open_loader = open_loader
-        self._device = device
+        self._num_images, self._open_loader, self._device = num_images, open_loader, device
 
     def __len__(self) -> int:
         """The number of images."""
@@ -222,8 +191,7 @@ class _Part(Dataset[tuple[Any, int]]):
     """Some images of a timm data set, with a transform of their own: timm puts it there."""
 
     def __init__(self, dataset: ImageDataset, indices: Tensor) -> None:
-        self.dataset = dataset
-        self.indices = indices
+        self.dataset, self.indices = dataset, indices
         self.transform: Callable[[Any], Any] | None = None
 
     def __len__(self) -> int:
@@ -253,22 +221,13 @@ class _Endless(IterableDataset[tuple[Any, int]]):
     the workers in turn.
     """
 
-    def __init__(self, dataset: ImageDataset, indices: Tensor, order: Order, seed: int, start: int) -> None:
+    def __init__(self, dataset: ImageDataset, indices: Tensor, order: Order, start: int) -> None:
         self.part = _Part(dataset, indices)
-        self.order = order
-        self.seed = seed
-        self.start = start
-
-    @property
-    def transform(self) -> Callable[[Any], Any] | None:
-        """Where timm puts the training transform."""
-        return self.part.transform
-
-    @transform.setter
-    def transform(self, transform: Callable[[Any], Any] | None) -> None:
-        self.part.transform = transform
+        self.order, self.start = order, start
+        self.transform: Callable[[Any], Any] | None = None  # timm puts it here
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        self.part.transform = self.transform
         worker = get_worker_info()
         update, step = (self.start, 1) if worker is None else (self.start + worker.id, worker.num_workers)
         while True:

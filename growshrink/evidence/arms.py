@@ -25,7 +25,7 @@ class Arm:
     """One way to arrive at the plain net.
 
     Attributes:
-        about: What it is, in a line, with its source.
+        about: Line that describes it, with its source.
         base: Share of the epochs before the first round.
         rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
@@ -47,7 +47,7 @@ class Arm:
             raise PlanError(f"{self.about!r}: base and rounds are shares of a run, and sum to {total:g}, not 1.")
 
     def plan(self, epochs: float, seed: int) -> CyclePlan:
-        """The plan of a run of so many epochs."""
+        """Plan of a run of so many epochs."""
         return CyclePlan(
             base_epochs=self.base * epochs,
             rounds=tuple(replace(entry, epochs=entry.epochs * epochs) for entry in self.rounds),
@@ -61,11 +61,7 @@ class Arm:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Arm:
-        """From a plan file: the attributes by name.
-
-        Raises:
-            PlanError: Unknown keys, values out of range, or shares that do not sum to 1.
-        """
+        """Read from a plan file; PlanError for unknown keys and values that cannot be."""
         return from_dict(Arm, values, "an arm of the plan")
 
 

@@ -1,12 +1,10 @@
-"""What a table is made from: the arms that are compared, their learning rates, their finished runs.
-
-Nothing here trains. A published experiment stays readable when plans of training are written in another way.
-"""
+"""What a table is made from, without anything that trains: published experiments stay readable when plans change."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from growshrink.base.config import Checked, from_dict
@@ -17,10 +15,7 @@ from growshrink.evidence.record import Job, RunRecord
 class Tuning(Checked):
     """How the learning rate of every arm is chosen: the same trials for each, judged on the val split.
 
-    Attributes:
-        lr: Learning rates to try.
-        budget: Of a trial, in epochs of the plain net.
-        seeds: Of the trials; none of the experiment's.
+    `budget` is that of a trial, in epochs of the plain net; `seeds` are others than the experiment's.
     """
 
     lr: tuple[float, ...]
@@ -30,19 +25,7 @@ class Tuning(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Checked):
-    """The part of an experiment that its table depends on; attributes as in `Experiment`.
-
-    Attributes:
-        data: Name of the data set.
-        model: Name of the plain net.
-        model_kwargs: Its arguments.
-        pool: Pixels averaged into one, along each side.
-        budget: Training MACs of every run, as epochs of the plain net.
-        seeds: One a net.
-        arms: In the order of the table.
-        lr: Learning rate of an arm without trials.
-        tuning: How learning rates are chosen.
-    """
+    """The part of an experiment that its table depends on; `lr` is that of an arm without trials."""
 
     data: str
     model: str
@@ -56,11 +39,7 @@ class Comparison(Checked):
 
     @staticmethod
     def from_plan(plan: Mapping[str, Any]) -> Comparison:
-        """Read plan.json of an experiment's folder; what only training needs is not looked at.
-
-        Raises:
-            PlanError: A key is missing, or has a value that cannot be.
-        """
+        """Read plan.json of an experiment's folder, without what only training needs; PlanError for what is none."""
         kept = {entry.name: plan[entry.name] for entry in fields(Comparison) if entry.name in plan}
         config = plan.get("config")
         lr = config.get("lr") if isinstance(config, Mapping) else None
@@ -69,14 +48,10 @@ class Comparison(Checked):
 
 def trials_of(comparison: Comparison) -> list[Job]:
     """List the runs that learning rates are chosen by."""
-    tuning = comparison.tuning
-    if tuning is None:
+    if (tuning := comparison.tuning) is None:
         return []
-    return [
-        Job(kind="trial", arm=arm, seeds=tuning.seeds, lr=lr, budget=tuning.budget)
-        for arm in comparison.arms
-        for lr in tuning.lr
-    ]
+    pairs = itertools.product(comparison.arms, tuning.lr)
+    return [Job(kind="trial", arm=arm, seeds=tuning.seeds, lr=lr, budget=tuning.budget) for arm, lr in pairs]
 
 
 def chosen_lr(comparison: Comparison, records: Sequence[RunRecord]) -> dict[str, float]:
@@ -97,11 +72,7 @@ def runs_of(
     found: dict[str, list[RunRecord]] = {}
     order = {seed: number for number, seed in enumerate(comparison.seeds)}
     for arm in comparison.arms:
-        wanted = ("run", "", arm, lr[arm], comparison.budget)
-        runs = [run for run in records if _without_seeds(run.job) == wanted and order.keys() & set(run.seeds)]
+        wanted = Job(arm=arm, seeds=(), lr=lr[arm], budget=comparison.budget)
+        runs = [run for run in records if replace(run.job, seeds=()) == wanted and order.keys() & set(run.seeds)]
         found[arm] = sorted(runs, key=lambda run: min(order.get(seed, len(order)) for seed in run.seeds))
     return found
-
-
-def _without_seeds(job: Job) -> tuple[str, str, str, float, float]:
-    return job.kind, job.net, job.arm, job.lr, job.budget

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -106,17 +106,8 @@ class Experiment:
     @property
     def comparison(self) -> Comparison:
         """The part of it that tables are made from."""
-        return Comparison(
-            data=self.data,
-            model=self.model,
-            model_kwargs=self.model_kwargs,
-            pool=self.pool,
-            budget=self.budget,
-            seeds=self.seeds,
-            arms=self.arms,
-            lr=self.config.lr,
-            tuning=self.tuning,
-        )
+        kept = {entry.name: getattr(self, entry.name) for entry in fields(Comparison) if entry.name != "lr"}
+        return Comparison(lr=self.config.lr, **kept)
 
     def stackable(self, name: str) -> bool:
         """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
@@ -127,16 +118,14 @@ class Experiment:
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; the inverse of `from_dict`."""
-        values: dict[str, Any] = to_dict(self)
-        return values
+        return to_dict(self)
 
     def differs(self, old: Mapping[str, Any]) -> str | None:
         """The first key in which this is more than the experiment `old` (of `to_json`) with other arms and seeds."""
         new, old = self.to_json(), Experiment.from_dict(old).to_json()  # which fills in what there was not yet
         changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
-        changed += [
-            f"own_arms, {name}," for name, arm in old["own_arms"].items() if new["own_arms"].get(name, arm) != arm
-        ]
+        own = new["own_arms"]
+        changed += [f"own_arms, {name}," for name, arm in old["own_arms"].items() if own.get(name, arm) != arm]
         return next(iter(changed), None)
 
     @staticmethod
@@ -146,11 +135,7 @@ class Experiment:
 
 
 def keep_plan(experiment: Experiment, out: Path) -> None:
-    """Write plan.json into the folder of an experiment, made here if need be.
-
-    Raises:
-        RunError: The folder holds the runs of another experiment.
-    """
+    """Write plan.json into the folder of an experiment; RunError if it holds the runs of another."""
     old = read_plan(out)
     if old is not None and (key := experiment.differs(old)):
         raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
@@ -188,25 +173,20 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
         net, feed = _side_by_side(experiment, arm, feeds, job.seeds)
-        count, batch_size = len(feeds), feeds[0].train.batch_size
-        budget = batch_size * round(job.budget * feeds[0].train.updates_per_epoch)
+        count, batch_size = len(feeds), feed.train.batch_size
+        budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
         budget *= training_macs(plain, feeds[0].input_size)
         epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0])
+        plan, config = arm.plan(epochs, job.seeds[0]), replace(experiment.config, lr=job.lr)
+        about = {
+            "command": shlex.join(sys.argv),
+            "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
+            "job": to_dict(job),
+        }
         torch.manual_seed(job.seeds[0])
         try:
             result = run_cycle(
-                net,
-                feed,
-                arm.plan(epochs, job.seeds[0]),
-                out_dir=folder,
-                config=replace(experiment.config, lr=job.lr),
-                device=where,
-                progress=progress,
-                about={
-                    "command": shlex.join(sys.argv),
-                    "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
-                    "job": to_dict(job),
-                },
+                net, feed, plan, out_dir=folder, config=config, device=where, progress=progress, about=about
             )
         except DivergedError as error:
             if job.kind != "trial":
@@ -265,10 +245,7 @@ def _record(
 def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0) -> float:
     """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
 
-    Sampled widths, and so their cost, depend on the `seed`.
-
-    Raises:
-        PlanError: None do: the budget is too small for the phases of its rounds.
+    Sampled widths, and so their cost, depend on the `seed`. PlanError if the budget is too small for the arm's phases.
     """
     epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
     costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size)

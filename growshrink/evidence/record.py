@@ -1,8 +1,7 @@
 """The record of an experiment: one line of runs.jsonl for each finished run, from which every table is made.
 
-The folder of an experiment holds plan.json (what is compared), runs.jsonl, and what is made from these two: a page, a
-table, a picture. A run that is not finished has a run folder of its own under runs/, which nobody but the run itself
-reads: once its line is written it is done, on this machine and on every other that has the two files.
+The folder of an experiment holds plan.json (what is compared), runs.jsonl, and what is made from these two. An
+unfinished run has a run folder under runs/, which only the run itself reads: once its line is written it is done.
 """
 
 from __future__ import annotations
@@ -38,13 +37,8 @@ DIGITS = 6
 class Job(Checked):
     """Identify a training run: an arm with all its seeds side by side, or with some of them.
 
-    Attributes:
-        kind: "run" for a run that a table is made of, "trial" for one that a learning rate is chosen by.
-        net: Name of the candidate in a scan; empty where the experiment has one net.
-        arm: Name of the arm.
-        seeds: One a net.
-        lr: Learning rate.
-        budget: In epochs of the plain net.
+    A "run" is part of a table, a learning rate is chosen by a "trial"; `net` is the candidate in a scan, empty where
+    there is one net; `budget` is in epochs of the plain net.
     """
 
     kind: Literal["run", "trial"] = "run"
@@ -68,13 +62,9 @@ class Job(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SeedScore(Checked):
-    """Scores of the net of one seed, in percent.
+    """Top-1 of the net of one seed, in percent, and its loss on the test split.
 
-    Attributes:
-        seed: Of the net.
-        val: Top-1 on the val split; 0 for a trial that diverged.
-        test: Top-1 on the test split; None for a net that is judged on the val split only.
-        loss: On the test split.
+    `val` is 0 for a trial that diverged, `test` None for a net that is judged on the val split only.
     """
 
     seed: int
@@ -85,14 +75,9 @@ class SeedScore(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Checked):
-    """Cost of training, per net.
+    """Cost of training, per net; `seconds` are those of all nets of the run together.
 
-    Attributes:
-        epochs: Length of the run.
-        macs: Training MACs, forward and backward, teachers included.
-        budget: Training MACs it was given.
-        images: Shown in training.
-        seconds: Of training, for all nets of the run together.
+    `macs` are forward and backward, teachers included; `budget` is what it was given of them.
     """
 
     epochs: float
@@ -129,12 +114,8 @@ class History:
     @staticmethod
     def from_rows(rows: Sequence[Row]) -> History:
         """Collect rows of log.jsonl."""
-        return History(
-            **{
-                entry.name: tuple(_kept(entry.name, getattr(row, entry.name)) for row in rows)
-                for entry in fields(History)
-            }
-        )
+        names = [entry.name for entry in fields(History)]
+        return History(**{name: tuple(_kept(name, getattr(row, name)) for row in rows) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,19 +123,13 @@ class RunRecord:
     """A finished run: one line of runs.jsonl.
 
     Attributes:
-        job: Which run it is.
-        about: What its arm is, in a line.
+        about: Line that describes its arm.
         scores: One a seed, in the order of `job.seeds`.
         cost: None for a trial that diverged.
         diverged: Why it was given up; None for a run that came to its end.
         rounds: Records of the rounds, as in the run's report.json.
-        command: Command line of the program.
         plan: Plan of the run, in epochs, as the version in `versions` writes plans.
-        config: Options of the training, the learning rate included.
         data: Name, size and fingerprint of the data set.
-        updates: Length of the run.
-        versions: Of what the result depends on.
-        history: Loss and accuracy during the run.
     """
 
     job: Job
@@ -212,8 +187,7 @@ class RunRecord:
 def read_runs(out: Path) -> tuple[RunRecord, ...]:
     """Read the finished runs of the experiment in `out`, in the order in which they were finished.
 
-    Raises:
-        RunError: A line is damaged, or the folder holds run folders of the form without runs.jsonl.
+    RunError for a damaged line, or a folder of the form without runs.jsonl.
     """
     path = out / RUNS_FILE
     if not path.exists():
@@ -229,10 +203,7 @@ def read_runs(out: Path) -> tuple[RunRecord, ...]:
 
 
 def append_run(out: Path, record: RunRecord) -> None:
-    """Add the line of a finished run, atomically; nothing happens if there is one of the same job.
-
-    Several processes may do so at once.
-    """
+    """Add the line of a finished run, atomically, also among other processes; do nothing if its job has one."""
     path = out / RUNS_FILE
     with _locked(out / WORK):
         if record.job in {old.job for old in read_runs(out)}:
@@ -244,11 +215,7 @@ def append_run(out: Path, record: RunRecord) -> None:
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
-    """Read the plan of the experiment in `out`; None if there is no experiment in it.
-
-    Raises:
-        RunError: The folder holds run folders of the form without runs.jsonl.
-    """
+    """Read the plan of the experiment in `out`, None if there is none; RunError for the form without runs.jsonl."""
     if not (out / RUNS_FILE).exists():
         _refuse_old_form(out)
     return read_json(out / PLAN_FILE) if (out / PLAN_FILE).exists() else None

@@ -1,7 +1,7 @@
-"""Which depth and width of a plain net to deploy under a bound on its cost: successive halving, filled and unfilled.
+"""Which depth and width of a plain net to deploy under a bound on its cost: successive halving.
 
-The search that the article calls its second pipeline: every candidate is small enough by construction, is filled with
-the branches of an arm, trained for a short budget, and the better half is trained for twice as long, until one is left.
+Every candidate is small enough by construction, is grown with the branches of an arm and trained for a short budget;
+the better half is trained for twice as long, until one is left.
 """
 
 from __future__ import annotations
@@ -50,17 +50,10 @@ class Candidate(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPlan(Checked):
-    """What is scanned: plan.json of a scan's folder.
+    """What is scanned: plan.json of a scan's folder; `halve` and `candidates_of` tell what its options are.
 
-    Attributes:
-        experiment: Seeds, data and training; its arms are those of the scan, its budget is not used.
-        bound: What is bounded, one of `BOUNDS`.
-        at_most: The bound.
-        widths: Channel multipliers of the grid.
-        depths: Blocks per stage of the grid.
-        arm: What the nets are filled with.
-        budget: Of the first rung, in epochs of each plain net.
-        candidates: The nets within the bound with their costs, measured once: milliseconds differ between machines.
+    The arms of `experiment` are those of the scan, its budget is not used. `candidates` are measured once:
+    milliseconds differ between machines.
     """
 
     experiment: Experiment
@@ -74,8 +67,7 @@ class ScanPlan(Checked):
 
     def to_json(self) -> dict[str, Any]:
         """Convert to plain lists and numbers."""
-        values: dict[str, Any] = to_dict(self)
-        return values
+        return to_dict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> ScanPlan:
@@ -124,20 +116,19 @@ def candidates_of(
         PlanError: Nothing of the grid is that cheap, or the model does not take the arguments.
     """
     nets = {}
+    kwargs = {**experiment.model_kwargs, "num_classes": num_classes, "in_chans": input_size[0]}
     for width, depth in itertools.product(widths, depths):
-        kwargs = {**experiment.model_kwargs, "num_classes": num_classes, "in_chans": input_size[0]}
+        options = {**kwargs, "width": width, "depths": (depth,) * 3}
         try:
-            nets[width, depth] = timm.create_model(
-                experiment.model, **{**kwargs, "width": width, "depths": (depth,) * 3}
-            )
+            nets[width, depth] = timm.create_model(experiment.model, **options)
         except (TypeError, ValueError) as error:
             raise PlanError(f"{experiment.model} with width {width:g} and depth {depth}: {error}") from error
     if bound == "ms":
         image = random_images(input_size, 1, torch.float32, 0)
-        calls = {f"{width} {depth}": partial(fold(net.eval()), image) for (width, depth), net in nets.items()}
+        calls = {str(key): partial(fold(net.eval()), image) for key, net in nets.items()}
         with torch.no_grad():
             times = interleaved_timings(calls, own_thread=torch.get_num_threads() == 1)
-        costs = {key: times[f"{key[0]} {key[1]}"] for key in nets}
+        costs = {key: times[str(key)] for key in nets}
     else:
         costs = {key: float(getattr(profile(net, input_size), bound)) for key, net in nets.items()}
     found = [Candidate(width, depth, costs[width, depth]) for width, depth in nets if costs[width, depth] <= at_most]
@@ -167,23 +158,16 @@ def halve(
     budget: float,
     train: Callable[[Sequence[tuple[Experiment, Job]]], Sequence[RunRecord]],
 ) -> list[Entry]:
-    """Successive halving of one arm: all that was trained, the winner last.
+    """Successive halving of one arm ("plain" for nothing grown): all that was trained, the winner last.
 
-    Args:
-        experiment: Seeds, data and training.
-        candidates: To begin with.
-        arm: What they are filled with; "plain" for nothing.
-        budget: Of the first rung, in epochs of each plain net.
-        train: Returns the record of every run, after doing what of them is missing.
+    `budget` is that of the first rung, in epochs of each plain net; `train` does what is missing and returns the record
+    of every run.
     """
     left, entries = list(candidates), list[Entry]()
     for rung, (number, epochs) in enumerate(rungs_of(len(left), budget)):
         left = left[:number]
-        jobs = [
-            Job(net=candidate.name, arm=arm, seeds=experiment.seeds, lr=experiment.config.lr, budget=epochs)
-            for candidate in left
-        ]
-        records = train([(candidate.of(experiment), job) for candidate, job in zip(left, jobs, strict=True)])
+        job = Job(arm=arm, seeds=experiment.seeds, lr=experiment.config.lr, budget=epochs)
+        records = train([(candidate.of(experiment), replace(job, net=candidate.name)) for candidate in left])
         reached = [
             Entry(candidate, arm, rung, epochs, record.val, _mean_test(record))
             for candidate, record in zip(left, records, strict=True)

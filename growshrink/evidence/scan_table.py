@@ -14,11 +14,7 @@ from growshrink.evidence.scan import Entry, ScanPlan, front, halve
 
 
 def scans_of(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
-    """Read what the scan in the folder `out` found, by arm, from its finished runs.
-
-    Raises:
-        RunError: A run is missing.
-    """
+    """Read what the scan in the folder `out` found, by arm, from its finished runs; RunError if one is missing."""
     records = {record.job: record for record in read_runs(out)}
 
     def look_up(runs: Sequence[tuple[Experiment, Job]]) -> list[RunRecord]:

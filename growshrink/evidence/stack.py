@@ -1,18 +1,15 @@
 """Several nets of one architecture as one net with grouped convolutions: all seeds of an arm in one training run.
 
-A small net does not fill a GPU, nor the vector units of a CPU: its kernels are too small and too many. S nets side by
-side are one net whose convolutions have S times the groups, and nothing else changes: batch norms, activations,
-pooling, weight decay, momentum and averages work channel by channel, so each net is trained as it would be by itself
-(same seeds, same batches; up to rounding). The stack is an ordinary model: it grows, vanishes and fuses like one. What
-a run draws or decides once, it draws or decides for all its nets: sampled widths are the same in all of them, and what
-listens to the loss or to the val split hears their mean (`Experiment.stackable` keeps such runs apart).
+A small net does not fill a GPU. S nets side by side are one net whose convolutions have S times the groups; all else
+(batch norms, weight decay, momentum, ...) works channel by channel, so each net is trained as it would be alone, up to
+rounding. What a run draws or decides once, such as sampled widths, it does for all its nets; `Experiment.stackable`
+keeps runs apart that listen to the loss or to the val split, which would be a mean.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -75,13 +72,11 @@ def stack_nets(nets: Sequence[nn.Module], input_size: InputSize) -> nn.Module:
 
 def unstack_net(stack: nn.Module, like: nn.Module, count: int) -> list[nn.Module]:
     """The nets in a stack, each a copy of `like` (of the architecture that the stack has now) with its own values."""
-    nets = []
-    for index in range(count):
-        net = copy.deepcopy(like)
-        state = stack.state_dict()
+    nets = [copy.deepcopy(like) for _ in range(count)]
+    state = stack.state_dict()
+    for index, net in enumerate(nets):
         own = {key: state[key].chunk(count)[index] if state[key].ndim else state[key] for key in net.state_dict()}
         net.load_state_dict(own, strict=True)
-        nets.append(net)
     return nets
 
 
@@ -119,63 +114,21 @@ class _TimesBackward(torch.autograd.Function):
         return ctx.factor * grads[0], None
 
 
-@dataclass(frozen=True)
 class StackedFeed:
-    """The feeds of S nets as the feed of their stack: images side by side along the channels, labels net by net.
+    """The feeds of S nets, alike but for the seed, as the feed of their stack, whose scores are means over its nets.
 
-    Scores of the stack are means over its nets.
-
-    Attributes:
-        feeds: One a net, alike in everything but the seed.
+    Images `(N, S*C, H, W)` lie side by side along the channels, labels net by net; `nets` is S.
     """
 
-    feeds: Sequence[Feed]
-
-    @property
-    def nets(self) -> int:
-        """S."""
-        return len(self.feeds)
-
-    @property
-    def name(self) -> str:
-        """Of the data set."""
-        return self.feeds[0].name
-
-    @property
-    def train(self) -> UpdateBatches:
-        """Batches of all nets at once."""
-        return _StackedBatches([feed.train for feed in self.feeds])
-
-    @property
-    def val(self) -> ScoringBatches:
-        """Each net's own val split."""
-        return _StackedScoring([feed.val for feed in self.feeds])
-
-    @property
-    def test(self) -> ScoringBatches:
-        """The test split, for each net."""
-        return _StackedScoring([feed.test for feed in self.feeds])
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names in the order of the labels."""
-        return self.feeds[0].classes
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel."""
-        return tuple(value for feed in self.feeds for value in feed.mean)
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Per channel."""
-        return tuple(value for feed in self.feeds for value in feed.std)
-
-    @property
-    def input_size(self) -> tuple[int, int, int]:
-        """(S*C, H, W)."""
-        channels, height, width = self.feeds[0].input_size
-        return self.nets * channels, height, width
+    def __init__(self, feeds: Sequence[Feed]) -> None:
+        self.nets = len(feeds)
+        self.name, self.classes = feeds[0].name, feeds[0].classes
+        self.train = _StackedBatches([feed.train for feed in feeds])
+        self.val, self.test = (_StackedScoring([getattr(feed, split) for feed in feeds]) for split in ("val", "test"))
+        self.mean = tuple(value for feed in feeds for value in feed.mean)
+        self.std = tuple(value for feed in feeds for value in feed.std)
+        channels, height, width = feeds[0].input_size
+        self.input_size = self.nets * channels, height, width
 
 
 class _StackedBatches:

@@ -31,25 +31,18 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Row:
-    """An arm in the table.
+    """An arm in the table, with the number of its seeds; `on_val`: judged on the val split, not on the test split.
 
     Attributes:
-        arm: Its name.
-        about: What it is.
-        seeds: How many.
-        lr: Its learning rate.
-        top1: Mean on the test split, in percent (on the val split where `on_val`).
+        top1: Mean over the seeds, in percent.
         sd: Over the seeds; NaN for one.
         difference: To plain, seed by seed: mean and Student's interval; None for plain itself or fewer than 2 seeds.
         pooled: The same difference, its interval by the noise of all arms together (`blocked`): much narrower, if they
             are all as noisy. None unless all seeds of plain are there.
-        p: That belongs to it, corrected for the number of arms (Holm).
-        epochs: It was trained for.
+        p: That of `pooled`, corrected for the number of arms (Holm).
         cost: Training MACs over the budget.
         seconds: Of training a net, over plain's; NaN where they were not trained in the same way.
         edge: Its learning rate is the largest or the smallest that was tried.
-        on_val: It was judged on the val split, and so is the difference.
-        verdict: In a line.
     """
 
     arm: str
@@ -117,16 +110,13 @@ def verdict(arm: str, difference: Estimate | None, pooled: Estimate | None = Non
     if difference is None:
         return "too few seeds for an interval"
     by, word = difference, _word(difference)
-    if pooled is not None and word == _UNSURE and _word(pooled) != _UNSURE:
+    if pooled is not None and not word and _word(pooled):
         by, word = pooled, f"{_word(pooled)} by the noise of all arms, not told apart by its own seeds"
-    return f"{word} ({by.value:+.2f}, {by.low:+.2f} .. {by.high:+.2f})"
-
-
-_UNSURE = "not told apart"
+    return f"{word or 'not told apart'} ({by.value:+.2f}, {by.low:+.2f} .. {by.high:+.2f})"
 
 
 def _word(interval: Estimate) -> str:
-    return "better" if interval.low > 0 else "worse" if interval.high < 0 else _UNSURE
+    return "better" if interval.low > 0 else "worse" if interval.high < 0 else ""
 
 
 def markdown(rows: Sequence[Row], comparison: Comparison, command: str) -> str:
@@ -144,9 +134,8 @@ def markdown(rows: Sequence[Row], comparison: Comparison, command: str) -> str:
     ]
     for row in rows:
         value = interval = pooled = p = "-"
-        if row.difference is not None:
-            value = f"{row.difference.value:+.2f}"
-            interval = f"{row.difference.low:+.2f} .. {row.difference.high:+.2f}"
+        if (found := row.difference) is not None:
+            value, interval = f"{found.value:+.2f}", f"{found.low:+.2f} .. {found.high:+.2f}"
         if row.pooled is not None:
             pooled, p = f"{row.pooled.low:+.2f} .. {row.pooled.high:+.2f}", f"{row.p:.2g}"
         sd = "-" if row.sd != row.sd else f"{row.sd:.2f}"
@@ -202,9 +191,8 @@ def write_table(comparison: Comparison, records: Sequence[RunRecord], out: Path)
     used = {run.job for runs in found.values() for run in runs}
     command = next((record.command for record in reversed(records) if record.job in used), "")
     page = markdown(rows, comparison, f"python {command}")
-    write_atomic(
-        out / "README.md", (page if drawn else page.replace("![accuracy over cost](curves.png)\n", "")).encode()
-    )
+    page = page if drawn else page.replace("![accuracy over cost](curves.png)\n", "")
+    write_atomic(out / "README.md", page.encode())
     table = [
         {**vars(row), **{key: (value := getattr(row, key)) and value._asdict() for key in ("difference", "pooled")}}
         for row in rows
@@ -225,10 +213,8 @@ def _by_seed(runs: Sequence[RunRecord], seeds: Sequence[int]) -> dict[int, SeedS
 
 def _values(own: Mapping[int, SeedScore], seeds: Iterable[int]) -> tuple[bool, list[float]]:
     """Whether an arm is judged on the val split, and its top-1 there or on the test split."""
-    tests = [own[seed].test for seed in own]
-    if any(test is None for test in tests):
-        return True, [own[seed].val for seed in seeds]
-    return False, [test for seed in seeds if (test := own[seed].test) is not None]
+    on_val = any(score.test is None for score in own.values())
+    return on_val, [score.val if on_val or score.test is None else score.test for score in map(own.__getitem__, seeds)]
 
 
 def _paired(scores: Mapping[str, Mapping[int, SeedScore]], arm: str) -> tuple[list[float], list[float]]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +17,17 @@ from growshrink.proofs.probes import random_images, randomize_norms_
 class UnitChain:
     """The units of a model's `forward_features` in order: `model(x) == forward_head(unit_n(... unit_1(x)))`.
 
-    A unit is a child of the model, or of an `nn.Sequential` in it, however deep.
-
-    Args:
-        model: With timm's `forward_features` and `forward_head`, and at least two units with branches.
-        input_size: `(C, H, W)` to prove it on; None takes the model's own.
-
-    Attributes:
-        starts: Indices of the units that carry branches: where an augmented pass may begin.
+    A unit is a child of the model, or of an `nn.Sequential` in it, however deep. Those that carry branches, at least
+    two, are `starts`, by index: an augmented pass may begin there.
 
     Raises:
-        WidthError: The model is no such chain. This is checked by running it, not by its looks.
+        WidthError: The model is no such chain. This is checked by running it on images of `input_size`.
     """
 
     def __init__(self, model: nn.Module, input_size: InputSize | None = None) -> None:
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
             raise WidthError(f"{_REFUSAL} {type(model).__name__} has no forward_features and forward_head.")
-        self._head = cast(Callable[[Tensor], Tensor], model.forward_head)
+        self._head: Any = model.forward_head
         units = _units("", model)
         inside = _called_within_features(model, units, input_size)
         self._names = [name for name, _ in units if name in inside]
@@ -55,7 +48,7 @@ class UnitChain:
         """The same chain of a copy of the model."""
         twin = copy.copy(self)
         twin._units = [model.get_submodule(name) for name in self._names]
-        twin._head = cast(Callable[[Tensor], Tensor], model.forward_head)
+        twin._head = model.forward_head
         return twin
 
     def prefix(self, x: Tensor, start: int) -> Tensor:
@@ -78,18 +71,16 @@ class UnitChain:
     def _prove(self, model: nn.Module, input_size: InputSize | None) -> None:
         replica = copy.deepcopy(model).eval()
         randomize_norms_(replica)
-        units = [replica.get_submodule(name) for name in self._names]
+        chain = self.of_copy(replica)
         x = random_images(trace(model, input_size).input_size, 2, torch.float32, 0).to(next(replica.parameters()))
         expected, found = replica(x), x
-        inputs = []
         try:
-            for unit in units:
-                inputs.append(found)
-                before = found.clone()
-                found = unit(found)
-                if len(inputs) - 1 in self.starts and not torch.equal(inputs[-1], before):
-                    raise WidthError(f"{_REFUSAL} {self._names[len(inputs) - 1]} overwrites its input.")
-            found = cast(Callable[[Tensor], Tensor], replica.forward_head)(found)
+            for index, unit in enumerate(chain._units):
+                given, before = found, found.clone()
+                found = unit(given)
+                if index in self.starts and not torch.equal(given, before):
+                    raise WidthError(f"{_REFUSAL} {self._names[index]} overwrites its input.")
+            found = chain._head(found)
         except WidthError:
             raise
         except Exception as error:  # a unit that wants something else than one tensor fails in its own way
@@ -113,10 +104,10 @@ def _units(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _called_within_features(
     model: nn.Module, units: list[tuple[str, nn.Module]], input_size: InputSize | None
 ) -> set[str]:
-    replica = copy.deepcopy(model).eval()
+    replica: Any = copy.deepcopy(model).eval()
     called: set[str] = set()
     for name, _ in units:
         replica.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: called.add(name))
     x = random_images(trace(model, input_size).input_size, 1, torch.float32, 0).to(next(replica.parameters()))
-    cast(Callable[[Tensor], Tensor], replica.forward_features)(x)
+    replica.forward_features(x)
     return called

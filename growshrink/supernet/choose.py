@@ -25,13 +25,9 @@ class ScoredWidth:
 
 @dataclass(frozen=True)
 class WidthChoice:
-    """Outcome of `choose_width`.
+    """Outcome of `choose_width`: the best of the fused nets, which is plain, and all candidates, best first.
 
-    Attributes:
-        model: The best of the fused nets: plain.
-        width: Its width.
-        score: Its score, which is optimistic: the best of several on the very split that chose it.
-        candidates: All of them, best first.
+    The score is optimistic: the best of several on the very split that chose it.
     """
 
     model: nn.Module
@@ -55,7 +51,7 @@ def choose_width(
     Args:
         model: A grown net with every lam at 0 (for a base width of 0 throughout, at any lam). Not modified.
         candidates: Widths to try, e.g. `default_candidates(space)`.
-        batches: Images `(N, C, H, W)`, the same for every candidate, to take the statistics from: training images.
+        batches: Training images `(N, C, H, W)` to take the statistics from.
         score: Score of a plain net, higher is better: on images that are neither trained on nor the test set.
         keep_statistics: The width whose statistics are right as they are (the base of a NetAug run).
         input_size: `(C, H, W)`; None takes the model's own.

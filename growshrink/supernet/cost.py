@@ -21,25 +21,18 @@ class StepCost:
     """
 
     def __init__(self, task: NetAugTask, input_size: InputSize) -> None:
-        self._task = task
-        self._size = input_size
+        self._task, self._size, self._base = task, input_size, task.space.base
         self._model = copy.deepcopy(task.trainable_module).to("meta")
-        base = task.space.base
-        names = list(base)
-        self._nested = any(a != b and b.startswith(f"{a}.") for a in names for b in names)
-        self._base = base
-        self._base_macs = self._count(base)
+        self._base_macs = self._count(self._base)
+        self._nested = any(b.startswith(f"{a}.") for a in self._base for b in self._base)
         self._per_channel: dict[str, float] = {}
-        if not self._nested:
-            full = {name: slot.full for name, slot in Slots(self._model)}
-            for name in names:
-                grown = full[name] - base[name]
-                extra = self._count({**base, name: full[name]}) - self._base_macs if grown else 0
-                self._per_channel[name] = extra / grown if grown else 0.0
+        for name, slot in () if self._nested else Slots(self._model):
+            grown = slot.full - self._base[name]
+            extra = self._count({**self._base, name: slot.full}) - self._base_macs if grown else 0
+            self._per_channel[name] = extra / max(grown, 1)
         self._prefixes: dict[int, int] = {}
         self._asked: int | None = None  # always the full net
-        teacher = task.teacher
-        self._teacher = 0 if teacher is None else profile(teacher.net, input_size).macs
+        self._teacher = 0 if task.teacher is None else profile(task.teacher.net, input_size).macs
 
     def of_width(self, width: Width) -> int:
         """Forward and backward of the net at `width`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,8 @@ def load_supernet(
 ) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
     """The net, its width space, and what was written `about` it; the inverse of `save_supernet`.
 
-    Args:
-        path: What `save_supernet` wrote; or, with `name`, a state_dict alone of a net that is grown at birth.
-        name: The timm model that a state_dict alone is of. Its classes and input channels are read off the weights,
-            its space is `width_space(model)`.
-        kwargs: What else `timm.create_model` needs for it.
+    A state_dict alone is loaded into the timm model `name`, grown at birth, made with `kwargs`; its classes and input
+    channels are read off the weights, its space is `width_space(model)`.
 
     Raises:
         RunError: The file is no such file, is damaged, or does not fit the net it says it is of.
@@ -72,9 +69,8 @@ def load_supernet(
         space_json = header["width_space"] if "about" in header else None
     except RunError as error:
         said = str(error).removeprefix(f"{path}: ")
-        raise RunError(
-            f"{path}: {said}" if said.startswith("not a ") else f"{path}: not a whole supernet, {said}"
-        ) from error
+        start = "" if said.startswith("not a ") else "not a whole supernet, "
+        raise RunError(f"{path}: {start}{said}") from error
     except Exception as error:  # what a model makes of arguments that a file names is the model's affair
         raise RunError(f"{path}: not a whole supernet ({reason(error)}).") from error
     space = width_space(model) if space_json is None else WidthSpace.from_json(space_json)
@@ -110,10 +106,7 @@ def _make(about: Mapping[str, Any]) -> nn.Module:
 
 
 def _check_shapes(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """RunError unless the net would have these tensors; made without memory, so a file cannot ask for more than it has.
-
-    Its modules are counted while it is made: there are few without a tensor for each of them.
-    """
+    """RunError unless the net would have these tensors; made without memory, and with few modules that have none."""
     most, found = 1000 + 10 * len(tensors), itertools.count()
 
     def count(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
@@ -130,28 +123,19 @@ def _check_shapes(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
         hook.remove()
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     for key in [*expected, *tensors]:
-        there = tuple(tensors[key].shape) if key in tensors else "nothing"
-        if there != expected.get(key, "nothing"):
-            raise RunError(
-                f"{key}: {there} in the file, {expected.get(key, 'nothing')} in the net it is said to be of."
-            )
+        there, wanted = tuple(tensors[key].shape) if key in tensors else "nothing", expected.get(key, "nothing")
+        if there != wanted:
+            raise RunError(f"{key}: {there} in the file, {wanted} in the net it is said to be of.")
 
 
 def about_weights(name: str, tensors: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What there is to know about a state_dict alone of the timm model `name`, in the form of `load_supernet`.
-
-    Classes and input channels are read off the weights, unless `kwargs` has them.
-    """
+    """What is known about a state_dict alone of the timm model `name`, as `load_supernet` returns it."""
     if not timm.is_model(name):
         raise RunError(f"{name}: timm knows no such model{did_you_mean(name, timm.list_models())}")
     cfg: Any = timm.get_pretrained_cfg(name)
-    layers = {"num_classes": (cfg.classifier, 0), "in_chans": (cfg.first_conv, 1)}
-    found = {
-        key: tensors[f"{_first(layer)}.weight"].shape[dim] for key, (layer, dim) in layers.items() if key not in kwargs
-    }
-    known = {**found, **kwargs}
+    known = dict(kwargs)
+    for key, names, dim in (("num_classes", cfg.classifier, 0), ("in_chans", cfg.first_conv, 1)):
+        layer = names if isinstance(names, str) else names[0]
+        if key not in known:
+            known[key] = tensors[f"{layer}.weight"].shape[dim]
     return {"name": name, "kwargs": known, "grow": None, "input_size": [known["in_chans"], *cfg.input_size[1:]]}
-
-
-def _first(names: str | Sequence[str]) -> str:
-    return names if isinstance(names, str) else names[0]

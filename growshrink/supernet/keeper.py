@@ -23,18 +23,12 @@ class FrozenSlices:
     beyond the widest pass are saved before the step and put back after it, with their state; a state that the step
     has just made is put to what the optimizer makes for a weight of 0 with a gradient of 0.
 
-    Args:
-        slots: Widths of the model.
-        optimizer: Its state must be per parameter: of the parameter's shape, or a single number.
-        after_step: Called after every step.
-
     Raises:
-        WidthError: The optimizer is of another kind.
+        WidthError: State of the optimizer is neither of its parameter's shape nor a single number.
     """
 
     def __init__(self, slots: Slots, optimizer: torch.optim.Optimizer, after_step: Callable[[], None]) -> None:
-        self._slots = slots
-        self._after_step = after_step
+        self._slots, self._after_step = slots, after_step
         self._widest: dict[str, int] = {}
         #: Where it lies, the width it lies beyond, the parameter, its state's key (None: the parameter itself), values.
         self._kept: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
@@ -61,8 +55,7 @@ class FrozenSlices:
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        beyond: list[tuple[Axis, int, Tensor, str | None]] = []
-        live: list[Tensor] = []
+        found: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
         for name, slot in self._slots:
             width = self._widest.get(name, slot.full)  # of a gradient that is not ours, nothing is kept
             if width == 0:
@@ -75,18 +68,17 @@ class FrozenSlices:
                     if tensor is None or tensor.grad is None:  # a buffer, or frozen
                         continue
                     for key, value in ((None, tensor), *_per_entry(tensor, optimizer)):
-                        beyond.append((axis, width, tensor, key))
-                        live.append(axis.beyond(value, width))
-        saved = [torch.empty_like(value) for value in live]
-        if live:
-            torch._foreach_copy_(saved, live)
-        self._kept = [(*where, value) for where, value in zip(beyond, saved, strict=True)]
+                        found.append((axis, width, tensor, key, axis.beyond(value, width)))
+        self._kept = [(*where, torch.empty_like(live)) for *where, live in found]  # type: ignore[misc]
+        if found:
+            torch._foreach_copy_([value for *_, value in self._kept], [live for *_, live in found])
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        live = []
-        for axis, width, tensor, key, _ in self._kept:
-            live.append(axis.beyond(tensor if key is None else optimizer.state[tensor][key], width))
+        live = [
+            axis.beyond(tensor if key is None else optimizer.state[tensor][key], width)
+            for axis, width, tensor, key, _ in self._kept
+        ]
         if live:
             torch._foreach_copy_(live, [value for *_, value in self._kept])
         had = {(id(tensor), key) for _, _, tensor, key, _ in self._kept}

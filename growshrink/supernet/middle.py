@@ -48,17 +48,14 @@ class Axis(NamedTuple):
 
 def axes(body: PureBottleneck) -> Iterator[Axis]:
     """Every parameter and buffer of `body` that has an axis of middle channels."""
-    groups, conv = body.conv.groups, body.conv
+    groups, conv, norms = body.conv.groups, body.conv, [body.bn]
     yield Axis(conv, "weight", 0, groups)
     if isinstance(conv, GrownConv2d):  # the outputs of its branches are middle channels as well
         for branch in conv.branches:
             assert isinstance(branch, Bottleneck), "only `nest` grows inside a branch, and it attaches bottlenecks"
             yield Axis(branch.body.pointwise, "weight", 0, groups)
-            yield from _of_norm(branch.norm, groups)
-    yield from _of_norm(body.bn, groups)
+            norms.append(branch.norm)
+    for norm in norms:
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            yield Axis(norm, name, 0, groups)
     yield Axis(body.pointwise, "weight", 1, groups)
-
-
-def _of_norm(norm: nn.BatchNorm2d, groups: int) -> Iterator[Axis]:
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        yield Axis(norm, name, 0, groups)

@@ -16,13 +16,10 @@ INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
 
 @dataclass(frozen=True)
 class Passes:
-    """The passes of one update.
+    """The passes of one update, by width: the one that is always there, and the augmented ones before it.
 
-    Attributes:
-        width: Width of the pass that is always there: the base net's (in `single` the one that is drawn).
-        augmented: Widths of the augmented passes, in the order they run, before the base's.
-        start: The unit of the chain from which on the augmented passes run; None runs them whole.
-        asked: A net that is run for its logits only: the one that `single` learns from in in-place distillation.
+    `start` is the unit of the chain from which on the augmented passes run, None runs them whole; `asked` is a net that
+    is run for its logits only: the one that `single` learns from in in-place distillation.
     """
 
     width: dict[str, int]

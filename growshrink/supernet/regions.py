@@ -12,10 +12,7 @@ from growshrink.layers.widths import Slots
 
 
 def regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The largest modules of `model` that contain at most one width, by dotted name.
-
-    A graph is compiled per combination of the widths inside: two in one region, and there would be the square of them.
-    """
+    """The largest modules of `model` with at most one width, by name: each combination inside one has its own graph."""
     # Where a width is read: in a bottleneck of `nest` that is the body, which holds another one.
     readers = [
         f"{name}.body" if slot.branch is not None and slot.body is not None else name for name, slot in Slots(model)

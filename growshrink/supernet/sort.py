@@ -26,12 +26,7 @@ def sort_channels(
     sorted within each group.
 
     Everything with an entry per channel moves: kernels, norms and their statistics, gradients, the optimizer's state,
-    and the same tensors of `also`. (The reference implementation of NetAug leaves the momentum behind.)
-
-    Args:
-        model: A grown net.
-        optimizer: Whose state of these parameters follows.
-        also: Averaged copies of the model (timm's `ModelEmaV3`, or its `module`), put into the order of `model`.
+    and the same tensors of `also`: averaged copies of the model (timm's `ModelEmaV3`, or its `module`).
 
     Returns:
         The new order of each bottleneck whose order changed, int64 `(groups, channels / groups)` by dotted name.

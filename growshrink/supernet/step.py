@@ -17,15 +17,10 @@ from growshrink.supernet.passes import Passes
 
 
 class Supernet:
-    """A model, its widths, and the statistics of its batch norms, each looked up once.
-
-    `chain` is the model as a chain of units, where a pass is to start in the middle.
-    """
+    """A model, its widths, its chain where a pass is to start in the middle, and its batch norms, looked up once."""
 
     def __init__(self, model: nn.Module, slots: Slots, chain: UnitChain | None) -> None:
-        self.model = model
-        self.slots = slots
-        self.chain = chain
+        self.model, self.slots, self.chain = model, slots, chain
         self._norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
     @contextmanager
@@ -65,17 +60,12 @@ class Supernet:
 
 @dataclass
 class StepRun:
-    """One update on one batch.
+    """One update on one batch of images `(N, C, H, W)`.
 
     Attributes:
-        net: What is trained.
-        passes: What to run.
-        x: Images `(N, C, H, W)`.
         loss_of: (logits, logits to learn from or None) -> loss, 0-dim.
-        weight: Weight of the loss of each augmented pass.
-        share: Share of the loss of the base pass.
-        backward: What differentiates the loss of an augmented pass, at its width; None leaves that to the
-            caller, who gets the sum of all losses.
+        weight: Weight of the loss of each augmented pass; `share` is that of the base pass.
+        backward: Differentiates the loss of an augmented pass, at its width; None leaves the sum of all to the caller.
         inplace_teacher: Logits of the first augmented net, from which the passes after it learn.
         augmented: Losses of the augmented passes, weighted.
     """
@@ -109,11 +99,9 @@ class StepRun:
                 self.inplace_teacher = logits.detach()
 
     def run_base(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The pass that is always there, and the augmented ones where they share its beginning.
+        """Run the pass that is always there, and the augmented ones where they share its beginning.
 
-        Returns:
-            Logits, weighted loss, and where passes share a beginning its output and the gradient that the augmented
-            ones have for it.
+        Returns logits, weighted loss, and the output of a shared beginning with the gradient of the augmented ones.
         """
         start = self.passes.start
         if start is None:

@@ -69,10 +69,10 @@ class NetAugTask(ClassificationTask):
     Args:
         model: A grown net; it is set to base width.
         criterion: Loss of (logits, target); None makes timm's, from `criterion_kwargs`.
-        criterion_kwargs: For timm's `create_classification_loss`.
-        device: Where the task's own tensors are.
-        dtype: What they are.
-        verbose: timm's one line at the start.
+        criterion_kwargs: As `device`, `dtype` and `verbose` those of timm's `ClassificationTask`.
+        device: See there.
+        dtype: See there.
+        verbose: See there.
         space: Widths to draw from; None is `width_space(model)`.
         mode: See above.
         every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
@@ -130,26 +130,23 @@ class NetAugTask(ClassificationTask):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
         inplace_distil = INPLACE_DISTIL.get(mode, 0.0) if inplace_distil is None else inplace_distil
-        _check_share("inplace_distil", inplace_distil)
-        _check_share("teacher_weight", teacher_weight)
-        _check_temperature("inplace_temperature", inplace_temperature)
-        _check_temperature("teacher_temperature", teacher_temperature)
+        for name, share in (("inplace_distil", inplace_distil), ("teacher_weight", teacher_weight)):
+            if not 0.0 <= share <= 1.0:
+                raise PlanError(f"{name}={share!r}: must lie in [0, 1].")
+        temperatures = {"inplace_temperature": inplace_temperature, "teacher_temperature": teacher_temperature}
+        for name, temperature in temperatures.items():
+            if not 0.0 < temperature < math.inf:
+                raise PlanError(f"{name}={temperature!r}: must be above 0.")
         self.space = width_space(model) if space is None else space
         self.space.check(model)
-        self.mode = mode
-        self.every = every
+        self.mode, self.every, self.reduction = mode, every, reduction
         self.alpha = default_alpha(mode, every) if alpha is None else alpha
-        self.reduction = reduction
-        self.inplace_distil = inplace_distil
-        self.inplace_temperature = inplace_temperature
+        self.inplace_distil, self.inplace_temperature = inplace_distil, inplace_temperature
         self.teacher: OuterTeacher | None = None
         if teacher is not None:
             self.teacher = OuterTeacher(teacher, model, device=self.device, dtype=self.dtype)
-        self.teacher_weight = teacher_weight
-        self.teacher_temperature = teacher_temperature
-        self.lambda_schedule = lambda_schedule
-        self.seed = seed
-        self.update = 0
+        self.teacher_weight, self.teacher_temperature = teacher_weight, teacher_temperature
+        self.lambda_schedule, self.seed, self.update = lambda_schedule, seed, 0
         self.chain = UnitChain(model, input_size) if mode == "suffix" else None
         slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
@@ -164,11 +161,7 @@ class NetAugTask(ClassificationTask):
     # ---- the step
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Compute a single differentiable loss.
-
-        Args:
-            input: Images `(N, C, H, W)`.
-            target: Whatever the criterion takes.
+        """Compute a single differentiable loss of images `(N, C, H, W)` and targets as the criterion takes them.
 
         Returns:
             `loss`: base + alpha * augmented, 0-dim; in eval mode and under no_grad the base's alone.
@@ -195,12 +188,8 @@ class NetAugTask(ClassificationTask):
         Call it under autocast if you use that; the backward passes leave it. With several ranks there is
         one all-reduce, in the last pass; none under `no_sync()`.
 
-        Args:
-            input: Images `(N, C, H, W)`.
-            target: Whatever the criterion takes.
-            scaler: A `torch.amp.GradScaler`; unscale, step and update it once, as ever.
-            accumulation: How many micro-batches make up this update; the loss is divided by it. All of them are
-                trained at the same widths.
+        `scaler` is a `torch.amp.GradScaler`: unscale, step and update it once, as ever. The loss is divided by
+        `accumulation`, the number of micro-batches of this update; all of them are trained at the same widths.
 
         Returns:
             What `forward` returns, all of it detached.
@@ -256,9 +245,6 @@ class NetAugTask(ClassificationTask):
         before, bit for bit; branches that were skipped are passed over altogether. Nothing waits for the device.
         (Counts of steps are per tensor: Adam's correction of its start is that of the rows that were always drawn.)
 
-        Returns:
-            self.
-
         Raises:
             WidthError: The optimizer keeps state that belongs to no single weight (Adafactor, Kron), or calls no hooks.
         """
@@ -296,18 +282,12 @@ class NetAugTask(ClassificationTask):
     def compile(  # type: ignore[override]  # nn.Module's is another thing; timm's it is
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
-        """Compile the model block by block, in place: at most one graph per block and width, none per value of lam.
-
-        (The model as a whole would have a graph per width of all blocks together.) Keys of the state_dict stay.
-        """
+        """Compile the model block by block, in place: at most one graph per block and width, none per value of lam."""
         compile_regions(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.trainable_module
 
     def update_ema(self, step: int | None = None) -> None:
-        """Average the model, copy lam into the average (it is never averaged), and count update number `step`.
-
-        None is the next one.
-        """
+        """Average the model, copy lam into the average (it is never averaged), and count update number `step`."""
         super().update_ema(step)
         if self.has_ema() and self._lam is not None:
             set_lambda(self.trainable_module_ema, self._lam)
@@ -389,13 +369,3 @@ class NetAugTask(ClassificationTask):
         if not 0.0 <= alpha < math.inf:
             raise PlanError(f"alpha={alpha!r} at update {update}: must not be negative.")
         return float(alpha)
-
-
-def _check_share(name: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise PlanError(f"{name}={value!r}: must lie in [0, 1].")
-
-
-def _check_temperature(name: str, value: float) -> None:
-    if not 0.0 < value < math.inf:
-        raise PlanError(f"{name}={value!r}: must be above 0.")

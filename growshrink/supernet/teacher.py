@@ -12,15 +12,8 @@ from torch import Tensor, nn
 class OuterTeacher(nn.Module):
     """Logits of a finished net, always in eval mode.
 
-    Args:
-        teacher: A module, which is fed what the student is fed; or timm's `DistillationTeacher`, or the name of a
-            pretrained timm model, whose input is normalised as they are used to.
-        student: What learns from it; its `pretrained_cfg` says how its images were normalised.
-        device: Where a teacher that is made from its name goes.
-        dtype: What its parameters are.
-
-    Attributes:
-        net: The teacher's own net.
+    A module is fed what the student is fed; timm's `DistillationTeacher`, or a pretrained timm model by its name, gets
+    its own normalisation, the `pretrained_cfg` of the student saying how its images were normalised.
     """
 
     def __init__(
