@@ -15,8 +15,6 @@ PACKAGE = Path(growshrink.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
 #: timm looks for this name in every module of models.
 SHARED_NAMES = {"default_cfgs"}
-#: Go with the rewrites of cycle and evidence.
-SHARED_NAMES |= {"CALIBRATION_BATCHES", "Entry", "INITS", "SCORES", "Segment"}
 
 
 def test_classes_are_swapped_in_one_file():

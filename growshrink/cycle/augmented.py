@@ -15,6 +15,7 @@ from growshrink.base.config import Checked
 from growshrink.base.limits import NotNegative, OneOf, Share
 from growshrink.base.ranks import this_rank
 from growshrink.cycle.records import Grew, LeftBy, TriedWidth
+from growshrink.cycle.surgery import CALIBRATION_BATCHES
 from growshrink.layers.widths import Width, WidthSpace, set_width, width_space
 from growshrink.schedules import Schedule
 from growshrink.supernet import NetAugTask, WidthChoice, save_supernet
@@ -23,9 +24,6 @@ from growshrink.supernet.passes import MODES, NUM_AUGMENTED, default_alpha
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet
 from growshrink.training.trainer import Trainer
-
-#: Batches that batch norm statistics of a wider net are taken from.
-CALIBRATION_BATCHES = 20
 
 
 @dataclass(frozen=True)

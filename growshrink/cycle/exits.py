@@ -12,11 +12,10 @@ from typing import ClassVar
 
 from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import NotNegative
-from growshrink.cycle.augmented import CALIBRATION_BATCHES
 from growshrink.cycle.records import Fused, Rewound, Undone, plain_net
 from growshrink.cycle.running import Run
 from growshrink.cycle.state import set_values, undo
-from growshrink.cycle.surgery import fuse_nets
+from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets
 from growshrink.layers.widths import Width, set_width, width_space
 from growshrink.supernet import WidthChoice, choose_width, default_candidates
 from growshrink.training.calibrate import calibrate_bn

@@ -243,7 +243,7 @@ class Hold(_Grown):
             run.save_supernet("init")
         run.state.rounds.append(self._record(run, before, built_grown))
         if plan.online:
-            collapse(run, self)
+            merge_linear(run, self)
 
     def look(self, run: Run) -> None:
         """After the second update: do the new parameters learn?"""
@@ -321,7 +321,7 @@ class Settle(_Grown):
     def enter(self, run: Run) -> None:
         """Merge the branches for training, where the round asks for it and it has not been done."""
         if self.span.plan.online and not self.span.plan.linear:
-            collapse(run, self)
+            merge_linear(run, self)
 
 
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class Tail(_InRound):
         return (self.stop - self.start) * costs.plain.train + self.answers(costs)
 
 
-def collapse(run: Run, phase: Phase) -> None:
+def merge_linear(run: Run, phase: Phase) -> None:
     """Merge the branches that are linear when a phase begins into their kernels, for training."""
     if change := collapse_net(run.trainer, run.lam(phase.start), phase.round):
         run.same_on_all_ranks()

@@ -19,7 +19,7 @@ from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
 
-#: For the statistics of norms that are then frozen.
+#: Batches that batch norm statistics are taken from.
 CALIBRATION_BATCHES = 20
 
 

@@ -28,7 +28,7 @@ IF_COSTLIER = ("refuse", "warn", "allow")
 
 
 @dataclass(frozen=True)
-class Run:
+class ConvRun:
     """Convolutions that become one, which goes by the last of their names, and their MACs for one image."""
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Run:
 class MergeReport:
     """What merging does to a net, or would do; `ends`: why a convolution is not merged with the one that feeds it."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[ConvRun, ...]
     ends: dict[str, str]
     macs_before: int
     macs_after: int
@@ -119,7 +119,7 @@ def merge_report(
 
 def _plan(
     model: nn.Module, where: WhereToMerge, if_costlier: str, input_size: InputSize | None
-) -> tuple[tuple[Run, ...], dict[str, str], nn.Module, InputSize]:
+) -> tuple[tuple[ConvRun, ...], dict[str, str], nn.Module, InputSize]:
     """What to merge and why not more, the folded copy it was found out on, and the size of its input."""
     if if_costlier not in IF_COSTLIER:
         raise MergeError(f"if_costlier={if_costlier!r}: no such choice{did_you_mean(if_costlier, IF_COSTLIER)}")
@@ -128,7 +128,7 @@ def _plan(
     flow = trace(folded, input_size)
     chains, ends = _chains(folded, flow)
     named, exact = _named(folded, where)
-    runs: list[Run] = []
+    runs: list[ConvRun] = []
     if exact is not None:
         runs, ends = [_whole(folded, flow, run, chains, ends) for run in exact], {}
     else:
@@ -246,15 +246,17 @@ def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
     return total
 
 
-def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> Run:
+def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> ConvRun:
     total = _compose(model, names)
     positions = {name: math.prod(flow.output_sizes[name]) for name in names}
     before = sum(model.get_parameter(f"{name}.weight").numel() * number for name, number in positions.items())
     kh, kw = total.kernel.shape[2:]
-    return Run(tuple(names), (kh, kw), before, total.kernel.numel() * positions[names[-1]])
+    return ConvRun(tuple(names), (kh, kw), before, total.kernel.numel() * positions[names[-1]])
 
 
-def _whole(model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[list[str]], ends: dict[str, str]) -> Run:
+def _whole(
+    model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[list[str]], ends: dict[str, str]
+) -> ConvRun:
     """A run that was asked for, name by name."""
     follows = {pair for chain in chains for pair in zip(chain, chain[1:], strict=False)}
     for first, second in zip(names, names[1:], strict=False):
@@ -267,7 +269,7 @@ def _whole(model: nn.Module, flow: Flow, names: tuple[str, ...], chains: list[li
         raise MergeError(f"{error.module}: {error}") from error
 
 
-def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> tuple[list[Run], dict[str, str]]:
+def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> tuple[list[ConvRun], dict[str, str]]:
     """Cut a chain into runs: the longest there are from the front, or those that cost the fewest MACs in all."""
     reasons: dict[str, str] = {}
     runs: dict[tuple[int, int], Run] = {}
@@ -279,7 +281,7 @@ def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> t
                 reasons.setdefault(error.module, str(error))
                 break
     # best[i]: MACs of the first i convolutions, and the cuts that lead there
-    best: dict[int, tuple[int, list[Run]]] = {0: (0, [])}
+    best: dict[int, tuple[int, list[ConvRun]]] = {0: (0, [])}
     for stop in range(1, len(chain) + 1):
         ways = [(best[b][0] + run.macs_after, best[b][1] + [run]) for (b, s), run in runs.items() if s == stop]
         best[stop] = min(ways, key=lambda way: (way[0], len(way[1])))
@@ -305,7 +307,7 @@ def _prepare(model: nn.Module, input_size: InputSize | None) -> None:
 
 
 @torch.no_grad()
-def _merge(model: nn.Module, runs: tuple[Run, ...]) -> None:
+def _merge(model: nn.Module, runs: tuple[ConvRun, ...]) -> None:
     for run in runs:
         total = _compose(model, run.names)
         like = model.get_submodule(run.names[-1])
@@ -321,12 +323,12 @@ def _merge(model: nn.Module, runs: tuple[Run, ...]) -> None:
             replace_module(model, name, nn.Identity().train(module.training))
 
 
-def _commit(model: nn.Module, runs: tuple[Run, ...], input_size: InputSize) -> None:
+def _commit(model: nn.Module, runs: tuple[ConvRun, ...], input_size: InputSize) -> None:
     _prepare(model, input_size)
     _merge(model, runs)
 
 
-def _costly(runs: Iterable[Run]) -> str:
+def _costly(runs: Iterable[ConvRun]) -> str:
     """The runs that cost more merged, for messages."""
     return ", ".join(
         f"{run.names[0]} .. {run.names[-1]} ({run.macs_before:,} -> {run.macs_after:,} MACs)"

@@ -23,7 +23,7 @@ from growshrink.layers.online import OnlineModule
 from growshrink.layers.swaps import ONLINE_CLASSES, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
 
-Choose = str | Iterable[str]
+CollapseChoice = str | Iterable[str]
 
 WAYS = ("measured", "always")
 
@@ -31,7 +31,7 @@ WAYS = ("measured", "always")
 def collapse_online(
     model: nn.Module,
     *,
-    choose: Choose = "measured",
+    choose: CollapseChoice = "measured",
     freeze: bool = True,
     batch_size: int = 128,
     input_size: InputSize | None = None,
