@@ -272,7 +272,7 @@ def _whole(
 def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> tuple[list[ConvRun], dict[str, str]]:
     """Cut a chain into runs: the longest there are from the front, or those that cost the fewest MACs in all."""
     reasons: dict[str, str] = {}
-    runs: dict[tuple[int, int], Run] = {}
+    runs: dict[tuple[int, int], ConvRun] = {}
     for start in range(len(chain)):
         for stop in range(start + 1, len(chain) + 1):
             try:
