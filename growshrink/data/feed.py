@@ -112,9 +112,9 @@ class MemoryFeed:
     def fingerprint(self) -> str:
         """Digest of all pixels and labels."""
         digest = hashlib.blake2b(digest_size=8)
-        for split in (self.data.train, self.data.val, self.data.test):
-            for tensor in (split.images, split.labels):
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        parts = (self.data.train, self.data.val, self.data.test)
+        for tensor in (tensor for split in parts for tensor in (split.images, split.labels)):
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -50,15 +50,15 @@ def _list_parts(root: Path) -> tuple[tuple[list[Path], Tensor], tuple[list[Path]
 def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[Path], Tensor]:
     """The image files of one part of a folder, class after class, sorted by name, and their labels, int64 (N,)."""
     paths: list[Path] = []
-    counts = []
-    for name in classes:
+    labels: list[int] = []
+    for label, name in enumerate(classes):
         with os.scandir(folders[name]) as entries:
             names = sorted(e.name for e in entries if e.name[0] != "." and Path(e.name).suffix.lower() in SUFFIXES)
         if not names:
             raise DataError(f"{folders[name]} has no images ({', '.join(sorted(SUFFIXES))}).")
         paths += [folders[name] / file for file in names]
-        counts.append(len(names))
-    return paths, torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+        labels += [label] * len(names)
+    return paths, torch.tensor(labels)
 
 
 def load_folder(
@@ -114,11 +114,8 @@ def _decode_into(images: np.ndarray, paths: list[Path], image_size: int | None, 
                 images[index] = image
         return problems
 
-    problems = []
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        tqdm(total=len(paths), desc="decoding", unit="image", delay=2, disable=not progress) as bar,
-    ):
+    problems, bar = [], tqdm(total=len(paths), desc="decoding", unit="image", delay=2, disable=not progress)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
         for found in pool.map(task, range(0, len(paths), _FILES_A_TASK)):
             problems += found
             bar.update(min(_FILES_A_TASK, len(paths) - bar.n))

@@ -26,24 +26,17 @@ def block_conv(
     channels: tuple[int, int, int], kernel_size: int, stride: int = 1, padding: int = 0, **factory: Any
 ) -> nn.Module:
     """Make the conv of a block: a `PureBottleneck` of (in, middle, out) channels, an `nn.Conv2d` where middle is 0."""
-    options: dict[str, Any] = {"stride": stride, "padding": padding, **factory}
     if channels[1]:
-        return PureBottleneck(*channels, kernel_size, **options)
-    return nn.Conv2d(channels[0], channels[2], kernel_size, bias=False, **options)
+        return PureBottleneck(*channels, kernel_size, stride=stride, padding=padding, **factory)
+    return nn.Conv2d(channels[0], channels[2], kernel_size, stride, padding, bias=False, **factory)
 
 
 class Block(nn.Module):
-    """`conv` -> `bn` (+ identity where the shape allows) -> ReLU.
+    """`conv` (3x3) -> `bn` (+ identity where the shape allows) -> ReLU unless `linear`.
 
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        stride: Stride of the 3x3 conv.
-        expansion: 0 makes `conv` an `nn.Conv2d`; E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
-        linear: No ReLU at the end.
-        padding: Padding of the 3x3 conv. Where it is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels
-            (before the stride), and the identity is padded or cropped to fit.
-        factory: `device` and `dtype` of the tensors.
+    An `expansion` of 0 makes `conv` an `nn.Conv2d`, E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
+    Where `padding` is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the stride), and the
+    identity is padded or cropped to fit. `factory` are `device` and `dtype` of the tensors.
     """
 
     def __init__(
@@ -75,11 +68,8 @@ class Block(nn.Module):
     def fold_skip(self) -> bool:
         r"""Add the identity skip to the kernel, in place: :math:`K * x + b + x = (K + \delta) * x + b`.
 
-        Exact in real arithmetic, whatever the padding. Only done where the conv is all that the skip spans: an
-        `nn.Conv2d` with a bias, followed by the `nn.Identity` that folding leaves of a BN.
-
-        Returns:
-            Whether there was a skip that could be folded; if not, nothing has changed.
+        Whether it was: only where the conv is all that the skip spans, an `nn.Conv2d` with a bias, followed by the
+        `nn.Identity` that folding leaves of a BN.
         """
         conv = self.conv
         # A subclass of Conv2d may compute more than its weight says (a grown conv has branches).

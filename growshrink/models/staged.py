@@ -3,6 +3,7 @@
 import math
 import numbers
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,17 +23,9 @@ from growshrink.layers.bottleneck import PureBottleneck
 class StagedNet(nn.Module):
     """Stem, stages of blocks, pooled linear classifier; a family builds the first two.
 
-    Args:
-        stem: Images -> the input of the first stage.
-        stages: The blocks of each.
-        widths: Output channels of each stage.
-        strides: Strides of the stem, then of each stage.
-        num_classes: Outputs of the classifier; 0 for none (pooled features).
-        in_chans: Channels of the images.
-        global_pool: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for unpooled features (then `num_classes=0`).
-        drop_rate: Dropout before the classifier.
-        device: Where the head is made.
-        dtype: Type of the head's parameters.
+    `widths` are the output channels of each stage, `strides` those of the stem, then of each stage. `num_classes` of 0
+    makes no classifier; `global_pool` is one of timm's: `"avg"`, `"max"`, `"avgmax"`, `"catavgmax"`, or `""` for
+    unpooled features (then `num_classes=0`); `drop_rate` is that of a dropout before the classifier.
     """
 
     def __init__(
@@ -50,9 +43,7 @@ class StagedNet(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.drop_rate = drop_rate
+        self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
         self.stem = stem
         self.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages))
@@ -67,11 +58,10 @@ class StagedNet(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Every parameter and buffer back to the start of training; makes a net whole again after `to_empty()`.
+        """Reset every parameter and buffer, also after `to_empty()`.
 
-        He's normal initialisation over the fan out for the convs (arXiv:1502.01852), ones and zeros for every BN: the
-        last gamma of a residual block is *not* zero, a block starts as a block. (So branches that `gs.grow` attached
-        are initialised too, but not silenced again.)
+        He's normal initialisation over the fan out for the convs (arXiv:1502.01852), ones and zeros for every BN, the
+        last gamma of a residual block too. Branches that `gs.grow` attached are not silenced again.
         """
 
         def init(module: nn.Module) -> None:
@@ -108,12 +98,7 @@ class StagedNet(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier.
-
-        Args:
-            num_classes: Its outputs; 0 for none.
-            global_pool: New pooling; None keeps the one there is.
-        """
+        """Make a fresh classifier, none for 0 classes; a `global_pool` of None keeps the one there is."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
@@ -127,18 +112,10 @@ class StagedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of stages on the way.
+        """Final features of images (N, C, H, W) and the outputs of stages, or with `intermediates_only` those alone.
 
-        Args:
-            x: Images (N, C, H, W).
-            indices: The last n stages if an int, all if None, else these.
-            norm: For timm's interface; there is no final norm.
-            stop_early: Do not compute what follows the last index.
-            output_fmt: "NCHW" is the only one.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            The final features and the outputs of the stages asked for, or those outputs alone.
+        `indices` are the last n stages if an int, all if None, else these; `stop_early` leaves out what follows them.
+        `norm` is for timm's interface: there is no final norm. The only `output_fmt` is "NCHW".
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt}: must be NCHW.")
@@ -165,15 +142,9 @@ class StagedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Cut off the stages after the last one that is asked for, in place.
+        """Cut off the stages after the last of `indices` (see `forward_intermediates`), in place; return all of these.
 
-        Args:
-            indices: As in `forward_intermediates`.
-            prune_norm: For timm's interface; there is no final norm.
-            prune_head: Remove the classifier and its pooling too; they always go with the last stage.
-
-        Returns:
-            The absolute indices.
+        `prune_head` removes the classifier and its pooling too, which always go with the last stage.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
@@ -202,7 +173,7 @@ class StagedNet(nn.Module):
 
 def check_options(width: float, expansion: int) -> None:
     """ValueError unless the multiplier of all channels and that of the bottlenecks make sense."""
-    if isinstance(width, bool) or not isinstance(width, numbers.Real) or not 0 < width < math.inf:
+    if not isinstance(width, numbers.Real) or isinstance(width, bool) or not 0 < width < math.inf:
         raise ValueError(f"{width=}: must be a number > 0, the multiplier of all channels.")
     if isinstance(expansion, bool) or not isinstance(expansion, numbers.Integral) or expansion < 0:
         raise ValueError(f"{expansion=}: must be an integer >= 0 (0 = the plain net).")
@@ -212,41 +183,24 @@ def conv_norm_act(
     in_channels: int, out_channels: int, stride: int, linear: bool = False, **factory: Any
 ) -> nn.Sequential:
     """A stem: padded 3x3 conv, BN, and a ReLU unless `linear`."""
-    stem = nn.Sequential()
     conv = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False, **factory)
-    stem.add_module("conv", conv)
-    stem.add_module("bn", nn.BatchNorm2d(out_channels, **factory))
-    stem.add_module("act", nn.Identity() if linear else nn.ReLU(inplace=True))
-    return stem
+    act = nn.Identity() if linear else nn.ReLU(inplace=True)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels, **factory), act=act))
 
 
 def photo_cfg(**kwargs: Any) -> dict[str, Any]:
     """The pretrained cfg of a net for 224x224 photographs; `kwargs` go over it."""
-    return {
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv",
-        "classifier": "head.fc",
-        **kwargs,
-    }
+    photo = {"num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875}
+    colours = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    layers = {"first_conv": "stem.conv", "classifier": "head.fc"}
+    return {**photo, **colours, **layers, "interpolation": "bicubic", **kwargs}
 
 
 def cifar_cfg(**kwargs: Any) -> dict[str, Any]:
     """The pretrained cfg of a net for 32x32 images (mean and deviation of CIFAR-10); `kwargs` go over it."""
-    cifar = {
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "pool_size": (8, 8),
-        "crop_pct": 1.0,
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.2470, 0.2435, 0.2616),
-    }
-    return photo_cfg(**{**cifar, **kwargs})
+    cifar = {"num_classes": 10, "input_size": (3, 32, 32), "pool_size": (8, 8), "crop_pct": 1.0}
+    colours = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}
+    return photo_cfg(**{**cifar, **colours, **kwargs})
 
 
 def register_variants(

@@ -1,11 +1,9 @@
 """VanillaNet for small images: pointwise convolutions, max pools and series activations, no skip anywhere.
 
-A block is 1x1 conv -> BN -> max pool where it strides -> series activation. As with the ReduceNets, every name exists
-in two forms with one deployed architecture: `vanillanet_5` is the plain net, and in `vanillanet_5_x1` the 1x1 of every
-block is grown at birth into a `PureBottleneck`, 1x1 -> BN -> vanishing ReLU -> 1x1: the paper's *deep training*, with
-the paper's middle width. It is trained with the same schedules of lam, and `gs.fuse` makes it `vanillanet_5`.
-
-The number counts layers as the paper does: stem, one per block, classifier.
+A block is 1x1 conv -> BN -> max pool where it strides -> series activation. `vanillanet_5` is the plain net; in
+`vanillanet_5_x1` the 1x1 of every block is grown at birth into a `PureBottleneck`, 1x1 -> BN -> vanishing ReLU -> 1x1:
+the paper's *deep training*, with the paper's middle width; `gs.fuse` makes it `vanillanet_5`. The number counts layers
+as the paper does: stem, one per block, classifier.
 
 Source: Chen et al., VanillaNet: the Power of Minimalism in Deep Learning (arXiv:2305.12972), section 3: deep training
 (eq. 1 to 4) and the series activation (eq. 5, 6). Other than there: a 3x3 stem of stride 1 instead of a 4x4 of
@@ -69,18 +67,8 @@ class VanillaBlock(nn.Module):
 class VanillaNet(StagedNet):
     """Stem, stages of `VanillaBlock`, pooled linear classifier. See the module's docstring for what the family is.
 
-    Args:
-        depths: Blocks per stage.
-        channels: Channels of the stem and of each stage, at `width` 1.
-        strides: Stride of the first block of each stage.
-        width: Multiplier of all channels, fractions too; a layer keeps at least one channel.
-        expansion: Middle channels of every block's bottleneck, in multiples of its input's (the paper has 1); 0 builds
-            the plain net. Overrides what the name says.
-        num_rings: n of the series activations: (2n + 1) x (2n + 1) neighbours.
-        in_chans: Channels of the images.
-        device: Where the tensors are made.
-        dtype: Type of the parameters; `lam` is float32 always.
-        head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
+    Arguments as of a `ReduceNet`, but `channels` begin with those of the stem, `expansion` is in multiples of a block's
+    input channels (the paper has 1), and `num_rings` is the n of the series activations.
 
     >>> import timm
     >>> timm.create_model("vanillanet_5", width=0.25)(torch.zeros(2, 3, 32, 32)).shape
@@ -119,20 +107,13 @@ class VanillaNet(StagedNet):
         super().__init__(stem, stages, outs, (1, *strides), in_chans=in_chans, **factory, **head)
 
 
-_DEPTHS = {5: (1, 1, 1), 6: (1, 1, 2)}
-
 _VARIANTS = {
     f"vanillanet_{layers}" + (f"_x{expansion}" if expansion else ""): {"depths": depths, "expansion": expansion}
-    for layers, depths in _DEPTHS.items()
+    for layers, depths in ((5, (1, 1, 1)), (6, (1, 1, 2)))
     for expansion in (0, 1, 2)
 }
-
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": cifar_cfg(pool_size=(4, 4), origin_url="https://arxiv.org/abs/2305.12972")
-        for name in _VARIANTS
-    }
-)
+_CFG = cifar_cfg(pool_size=(4, 4), origin_url="https://arxiv.org/abs/2305.12972")
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _VARIANTS})
 
 
 def _describe(name: str) -> str:

@@ -31,10 +31,8 @@ LEAST_EFFECT = 1e-3
 class Comparison:
     """How far two nets are apart on the same random inputs.
 
-    Attributes:
-        max_abs: Largest absolute difference of any output.
-        max_rel: `max_abs` over the largest absolute output of the first net.
-        top1_agreement: Share of inputs on which both have the same largest output, in [0, 1].
+    `max_abs` is the largest absolute difference of any output, `max_rel` the same over the largest absolute output of
+    the first net, `top1_agreement` the share of inputs on which both have the same largest output, in [0, 1].
     """
 
     max_abs: float
@@ -58,7 +56,7 @@ class Verification:
         max_rel_float32: The same with both nets in float32 (transformed in float32).
         rounding_float32: `net_rounding_float32` of the net as it was.
         effect: Relative change of the output when what the transform merges is silenced.
-        top1_agreement: Top1 agreement of the two nets in float64.
+        top1_agreement: As in `Comparison`, in float64.
     """
 
     max_rel: float
@@ -131,14 +129,7 @@ def verify(
     """Prove on a copy of `model` that `transform` keeps the function, and that the proof could have failed.
 
     The copy gets random norm parameters and statistics (a fresh batch norm hides most mistakes; timm's zero gammas
-    hide all of them) and lam 0, in float64 and again in float32.
-
-    Args:
-        model: A grown net for `fuse`, a plain one for `fold`.
-        transform: Model -> model.
-        input_size: `(C, H, W)`.
-        randomize_norms: False keeps the norms as they are (a trained net as it is).
-        seed: Seed of norms and inputs.
+    hide all of them; `randomize_norms=False` keeps a trained net as it is) and lam 0, in float64 and again in float32.
 
     Returns:
         The errors, and the effect: how much the output changes when the branches are silenced (in a net without
@@ -153,13 +144,12 @@ def verify(
     set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
-    exact = copy.deepcopy(model).double()
-    double = compare(exact, transform(copy.deepcopy(exact)), input_size=input_size, seed=seed)
-    single_net = copy.deepcopy(model).float()
-    single = compare(
-        single_net, transform(copy.deepcopy(single_net)), input_size=input_size, dtype=torch.float32, seed=seed
+    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model).float()
+    double, single = (
+        compare(net, transform(copy.deepcopy(net)), input_size=input_size, dtype=dtype, seed=seed)
+        for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
-    rounding = net_rounding_float32(exact, single_net, input_size=input_size, seed=seed)
+    rounding = net_rounding_float32(exact, rounded, input_size=input_size, seed=seed)
     effect = branch_effect(exact, input_size=input_size, seed=seed)
     if not effect >= LEAST_EFFECT:
         raise EquivalenceError(
@@ -179,24 +169,26 @@ def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: Inp
 def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
     """Relative change of the output when every branch adds nothing (no branches: when every norm is left out)."""
     silent = copy.deepcopy(model)
-    if grown_modules(silent):
-        for grown in grown_modules(silent).values():
-            if isinstance(grown, Grown):
-                to_plain(grown)
-            else:
-                grown.register_forward_hook(_zero_output)
-    else:
-        for module in silent.modules():
-            if isinstance(module, _BatchNorm):
-                module.register_forward_hook(_skip_norm)
+    branches = grown_modules(silent).values()
+    for module in branches:
+        if isinstance(module, Grown):
+            to_plain(module)
+        else:
+            module.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
+    for norm in [] if branches else [m for m in silent.modules() if isinstance(m, _BatchNorm)]:
+        norm.register_forward_hook(lambda _, args, output: args[0])
     return compare(model, silent, input_size=input_size, seed=seed).max_rel
 
 
 @torch.no_grad()
-def _run(model: nn.Module, x: Tensor) -> Tensor:
+def _run(model: nn.Module, x: Tensor, observe: Callable[..., None] | None = None) -> Tensor:
+    """Output of a copy in eval mode and the dtype of `x`; `observe` is a hook on all modules and gets their names."""
     check_model(model)
     replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
     device = next((p.device for p in replica.parameters()), x.device)
+    if observe is not None:
+        for name, module in replica.named_modules():
+            module.register_forward_hook(partial(observe, name))
     return replica(x.to(device)).cpu()
 
 
@@ -214,26 +206,13 @@ def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:
     return f"First layer to differ: {beyond[0]} ({errors[beyond[0]]:.1e}); worst layer: {worst} ({errors[worst]:.1e})."
 
 
-@torch.no_grad()
 def _layer_outputs(model: nn.Module, x: Tensor) -> dict[str, tuple[object, Tensor]]:
     """Kind and output of every module by name, in the order they finish."""
-    replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
-    device = next((p.device for p in replica.parameters()), x.device)
     outputs: dict[str, tuple[object, Tensor]] = {}
 
-    def record(module: nn.Module, args: object, output: object, name: str) -> None:
+    def record(name: str, module: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
             outputs[name] = ((type(module), getattr(module, "bias", None) is None), output.clone().cpu())
 
-    for name, module in replica.named_modules():
-        module.register_forward_hook(partial(record, name=name))
-    replica(x.to(device))
+    _run(model, x, record)
     return outputs
-
-
-def _zero_output(module: nn.Module, args: object, output: Tensor) -> Tensor:
-    return torch.zeros_like(output)
-
-
-def _skip_norm(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return args[0]

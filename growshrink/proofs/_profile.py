@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,19 +53,7 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
-def _convolution_backward(
-    out: torch.Size,
-    x: torch.Size,
-    weight: torch.Size,
-    _bias: Any,
-    _stride: Any,
-    _padding: Any,
-    _dilation: Any,
-    transposed: bool,
-    _output_padding: Any,
-    _groups: Any,
-    wanted: Sequence[bool],
-    out_shape: Any = None,
-) -> int:
+def _convolution_backward(out: torch.Size, x: torch.Size, weight: torch.Size, *args: Any, out_shape: Any = None) -> int:
     """Each of the two gradients costs what the forward does: every product of it is used once in either."""
+    _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted = args
     return (int(wanted[0]) + int(wanted[1])) * conv_flop_count(list(x), list(weight), list(out), transposed)

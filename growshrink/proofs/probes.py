@@ -14,9 +14,8 @@ from growshrink.layers.branch import Branch
 def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
     """Random affine parameters and statistics, in place, for every batch norm of `model`.
 
-    Gammas in [0.5, 1.5] with a random sign on a fifth of them, variances in [0.5, 2], means and betas of order 0.3:
-    nothing is near its default and nothing explodes with depth. Branches without a norm that are silent get a last
-    factor of order 0.3.
+    Nothing is near its default and nothing explodes with depth; a fifth of the gammas are negative. Branches without a
+    norm that are silent get a last factor of order 0.3.
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -31,7 +31,7 @@ def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mappin
     """Write a grown net, everything in its state_dict, and its width space, atomically.
 
     `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-    `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W). What else there is, is kept.
+    `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W); other keys are kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

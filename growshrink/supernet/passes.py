@@ -61,11 +61,6 @@ MODES: dict[str, Mode] = {
 NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2}
 
 
-def default_every(mode: str) -> int:
-    """Every how many updates a mode augments."""
-    return EVERY.get(mode, 1)
-
-
 def default_alpha(mode: str, every: int | None = None) -> float:
     """The alpha at which a pass of an augmented net weighs what the base's does, in the updates that have one."""
-    return 1.0 / (default_every(mode) if every is None else every)
+    return 1.0 / (EVERY.get(mode, 1) if every is None else every)

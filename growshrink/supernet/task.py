@@ -21,7 +21,7 @@ from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
 from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.keeper import FrozenSlices
-from growshrink.supernet.passes import INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha, default_every
+from growshrink.supernet.passes import EVERY, INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha
 from growshrink.supernet.regions import compile_regions
 from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32
 from growshrink.supernet.teacher import OuterTeacher
@@ -37,14 +37,11 @@ class NetAugTask(ClassificationTask):
     .. math:: loss = L(base) + \alpha \cdot L(augmented)
 
     Every update draws its own augmented net from the width space. The base net is what is evaluated, averaged and
-    deployed; the augmented passes leave its batch norm statistics bit for bit as they are, so that it needs no
-    recalibration (wider nets do: `calibrate_bn`). Between steps the model is at base width.
-
-    Two ways to use it::
+    deployed; the augmented passes leave its batch norm statistics bit for bit as they are (wider nets need
+    `calibrate_bn`). Between steps the model is at base width. Two ways to use it::
 
         task = gs.NetAugTask(gs.grow(net))                      # anybody's loop, timm's train.py included
-        loss = task(images, target)["loss"]                     # one differentiable loss
-        loss.backward()
+        task(images, target)["loss"].backward()                 # one differentiable loss
 
         task.attach(optimizer)                                  # our loop: half the memory, equal gradients
         task.set_step(update)
@@ -77,16 +74,14 @@ class NetAugTask(ClassificationTask):
         mode: See above.
         every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
             `lazy` and 1 otherwise.
-        alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update; where it is 0 the
-            base net is trained alone, and nothing else is run. To anneal it with lam, give the schedule of lam. None is
-            1 / every: NetAug's own 1, and where passes are rarer no more weight for the one there is (weighted up, it
-            drowns the base's: measured, see the README).
+        alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update (that of lam, say);
+            where it is 0 the base net is trained alone. None is 1 / every: NetAug's own 1, and where passes are rarer
+            no more weight for the one there is (weighted up, it drowns the base's).
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
             of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
         inplace_temperature: Temperature of both softmaxes there.
-        teacher: A finished net that every pass learns from as well: a module, which is fed what the model is fed; or
-            timm's `DistillationTeacher`, or the name of a pretrained timm model, which get their own normalisation.
+        teacher: What `OuterTeacher` takes: a finished net that every pass learns from as well.
         teacher_weight: Share of the loss on labels that the teacher gets.
         teacher_temperature: Temperature of both softmaxes there.
         lambda_schedule: lam by update; None leaves lam alone.
@@ -126,7 +121,7 @@ class NetAugTask(ClassificationTask):
             raise PlanError(f"mode={mode!r}: no such mode{did_you_mean(str(mode), MODES)}")
         if reduction not in REDUCTIONS:
             raise PlanError(f"reduction={reduction!r}: no such reduction{did_you_mean(str(reduction), REDUCTIONS)}")
-        every = default_every(mode) if every is None else every
+        every = EVERY.get(mode, 1) if every is None else every
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
         inplace_distil = INPLACE_DISTIL.get(mode, 0.0) if inplace_distil is None else inplace_distil
@@ -205,16 +200,13 @@ class NetAugTask(ClassificationTask):
                 else:  # the beginning that passes share is gone through once, with the gradients of all of them
                     torch.autograd.backward([loss, shared], [None, gradient])
 
-        run: StepRun | None = None
-
-        def base() -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-            assert run is not None
+        def base(run: StepRun) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
             logits, loss, shared, gradient = run.run_base()
             return logits, loss + self._touch(run.passes), shared, gradient
 
         with torch.enable_grad(), self._net.at(self.passes().width, self.space.base):
             run = self._start(input, target, differentiate)
-            logits, loss, shared, gradient = self._synced(base)
+            logits, loss, shared, gradient = self._synced(base, run)
             differentiate(loss, shared, gradient)
         result = self._result(run, loss.detach(), logits.detach(), loss)
         return {**result, "loss": result["base_loss"] + result["augmented_loss"]}
@@ -256,7 +248,7 @@ class NetAugTask(ClassificationTask):
         """Undo `attach`."""
         if self._keeper is not None:
             self._keeper.detach()
-            self._keeper = None
+        self._keeper = None
 
     # ---- timm's hooks
 

@@ -1,8 +1,7 @@
 """timm's own merging hooks on modules that hold grown layers: branches are merged before they run.
 
-RepVGG's and MobileOne's blocks, and those of a dozen other families, have a `fuse`, `reparameterize` or
-`switch_to_deploy` which `timm.models.reparameterize_model` calls. They read the weights of the layers inside and
-know nothing of branches, which would be lost silently.
+The `fuse`, `reparameterize` or `switch_to_deploy` of a dozen families' blocks (RepVGG, MobileOne, ...), which
+`timm.models.reparameterize_model` calls, know nothing of branches, which would be lost silently.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ class MergeFirst:
     """
 
     def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[Grown, nn.Module | None]]) -> None:
-        self.owner = owner
-        self.hook = hook
-        self.convs = convs
+        self.owner, self.hook, self.convs = owner, hook, convs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""

@@ -26,11 +26,8 @@ def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | Non
     run once; its activation (timm's BatchNormAct2d) stays. Whatever does not fit stays as it is: the result always
     computes the same. A folded net is for inference: it no longer trains well.
 
-    Saving and loading: the keys of a folded net are not those of the plain one (convolutions gain a bias, norms are
-    gone). Keep the plain checkpoint, or save the folded state_dict and load it into a net folded likewise::
-
-        net = growshrink.fold(timm.create_model("reducenet20", num_classes=10))
-        net.load_state_dict(folded_state_dict)
+    The keys of a folded net are not those of the plain one (convolutions gain a bias, norms are gone): keep the plain
+    checkpoint, or load a folded state_dict into a net folded likewise.
 
     Args:
         model: A plain net (fuse a grown one first).
@@ -59,16 +56,14 @@ def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
     for name, conv in model.named_modules():
         if type(conv) not in _FOLDABLE or name in shared or conv._parameters.get("weight") is None:
             continue  # the last: its weight is computed by a hook (pruning, weight norm) and cannot be written to
-        norm_name, _ = flow.norm_after(name)
-        if norm_name is None or norm_name in shared:
-            continue
-        norm = model.get_submodule(norm_name)
-        if type(norm) is nn.BatchNorm2d or _is_norm_act(norm):
-            pairs[name] = norm_name
+        found, _ = flow.norm_after(name)
+        norm = None if found is None or found in shared else model.get_submodule(found)
+        if found is not None and (type(norm) is nn.BatchNorm2d or _is_norm_act(norm)):
+            pairs[name] = found
     return pairs
 
 
-def _is_norm_act(norm: nn.Module) -> bool:
+def _is_norm_act(norm: nn.Module | None) -> bool:
     return type(norm) is BatchNormAct2d and norm.track_running_stats
 
 

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +43,11 @@ def fuse(
 ) -> nn.Module:
     """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
-    The result computes what the grown net computes in eval mode at `width`, in whatever mode the model is now. The
-    batch norm statistics are the model's: those of a width it was not trained at need `calibrate_bn` first. Kernels are
-    merged in float64 and cast at the end (relative error of the net about 1e-15 in float64, 1e-6 in float32). The
-    bias of a branch goes into the layer's own, or else into the running mean of the batch norm behind it.
-    A net without branches comes back as it is.
+    The result computes what the grown net computes in eval mode at `width`, in whatever mode the model is now; a width
+    that it was not trained at needs `calibrate_bn` first. Kernels are merged in float64 and cast at the end (relative
+    error of the net about 1e-15 in float64, 1e-6 in float32). The bias of a branch goes into the layer's own, or else
+    into the running mean of the batch norm behind it. The plain net is checked against the grown one on a random input;
+    a net without branches comes back as it is.
 
     Args:
         model: A grown net with every lam exactly 0 (of the branches that `width` does not skip).
@@ -54,9 +55,6 @@ def fuse(
         inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
             branches merge into, stay the same objects.
         input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
-
-    Returns:
-        The plain net, checked against the grown one on a random input.
 
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
@@ -101,13 +99,12 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             )
         if isinstance(module, Grown) and module._parameters.get("weight") is None:
             raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
-        if any(owner == name or owner.startswith(f"{name}.") for owner in shared):
+        if any(f"{owner}.".startswith(f"{name}.") for owner in shared):
             raise FuseError(f"{name} shares parameters with another module: merging would change that one too.")
         if flow.calls.get(name, 0) > 1:
             raise FuseError(f"{name} runs {flow.calls[name]} times in a forward pass: a shared module is not merged.")
-        total = _map_of(name, module)
+        total, norm = _map_of(name, module), None
         owns_bias = isinstance(module, Grown) and module.bias is not None
-        norm = None
         if not owns_bias and bool((total.bias != 0).any()):
             norm, reason = flow.norm_after(name)
             if norm is None:
@@ -213,20 +210,10 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
 def _conv_for(module: PureBottleneck, total: ConvMap) -> nn.Conv2d:
     """The plain convolution a PureBottleneck becomes, in its geometry, dtype, memory format, mode and trainability."""
     like = module.conv
-    conv = nn.utils.skip_init(
-        nn.Conv2d,
-        like.in_channels,
-        module.out_channels,
-        like.kernel_size,
-        stride=like.stride,
-        padding=like.padding,
-        dilation=like.dilation,
-        groups=like.groups,
-        bias=False,
-        padding_mode=like.padding_mode,
-        device=like.weight.device,
-        dtype=like.weight.dtype,
-    )
+    same = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    options: dict[str, Any] = {name: getattr(like, name) for name in same}
+    options |= {"out_channels": module.out_channels, "bias": False}
+    conv = nn.utils.skip_init(nn.Conv2d, **options, device=like.weight.device, dtype=like.weight.dtype)
     if like.weight.is_contiguous(memory_format=torch.channels_last) and not like.weight.is_contiguous():
         conv = conv.to(memory_format=torch.channels_last)
     conv.weight.copy_(total.fit(conv).kernel)

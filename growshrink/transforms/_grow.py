@@ -56,17 +56,13 @@ def grow(
         ratio: Middle width of a branch over the output channels of its layer.
         where: None for every eligible layer, a regular expression searched in dotted names, a callable
             `(name, module) -> bool` (asked about every convolution, and the linear layers that can be grown), or a list
-            of exact names. The first three skip what cannot be grown (see `growth_report`); a name in a list that
-            cannot be grown is refused.
+            of exact names. The first three skip what cannot be grown (see `growth_report`), a list refuses it.
         init: "silent" leaves the function of the net as it is, in train and eval mode, at any lam: the last factor of
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
-        inplace: Work on `model` itself; otherwise on a deep copy.
+        inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
-
-    Returns:
-        The grown model. Parameters of the plain net are where and what they were.
 
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
@@ -81,10 +77,11 @@ def grow(
     layers = _candidates(model)
     attachments: dict[str, list[Branch]] = {}
     for name in names:
-        conv, present = _as_conv(layers[name]), num_branches(layers[name])
+        layer, conv = layers[name], _as_conv(layers[name])
+        present = len(layer.branches) if isinstance(layer, Grown) else 0
         attachments[name] = [
-            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, present + position))
-            for position, spec in enumerate(_fitting(specs, conv)[0])
+            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
+            for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
         ]
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         attach(layers[name], branches)
@@ -98,8 +95,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         DropError: A `PureBottleneck` has no kernel of its own that could remain.
     """
-    pure = [name for name, module in grown_modules(model).items() if isinstance(module, PureBottleneck)]
-    if pure:
+    if pure := [name for name, module in grown_modules(model).items() if isinstance(module, PureBottleneck)]:
         raise DropError(
             f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
             "Let lam reach 0 and use growshrink.fuse."
@@ -147,8 +143,8 @@ class GrowthReport:
             return "; ".join(parts + [format_skipped(row.left_out)] * bool(row.left_out))
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
-        lines.append(f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible.")
-        return "\n".join(lines)
+        total = f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
+        return "\n".join([*lines, total])
 
 
 def growth_report(
@@ -198,11 +194,6 @@ def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchS
             return [], reason
         fitting += parts
     return fitting, ""
-
-
-def num_branches(module: nn.Module) -> int:
-    """How many branches a module carries (0 for a plain one)."""
-    return len(module.branches) if isinstance(module, Grown) else 0
 
 
 class _Eligibility:
@@ -275,10 +266,9 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
     reasons = {name: eligibility.reason_against(name, layer, specs) for name, layer in candidates.items()}
     if isinstance(where, str):
         try:
-            pattern = re.compile(where)
+            chosen = [name for name in candidates if re.search(where, name)]
         except re.error as error:
             raise GrowError(f"{where=}: not a regular expression ({error}).") from error
-        chosen = [name for name in candidates if pattern.search(name)]
         if not chosen:
             raise GrowError(f"{where=}: matches no convolution and no linear layer{did_you_mean(where, candidates)}")
     elif where is None:
@@ -293,9 +283,8 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         chosen = list(dict.fromkeys(where))
         for name in chosen:
             if name not in candidates:
-                raise GrowError(
-                    f"where names {name!r}: no such convolution or linear layer{did_you_mean(name, candidates)}"
-                )
+                known = did_you_mean(name, candidates)
+                raise GrowError(f"where names {name!r}: no such convolution or linear layer{known}")
             if reasons[name]:
                 raise GrowError(f"where names {name!r}, which cannot be grown: {reasons[name]}.")
         if not chosen:

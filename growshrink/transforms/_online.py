@@ -41,23 +41,20 @@ def collapse_online(
 ) -> nn.Module:
     """Train linear branches cheaply: merge them into one kernel in every step, and run one convolution.
 
-    A branch is linear once every lam in it is 0, or from the start where it has no activation (those of the
-    literature). What each convolution then computes, and the gradient of every parameter, are those of the branches
-    run one by one with their norms in eval mode, to rounding; the kernel is merged in float32 at least, under autocast
-    too. Branches with a live activation still run beside the kernel, until this is called again with their lam at
-    0. Names and values of the state_dict stay, `fuse`, `drop`, `grow`, copies and widths work as before;
-    `expand_online` is the way back.
+    A branch is linear once every lam in it is 0, or from the start where it has no activation. What each convolution
+    then computes, and the gradient of every parameter, are those of the branches run one by one with their norms in
+    eval mode, to rounding; the kernel is merged in float32 at least, under autocast too. Branches with a live
+    activation still run beside the kernel, until this is called again with their lam at 0. Names and values of the
+    state_dict stay, `fuse`, `drop`, `grow`, copies and widths work as before; `expand_online` is the way back.
 
-    The norms inside linear branches are frozen: they keep their running statistics (so each is a scale and a shift,
-    which still learn), in train mode too, in every linear branch, merged or not. Fresh norms know nothing of the data:
-    `calibrate_bn` comes first.
+    The norms inside linear branches, merged or not, keep their running statistics, in train mode too (so each is a
+    scale and a shift, which still learn). Fresh norms know nothing of the data: `calibrate_bn` comes first.
 
     Args:
         model: A grown net.
-        choose: Which convolutions run their merged kernel: "measured" those where a step (forward and backward, on
-            maps of the size they have in the net) is no slower that way; "always" all; or the names of those that do.
-            The others run branch by branch, which computes the same. Measure as you train: on that device, in that
-            memory format, under that autocast.
+        choose: Which convolutions run their merged kernel, the others branch by branch: "measured" those where a step
+            (forward and backward, on maps of the size they have in the net) is no slower that way; "always" all; or
+            names. Measure as you train: on that device, in that memory format, under that autocast.
         freeze: False leaves branches with norms as they are, and collapses those without.
         batch_size: Images per step, for measuring.
         input_size: `(C, H, W)`, for measuring; None takes the model's own.
@@ -65,12 +62,9 @@ def collapse_online(
         inplace: Work on `model` itself; otherwise on a deep copy.
         progress: Show a progress bar of the measurements.
 
-    Returns:
-        The net; `collapse_report` tells what was merged and what it costs.
-
     Raises:
         CollapseError: No branch is linear, a name is not that of such a convolution, or a branch computes something
-            else than its map. The model is then as it was.
+            else than its map. The model is then as it was. (`collapse_report` tells what was merged.)
     """
     check_model(model)
     if not isinstance(choose, Iterable):
@@ -86,11 +80,9 @@ def collapse_online(
     online = {name: why for name, why in reasons.items() if not all(why)}
     if not online:
         raise CollapseError(_nothing(reasons))
-    for name in names or ():
-        if name not in online:
-            raise CollapseError(
-                f"choose names {name!r}: no convolution with a linear branch{did_you_mean(name, online)}"
-            )
+    if unknown := [name for name in names or () if name not in online]:
+        known = did_you_mean(unknown[0], online)
+        raise CollapseError(f"choose names {unknown[0]!r}: no convolution with a linear branch{known}")
     for name, why in online.items():
         _prove(name, _online_copy(expanded, name, why))
     timings: dict[str, tuple[float, float]] = {}
@@ -111,8 +103,7 @@ def collapse_online(
         if names is not None:
             module.collapsed = name in names
         elif module.timing is not None:
-            branches_ms, merged_ms = module.timing
-            module.collapsed = merged_ms <= branches_ms
+            module.collapsed = module.timing[1] <= module.timing[0]
     return model
 
 
@@ -145,11 +136,9 @@ class CollapseReport:
             times = f"{row.timing[0]:9.3f} ms -> {row.timing[1]:9.3f} ms" if row.timing else f"{'':27s}"
             left = "".join(f"; {branch}: {reason}" for branch, reason in row.left.items())
             lines.append(f"{row.name:40s} {times}  {way}: {', '.join(row.merged) or 'nothing'}{left}")
-        timed = [row for row in self.rows if row.timing]
         lines.append(f"{len(self.rows)} grown convolutions: {len(self.collapsed)} run as one kernel.")
-        if timed:
-            branches = sum(row.timing[0] for row in timed if row.timing)
-            chosen = sum(row.timing[1 if row.collapsed else 0] for row in timed if row.timing)
+        if timed := [(row.timing[0], row.timing[row.collapsed]) for row in self.rows if row.timing]:
+            branches, chosen = map(sum, zip(*timed, strict=True))
             lines.append(f"A step of those measured: {branches:.1f} ms branch by branch, {chosen:.1f} ms as chosen.")
         return "\n".join(lines)
 
@@ -160,11 +149,13 @@ def collapse_report(model: nn.Module) -> CollapseReport:
     for name, module in grown_modules(model).items():
         online = isinstance(module, OnlineModule)
         merged, left = [], {}
-        for index, (part, why) in enumerate(zip(_parts(module), _reasons(_expanded(module), freeze=True), strict=True)):
+        reasons = _reasons(expand_online(module), freeze=True)
+        for index, (part, why) in enumerate(zip(_parts(module), reasons, strict=True)):
+            kind = str(part.kind) if isinstance(part, Branch) else type(part).__name__
             if part.merged if online and isinstance(part, Branch) else not why:
-                merged.append(_kind(part))
+                merged.append(kind)
             else:
-                left[f"branches.{index} ({_kind(part)})"] = why or "left as it is"
+                left[f"branches.{index} ({kind})"] = why or "left as it is"
         collapsed, timing = (module.collapsed, module.timing) if isinstance(module, OnlineModule) else (False, None)
         rows.append(CollapseRow(name, tuple(merged), left, collapsed, timing))
     return CollapseReport(tuple(rows))
@@ -174,7 +165,7 @@ def collapse_report(model: nn.Module) -> CollapseReport:
 
 
 @torch.no_grad()
-def _reasons(module: Grown | PureBottleneck, freeze: bool) -> list[str]:
+def _reasons(module: nn.Module, freeze: bool) -> list[str]:
     """Why each branch (of a PureBottleneck: it itself) cannot be part of the kernel; empty where it can."""
     if type(module) not in ONLINE_CLASSES:
         return [f"it is part of a {type(module).__name__}, whose forward is its own"] * len(_parts(module))
@@ -210,18 +201,8 @@ def _reason(part: Branch | PureBottleneck, conv: nn.Conv2d | None, freeze: bool)
     return ""
 
 
-def _expanded(module: nn.Module) -> Grown | PureBottleneck:
-    module = expand_online(module)
-    assert isinstance(module, (Grown, PureBottleneck))
-    return module
-
-
-def _parts(module: Grown | PureBottleneck) -> list[nn.Module]:
+def _parts(module: nn.Module) -> list[nn.Module]:
     return list(module.branches) if isinstance(module, Grown) else [module]
-
-
-def _kind(part: nn.Module) -> str:
-    return str(part.kind) if isinstance(part, Branch) else type(part).__name__
 
 
 def _nothing(reasons: Mapping[str, list[str]]) -> str:
@@ -287,11 +268,10 @@ def _key(module: nn.Module, size: tuple[int, int]) -> Hashable:
 def _measure(module: OnlineModule, size: tuple[int, int], batch_size: int, rounds: int) -> tuple[float, float]:
     """Milliseconds of forward and backward in train mode, branch by branch and merged."""
     conv = _conv_of(module.train())
-    layout = (
-        torch.channels_last if conv.weight.is_contiguous(memory_format=torch.channels_last) else torch.preserve_format
-    )
     x = torch.randn(batch_size, conv.in_channels, *size, generator=torch.Generator().manual_seed(0)).to(conv.weight)
-    x = x.contiguous(memory_format=layout).requires_grad_()
+    if conv.weight.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
     inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
 
     def call(collapsed: bool) -> None:
