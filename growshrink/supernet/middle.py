@@ -61,4 +61,5 @@ def axes(body: PureBottleneck) -> Iterator[Axis]:
 
 def _of_norm(norm: nn.BatchNorm2d, groups: int) -> Iterator[Axis]:
     for name in ("weight", "bias", "running_mean", "running_var"):
-        yield Axis(norm, name, 0, groups)
+        if hasattr(norm, name):  # a bottleneck without norms has an identity there
+            yield Axis(norm, name, 0, groups)
