@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from timm.optim import SGDW, NAdamW
-from torch import Tensor, nn
+from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import GradientError, check_model, did_you_mean
@@ -71,11 +71,11 @@ class GradientMaps:
                 another net.
         """
         found = self._parameters(model)
-        on_update = self._check_optimizer(optimizer, found)
-        hook = _OnUpdate(found) if on_update else _OnGradient(found)
-        handles = [optimizer.register_step_pre_hook(hook.before)]
-        if on_update:
-            handles.append(optimizer.register_step_post_hook(hook.after))
+        if self._check_optimizer(optimizer, found):  # by the rule for updates
+            hooks = _MapUpdates(found)
+            handles = [optimizer.register_step_pre_hook(hooks.before), optimizer.register_step_post_hook(hooks.after)]
+        else:
+            handles = [optimizer.register_step_pre_hook(lambda *_: _map_gradients(found))]
 
         def detach() -> None:
             for handle in handles:
@@ -132,12 +132,16 @@ def compile_gradients(
 ) -> tuple[nn.Module, GradientMaps]:
     """Turn linear branches into maps on the gradient: the plain net, which trains as the grown net would.
 
-    For branches that are linear in what they train: `BranchSpec(kind=..., norm=None)`, or kinds of your own.
+    For branches that are linear in what they train: `BranchSpec(kind=..., norm=None)`, or kinds of your own. Then any
+    loop goes on as it is, without clipping:
 
-        grown = gs.grow(net, gs.BranchSpec(kind="repvgg", norm=None), init="paper")
-        plain, maps = gs.compile_gradients(grown)
-        optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-        maps.attach(plain, optimizer)  # then any loop, without clipping
+    >>> import timm
+    >>> import growshrink as gs
+    >>> net = timm.create_model("reducenet20", width=0.25)
+    >>> grown = gs.grow(net, gs.BranchSpec(kind="repvgg", norm=None), init="paper")
+    >>> plain, maps = gs.compile_gradients(grown)
+    >>> optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    >>> detach = maps.attach(plain, optimizer)
 
     Args:
         grown: A grown net. What its layers and branches do not train (`requires_grad`) is a constant.
@@ -155,8 +159,7 @@ def compile_gradients(
         FuseError: See `fuse`.
     """
     check_model(grown)
-    net, maps = expand_online(grown, inplace=inplace), {}
-    modules = grown_modules(net)
+    modules, maps = grown_modules(expand_online(grown)), {}
     if not modules:
         raise GradientError("the net carries no branches: growshrink.grow returns a copy, was that left unused?")
     for name, module in modules.items():
@@ -165,45 +168,42 @@ def compile_gradients(
         kernel = kernel_map(name, module)
         if kernel is not None:
             maps[f"{name}.weight".lstrip(".")] = kernel.normalized() if normalize else kernel
-    return fuse(net, inplace=True, input_size=input_size), GradientMaps(maps)
+    return fuse(grown, inplace=inplace, input_size=input_size), GradientMaps(maps)
 
 
-class _OnGradient:
-    """Hooks of an optimizer that is linear in the gradient."""
+@torch.no_grad()
+def _map_gradients(maps: Mapping[nn.Parameter, KernelMap]) -> None:
+    """Replace gradients by their maps, the elementwise ones in one call."""
+    grads, factors = [], []
+    for parameter, kernel in maps.items():
+        if (grad := parameter.grad) is None:
+            continue
+        if kernel.mixes:
+            grad.copy_(kernel(grad))
+        else:
+            grads.append(grad)
+            factors.append(kernel.factor)
+    if grads:
+        torch._foreach_mul_(grads, factors)
 
-    def __init__(self, maps: dict[nn.Parameter, KernelMap]) -> None:
+
+class _MapUpdates:
+    """Before and after a step: what moved a parameter, beside its decay, is multiplied."""
+
+    def __init__(self, maps: Mapping[nn.Parameter, KernelMap]) -> None:
         self._maps = maps
 
     @torch.no_grad()
     def before(self, *_: object) -> None:
-        grads, factors = [], []
-        for parameter, kernel in self._maps.items():
-            if (grad := parameter.grad) is None:
-                continue
-            if kernel.mixes:
-                grad.copy_(kernel(grad))
-            else:
-                grads.append(grad)
-                factors.append(kernel.factor)
-        if grads:
-            torch._foreach_mul_(grads, factors)
-
-    def after(self, *_: object) -> None:
-        """Nothing is left to do."""
-
-
-class _OnUpdate(_OnGradient):
-    """Hooks of an optimizer that is invariant to the gradient's scale."""
-
-    @torch.no_grad()
-    def before(self, *_: object) -> None:
-        self._before = [p.detach().clone() for p in self._maps]
+        self._before = {parameter: parameter.detach().clone() for parameter in self._maps}
 
     @torch.no_grad()
     def after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        before = dict(zip(self._maps, self._before, strict=True))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter in before and parameter.grad is not None:
-                    decayed = before[parameter] * (1 - group["lr"] * group["weight_decay"])
-                    parameter.copy_(decayed + (parameter - decayed) * self._maps[parameter].update)
+                if parameter in self._before and parameter.grad is not None:
+                    factor = self._maps[parameter].update
+                    assert factor is not None
+                    decayed = self._before[parameter] * (1 - group["lr"] * group["weight_decay"])
+                    parameter.copy_(decayed + (parameter - decayed) * factor)
+        self._before.clear()

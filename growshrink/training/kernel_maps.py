@@ -78,15 +78,19 @@ def kernel_map(name: str, module: Grown) -> KernelMap | None:
         GradientError: A branch is not linear in what it trains.
     """
     conv = copy.deepcopy(module).cpu().double().as_conv()
-    own = torch.full_like(module.weight, float(module.weight.requires_grad), dtype=torch.float64, device="cpu")
-    total = KernelMap(own.detach(), update=own.detach().clone())
+    if not module.weight.requires_grad:
+        if any(parameter.requires_grad for parameter in module.branches.parameters()):
+            raise GradientError(f"{name}: its own kernel is frozen, a constant that would decay in the merged one.")
+        return None
+    own = torch.ones(module.weight.shape, dtype=torch.float64)
+    total = KernelMap(own, update=own)
     for index, branch in enumerate(module.branches):
         if not branch.skipped:
             replica = cast(Branch, copy.deepcopy(branch).cpu().double().eval())
             for form in _forms(f"{name}.branches.{index}".lstrip("."), replica, conv, module.weight.shape):
                 update = None if total.update is None or form.update is None else total.update + form.update
                 total = KernelMap(total.factor + form.factor, total.mixes + form.mixes, update)
-    return total if total.mixes or bool(total.factor.any()) else None
+    return total
 
 
 def _forms(name: str, branch: Branch, conv: nn.Conv2d, shape: torch.Size) -> Iterator[KernelMap]:
@@ -159,7 +163,10 @@ def _form(name: str, forth: Operator, back: Operator, shape: torch.Size, groups:
         return forth(back(grad))
 
     generator = torch.Generator().manual_seed(1)
-    ones, x, y = torch.ones(shape, dtype=torch.float64), *torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    ones, x, y = (
+        torch.ones(shape, dtype=torch.float64),
+        *torch.randn(2, *shape, dtype=torch.float64, generator=generator),
+    )
     factor, expected = square(ones), square(x)
     if _close(factor * x, expected):
         column = back(ones)  # each weight is one tap, so it is all there is in its column of A
@@ -192,9 +199,7 @@ class _Product:
     length: int
 
     @staticmethod
-    def find(
-        square: Operator, layout: str, groups: int, like: Tensor, generator: torch.Generator
-    ) -> _Product | None:
+    def find(square: Operator, layout: str, groups: int, like: Tensor, generator: torch.Generator) -> _Product | None:
         """What `square` is in that layout, or None where it is nothing of the kind."""
 
         def rows_first(grad_GXY: Tensor) -> Tensor:
