@@ -19,12 +19,13 @@ scales; other linear branches, maps that are not elementwise, and the rule for A
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.optim import SGDW, NAdamW
-from torch import nn
+from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import GradientError, check_model, did_you_mean
@@ -70,61 +71,45 @@ class GradientMaps:
             GradientError: The optimizer is of another kind or does not train a mapped parameter, or the maps are of
                 another net.
         """
-        found = self._parameters(model)
-        if self._check_optimizer(optimizer, found):  # by the rule for updates
-            hooks = _MapUpdates(found)
-            handles = [optimizer.register_step_pre_hook(hooks.before), optimizer.register_step_post_hook(hooks.after)]
-        else:
-            handles = [optimizer.register_step_pre_hook(lambda *_: _map_gradients(found))]
-
-        def detach() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return detach
+        parameters, trained = self._parameters(model), [p for group in optimizer.param_groups for p in group["params"]]
+        kind, on_update = type(optimizer), type(optimizer) in ON_UPDATE
+        if not on_update and kind not in ON_GRADIENT:
+            known = ", ".join(cls.__name__ for cls in (*ON_GRADIENT, *ON_UPDATE))
+            raise GradientError(f"{kind.__name__}: branches trained by it are no map on the gradient; take {known}.")
+        for option in REFUSED_OPTIONS:
+            if any(group.get(option) for group in optimizer.param_groups):
+                raise GradientError(f"{kind.__name__}: with {option} its updates are not linear in the gradient.")
+        for name, parameter in parameters.items():
+            if not any(parameter is other for other in trained):
+                raise GradientError(f"{name}: the optimizer does not train it. Make it after compile_gradients.")
+            if on_update and self.maps[name].update is None:
+                raise GradientError(f"{name}: its map is not elementwise, so {kind.__name__} has none; take SGD.")
+        hooks = _Hooks({parameter: self.maps[name].beside(parameter) for name, parameter in parameters.items()})
+        if not on_update:
+            return optimizer.register_step_pre_hook(hooks.map_gradients).remove
+        handles = ExitStack()
+        handles.callback(optimizer.register_step_pre_hook(hooks.keep).remove)
+        handles.callback(optimizer.register_step_post_hook(hooks.map_updates).remove)
+        return handles.close
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors by parameter name."""
-        return {name: {"factor": m.factor, "mixes": m.mixes, "update": m.update} for name, m in self.maps.items()}
+        return {name: dict(vars(kernel)) for name, kernel in self.maps.items()}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> GradientMaps:
         """The inverse of `state_dict`."""
-        return GradientMaps(
-            {
-                name: KernelMap(values["factor"], tuple(map(tuple, values["mixes"])), values["update"])
-                for name, values in state.items()
-            }
-        )
+        return GradientMaps({name: KernelMap(**values) for name, values in state.items()})
 
-    def _parameters(self, model: nn.Module) -> dict[nn.Parameter, KernelMap]:
-        named, found = dict(model.named_parameters()), {}
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        named = dict(model.named_parameters())
         for name, kernel in self.maps.items():
             if name not in named:
                 raise GradientError(f"{name}: the net has no such parameter to map{did_you_mean(name, named)}")
             if named[name].shape != kernel.factor.shape:
                 shape, wanted = tuple(named[name].shape), tuple(kernel.factor.shape)
                 raise GradientError(f"{name}: it is {shape}, and its gradient's map is of {wanted}.")
-            found[named[name]] = kernel.beside(named[name])
-        return found
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer, found: Mapping[nn.Parameter, KernelMap]) -> bool:
-        """Whether the maps are for its updates."""
-        kind, on_update = type(optimizer), type(optimizer) in ON_UPDATE
-        if kind not in (*ON_GRADIENT, *ON_UPDATE):
-            known = ", ".join(cls.__name__ for cls in (*ON_GRADIENT, *ON_UPDATE))
-            raise GradientError(f"{kind.__name__}: branches trained by it are no map on the gradient; take {known}.")
-        for option in REFUSED_OPTIONS:
-            if any(group.get(option) for group in optimizer.param_groups):
-                raise GradientError(f"{kind.__name__}: with {option} its updates are not linear in the gradient.")
-        trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-        names = dict(zip(self.maps, found.items(), strict=True))
-        if missing := [name for name, (parameter, _) in names.items() if parameter not in trained]:
-            raise GradientError(f"{missing[0]}: the optimizer does not train it. Make it after compile_gradients.")
-        mixed = [name for name, (_, kernel) in names.items() if kernel.update is None]
-        if on_update and mixed:
-            raise GradientError(f"{mixed[0]}: its map is not elementwise, so {kind.__name__} has none; take SGD.")
-        return on_update
+        return {name: named[name] for name in self.maps}
 
 
 def compile_gradients(
@@ -171,39 +156,32 @@ def compile_gradients(
     return fuse(grown, inplace=inplace, input_size=input_size), GradientMaps(maps)
 
 
-@torch.no_grad()
-def _map_gradients(maps: Mapping[nn.Parameter, KernelMap]) -> None:
-    """Replace gradients by their maps, the elementwise ones in one call."""
-    grads, factors = [], []
-    for parameter, kernel in maps.items():
-        if (grad := parameter.grad) is None:
-            continue
-        if kernel.mixes:
-            grad.copy_(kernel(grad))
-        else:
-            grads.append(grad)
-            factors.append(kernel.factor)
-    if grads:
-        torch._foreach_mul_(grads, factors)
-
-
-class _MapUpdates:
-    """Before and after a step: what moved a parameter, beside its decay, is multiplied."""
+class _Hooks:
+    """What an optimizer calls in its steps."""
 
     def __init__(self, maps: Mapping[nn.Parameter, KernelMap]) -> None:
         self._maps = maps
+        self._before: dict[nn.Parameter, Tensor] = {}
 
     @torch.no_grad()
-    def before(self, *_: object) -> None:
-        self._before = {parameter: parameter.detach().clone() for parameter in self._maps}
+    def map_gradients(self, *_: object) -> None:
+        """Replace gradients by their maps, the elementwise ones in one call."""
+        found = [(p.grad, kernel) for p, kernel in self._maps.items() if p.grad is not None]
+        if simple := [(grad, kernel.factor) for grad, kernel in found if not kernel.mixes]:
+            torch._foreach_mul_(*map(list, zip(*simple, strict=True)))
+        for grad, kernel in found:
+            if kernel.mixes:
+                grad.copy_(kernel(grad))
 
     @torch.no_grad()
-    def after(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def keep(self, *_: object) -> None:
+        """Keep the parameters as they are before a step."""
+        self._before = {p: p.detach().clone() for p in self._maps if p.grad is not None}
+
+    @torch.no_grad()
+    def map_updates(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Multiply what has moved the parameters, beside their decay."""
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._before and parameter.grad is not None:
-                    factor = self._maps[parameter].update
-                    assert factor is not None
-                    decayed = self._before[parameter] * (1 - group["lr"] * group["weight_decay"])
-                    parameter.copy_(decayed + (parameter - decayed) * factor)
-        self._before.clear()
+            for parameter in self._before.keys() & group["params"]:
+                decayed = self._before[parameter] * (1 - group["lr"] * group["weight_decay"])
+                parameter.copy_(torch.addcmul(decayed, parameter - decayed, cast(Tensor, self._maps[parameter].update)))

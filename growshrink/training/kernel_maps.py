@@ -1,12 +1,12 @@
 """The map on a kernel's gradient that training its linear branches amounts to, read off the branches themselves.
 
-Shape letters: G groups, O and I output and input channels of a group, T taps of the kernel.
+Shape letters: G groups, O and I output and input channels of a group, T taps of the kernel, R rows, C columns.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -20,12 +20,10 @@ from growshrink.layers.activations import vanishing
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown
 
-TOLERANCE = 1e-10  # of what is claimed to be linear, or of some form, in float64
-#: What the rows and columns of a gradient are, as a matrix for each group.
-LAYOUTS = ("oi,t", "ot,i", "o,it")
-
-Operator = Callable[[Tensor], Tensor]
-Mix = tuple[str, int, Tensor, Tensor]
+#: Relative error of what is claimed to be linear, or of some form, in float64.
+LINEAR_TOLERANCE = 1e-10
+#: The axes that are the rows and the columns of a gradient seen as a matrix for each group.
+LAYOUTS = ("oi,t", "ot,i", "o,it", "it,o", "i,ot")
 
 
 @dataclass(frozen=True)
@@ -34,37 +32,40 @@ class KernelMap:
 
     Attributes:
         factor: Its elementwise part, in the kernel's shape.
-        mixes: Products `left @ gradient @ right` for each group, added to that: the layout (a key of `LAYOUTS`), G,
-            and both matrices `(G, n, n)`, or `(G, n, 1)` where one is diagonal.
+        mixes: What is added to that, for each `(layout, G, scale_GR, matrix_GCC)`: the gradient as a matrix with its
+            rows scaled, times a symmetric matrix.
         update: The factor on an update instead, for an optimizer that is invariant to scale; None where there is none.
     """
 
     factor: Tensor
-    mixes: tuple[Mix, ...] = ()
+    mixes: tuple[tuple[str, int, Tensor, Tensor], ...] = ()
     update: Tensor | None = None
 
     def __call__(self, grad: Tensor) -> Tensor:
         """The map of `grad`."""
         total = grad * self.factor
-        for layout, groups, left, right in self.mixes:
-            rows_GXY = _as_rows(grad, layout, groups)
-            total = total + _from_rows(_times(_times(rows_GXY, left).mT, right).mT, layout, groups, grad)
+        for layout, groups, scale_GR, matrix_GCC in self.mixes:
+            mixed_GRC = scale_GR[..., None] * _as_matrix(grad, layout, groups) @ matrix_GCC
+            total = total + _from_matrix(mixed_GRC, layout, groups, grad)
         return total
 
     def normalized(self) -> KernelMap:
-        """The map over the mean of its diagonal (the mean of its eigenvalues), likewise on an update."""
+        """The map over the mean of its diagonal, which is that of its eigenvalues; likewise on an update."""
         mean = self.factor.mean()
-        for _, _, left, right in self.mixes:
-            mean = mean + (_diagonal(left).mean(1) * _diagonal(right).mean(1)).mean()
-        mixes = tuple((layout, groups, left / mean, right) for layout, groups, left, right in self.mixes)
+        for _, _, scale_GR, matrix_GCC in self.mixes:
+            mean = mean + (scale_GR.mean(1) * matrix_GCC.diagonal(dim1=1, dim2=2).mean(1)).mean()
+        mixes = tuple((layout, groups, scale / mean, matrix) for layout, groups, scale, matrix in self.mixes)
         return KernelMap(self.factor / mean, mixes, None if self.update is None else self.update / self.update.mean())
 
     def beside(self, weight: Tensor) -> KernelMap:
         """The map in the dtype and memory format of `weight`, on its device."""
-        mixes = tuple((layout, groups, left.to(weight), right.to(weight)) for layout, groups, left, right in self.mixes)
-        like = torch.empty_like(weight, requires_grad=False)
-        update = None if self.update is None else torch.empty_like(like).copy_(self.update)
-        return KernelMap(like.copy_(self.factor), mixes, update)
+        mixes = tuple((layout, groups, *(t.to(weight) for t in tensors)) for layout, groups, *tensors in self.mixes)
+        factor, update = (
+            None if values is None else torch.empty_like(weight, requires_grad=False).copy_(values)
+            for values in (self.factor, self.update)
+        )
+        assert factor is not None
+        return KernelMap(factor, mixes, update)  # type: ignore[arg-type]
 
 
 def kernel_map(name: str, module: Grown) -> KernelMap | None:
@@ -114,17 +115,13 @@ def _forms(name: str, branch: Branch, conv: nn.Conv2d, shape: torch.Size) -> Ite
             parameter.data = values.get(key, torch.zeros_like(parameter))
         return kernel()
 
-    generator = torch.Generator().manual_seed(0)
-    a, b = (
-        {key: torch.randn(p.shape, dtype=torch.float64, generator=generator) for key, p in trained.items()}
-        for _ in range(2)
-    )
+    random = torch.Generator().manual_seed(0)
+    a, b = ({key: _noise(p.shape, random) for key, p in trained.items()} for _ in range(2))
     if bool((of({}) != 0).any()):
         raise GradientError(f"{name}: it adds a constant, which no decay of the kernel leaves where it is.")
     if not trained:
         return
-    both = of({key: a[key] - 2 * b[key] for key in trained})
-    if not _close(both, of(a) - 2 * of(b)):
+    if not _close(of({key: a[key] - 2 * b[key] for key in trained}), of(a) - 2 * of(b)):
         raise GradientError(
             f"{name}: not linear in what it trains ({', '.join(trained)}): a trained scale, or a product of trained "
             "factors. BranchSpec(..., norm=None) has them frozen."
@@ -153,111 +150,71 @@ def _check_parts(name: str, branch: Branch) -> None:
         raise GradientError(f"{name}: a branch behind its kernel multiplies it, which is a product of trained factors.")
 
 
-def _form(name: str, forth: Operator, back: Operator, shape: torch.Size, groups: int) -> KernelMap:
-    """A A^T in the form that takes least work, from A (`forth`) and its transpose (`back`).
-
-    Elementwise, or else a product of one matrix on the rows and one on the columns of the gradient in some layout.
-    """
-
-    def square(grad: Tensor) -> Tensor:
-        return forth(back(grad))
-
-    generator = torch.Generator().manual_seed(1)
-    ones, x, y = (
-        torch.ones(shape, dtype=torch.float64),
-        *torch.randn(2, *shape, dtype=torch.float64, generator=generator),
-    )
-    factor, expected = square(ones), square(x)
+def _form(
+    name: str, forth: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor], shape: torch.Size, groups: int
+) -> KernelMap:
+    """A A^T in the form that takes least work, from A (`forth`) and its transpose (`back`)."""
+    random = torch.Generator().manual_seed(1)
+    ones, x, y = torch.ones(shape, dtype=torch.float64), _noise(shape, random), _noise(shape, random)
+    factor, expected = forth(back(ones)), forth(back(x))
     if _close(factor * x, expected):
-        column = back(ones)  # each weight is one tap, so it is all there is in its column of A
+        column = back(ones)  # where each weight is one tap, that is all there is in its column of A
         sparse = _close(back(x) * back(y), column * back(x * y))
         return KernelMap(factor, update=forth(column.sign()) if sparse else None)
-    products = (_Product.find(square, layout, groups, ones, generator) for layout in LAYOUTS)
-    for product in sorted((p for p in products if p is not None), key=lambda p: p.length):
-        form = KernelMap(torch.zeros_like(ones), (product.mix(),))
+    for layout in sorted(LAYOUTS, key=lambda layout: _as_matrix(ones, layout, groups).shape[2]):
+        mix = _mix(lambda grad: forth(back(grad)), layout, groups, ones, random)
+        form = KernelMap(torch.zeros_like(ones), () if mix is None else (mix,))
         if _close(form(x), expected):
             return form
-    raise GradientError(f"{name}: its map on the gradient is of no form known, a product over channels and taps.")
+    raise GradientError(f"{name}: its map on the gradient is of no form known, a scale on some axes times a matrix.")
 
 
-@dataclass(frozen=True)
-class _Product:
-    """An operator that is a diagonal matrix on one side of the gradient, in some layout, and a dense one on the other.
+def _mix(
+    square: Callable[[Tensor], Tensor], layout: str, groups: int, like: Tensor, random: torch.Generator
+) -> tuple[str, int, Tensor, Tensor] | None:
+    """The entry of `KernelMap.mixes` that `square` is in that layout, or None where it is nothing of the kind."""
 
-    Attributes:
-        layout: Key of `LAYOUTS`.
-        on_rows: The dense matrix is on the rows.
-        act: The operator on `(G, n, length)`, whose last axis is the dense side's.
-        diagonal_GN: Up to a factor.
-        length: Of the dense side.
-    """
+    def act(grad_GRC: Tensor) -> Tensor:
+        return _as_matrix(square(_from_matrix(grad_GRC, layout, groups, like)), layout, groups)
 
-    layout: str
-    on_rows: bool
-    act: Operator
-    diagonal_GN: Tensor
-    length: int
-
-    @staticmethod
-    def find(square: Operator, layout: str, groups: int, like: Tensor, generator: torch.Generator) -> _Product | None:
-        """What `square` is in that layout, or None where it is nothing of the kind."""
-
-        def rows_first(grad_GXY: Tensor) -> Tensor:
-            return _as_rows(square(_from_rows(grad_GXY, layout, groups, like)), layout, groups)
-
-        def columns_first(grad_GYX: Tensor) -> Tensor:
-            return rows_first(grad_GYX.mT).mT
-
-        _, height, width = _as_rows(like, layout, groups).shape
-        for act, count, length in ((rows_first, height, width), (columns_first, width, height)):
-            if layout == "oi,t" and length != width:
-                continue  # dense over both kinds of channels: never worth its memory
-            draw = torch.randn(3, groups, count + length, dtype=like.dtype, generator=generator)
-            (a, b), v_G1Y = draw[:2, :, :count, None], draw[2, :, None, count:]
-            first, second = act(a * v_G1Y), act(b * v_G1Y)
-            if _close(first / a * b, second):  # then row n of both is diagonal[n] times the same vector
-                at = first.abs().sum(1).argmax(-1)
-                diagonal_GN = (first / a)[torch.arange(groups), :, at]
-                return _Product(layout, act is columns_first, act, diagonal_GN, length)
+    _, rows, columns = _as_matrix(like, layout, groups).shape
+    (a_GR1, b_GR1), row_G1C = _noise((2, groups, rows, 1), random), _noise((groups, 1, columns), random)
+    first, second = act(a_GR1 * row_G1C), act(b_GR1 * row_G1C)
+    if not _close(first / a_GR1 * b_GR1, second):
         return None
-
-    def mix(self) -> Mix:
-        """The matrices."""
-        groups, count = self.diagonal_GN.shape
-        dense = self.diagonal_GN.new_zeros(groups, self.length, self.length)
-        for start in range(0, self.length, count):  # a column to each row
-            columns = torch.arange(start, min(start + count, self.length))
-            rows = torch.arange(len(columns))
-            probe = dense.new_zeros(groups, count, self.length)
-            probe[:, rows, columns] = 1.0
-            dense[:, :, columns] = (self.act(probe)[:, rows] / self.diagonal_GN[:, rows, None]).mT
-        sides = (dense, self.diagonal_GN[..., None])
-        return (self.layout, groups, *(sides if self.on_rows else sides[::-1]))
+    # row r is scale[r] times a vector that all rows have in common; any entry of that will do for a unit
+    at = first.abs().sum(1).argmax(-1)
+    scale_GR = (first / a_GR1)[torch.arange(groups), :, at]
+    matrix_GCC = like.new_zeros(groups, columns, columns)
+    for start in range(0, columns, rows):  # a column in each row
+        chosen = torch.arange(start, min(start + rows, columns))
+        used = torch.arange(len(chosen))
+        probe_GRC = like.new_zeros(groups, rows, columns)
+        probe_GRC[:, used, chosen] = 1.0
+        matrix_GCC[:, :, chosen] = (act(probe_GRC)[:, used] / scale_GR[:, used, None]).mT
+    return layout, groups, scale_GR, matrix_GCC
 
 
-def _as_rows(grad: Tensor, layout: str, groups: int) -> Tensor:
-    """A gradient as a matrix for each group."""
+def _order(layout: str) -> list[int]:
+    return ["goit".index(axis) for axis in "g" + layout.replace(",", "")]
+
+
+def _as_matrix(grad: Tensor, layout: str, groups: int) -> Tensor:
+    """A gradient as a matrix `(G, R, C)`."""
     grad_GOIT = grad.reshape(groups, grad.shape[0] // groups, grad.shape[1], -1)
-    if layout == "ot,i":
-        return grad_GOIT.mT.flatten(1, 2)
-    return grad_GOIT.flatten(1, 2) if layout == "oi,t" else grad_GOIT.flatten(2)
+    return grad_GOIT.permute(_order(layout)).flatten(1, layout.index(",")).flatten(2)
 
 
-def _from_rows(rows_GXY: Tensor, layout: str, groups: int, like: Tensor) -> Tensor:
-    """The inverse of `_as_rows`, in the shape of `like`."""
-    if layout == "ot,i":
-        rows_GXY = rows_GXY.unflatten(1, (like.shape[0] // groups, -1)).mT
-    return rows_GXY.reshape(like.shape)
+def _from_matrix(matrix_GRC: Tensor, layout: str, groups: int, like: Tensor) -> Tensor:
+    """The inverse of `_as_matrix`, in the shape of `like`."""
+    order = _order(layout)
+    sizes = (groups, like.shape[0] // groups, like.shape[1], like[0, 0].numel())
+    return matrix_GRC.reshape([sizes[n] for n in order]).permute([order.index(n) for n in range(4)]).reshape(like.shape)
 
 
-def _times(rows_GXY: Tensor, side: Tensor) -> Tensor:
-    """A side's matrix, or diagonal, on the rows."""
-    return side * rows_GXY if side.shape[-1] == 1 else side @ rows_GXY
-
-
-def _diagonal(side: Tensor) -> Tensor:
-    return side[..., 0] if side.shape[-1] == 1 else side.diagonal(dim1=1, dim2=2)
+def _noise(shape: Sequence[int], random: torch.Generator) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=random)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+    return bool((found - expected).abs().max() <= LINEAR_TOLERANCE * expected.abs().max())
