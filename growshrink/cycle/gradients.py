@@ -1,12 +1,11 @@
 """Plain training with maps on the gradients: growth at the plain net's cost, in a run without rounds.
 
-A new source of maps is one class statement, `class Mine(Gradients, kind="mine")`, as a new exit is.
+A new source of maps is one class statement, `class Mine(MapSource, kind="mine")`, as a new exit is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, cast
 
@@ -15,12 +14,13 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import Variant, check_fields
-from growshrink.base.limits import Count, Interval
+from growshrink.base.limits import Count, Interval, Share
 from growshrink.base.ranks import run_on_rank0
 from growshrink.branches.base import Chain
 from growshrink.branches.spec import BranchKind, BranchSpec
 from growshrink.cycle.running import Run
 from growshrink.errors import PlanError
+from growshrink.layers.branch import Branch
 from growshrink.proofs._profile import profile, training_macs
 from growshrink.schedules import constant, cosine
 from growshrink.training.gradient_maps import GradientMaps, compile_gradients
@@ -30,7 +30,7 @@ from growshrink.transforms import collapse_online, grow
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gradients(Variant, ABC):
+class MapSource(Variant, ABC):
     """Where the maps come from."""
 
     def __post_init__(self) -> None:
@@ -44,101 +44,67 @@ class Gradients(Variant, ABC):
     def renew(self, run: Run, seed: int) -> None:
         """Map the trainer's gradients from now on."""
 
+    @abstractmethod
     def macs(self, net: nn.Module, input_size: InputSize, batch_size: int, updates: int) -> int:
         """Training MACs of an image that `renew` takes in a run of so many updates."""
-        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Branches(Gradients, kind="branches"):
+class FromBranches(MapSource, kind="branches"):
     """Maps that training `branch` apart would amount to; the net starts with the branches' own starts added to it.
 
     Attributes:
         branch: Kinds, in their forms without norms; see `BranchSpec`.
+        search: Updates, over those of the run, that train the branches first, with scales, by a learning rate of their
+            own and merged into their kernels; the scales are then kept, and all weights are as before. (A run that is
+            stopped meanwhile starts again.) 0 leaves the scales at 1.
+
+    Source: RepOptimizers (Ding et al., arXiv:2205.15242), where the scales are searched on other data.
     """
 
     branch: tuple[BranchKind, ...] = ("repvgg",)
+    search: Share = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.specs()
-
-    def specs(self) -> list[BranchSpec]:
-        """What is grown."""
-        return [BranchSpec(kind=kind, norm=None) for kind in self.branch]
-
-    def grown(self, net: nn.Module, input_size: InputSize, seed: int = 0) -> nn.Module:
-        """A copy of `net` with the branches."""
-        return grow(net, self.specs(), init="paper", seed=seed, input_size=input_size)
+        kinds = [kind for spec in self._specs() for kind in spec.kinds]
+        if self.search and (other := [kind for kind in kinds if not issubclass(Branch.kinds[kind], Chain)]):
+            raise PlanError(f"search={self.search!r}: a branch of kind {other[0]!r} has no scale to search for.")
 
     def renew(self, run: Run, seed: int) -> None:
-        """See `Gradients.renew`."""
-        self.start(run, self.grown(run.trainer.model, run.size, seed))
-
-    def start(self, run: Run, grown: nn.Module) -> None:
-        """Begin with the weights and maps of `grown`."""
+        """See `MapSource.renew`."""
+        grown = grow(run.trainer.model, self._specs(), init="paper", seed=seed, input_size=run.size)
+        if updates := self._searched(run.total):
+            config = replace(run.config, ema_decay=0.0)
+            trainer = Trainer(_scaled_online(grown, run.size), config, run.feed.train)
+            rate = cosine(1.0, 0.0, updates)
+            while trainer.update < updates:
+                trainer.train(trainer.update + 1, learning_rate=rate, lam=constant(1.0))
+                run.saving.due(trainer.update)
+                run.saving.leave_if_asked("in the search for scales, which starts again")
+            for scale, found in zip(_scales(grown), _scales(trainer.model), strict=True):
+                scale.weight.copy_(found.weight.detach())
         plain, maps = compile_gradients(grown, inplace=True, input_size=run.size)
         for net in run.trainer.nets:
             net.load_state_dict(plain.state_dict())
         run.trainer.map_gradients(maps)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Search(Branches, kind="search"):
-    """`Branches` with scales that are found first: trained with the branches, which are then thrown away.
-
-    The branches train merged into their kernels, by a learning rate of their own; a run that is stopped meanwhile
-    starts again.
-
-    Attributes:
-        share: Updates of the search over those of the run behind it.
-
-    Source: the hyper-search of RepOptimizers (Ding et al., arXiv:2205.15242, section 3.3), there on other data.
-    """
-
-    share: Annotated[float, Interval(0, 1, above=True)] = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if other := [kind for spec in self.specs() for kind in spec.kinds if not issubclass(Chain.kinds[kind], Chain)]:
-            raise PlanError(f"branch: a branch of kind {other[0]!r} has no scale to search for.")
-
-    def grown(self, net: nn.Module, input_size: InputSize, seed: int = 0) -> nn.Module:
-        """See `Branches.grown`; the scales are trainable, and one convolution runs the branches."""
-        grown = super().grown(net, input_size, seed)
-        for scale in _scales(grown):
-            value = scale.weight
-            del scale.weight
-            scale.weight = nn.Parameter(value.clone())
-        return collapse_online(grown, choose="always", inplace=True, input_size=input_size)
-
-    def renew(self, run: Run, seed: int) -> None:
-        """See `Gradients.renew`."""
-        updates, config = self._updates(run.total), replace(run.config, ema_decay=0.0)
-        searched = Trainer(self.grown(run.trainer.model, run.size, seed), config, run.feed.train)
-        rate = cosine(1.0, 0.0, updates)
-
-        def due() -> bool:
-            return run.saving.due(searched.update)
-
-        while searched.update < updates:
-            searched.train(updates, learning_rate=rate, lam=constant(1.0), stop_early=due)
-            run.saving.leave_if_asked("in the search for scales, which starts again")
-        grown = super().grown(run.trainer.model, run.size, seed)
-        for scale, found in zip(_scales(grown), _scales(searched.model), strict=True):
-            scale.weight.copy_(found.weight.detach())
-        self.start(run, grown)
-
     def macs(self, net: nn.Module, input_size: InputSize, batch_size: int, updates: int) -> int:
-        """See `Gradients.macs`."""
-        return self._updates(updates) * training_macs(self.grown(net, input_size), input_size, batch_size)
+        """See `MapSource.macs`."""
+        if not self._searched(updates):
+            return 0
+        grown = _scaled_online(grow(net, self._specs(), init="paper", input_size=input_size), input_size)
+        return self._searched(updates) * training_macs(grown, input_size, batch_size)
 
-    def _updates(self, updates: int) -> int:
-        return max(1, round(self.share * updates))
+    def _specs(self) -> list[BranchSpec]:
+        return [BranchSpec(kind=kind, norm=None) for kind in self.branch]
+
+    def _searched(self, updates: int) -> int:
+        return round(self.search * updates)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pixels(Gradients, kind="pixels"):
+class FromPixels(MapSource, kind="pixels"):
     """Maps by how far neighbouring pixels of each layer's input depend on each other; see `pixel_maps`.
 
     Attributes:
@@ -150,21 +116,30 @@ class Pixels(Gradients, kind="pixels"):
     batches: Count = 2
 
     def looks(self, updates: int) -> tuple[int, ...]:
-        """See `Gradients.looks`."""
+        """See `MapSource.looks`."""
         step = max(1, round(self.every * updates))
         return tuple(range(step, updates, step))
 
     def renew(self, run: Run, seed: int) -> None:
-        """See `Gradients.renew`."""
+        """See `MapSource.renew`."""
         trainer = run.trainer
         images = torch.cat([trainer.batches.batch(trainer.update + index)[0] for index in range(self.batches)])
         state = run_on_rank0(lambda: pixel_maps(trainer.model, images).state_dict())
         trainer.map_gradients(GradientMaps.from_state_dict(state))
 
     def macs(self, net: nn.Module, input_size: InputSize, batch_size: int, updates: int) -> int:
-        """See `Gradients.macs`."""
+        """See `MapSource.macs`."""
         return self.batches * profile(net, input_size).macs
 
 
-def _scales(grown: nn.Module) -> Iterator[nn.Conv2d]:
-    return (cast(nn.Conv2d, branch.path.scale) for branch in grown.modules() if isinstance(branch, Chain))
+def _scales(grown: nn.Module) -> list[nn.Conv2d]:
+    return [cast(nn.Conv2d, branch.path.scale) for branch in grown.modules() if isinstance(branch, Chain)]
+
+
+def _scaled_online(grown: nn.Module, input_size: InputSize) -> nn.Module:
+    """A copy whose scales are trained, and whose branches run as part of their kernels."""
+    online = collapse_online(grown, choose="always", input_size=input_size)
+    for scale in _scales(online):
+        value = scale._buffers.pop("weight")
+        scale.register_parameter("weight", nn.Parameter(cast(torch.Tensor, value).clone()))
+    return online

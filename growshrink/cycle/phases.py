@@ -10,7 +10,7 @@ from typing import ClassVar
 from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.costs import Costs, NetCost
-from growshrink.cycle.gradients import Gradients
+from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
 from growshrink.cycle.running import Run
 from growshrink.cycle.spans import RoundSpan
@@ -138,7 +138,7 @@ class Base(Phase):
     name = "base"
     advice = "a lower lr, or clip_grad=1"
 
-    gradients: Gradients | None = None
+    gradients: MapSource | None = None
     seed: int = 0
 
     @property

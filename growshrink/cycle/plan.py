@@ -11,7 +11,7 @@ from growshrink.base.limits import NotNegative, OneOf, Positive, Ratio, Regex, S
 from growshrink.branches.spec import BranchKind
 from growshrink.cycle.augmented import NetAug
 from growshrink.cycle.exits import Exit, Fuse
-from growshrink.cycle.gradients import Gradients
+from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.teaching import Teacher
 from growshrink.errors import PlanError
 from growshrink.transforms import INITS
@@ -133,7 +133,7 @@ class CyclePlan:
     rewarm: Whole = 20
     restarts: tuple[NotNegative, ...] = ()
     seed: int = 0
-    gradients: Gradients | None = None
+    gradients: MapSource | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,7 +11,7 @@ from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
 from growshrink.base.limits import Share, Whole
-from growshrink.cycle import Branches, CyclePlan, Drop, Gradients, NetAug, Pixels, Rewind, Round, Search, Teacher
+from growshrink.cycle import CyclePlan, Drop, FromBranches, FromPixels, MapSource, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
 
 _LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
@@ -40,7 +40,7 @@ class Arm:
     restarts: tuple[Share, ...] = ()
     expansion: Whole = 0
     shrinks: bool = True
-    gradients: Gradients | None = None
+    gradients: MapSource | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,15 +96,17 @@ ARMS: Mapping[str, Arm] = {
     "gradmult-fixed": Arm(
         about="plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)",
         base=1.0,
-        gradients=Branches(),
+        gradients=FromBranches(),
     ),
     "gradmult-search": Arm(
-        about="gradmult-fixed with scales per channel, found in 5 % of the updates", base=1.0, gradients=Search()
+        about="gradmult-fixed with scales per channel, found in 5 % of the updates",
+        base=1.0,
+        gradients=FromBranches(search=0.05),
     ),
     "gradmult-pixels": Arm(
         about="plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)",
         base=1.0,
-        gradients=Pixels(),
+        gradients=FromPixels(),
     ),
     "distil": Arm(
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",

@@ -9,14 +9,19 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.branches import BranchSpec
-from growshrink.cycle import Branches, CyclePlan, Pixels, Search, lay_out
+from growshrink.cycle import CyclePlan, FromBranches, FromPixels, lay_out
 from growshrink.cycle.costs import Costs
 from growshrink.errors import GrowError, PlanError
 from growshrink.evidence.arms import ARMS
 from growshrink.training.pixels import dependence, pixel_maps
 from nets import rel
 
-SOURCES = [Branches(), Branches(branch=("dbb", "lora")), Search(share=0.25), Pixels(every=0.3, batches=1)]
+SOURCES = [
+    FromBranches(),
+    FromBranches(branch=("dbb", "lora")),
+    FromBranches(search=0.25),
+    FromPixels(every=0.3, batches=1),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,26 +59,25 @@ def test_the_cost_is_known_before_and_resumed_runs_are_the_same(tmp_path, gradie
 
 
 def test_a_run_trains_as_compiled_branches_do(tmp_path):
-    result = run(tmp_path, Branches())
+    result = run(tmp_path, FromBranches())
     grown = gs.grow(small(outputs=4), BranchSpec(kind="repvgg", norm=None), init="paper", input_size=SIZE)
     model, maps = gs.compile_gradients(grown, input_size=SIZE)
     trainer = gs.cycle.running.ListeningTrainer(model.to(memory_format=torch.channels_last), CONFIG, Feed.make().train)
     trainer.map_gradients(maps)
-    phases = lay_out(plan(Branches()), 4)
+    phases = lay_out(plan(FromBranches()), 4)
     trainer.train(12, learning_rate=phases.learning_rate, lam=phases.lam)
     assert rel(trainer.ema.conv1.weight, result.model.conv1.weight) < 1e-5
 
 
 def test_what_a_search_finds_is_used(tmp_path, monkeypatch):
     kept = []
-    original = Search.start
 
-    def start(self, run, grown):
+    def compile_gradients(grown, **kwargs):
         kept.append(copy.deepcopy(grown))
-        original(self, run, grown)
+        return gs.compile_gradients(grown, **kwargs)
 
-    monkeypatch.setattr(Search, "start", start)
-    run(tmp_path, Search(branch=("pointwise",), share=0.5))
+    monkeypatch.setattr("growshrink.cycle.gradients.compile_gradients", compile_gradients)
+    run(tmp_path, FromBranches(branch=("pointwise",), search=0.5))
     scale = kept[0].conv1.branches[0].path.scale.weight
     assert scale.shape == (4, 1, 1, 1) and bool((scale != 1).all()) and not scale.requires_grad
     fresh = gs.grow(small(outputs=4), BranchSpec(kind="pointwise", norm=None), init="paper", input_size=SIZE)
@@ -82,24 +86,25 @@ def test_what_a_search_finds_is_used(tmp_path, monkeypatch):
 
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(PlanError, match="gradients='branches': for a plan without rounds"):
-        CyclePlan(rounds=(gs.Round(epochs=1),), gradients=Branches())
+        CyclePlan(rounds=(gs.Round(epochs=1),), gradients=FromBranches())
     with pytest.raises(GrowError, match="a branch of kind 'insert' has no form"):
-        Branches(branch=("insert",))
-    with pytest.raises(PlanError, match="branch: a branch of kind 'orepa' has no scale to search for"):
-        Search(branch=("repvgg", "orepa"))
+        FromBranches(branch=("insert",))
+    with pytest.raises(PlanError, match="search=0.1: a branch of kind 'orepa' has no scale to search for"):
+        FromBranches(branch=("repvgg", "orepa"), search=0.1)
     with pytest.raises(PlanError, match="every=0: must be above 0"):
-        Pixels(every=0)
+        FromPixels(every=0)
     with pytest.raises(PlanError, match="clip_grad=1.0: clipping is not linear"):
-        run(tmp_path, Branches(), config=gs.cycle.running.TrainConfig(clip_grad=1.0))
+        run(tmp_path, FromBranches(), config=gs.cycle.running.TrainConfig(clip_grad=1.0))
 
 
 def test_the_arms_are_there():
     assert {name: arm.gradients.kind for name, arm in ARMS.items() if arm.gradients is not None} == {
         "gradmult-fixed": "branches",
-        "gradmult-search": "search",
+        "gradmult-search": "branches",
         "gradmult-pixels": "pixels",
     }
-    assert ARMS["gradmult-pixels"].plan(10, seed=3) == CyclePlan(rounds=(), base_epochs=10, gradients=Pixels(), seed=3)
+    arm = ARMS["gradmult-pixels"]
+    assert arm.plan(10, seed=3) == CyclePlan(rounds=(), base_epochs=10, gradients=FromPixels(), seed=3)
 
 
 # ---- pixels
