@@ -13,6 +13,7 @@ from growshrink.cycle import CyclePlan, FromBranches, FromPixels, lay_out
 from growshrink.cycle.costs import Costs
 from growshrink.errors import GrowError, PlanError
 from growshrink.evidence.arms import ARMS
+from growshrink.training import TrainConfig, Trainer
 from growshrink.training.pixels import dependence, pixel_maps
 from nets import rel
 
@@ -62,7 +63,7 @@ def test_a_run_trains_as_compiled_branches_do(tmp_path):
     result = run(tmp_path, FromBranches())
     grown = gs.grow(small(outputs=4), BranchSpec(kind="repvgg", norm=None), init="paper", input_size=SIZE)
     model, maps = gs.compile_gradients(grown, input_size=SIZE)
-    trainer = gs.cycle.running.ListeningTrainer(model.to(memory_format=torch.channels_last), CONFIG, Feed.make().train)
+    trainer = Trainer(model.to(memory_format=torch.channels_last), CONFIG, Feed.make().train)
     trainer.map_gradients(maps)
     phases = lay_out(plan(FromBranches()), 4)
     trainer.train(12, learning_rate=phases.learning_rate, lam=phases.lam)
@@ -94,7 +95,7 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(PlanError, match="every=0: must be above 0"):
         FromPixels(every=0)
     with pytest.raises(PlanError, match="clip_grad=1.0: clipping is not linear"):
-        run(tmp_path, FromBranches(), config=gs.cycle.running.TrainConfig(clip_grad=1.0))
+        run(tmp_path, FromBranches(), config=TrainConfig(clip_grad=1.0))
 
 
 def test_the_arms_are_there():
