@@ -50,13 +50,13 @@ class BranchSpec:
     trained: Literal["first", "last"] = "last"
 
     def __post_init__(self) -> None:
-        check_fields(self, GrowError)
-        if self.norm is not None and (self.scale, self.trained) != (1.0, "last"):
-            raise GrowError(f"scale={self.scale!r}, trained={self.trained!r}: for branches with norm=None only.")
         if self.kind not in Branch.kinds and self.kind not in PRESETS:
             raise GrowError(f"branch={self.kind!r}: no such branch{did_you_mean(self.kind, [*Branch.kinds, *PRESETS])}")
         if self.ratio is not None:
             check_ratio(self.ratio)
+        check_fields(self, GrowError)
+        if self.norm is not None and (self.scale, self.trained) != (1.0, "last"):
+            raise GrowError(f"scale={self.scale!r}, trained={self.trained!r}: for branches with norm=None only.")
         without = [kind for kind in self.kinds if Branch.kinds[kind].make_linear_ is Branch.make_linear_]
         if self.norm is None and without:
             raise GrowError(f"norm=None: a branch of kind {without[0]!r} has no form that is linear in what it trains.")

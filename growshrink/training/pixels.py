@@ -12,9 +12,9 @@ from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.kernel_maps import KernelMap
 
 #: Levels, equally full, that pixels are told apart by.
-LEVELS = 16
+PIXEL_LEVELS = 16
 #: Pixels at most that the limits of the levels are taken from.
-SAMPLED = 100_000
+SAMPLED_PIXELS = 100_000
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def dependence(x_NCHW: Tensor, conv: nn.Conv2d) -> Tensor:
     """Dependence of the pixels that the taps `(kh, kw)` of a convolution see, on that of the middle one; float64."""
     x_NCHW = x_NCHW.float().contiguous()
     pixels = x_NCHW.flatten()
-    sample = pixels[:: -(-len(pixels) // SAMPLED)]
-    inner = torch.linspace(0, 1, LEVELS + 1, device=sample.device)[1:-1]
+    sample = pixels[:: -(-len(pixels) // SAMPLED_PIXELS)]
+    inner = torch.linspace(0, 1, PIXEL_LEVELS + 1, device=sample.device)[1:-1]
     levels_NCHW = torch.bucketize(x_NCHW, sample.quantile(inner).unique())
     height, width = conv.kernel_size
     known: dict[tuple[int, int], Tensor] = {}
@@ -71,7 +71,9 @@ def _information(levels_NCHW: Tensor, down: int, right: int) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=levels_NCHW.device)
     first = levels_NCHW[:, :, max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
     second = levels_NCHW[:, :, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
-    counts = (first * LEVELS + second).flatten().bincount(minlength=LEVELS**2).view(LEVELS, LEVELS)
+    counts = (
+        (first * PIXEL_LEVELS + second).flatten().bincount(minlength=PIXEL_LEVELS**2).view(PIXEL_LEVELS, PIXEL_LEVELS)
+    )
     joint = counts.double() / counts.sum()
     both, one, other = (-torch.special.xlogy(p, p).sum() for p in (joint, joint.sum(1), joint.sum(0)))
     # a constant input tells nothing apart, and depends on itself all the same
