@@ -40,6 +40,7 @@ from growshrink.supernet import NetAugTask as NetAugTask
 from growshrink.supernet import choose_width as choose_width
 from growshrink.supernet import sort_channels as sort_channels
 from growshrink.training import calibrate_bn as calibrate_bn
+from growshrink.training import compile_gradients as compile_gradients
 from growshrink.transforms import collapse_online as collapse_online
 from growshrink.transforms import drop as drop
 from growshrink.transforms import fold as fold

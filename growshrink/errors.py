@@ -54,6 +54,10 @@ class DropError(GrowShrinkError):
     """A grown module has nothing left once its branches are dropped."""
 
 
+class GradientError(GrowShrinkError):
+    """Training the branches of a grown net is no fixed linear map on the gradient, or not with that optimizer."""
+
+
 class CollapseError(GrowShrinkError):
     """No branch of a grown net can run as part of its convolution's kernel, or not those that were asked for."""
 

@@ -125,6 +125,7 @@ BAD = {
     "sort_channels": each(gs.sort_channels, NO_NETS),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
+    "compile_gradients": each(gs.compile_gradients, NO_NETS) + [lambda: gs.compile_gradients(plain())],
     "drop": each(gs.drop, NO_NETS) + [lambda: gs.drop(net("reducenet20_x2"))],
     "collapse_online": each(gs.collapse_online, NO_NETS)
     + [lambda: gs.collapse_online(plain()), lambda: gs.collapse_online(linear(), choose="x")]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap, Pair, compose
+from growshrink.branches.geometry import freeze_, leave_one_trained_, scaled_identity
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import convmap_of
 
@@ -33,6 +34,7 @@ class Chain(Branch, kind=""):
     def __init__(self, conv: nn.Conv2d, ratio: float, /, *, crop: Pair = (0, 0), **parts: nn.Module) -> None:
         super().__init__(conv, ratio)
         self.crop = crop
+        self.out_channels = conv.out_channels
         self.path = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -41,6 +43,16 @@ class Chain(Branch, kind=""):
         if vertical or horizontal:
             x = x[:, :, vertical : x.shape[2] - vertical, horizontal : x.shape[3] - horizontal]
         return self.path(x)
+
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """See `Branch.make_linear_`."""
+        parts = {name: part for name, part in self.path.named_children() if not isinstance(part, nn.BatchNorm2d)}
+        if not parts:  # the identity, whose norm was all it trained
+            parts["weight"] = scaled_identity(self.out_channels, 1.0)
+        leave_one_trained_([part for part in parts.values() if isinstance(part, nn.Conv2d)], trained)
+        parts["scale"] = scaled_identity(self.out_channels, scale)
+        freeze_(parts["scale"])
+        self.path = nn.Sequential(OrderedDict(parts))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap, compose
+from growshrink.branches.geometry import freeze_, leave_one_trained_, scaled_identity
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck, he_fan_out_
 from growshrink.layers.branch import Branch, middle_width
@@ -39,6 +40,14 @@ class Bottleneck(Branch, kind="bottleneck"):
         )
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """See `Branch.make_linear_`."""
+        body = self.body
+        body.bn, body.act = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+        leave_one_trained_([body.conv, body.pointwise], trained)
+        self.norm = scaled_identity(body.out_channels, scale)  # type: ignore[assignment]
+        freeze_(self.norm)
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """See `Branch.forward`."""
         return self.norm(self.body(x))
@@ -54,6 +63,8 @@ class Nest(Bottleneck, kind="nest"):
 
     The inner branch starts loud (gamma 1): the outermost gamma is the one factor that makes the whole silent.
     """
+
+    make_linear_ = Branch.make_linear_
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)

@@ -11,6 +11,7 @@ from torch import nn
 
 from growshrink.branches.base import Chain
 from growshrink.branches.geometry import ONE_TAP, like, lopsided, padding_of
+from growshrink.layers.bottleneck import he_fan_out_
 from growshrink.layers.branch import middle_width
 from growshrink.layers.grown_linear import TokenConv2d
 
@@ -146,6 +147,15 @@ class LowRank(Chain, kind="lora"):
         rank = middle_width(conv.out_channels, conv.groups, ratio)
         super().__init__(conv, ratio, down=like(conv, out_channels=rank), up=like(conv, rank, **ONE_TAP))
         self.silence_()
+
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """See `Branch.make_linear_`; the trained factor starts at zero, as in the paper."""
+        down, up = self.path
+        assert isinstance(down, nn.Conv2d) and isinstance(up, nn.Conv2d)
+        if trained == "first":
+            he_fan_out_(up, "linear")
+            nn.init.zeros_(down.weight)
+        super().make_linear_(scale, trained)
 
 
 def _pointwise_in_front(conv: nn.Conv2d, out_channels: int) -> nn.Conv2d:

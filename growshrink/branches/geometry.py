@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -48,3 +48,26 @@ def like(conv: nn.Conv2d, in_channels: int | None = None, out_channels: int | No
     new = nn.Conv2d(in_channels or conv.in_channels, out_channels or conv.out_channels, bias=False, **options)
     he_fan_out_(new, "linear")
     return new
+
+
+def freeze_(module: nn.Module) -> None:
+    """Turn the module's own parameters into buffers: constants that keep their keys, and that nothing can train."""
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+
+
+def scaled_identity(channels: int, scale: float) -> nn.Conv2d:
+    """A factor per channel as a depthwise 1x1: in the shape of a kernel, so that it decays as kernels do."""
+    conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False)
+    nn.init.constant_(conv.weight, scale)
+    return conv
+
+
+def leave_one_trained_(convs: Sequence[nn.Module], trained: str) -> None:
+    """Freeze all of `convs` but the "first" or the "last"."""
+    kept = convs[0 if trained == "first" else -1]
+    for conv in convs:
+        if conv is not kept:
+            freeze_(conv)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.branches.geometry import ONE_TAP, even_sides, like
+from growshrink.branches.geometry import ONE_TAP, even_sides, freeze_, leave_one_trained_, like
 from growshrink.layers.branch import Branch
 
 
@@ -21,6 +21,12 @@ class _Kernels(Branch, kind=""):
 
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         conv: nn.Conv2d
+
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """See `Branch.make_linear_`; the scales are frozen where they start, times `scale`."""
+        with torch.no_grad():
+            getattr(self, self.outermost).mul_(scale)
+        freeze_(self)
 
     @abstractmethod
     def kernel(self, dtype: torch.dtype) -> Tensor:
@@ -79,6 +85,11 @@ class Orepa(_Kernels, kind="orepa"):
         self.behind = like(conv)
         self.average = like(conv, **ONE_TAP)
         self.scale = nn.Parameter(torch.tensor(self.STARTS)[:, None].repeat(1, conv.out_channels))
+
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """See `Branch.make_linear_`; one of the two factors of 1x1-kxk is frozen too."""
+        super().make_linear_(scale, trained)
+        leave_one_trained_([self.before, self.behind], trained)
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
-from growshrink.base.limits import MOST_RATIO, OneOf
+from growshrink.base.config import check_fields
+from growshrink.base.limits import MOST_RATIO, OneOf, Positive
 from growshrink.errors import GrowError, did_you_mean
 from growshrink.layers.branch import Branch
 
@@ -35,16 +36,30 @@ class BranchSpec:
         kind: A key of `Branch.kinds` ("bottleneck", "insert", "nest", "expandnet", ..., or one of your own), or of
             `PRESETS` ("repvgg", "acnet", "dbb", "mobileone"), which stands for several kinds.
         ratio: Middle width over output channels; None takes the `ratio` given to `grow`.
+        norm: "batch" builds the branch as its paper has it, None a form that is linear in what it trains, for
+            `compile_gradients`: no norms and activations, constant scales, all but one of several convolutions in a
+            row frozen at random (where the branch has such a form: "insert" and "nest" have none).
+        scale: Constant factor on every output channel of that form (for "orepa" and "mixture" on its scales' starts).
+        trained: The convolution of several in a row that is trained in that form, "first" or "last".
     """
 
     kind: str
     ratio: float | None = None
+    norm: Literal["batch"] | None = "batch"
+    scale: Positive = 1.0
+    trained: Literal["first", "last"] = "last"
 
     def __post_init__(self) -> None:
         if self.kind not in Branch.kinds and self.kind not in PRESETS:
             raise GrowError(f"branch={self.kind!r}: no such branch{did_you_mean(self.kind, [*Branch.kinds, *PRESETS])}")
         if self.ratio is not None:
             check_ratio(self.ratio)
+        check_fields(self, GrowError)
+        if self.norm is not None and (self.scale, self.trained) != (1.0, "last"):
+            raise GrowError(f"scale={self.scale!r}, trained={self.trained!r}: for branches with norm=None only.")
+        without = [kind for kind in self.kinds if Branch.kinds[kind].make_linear_ is Branch.make_linear_]
+        if self.norm is None and without:
+            raise GrowError(f"norm=None: a branch of kind {without[0]!r} has no form that is linear in what it trains.")
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -73,6 +88,9 @@ class BranchSpec:
         with torch.random.fork_rng(devices=[]), device:
             torch.default_generator.manual_seed(generator_seed)
             branch = Branch.kinds[self.kind](conv, self.ratio or ratio)
+            if self.norm is None:
+                branch.make_linear_(self.scale, self.trained)
+                branch.linear = True
         if init == "silent":
             branch.silence_()
         branch.to(device=conv.weight.device, dtype=conv.weight.dtype)

@@ -6,6 +6,9 @@ from growshrink.cycle.exits import Drop as Drop
 from growshrink.cycle.exits import Exit as Exit
 from growshrink.cycle.exits import Fuse as Fuse
 from growshrink.cycle.exits import Rewind as Rewind
+from growshrink.cycle.gradients import FromBranches as FromBranches
+from growshrink.cycle.gradients import FromPixels as FromPixels
+from growshrink.cycle.gradients import MapSource as MapSource
 from growshrink.cycle.layout import Phases as Phases
 from growshrink.cycle.layout import lay_out as lay_out
 from growshrink.cycle.plan import CyclePlan as CyclePlan

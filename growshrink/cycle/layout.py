@@ -126,7 +126,7 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
         PlanError: A round, or the whole plan, has too few updates.
     """
     stop = _updates(plan.base_epochs, updates_per_epoch)
-    phases: list[Phase] = [Base(0, stop)]
+    phases: list[Phase] = [Base(0, stop, gradients=plan.gradients, seed=plan.seed)]
     for number, entry in enumerate(plan.rounds, start=1):
         span = _span(entry, number, plan.seed, stop, updates_per_epoch)
         phases += [

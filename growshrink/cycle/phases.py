@@ -10,6 +10,7 @@ from typing import ClassVar
 from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.costs import Costs, NetCost
+from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
 from growshrink.cycle.running import Run
 from growshrink.cycle.spans import RoundSpan
@@ -137,6 +138,27 @@ class Base(Phase):
     name = "base"
     advice = "a lower lr, or clip_grad=1"
 
+    gradients: MapSource | None = None
+    seed: int = 0
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """See `Phase.looks`."""
+        return self.gradients.looks(self.stop) if self.gradients is not None else ()
+
+    def enter(self, run: Run) -> None:
+        """Map the gradients, where the plan asks for it."""
+        if self.gradients is not None:
+            model, batch_size = run.trainer.model, run.feed.train.batch_size
+            macs = self.gradients.macs(model, run.size, batch_size, self.stop)
+            self.gradients.renew(run, self.seed)
+            run.state.macs_spent += run.images_per_update * macs
+
+    def look(self, run: Run) -> None:
+        """Map them by what the net is now."""
+        if run.trainer.update in self.looks:
+            self.enter(run)
+
     @property
     def warmups(self) -> tuple[int, ...]:
         """See `Phase.warmups`."""
@@ -144,7 +166,11 @@ class Base(Phase):
 
     def macs(self, costs: Costs) -> int:
         """See `Phase.macs`."""
-        return (self.stop - self.start) * costs.first.train
+        training = (self.stop - self.start) * costs.first.train
+        if self.gradients is None:
+            return training
+        maps = self.gradients.macs(costs.first.net, costs.input_size, costs.batch_size, self.stop)
+        return training + (1 + len(self.looks)) * maps
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from growshrink.base.limits import NotNegative, OneOf, Positive, Ratio, Regex, S
 from growshrink.branches.spec import BranchKind
 from growshrink.cycle.augmented import NetAug
 from growshrink.cycle.exits import Exit, Fuse
+from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.teaching import Teacher
 from growshrink.errors import PlanError
 from growshrink.transforms import INITS
@@ -124,6 +125,7 @@ class CyclePlan:
         rewarm: Updates over which the learning rate comes back after every change of structure.
         restarts: Epochs at which it is led back up without one: the control of what the restarts alone are worth.
         seed: Of the branches' weights; each round draws others.
+        gradients: Maps on the gradients, in a plan without rounds.
     """
 
     rounds: tuple[Round, ...]
@@ -131,9 +133,12 @@ class CyclePlan:
     rewarm: Whole = 20
     restarts: tuple[NotNegative, ...] = ()
     seed: int = 0
+    gradients: MapSource | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.gradients is not None and self.rounds:
+            raise PlanError(f"gradients={self.gradients.kind!r}: for a plan without rounds, which has no branches.")
         if self.base_epochs == 0 and not self.rounds:
             raise PlanError("the plan is empty: give it base_epochs or rounds.")
 

@@ -20,6 +20,7 @@ from growshrink.runs.checkpoints import (
     save_checkpoint,
     set_random_state,
 )
+from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.trainer import Trainer
 
 
@@ -35,6 +36,8 @@ def values_of(trainer: Trainer) -> dict[str, Any]:
     }
     if trainer.ema is not None:
         values["ema"] = trainer.ema.state_dict()
+    if trainer.gradient_maps is not None:
+        values["gradients"] = trainer.gradient_maps.state_dict()
     return values
 
 
@@ -48,6 +51,8 @@ def set_values(trainer: Trainer, values: Mapping[str, Any]) -> None:
         if net is not None:
             load_values(net, values[key])
     trainer.load_optimizer_state(values["optimizer"])
+    if "gradients" in values:
+        trainer.map_gradients(GradientMaps.from_state_dict(values["gradients"]))
     set_random_state(values["random"][this_rank()])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
 from growshrink.base.limits import Share, Whole
-from growshrink.cycle import CyclePlan, Drop, NetAug, Rewind, Round, Teacher
+from growshrink.cycle import CyclePlan, Drop, FromBranches, FromPixels, MapSource, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
 
 _LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
@@ -30,6 +30,7 @@ class Arm:
         rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
         expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
+        gradients: Maps on the gradients, for an arm without rounds.
         shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
     """
 
@@ -39,6 +40,7 @@ class Arm:
     restarts: tuple[Share, ...] = ()
     expansion: Whole = 0
     shrinks: bool = True
+    gradients: MapSource | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -53,6 +55,7 @@ class Arm:
             rounds=tuple(replace(entry, epochs=entry.epochs * epochs) for entry in self.rounds),
             restarts=tuple(share * epochs for share in self.restarts),
             seed=seed,
+            gradients=self.gradients,
         )
 
     def model(self, plain: str) -> str:
@@ -85,6 +88,21 @@ ARMS: Mapping[str, Arm] = {
         about="plain, the learning rate led back up wherever cycles-2 changes its structure",
         base=1.0,
         restarts=(0.1, 0.29, 0.55, 0.74),
+    ),
+    "gradmult-fixed": Arm(
+        about="plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)",
+        base=1.0,
+        gradients=FromBranches(),
+    ),
+    "gradmult-search": Arm(
+        about="gradmult-fixed with scales per channel, found in 5 % of the updates",
+        base=1.0,
+        gradients=FromBranches(search=0.05),
+    ),
+    "gradmult-pixels": Arm(
+        about="plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)",
+        base=1.0,
+        gradients=FromPixels(),
     ),
     "distil": Arm(
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",

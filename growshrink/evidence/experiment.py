@@ -114,7 +114,9 @@ class Experiment:
         arm = self.arm(name)
         listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
         elementwise = self.config.optimizer in ELEMENTWISE and self.config.clip_grad is None
-        return arm.shrinks and elementwise and not listens  # a peak is scored by run_cycle, which knows of one net only
+        return (
+            arm.shrinks and elementwise and not listens and arm.gradients is None
+        )  # a peak is scored by run_cycle, which knows of one net only
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; the inverse of `from_dict`."""

@@ -146,6 +146,8 @@ def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
     Its own forward is called, on its own tensors cut short, so that SyncBatchNorm and a momentum of None stay what
     they are.
     """
+    if isinstance(norm, nn.Identity):
+        return mid
     whole = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean", "running_var")}
     cut = {name: prefix(t, mid.shape[1], groups) for name, t in whole.items() if t is not None}
     out = functional_call(norm, cut, (mid,))

@@ -46,6 +46,7 @@ class Branch(nn.Module, ABC):
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__()
+        self.linear = False  # in what it trains; see make_linear_
         self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
         self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
 
@@ -74,8 +75,23 @@ class Branch(nn.Module, ABC):
             kernel: The map of the convolution so far (x to y); its dtype is the one to compute in.
         """
 
+    def make_linear_(self, scale: float, trained: str) -> None:
+        """Take the branch's norms and activations away and freeze factors, until what it adds is linear in its weights.
+
+        Constants are buffers, so that nothing that makes parameters trainable trains them.
+
+        Args:
+            scale: Constant factor on every output channel.
+            trained: Which convolution of several in a row is trained, the "first" or the "last".
+        """
+        raise GrowError(f"branch={self.kind!r} has no form without norms.")
+
     def silence_(self) -> None:
         """Make the branch add exactly 0, in train and eval mode, while every weight but this one can learn."""
+        if self.linear:  # every weight can, whatever their values
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+            return
         owner, _, key = self.outermost.rpartition(".")
         module = self.get_submodule(owner)
         nn.init.zeros_(getattr(module, key))

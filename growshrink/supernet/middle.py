@@ -57,5 +57,6 @@ def axes(body: PureBottleneck) -> Iterator[Axis]:
             norms.append(branch.norm)
     for norm in norms:
         for name in ("weight", "bias", "running_mean", "running_var"):
-            yield Axis(norm, name, 0, groups)
+            if hasattr(norm, name):  # a bottleneck without norms has an identity there
+                yield Axis(norm, name, 0, groups)
     yield Axis(body.pointwise, "weight", 1, groups)

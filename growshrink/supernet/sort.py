@@ -60,7 +60,9 @@ def sort_channels(
 def _order(body: PureBottleneck) -> Tensor:
     groups = body.conv.groups
     columns_GOK = body.pointwise.weight.flatten(1).unflatten(0, (groups, -1))
-    importance_GK = columns_GOK.double().abs().sum(1) * body.bn.weight.double().abs().unflatten(0, (groups, -1))
+    importance_GK = columns_GOK.double().abs().sum(1)
+    if not isinstance(body.bn, nn.Identity):
+        importance_GK = importance_GK * body.bn.weight.double().abs().unflatten(0, (groups, -1))
     return importance_GK.argsort(dim=1, descending=True, stable=True)
 
 

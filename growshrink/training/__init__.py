@@ -5,5 +5,7 @@ from growshrink.training._evaluate import evaluate as evaluate
 from growshrink.training._fit import fit as fit
 from growshrink.training.calibrate import calibrate_bn as calibrate_bn
 from growshrink.training.distil import TeacherNet as TeacherNet
+from growshrink.training.gradient_maps import GradientMaps as GradientMaps
+from growshrink.training.gradient_maps import compile_gradients as compile_gradients
 from growshrink.training.trainer import TrainConfig as TrainConfig
 from growshrink.training.trainer import Trainer as Trainer

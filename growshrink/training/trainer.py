@@ -24,6 +24,7 @@ from growshrink.layers.activations import set_lambda
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
+from growshrink.training.gradient_maps import GradientMaps
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
 #: change of structure it would be wrong for the old parameters or for the new ones.
@@ -84,6 +85,7 @@ class Trainer:
         model: What is trained; a change of structure happens in place, between two calls of `train`.
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
         optimizer: Made by timm's factory; recreated after a change of structure, see `structure_changed`.
+        gradient_maps: Applied in every update, or None; see `map_gradients`.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
             call adds to; else None.
@@ -97,6 +99,8 @@ class Trainer:
         self.cut_short: tuple[int, Tensor] | None = None
         self.averager = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
         self.optimizer = self._make_optimizer()
+        self.gradient_maps: GradientMaps | None = None
+        self._detach_maps: Callable[[], None] | None = None
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
 
@@ -204,6 +208,20 @@ class Trainer:
         """The images `(N, C, H, W)` of the last updates; with a teacher that repeats itself, others of their kind."""
         return (self.batches.batch(u)[0] for u in range(max(0, self.update - num_batches), self.update))
 
+    def map_gradients(self, maps: GradientMaps | None) -> None:
+        """Apply `maps` in every update from now on, after gradients are averaged over the ranks; None ends that.
+
+        Raises:
+            PlanError: The config clips gradients: branches trained apart would be clipped otherwise.
+            GradientError: The optimizer, or the net, is none that the maps are for.
+        """
+        if maps is not None and self.config.clip_grad is not None:
+            raise PlanError(f"clip_grad={self.config.clip_grad!r}: clipping is not linear; map_gradients needs None.")
+        if self._detach_maps is not None:
+            self._detach_maps()
+        self._detach_maps = None if maps is None else maps.attach(self.model, self.optimizer)
+        self.gradient_maps = maps
+
     def structure_changed(self, reset: Collection[str] = ()) -> None:
         """Recreate the optimizer after the model grew or fused.
 
@@ -217,6 +235,7 @@ class Trainer:
             if name not in reset and (state := kept.get(id(parameter))):
                 self.optimizer.state[parameter] = state
         self._lam, self._ema_has_lam = None, True
+        self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """State of the optimizer by parameter name."""

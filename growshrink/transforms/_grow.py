@@ -233,7 +233,7 @@ class _Eligibility:
         parts, reason = _fitting(specs, _as_conv(layer))
         if reason:
             return reason
-        biased = not specs or any(Branch.kinds[part.kind].biased for part in parts)
+        biased = not specs or any(part.norm and Branch.kinds[part.kind].biased for part in parts)
         if layer.bias is None and biased:
             norm, reason = self.flow.norm_after(name)
             if norm is None:

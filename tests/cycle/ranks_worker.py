@@ -56,15 +56,17 @@ def state(net):
     return {key: value.tolist() for key, value in net.state_dict().items()}
 
 
-def equals_one_process_with_all_the_images():
+def equals_one_process_with_all_the_images(maps=None):
     """Without norms and dropout, two ranks of 4 images are one of 8: how far they are apart after 6 updates."""
-    config = gs.training.TrainConfig(lr=0.05, ema_decay=0.9, clip_grad=1.0)
+    config = gs.training.TrainConfig(lr=0.05, ema_decay=0.9, clip_grad=1.0 if maps is None else None)
     ours, whole = (small(norm=False, outputs=4) for _ in range(2))
     one = gs.schedules.constant(1.0)
     together = Trainer(ours, config, feed().train)
+    together.map_gradients(maps)
     loss = together.train(6, learning_rate=one, lam=one)
     gs.training.trainer.average_update_, kept = lambda model, loss: None, gs.training.trainer.average_update_
     alone = Trainer(whole, config, MemoryFeed.of(data(), batch_size=8, augment=Augment(crop=1)).train)
+    alone.map_gradients(maps)
     expected = alone.train(6, learning_rate=one, lam=one)
     gs.training.trainer.average_update_ = kept
     pairs = zip(together.best.parameters(), alone.best.parameters(), strict=True)
@@ -74,6 +76,12 @@ def equals_one_process_with_all_the_images():
 with joined("cpu"):
     if LIFE == 0:
         found = {"distance": equals_one_process_with_all_the_images(), "undisturbed": []}
+        grown = gs.grow(small(outputs=4), gs.BranchSpec(kind="dbb", norm=None), init="paper", input_size=(3, 8, 8))
+        maps = gs.compile_gradients(grown, input_size=(3, 8, 8))[1]
+        found["distance, mapped"] = equals_one_process_with_all_the_images(maps)
+        for source in (gs.cycle.FromBranches(search=0.25), gs.cycle.FromPixels(every=0.25)):
+            mapped = run(source.kind, feed(), gs.CyclePlan(rounds=(), base_epochs=1, gradients=source))
+            found[source.kind] = all_gather(state(mapped.model))
         result = run("undisturbed", feed(), save_every=3)
         found["undisturbed"] = all_gather(state(result.model))
         found["random"] = all_gather(torch.rand(3).tolist())

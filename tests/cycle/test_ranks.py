@@ -35,7 +35,8 @@ def test_ranks_that_are_asked_to_stop_and_that_die(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert max(found["distance"]) < 1e-6
+    assert max(found["distance"]) < 1e-6 and max(found["distance, mapped"]) < 1e-6
+    assert found["branches"][0] == found["branches"][1] and found["pixels"][0] == found["pixels"][1]
     assert found["undisturbed"][0] == found["undisturbed"][1]
     assert found["random"][0] != found["random"][1]  # dropouts of their own
     assert found["stopped"] == [[143, "stopped by SIGTERM after update 6 of 51"]] * 2
