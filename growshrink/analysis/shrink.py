@@ -153,9 +153,14 @@ def shrink(
         for name, width in dropped:
             choices[name] = tuple(value for value in choices[name] if value != width)
         gone += len(dropped)
-        told = {f"{name}: {width}": value for (name, width), value in scores.items()}
-        names = [f"{name}: {width}" for name, width in dropped]
-        steps.append({"iteration": iteration, "dropped": names, "size": _size(choices), "scores": told})
+        steps.append(
+            {
+                "iteration": iteration,
+                "dropped": [f"{name}: {width}" for name, width in dropped],
+                "size": _size(choices),
+                "scores": {f"{name}: {width}": value for (name, width), value in scores.items()},
+            }
+        )
         if plan.rebase_after is not None and rebased_at is None and gone > plan.rebase_after:
             base, rebased_at = copy.deepcopy(model), iteration
         update = stage(update)

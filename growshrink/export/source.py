@@ -120,8 +120,9 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         return _merged(path, supernet, recipe, name=name, kwargs=kwargs, input_size=size, **_of_the_run(path))
     if "plain_name" in (about := _about(path, header)):
         known = _of_the_header(path, header, about, recipe)
-        plain = _made(known["name"], known["kwargs"], tensors, path)
-        return Source(path, plain, data=_of_the_run(path).get("data"), **known)
+        return Source(
+            path, _made(known["name"], known["kwargs"], tensors, path), data=_of_the_run(path).get("data"), **known
+        )
     return _of_a_state_dict(path, clean_keys(tensors), recipe)
 
 
@@ -155,8 +156,9 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
                 f"{path}: {len(carriers)} convolutions have branches. Say what they were grown with (--branches, "
                 "--ratio), or leave them out (--exit drop)."
             )
-        base = _made(name, kwargs, None, path)
-        grown = grow(base, recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size)
+        grown = grow(
+            _made(name, kwargs, None, path), recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size
+        )
         _load(grown, tensors, path, f"{name} grown with {', '.join(recipe.branches)}, ratio {recipe.ratio:g}")
         return _merged(path, grown, recipe, **known)
     plain = {key: value for key, value in tensors.items() if _BRANCH not in key}
@@ -172,8 +174,9 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
     except DropError as error:
         raise DropError(f"{path}: {error}") from error
     except FuseError as error:
-        advice = "If the net without its branches was trained, export it: --exit drop."
-        raise FuseError(f"{path}: {error} {advice}") from error
+        raise FuseError(
+            f"{path}: {error} If the net without its branches was trained, export it: --exit drop."
+        ) from error
     plain = _made(known["name"], known["kwargs"], left.state_dict(), path)
     return Source(path, plain, grown=None if dropped else grown, **known)
 
