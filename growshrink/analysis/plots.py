@@ -16,10 +16,7 @@ MOST_POINTS = 20_000
 
 
 def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None, title: str) -> bool:
-    """Angle against parameters, against the null, and the excess against parameters; False without matplotlib.
-
-    `columns` has `angle`, `null`, `excess` and `params`, `colour` the truth where it is known, all `(N,)`.
-    """
+    """Angle and excess of N subnets against parameters and null, coloured by the truth; False without matplotlib."""
     figure = _figure(13, 4.2)
     if figure is None:
         return False
@@ -40,10 +37,7 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
 
 
 def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title: str) -> bool:
-    """Histogram and empirical distribution of random draws, criteria marked on it; False without matplotlib.
-
-    `random` is the top-1 of random subnets, in percent, `(N,)`; `criteria` that of each criterion, one for each seed.
-    """
+    """Histogram and distribution of the top-1 (%) of random subnets, criteria marked; False without matplotlib."""
     figure = _figure(11, 4.5)
     if figure is None:
         return False

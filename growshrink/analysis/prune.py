@@ -104,10 +104,7 @@ class DrawnWidths:
 
 
 def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distinct: bool = False) -> DrawnWidths:
-    """Draw widths uniformly until `num` of them meet the budget; with `distinct` no subnet twice.
-
-    AnalysisError if `MOST_DRAWS` draws were not enough.
-    """
+    """Draw widths uniformly until `num` meet the budget, at most `MOST_DRAWS` times; if `distinct` no subnet twice."""
     random = np.random.default_rng(seed)
     lengths = [len(choices) for choices in space.choices.values()]
     full = lowest = profile_macs(space)

@@ -185,12 +185,11 @@ def format_comparison(summary: Mapping[str, Any]) -> str:
         cost = row["training_macs"] / dense["training_macs"]
         mean = f"{row['mean']:.2f} %{sd}"
         lines.append(f"{arm:16s} {row['lr']:6g} {mean:>17s} {difference:>26s} {p:>9s} {cost:9.2f}")
-    lines.append(
-        f"{len(seeds)} seeds, paired; Student's 95 % intervals, exact sign-flip tests: no p below "
+    return "\n".join(lines) + (
+        f"\n{len(seeds)} seeds, paired; Student's 95 % intervals, exact sign-flip tests: no p below "
         f"{2 / 2 ** len(seeds):.3f} before correction. training: MACs over the dense training's, which all but scratch "
         "at given widths need besides."
     )
-    return "\n".join(lines)
 
 
 def _means(runs: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:

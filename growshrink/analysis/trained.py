@@ -27,10 +27,9 @@ RATIO = 4.0
 def as_supernet(
     model: nn.Module, about: Mapping[str, Any], *, input_size: InputSize, seed: int = 0
 ) -> tuple[WidthSpace, dict[str, Any]]:
-    """Grow a fresh net with bottlenecks of ratio 4, in place, unless it is grown at birth.
+    """Grow a fresh net, with `name` and `kwargs` in `about`, by bottlenecks of ratio 4 in place unless it is grown.
 
-    `about` has its `name` and `kwargs` for timm. Returns the width space, and what
-    `growshrink.supernet.save_supernet` has to know about the net.
+    Returns the width space, and what `growshrink.supernet.save_supernet` has to know about the net.
     """
     grown_by: dict[str, Any] | None = None
     if not grown_modules(model):
@@ -109,11 +108,6 @@ def random_labels(data: DataSet, seed: int = 0) -> DataSet:
 
 def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
     """The same feed, on the same device, with `random_labels` to train on."""
-    return MemoryFeed.of(
-        random_labels(feed.data, seed),
-        batch_size=feed.train.batch_size,
-        augment=feed.train.augment,
-        seed=seed,
-        device=feed.val.device,
-        eval_batch_size=feed.val.batch_size,
-    )
+    train, val = feed.train, feed.val
+    options: dict[str, Any] = {"batch_size": train.batch_size, "augment": train.augment, "device": val.device}
+    return MemoryFeed.of(random_labels(feed.data, seed), seed=seed, eval_batch_size=val.batch_size, **options)

@@ -1,8 +1,4 @@
-"""Is a net an affine map of its input, and if not, which module makes it another?
-
-Asked is what the net *does*: so activations that are called as functions, or work in place on what is read elsewhere
-too, are found as well.
-"""
+"""Is a net an affine map of its input, and if not, which module makes it another? Asked is what the net *does*."""
 
 from __future__ import annotations
 

@@ -78,10 +78,7 @@ def segment_harms(
 
 
 def depth_frontier(latencies: Latencies, harms: Mapping[Segment, float]) -> list[DepthPlan]:
-    """The plans no other plan beats in both latency and harm, from the fastest to the one with the least harm.
-
-    No plan is slower than the net as it is, by prediction.
-    """
+    """The plans no other beats in both predicted latency and harm, fastest first; none is slower than the net."""
     step = latencies.net_ms * RESOLUTION
     ways = [DepthPlan((), latencies.net_ms, 0.0)]
     for stage in sorted({segment.stage for segment in harms}):

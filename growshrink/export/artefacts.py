@@ -110,9 +110,8 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise RunError(
-            f"ONNX needs {error.name}: pip install growshrink[onnx], or leave it out (--no-onnx)."
-        ) from error
+        advice = "pip install growshrink[onnx], or leave it out (--no-onnx)."
+        raise RunError(f"ONNX needs {error.name}: {advice}") from error
 
 
 def _contiguous(net: nn.Module) -> dict[str, Tensor]:
