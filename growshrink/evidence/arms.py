@@ -72,8 +72,8 @@ def _one(**values: Any) -> tuple[Round, ...]:
     return (Round(**{"epochs": 1.0, "ratio": 2.0, **values}),)
 
 
-def _from_the_start(branch: str, init: str = "paper", **values: Any) -> tuple[Round, ...]:
-    return _one(branch=(branch,), linear=True, init=init, **_LINEAR, **values)
+def _linear(about: str, branch: str, init: str = "paper", **values: Any) -> Arm:
+    return Arm(about=about, rounds=_one(branch=(branch,), linear=True, init=init, **_LINEAR, **values))
 
 
 def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
@@ -118,26 +118,19 @@ ARMS: Mapping[str, Arm] = {
         base=0.4,
         rounds=_one(epochs=0.6, hold=1 / 3, teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0), **_REWIND),
     ),
-    "repvgg": Arm(
-        about="1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", rounds=_from_the_start("repvgg")
+    "repvgg": _linear("1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", "repvgg"),
+    "acnet": _linear("3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", "acnet"),
+    "dbb": _linear("diverse branches, fused once (arXiv:2103.13425)", "dbb"),
+    "dbb-online": _linear(
+        "dbb, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)", "dbb", online=True
     ),
-    "acnet": Arm(about="3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", rounds=_from_the_start("acnet")),
-    "dbb": Arm(about="diverse branches, fused once (arXiv:2103.13425)", rounds=_from_the_start("dbb")),
-    "dbb-online": Arm(
-        about="dbb, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)",
-        rounds=_from_the_start("dbb", online=True),
+    "dbb-online-silent": _linear(
+        "dbb-online, born as the plain net: its branches add nothing at first", "dbb", init="silent", online=True
     ),
-    "dbb-online-silent": Arm(
-        about="dbb-online, born as the plain net: its branches add nothing at first",
-        rounds=_from_the_start("dbb", online=True, init="silent"),
+    "orepa-online": _linear(
+        "paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)", "orepa", online=True
     ),
-    "orepa-online": Arm(
-        about="paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)",
-        rounds=_from_the_start("orepa", online=True),
-    ),
-    "expandnet": Arm(
-        about="1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", rounds=_from_the_start("expandnet")
-    ),
+    "expandnet": _linear("1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", "expandnet"),
     "one-round": Arm(
         about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",
         rounds=_one(hold=0.40, vanish=0.25, settle=0.05),

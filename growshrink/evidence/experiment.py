@@ -20,7 +20,7 @@ from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
 from growshrink.cycle import lay_out, run_cycle
 from growshrink.cycle.costs import Costs
-from growshrink.cycle.records import RoundRecord, Row
+from growshrink.cycle.records import RoundRecord
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, load_data, pooled
 from growshrink.data.feed import Feed, MemoryFeed
@@ -58,14 +58,12 @@ class Experiment:
 
     Attributes:
         data: A name of `load_data`'s.
-        model: The plain net, a name of timm's (arms with an expansion need a ReduceNet).
-        model_kwargs: For `timm.create_model`, beside the classes and channels of the data.
+        model: The plain net, a name of timm's (arms with an expansion need a ReduceNet); `model_kwargs` are its
+            arguments beside the classes and channels of the data.
         pool: Average so many pixels by as many into one first.
         budget: Training MACs of every run, as epochs of the plain net (forward and backward).
         seeds: Of weights, val split, order and augmentation; the same for every arm.
-        arms: Which, in the order of the table; "plain" must be among them.
-        own_arms: Arms that `ARMS` does not have.
-        batch_size: Images per update.
+        arms: In the order of the table, "plain" among them; `own_arms` are those that `ARMS` does not have.
         config: How all arms are trained, the learning rate excepted where it is tuned.
         crop: Padding in pixels of the random crop; None for an eighth of the image.
         flip: Mirror at random.
@@ -194,7 +192,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
             if job.kind != "trial":
                 raise
             lost = tuple(SeedScore(seed=seed, val=0.0, test=None, loss=None) for seed in job.seeds)
-            append_run(out, _record(job, arm, lost, folder, diverged=str(error)))
+            append_run(out, _record(job, arm, folder, scores=lost, cost=None, diverged=str(error)))
             return
         spent = result.training_macs / count
         if not abs(spent / budget - 1) <= TOLERANCE:
@@ -205,7 +203,8 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         )
         images = result.phases.total * batch_size
         cost = Cost(epochs=epochs, macs=spent, budget=budget, images=images, seconds=result.seconds)
-        append_run(out, _record(job, arm, scores, folder, cost=cost, rounds=result.rounds, history=result.history))
+        rounds, history = tuple(to_dict(result.rounds)), History.from_rows(result.history)
+        append_run(out, _record(job, arm, folder, scores=scores, cost=cost, rounds=rounds, history=history))
 
 
 def _side_by_side(
@@ -219,29 +218,11 @@ def _side_by_side(
     return stack_nets(nets, feeds[0].input_size), StackedFeed(feeds)  # widths are sampled in steps of its own
 
 
-def _record(
-    job: Job,
-    arm: Arm,
-    scores: tuple[SeedScore, ...],
-    folder: RunFolder,
-    *,
-    cost: Cost | None = None,
-    diverged: str | None = None,
-    rounds: Sequence[RoundRecord] = (),
-    history: Sequence[Row] = (),
-) -> RunRecord:
-    """Collect what is kept of a run, from its folder and what it has returned."""
+def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
+    """Collect what is kept of a run, from its folder and what was `found`."""
     about = read_json(folder.path / MARKER)
-    return RunRecord(
-        job=job,
-        about=arm.about,
-        scores=scores,
-        cost=cost,
-        diverged=diverged,
-        rounds=tuple(to_dict(rounds)),
-        history=History.from_rows(history),
-        **{key: about[key] for key in ("command", "plan", "config", "data", "updates", "versions")},
-    )
+    kept = {key: about[key] for key in ("command", "plan", "config", "data", "updates", "versions")}
+    return RunRecord(job=job, about=arm.about, **found, **kept)
 
 
 def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0) -> float:
@@ -249,12 +230,12 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
 
     Sampled widths, and so their cost, depend on the `seed`. PlanError if the budget is too small for the arm's phases.
     """
-    epochs = budget / (feed.train.batch_size * feed.train.updates_per_epoch * training_macs(net, feed.input_size))
+    updates_per_epoch = feed.train.updates_per_epoch
+    epochs = budget / (feed.train.batch_size * updates_per_epoch * training_macs(net, feed.input_size))
     costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size)
     off: dict[float, float] = {}
     for _ in range(12):
-        phases = lay_out(arm.plan(epochs, seed), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
-        ratio = phases.macs(costs) / budget
+        ratio = lay_out(arm.plan(epochs, seed), updates_per_epoch, built_grown=arm.expansion > 0).macs(costs) / budget
         off[epochs] = abs(ratio - 1)
         if off[epochs] <= TOLERANCE / 4:
             break

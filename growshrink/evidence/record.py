@@ -189,11 +189,10 @@ def read_runs(out: Path) -> tuple[RunRecord, ...]:
 
     RunError for a damaged line, or a folder of the form without runs.jsonl.
     """
-    path = out / RUNS_FILE
+    path, records = out / RUNS_FILE, []
     if not path.exists():
         _refuse_old_form(out)
         return ()
-    records = []
     for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             records.append(RunRecord.from_line(line))

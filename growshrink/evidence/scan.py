@@ -101,16 +101,10 @@ def candidates_of(
     input_size: InputSize,
     num_classes: int,
 ) -> list[Candidate]:
-    """All nets of the grid that cost `at_most`, the cheapest first.
+    """All nets of the grid of channel multipliers and blocks per stage that cost `at_most`, the cheapest first.
 
-    Args:
-        experiment: Its model must take `width` and `depths`, as ReduceNets of three stages do.
-        widths: Channel multipliers.
-        depths: Blocks per stage.
-        bound: "macs", "params" or "ms" (a batch of one image through the folded net, on this machine, one thread).
-        at_most: In that unit.
-        input_size: `(C, H, W)`.
-        num_classes: Of the data.
+    The model must take `width` and `depths`, as ReduceNets of three stages do. `bound` is "macs", "params" or "ms" (a
+    batch of one image through the folded net, on this machine, one thread).
 
     Raises:
         PlanError: Nothing of the grid is that cheap, or the model does not take the arguments.

@@ -18,10 +18,9 @@ def scans_of(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
     records = {record.job: record for record in read_runs(out)}
 
     def look_up(runs: Sequence[tuple[Experiment, Job]]) -> list[RunRecord]:
-        missing = [job.name for _, job in runs if job not in records]
-        if missing:
+        if lacking := [job.name for _, job in runs if job not in records]:
             raise RunError(
-                f"{out}: the scan is not finished ({missing[0]} is missing). Continue it with recipes/scan.py."
+                f"{out}: the scan is not finished ({lacking[0]} is missing). Continue it with recipes/scan.py."
             )
         return [records[job] for _, job in runs]
 
@@ -30,11 +29,9 @@ def scans_of(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
 
 def winner(entries: Sequence[Entry]) -> str:
     """Describe the last one standing, in a line."""
-    last = entries[-1]
-    return (
-        f"{last.candidate.name}, cost {last.candidate.cost:g}, val {last.val:.2f} %, test {last.test:.2f} % after "
-        f"{last.budget:g} epochs' worth"
-    )
+    last, net = entries[-1], entries[-1].candidate
+    scores = f"val {last.val:.2f} %, test {last.test:.2f} %"
+    return f"{net.name}, cost {net.cost:g}, {scores} after {last.budget:g} epochs' worth"
 
 
 def write_report(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
@@ -46,10 +43,8 @@ def write_report(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
         lines += [f"## {arm}", "", f"Won: {winner(entries)}.", ""]
         lines += [f"| net | {plan.bound} | budget (epochs) | val top-1 | |", "|---|---|---|---|---|"]
         for entry in entries:
-            mark = "on the front" if entry.rung == 0 and entry.candidate.name in best else ""
-            lines.append(
-                f"| {entry.candidate.name} | {entry.candidate.cost:g} | {entry.budget:g} | {entry.val:.2f} | {mark} |"
-            )
+            mark, net = "on the front" * (entry.rung == 0 and entry.candidate.name in best), entry.candidate
+            lines.append(f"| {net.name} | {net.cost:g} | {entry.budget:g} | {entry.val:.2f} | {mark} |")
         lines.append("")
     command = f"python {read_runs(out)[-1].command}"
     lines += ["![front](front.png)", "", f"`{command}`", ""]

@@ -32,23 +32,22 @@ class StackError(GrowShrinkError):
 
 
 def stack_nets(nets: Sequence[nn.Module], input_size: InputSize) -> nn.Module:
-    """One net that computes what all of `nets` compute: `(N, S*C, H, W) -> (N*S, K)`, the nets' outputs in turn.
+    """One net that computes what S `nets` of one architecture compute: `(N, S*C, H, W) -> (N*S, K)`, outputs in turn.
 
-    The gradient of a mean over its outputs is, for each net, that of the mean over its own.
-
-    Args:
-        nets: S nets of the same architecture, plain or grown alike; not modified. The stack keeps the names, modes and
-            lam of the first.
-        input_size: `(C, H, W)` of one net.
+    The gradient of a mean over its outputs is, for each net, that of the mean over its own. The stack keeps the names,
+    modes and lam of the first; `input_size` is `(C, H, W)` of one net.
 
     Raises:
         StackError: The nets differ, or mix channels other than by convolutions and one linear layer at the end.
     """
-    if not nets:
+    if not (count := len(nets)):
         raise StackError("there is no net to stack.")
-    stack, count = copy.deepcopy(nets[0]), len(nets)
+    stack = copy.deepcopy(nets[0])
     for name, module in list(stack.named_modules()):
-        peers = [_peer(net, name) for net in nets]
+        try:
+            peers = [net.get_submodule(name) for net in nets]
+        except AttributeError as error:
+            raise StackError(f"{name}: not in all of the nets.") from error
         if any(type(peer) is not type(peers[0]) for peer in peers):
             raise StackError(f"{name}: a {type(module).__name__} in the first net only.")
         if isinstance(module, nn.Conv2d):
@@ -87,9 +86,8 @@ class _StackedLinear(nn.Module):
         super().__init__()
         self.count = len(layers)
         self.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]))
-        self.bias = None
-        if layers[0].bias is not None:
-            self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]))
+        biased = layers[0].bias is not None
+        self.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers])) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Each net's part of the features through its own matrix."""
@@ -155,13 +153,6 @@ class _StackedScoring:
 def _side_by_side(batches: Sequence[Batch]) -> Batch:
     images = torch.cat([images_NCHW for images_NCHW, _ in batches], 1).contiguous(memory_format=torch.channels_last)
     return images, torch.stack([labels_N for _, labels_N in batches], 1).flatten()
-
-
-def _peer(net: nn.Module, name: str) -> nn.Module:
-    try:
-        return net.get_submodule(name)
-    except AttributeError as error:
-        raise StackError(f"{name}: not in all of the nets.") from error
 
 
 def _join(module: nn.Module, peers: Sequence[nn.Module]) -> None:

@@ -64,14 +64,14 @@ class Row:
 
 def rows_of(comparison: Comparison, records: Sequence[RunRecord]) -> list[Row]:
     """Make the table from the runs that are finished; arms without one are left out."""
-    found = runs_of(comparison, chosen_lr(comparison, records), records)
-    runs = {arm: own for arm, own in found.items() if own}
+    runs = {arm: own for arm, own in runs_of(comparison, chosen_lr(comparison, records), records).items() if own}
     scores = {arm: _by_seed(own, comparison.seeds) for arm, own in runs.items()}
     pairs = {arm: _paired(scores, arm) for arm in scores if arm != PLAIN}
     compared = [arm for arm, (a, _) in pairs.items() if len(a) > 1]
     pooled = _pooled(scores)
     corrected = dict(zip(pooled, holm([p for _, p in pooled.values()]), strict=True))
     plain_seconds = _seconds(runs.get(PLAIN, []))
+    tried = comparison.tuning.lr if comparison.tuning else ()
     rows = []
     for arm, own in scores.items():
         on_val, values = _values(own, own)
@@ -92,7 +92,7 @@ def rows_of(comparison: Comparison, records: Sequence[RunRecord]) -> list[Row]:
                 epochs=first.spent.epochs,
                 cost=first.spent.macs / first.spent.budget,
                 seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds and alike else float("nan"),
-                edge=comparison.tuning is not None and first.job.lr in _ends(comparison.tuning.lr),
+                edge=len(tried) > 1 and first.job.lr in (min(tried), max(tried)),
                 on_val=on_val,
                 verdict=verdict(arm, difference, pooled[arm][0] if corrected.get(arm, 1.0) < LEVEL else None),
             )
@@ -167,10 +167,10 @@ def draw_curves(runs: Sequence[RunRecord], out: Path) -> bool:
             continue
         drawn.add(arm)
         macs = [value / len(run.seeds) for value in run.history.training_macs]
-        style: dict[str, Any] = {"color": "black", "linewidth": 2.5, "zorder": 3}
-        if arm != PLAIN:  # ten colours, then the same dashed, then dotted
-            number = len(drawn) - 1 - (PLAIN in drawn)
-            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":")[number // 10 % 3], "linewidth": 1.3}
+        dashes, number = divmod(len(drawn) - 1 - (PLAIN in drawn), 10)  # ten colours, then the same dashed, then dotted
+        style: dict[str, Any] = {"color": f"C{number}", "linestyle": ("-", "--", ":")[dashes % 3], "linewidth": 1.3}
+        if arm == PLAIN:
+            style = {"color": "black", "linewidth": 2.5, "zorder": 3}
         axis.plot(macs, top1, label=arm, **style)
         best = max(best, *top1)  # a peak may be above all that comes of it
         finals += [top1[-1]] * (run.scores[0].test is not None)  # else that of a net nobody trained
@@ -232,11 +232,6 @@ def _pooled(scores: Mapping[str, Mapping[int, SeedScore]]) -> dict[str, tuple[Es
         return {}
     found = blocked([_values(scores[arm], seeds)[1] for arm in arms], control=arms.index(PLAIN))
     return {arm: entry for arm, entry in zip(arms, found, strict=True) if arm != PLAIN}
-
-
-def _ends(values: Sequence[float]) -> tuple[float, ...]:
-    """The largest and the smallest of several."""
-    return (min(values), max(values)) if len(values) > 1 else ()
 
 
 def _seconds(runs: Sequence[RunRecord]) -> float:
