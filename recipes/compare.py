@@ -32,11 +32,11 @@ from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
-from growshrink.evidence.comparison import Comparison, chosen_lr, trials_of
+from growshrink.evidence.comparison import ArmComparison, chosen_lr, trials_of
 from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
 from growshrink.evidence.record import PLAN_FILE, Job, read_plan, read_runs
 from growshrink.evidence.scan import ScanPlan
-from growshrink.evidence.scan_table import write_report
+from growshrink.evidence.scan_table import write_scan_report
 from growshrink.evidence.table import write_table
 
 #: Where the published experiments lie.
@@ -85,10 +85,10 @@ def rebuild(out: Path) -> None:
     if plan is None:
         raise RunError(f"{out}: holds no experiment (there is no {PLAN_FILE} in it).")
     if "candidates" in plan:
-        write_report(ScanPlan.from_dict(plan), out)
+        write_scan_report(ScanPlan.from_dict(plan), out)
         print(f"Read {out / 'report.md'}")
         return
-    for row in write_table(Comparison.from_plan(plan), read_runs(out), out):
+    for row in write_table(ArmComparison.from_plan(plan), read_runs(out), out):
         print(f"{row.arm:16s} {row.top1:6.2f}  {row.verdict}")
     print(f"Read {out / 'README.md'}")
 

@@ -31,7 +31,7 @@ from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, feed_of, run_job
 from growshrink.evidence.record import PLAN_FILE, Job, RunRecord, read_plan, read_runs
 from growshrink.evidence.scan import BOUNDS, ScanPlan, candidates_of, halve
-from growshrink.evidence.scan_table import winner, write_report
+from growshrink.evidence.scan_table import winner, write_scan_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def main(args: Args) -> None:
 
     for arm in experiment.arms:
         halve(experiment, plan.candidates, arm, args.budget, train)
-    for arm, entries in write_report(plan, out).items():
+    for arm, entries in write_scan_report(plan, out).items():
         print(f"{arm}: {winner(entries)}")
     print(f"Read {out / 'report.md'}")
 

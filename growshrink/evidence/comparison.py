@@ -24,7 +24,7 @@ class Tuning(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Checked):
+class ArmComparison(Checked):
     """The part of an experiment that its table depends on; `lr` is that of an arm without trials."""
 
     data: str
@@ -38,15 +38,15 @@ class Comparison(Checked):
     tuning: Tuning | None
 
     @staticmethod
-    def from_plan(plan: Mapping[str, Any]) -> Comparison:
+    def from_plan(plan: Mapping[str, Any]) -> ArmComparison:
         """Read plan.json of an experiment's folder, without what only training needs; PlanError for what is none."""
-        kept = {entry.name: plan[entry.name] for entry in fields(Comparison) if entry.name in plan}
+        kept = {entry.name: plan[entry.name] for entry in fields(ArmComparison) if entry.name in plan}
         config = plan.get("config")
         lr = config.get("lr") if isinstance(config, Mapping) else None
-        return from_dict(Comparison, {**kept, "lr": lr}, "the plan")
+        return from_dict(ArmComparison, {**kept, "lr": lr}, "the plan")
 
 
-def trials_of(comparison: Comparison) -> list[Job]:
+def trials_of(comparison: ArmComparison) -> list[Job]:
     """List the runs that learning rates are chosen by."""
     if (tuning := comparison.tuning) is None:
         return []
@@ -54,7 +54,7 @@ def trials_of(comparison: Comparison) -> list[Job]:
     return [Job(kind="trial", arm=arm, seeds=tuning.seeds, lr=lr, budget=tuning.budget) for arm, lr in pairs]
 
 
-def chosen_lr(comparison: Comparison, records: Sequence[RunRecord]) -> dict[str, float]:
+def chosen_lr(comparison: ArmComparison, records: Sequence[RunRecord]) -> dict[str, float]:
     """Choose for every arm the learning rate with the best mean val top-1 of its trials; without any, the config's."""
     best = dict.fromkeys(comparison.arms, comparison.lr)
     done = {record.job: record for record in records}
@@ -66,7 +66,7 @@ def chosen_lr(comparison: Comparison, records: Sequence[RunRecord]) -> dict[str,
 
 
 def runs_of(
-    comparison: Comparison, lr: Mapping[str, float], records: Sequence[RunRecord]
+    comparison: ArmComparison, lr: Mapping[str, float], records: Sequence[RunRecord]
 ) -> dict[str, list[RunRecord]]:
     """Find the finished runs that the table is made of, for every arm, in the order of the seeds."""
     found: dict[str, list[RunRecord]] = {}

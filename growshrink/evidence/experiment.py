@@ -26,7 +26,7 @@ from growshrink.data.datasets import DataSet, load_data, pooled
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import DivergedError, PlanError, RunError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.comparison import Comparison, Tuning, runs_of
+from growshrink.evidence.comparison import ArmComparison, Tuning, runs_of
 from growshrink.evidence.record import (
     PLAN_FILE,
     Cost,
@@ -102,10 +102,10 @@ class Experiment:
         return {**ARMS, **self.own_arms}[name]
 
     @property
-    def comparison(self) -> Comparison:
+    def comparison(self) -> ArmComparison:
         """The part of it that tables are made from."""
-        kept = {entry.name: getattr(self, entry.name) for entry in fields(Comparison) if entry.name != "lr"}
-        return Comparison(lr=self.config.lr, **kept)
+        kept = {entry.name: getattr(self, entry.name) for entry in fields(ArmComparison) if entry.name != "lr"}
+        return ArmComparison(lr=self.config.lr, **kept)
 
     def stackable(self, name: str) -> bool:
         """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""

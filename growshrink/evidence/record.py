@@ -26,9 +26,9 @@ RUNS_FILE = "runs.jsonl"
 #: Folder, under the experiment's, of the run folders of unfinished runs.
 WORK = "runs"
 #: Version of the lines.
-FORMAT = 1
+LINE_FORMAT = 1
 #: Columns of a history that are kept to the last digit, because pictures are drawn from them; the others are rounded.
-EXACT = ("val_top1",)
+EXACT_COLUMNS = ("val_top1",)
 #: Significant digits of the others.
 DIGITS = 6
 
@@ -91,7 +91,7 @@ class Cost(Checked):
 class History:
     """The rows of a run's log.jsonl as columns of equal length.
 
-    Numbers are rounded to `DIGITS` significant digits, those of `EXACT` and whole numbers excepted.
+    Numbers are rounded to `DIGITS` significant digits, those of `EXACT_COLUMNS` and whole numbers excepted.
     """
 
     update: tuple[int, ...] = ()
@@ -171,7 +171,7 @@ class RunRecord:
 
     def to_line(self) -> str:
         """Write as a line of runs.jsonl."""
-        return json.dumps({"format": FORMAT, **to_dict(self)}, separators=(",", ":")) + "\n"
+        return json.dumps({"format": LINE_FORMAT, **to_dict(self)}, separators=(",", ":")) + "\n"
 
     @staticmethod
     def from_line(line: str | bytes) -> RunRecord:
@@ -179,8 +179,8 @@ class RunRecord:
         values = parse_json(line)
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-        if (found := values.pop("format", None)) != FORMAT:
-            raise ValueError(f"written in format {found!r}, this version of growshrink reads {FORMAT}")
+        if (found := values.pop("format", None)) != LINE_FORMAT:
+            raise ValueError(f"written in format {found!r}, this version of growshrink reads {LINE_FORMAT}")
         return from_dict(RunRecord, values, "", PlanError)
 
 
@@ -242,4 +242,4 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _kept(name: str, value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and name not in EXACT else value
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and name not in EXACT_COLUMNS else value

@@ -34,7 +34,7 @@ def winner(entries: Sequence[Entry]) -> str:
     return f"{net.name}, cost {net.cost:g}, {scores} after {last.budget:g} epochs' worth"
 
 
-def write_report(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
+def write_scan_report(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
     """Write report.md, scan.json and front.png of a scan, from its runs alone."""
     scans = scans_of(plan, out)
     lines = [f"# Scan: {plan.bound} <= {plan.at_most:g}", ""]

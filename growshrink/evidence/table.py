@@ -12,7 +12,7 @@ from typing import Any
 from growshrink.analysis.stats import Estimate, blocked, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.comparison import Comparison, chosen_lr, runs_of
+from growshrink.evidence.comparison import ArmComparison, chosen_lr, runs_of
 from growshrink.evidence.record import RunRecord, SeedScore
 
 #: Of corrected p values.
@@ -30,7 +30,7 @@ _LEGEND = (
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """An arm in the table, with the number of its seeds; `on_val`: judged on the val split, not on the test split.
 
     Attributes:
@@ -62,7 +62,7 @@ class Row:
     verdict: str
 
 
-def rows_of(comparison: Comparison, records: Sequence[RunRecord]) -> list[Row]:
+def rows_of(comparison: ArmComparison, records: Sequence[RunRecord]) -> list[TableRow]:
     """Make the table from the runs that are finished; arms without one are left out."""
     runs = {arm: own for arm, own in runs_of(comparison, chosen_lr(comparison, records), records).items() if own}
     scores = {arm: _by_seed(own, comparison.seeds) for arm, own in runs.items()}
@@ -79,7 +79,7 @@ def rows_of(comparison: Comparison, records: Sequence[RunRecord]) -> list[Row]:
         first = runs[arm][0]
         alike = PLAIN in runs and len(first.seeds) == len(runs[PLAIN][0].seeds)
         rows.append(
-            Row(
+            TableRow(
                 arm=arm,
                 about=first.about,
                 seeds=len(values),
@@ -119,7 +119,7 @@ def _word(interval: Estimate) -> str:
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else ""
 
 
-def markdown(rows: Sequence[Row], comparison: Comparison, command: str) -> str:
+def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) -> str:
     """The page of an comparison."""
     seeds = ", ".join(map(str, comparison.seeds))
     side = f", {comparison.pool} x {comparison.pool} pixels averaged into one" if comparison.pool > 1 else ""
@@ -150,7 +150,7 @@ def markdown(rows: Sequence[Row], comparison: Comparison, command: str) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(runs: Sequence[RunRecord], out: Path) -> bool:
+def draw_arm_curves(runs: Sequence[RunRecord], out: Path) -> bool:
     """curves.png: val top-1 over training MACs, a line an arm (the first of its runs); False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -183,11 +183,11 @@ def draw_curves(runs: Sequence[RunRecord], out: Path) -> bool:
     return True
 
 
-def write_table(comparison: Comparison, records: Sequence[RunRecord], out: Path) -> list[Row]:
+def write_table(comparison: ArmComparison, records: Sequence[RunRecord], out: Path) -> list[TableRow]:
     """Write README.md, table.json and curves.png of an experiment, from its runs alone."""
     rows = rows_of(comparison, records)
     found = runs_of(comparison, chosen_lr(comparison, records), records)
-    drawn = draw_curves([run for runs in found.values() for run in runs], out)
+    drawn = draw_arm_curves([run for runs in found.values() for run in runs], out)
     used = {run.job for runs in found.values() for run in runs}
     command = next((record.command for record in reversed(records) if record.job in used), "")
     page = markdown(rows, comparison, f"python {command}")

@@ -13,7 +13,7 @@ from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.comparison import Comparison, Tuning, chosen_lr, trials_of
+from growshrink.evidence.comparison import ArmComparison, Tuning, chosen_lr, trials_of
 from growshrink.evidence.experiment import TOLERANCE, Experiment, jobs_of, matched_epochs, run_job
 from growshrink.evidence.record import RUNS_FILE, read_runs
 from growshrink.evidence.table import markdown, rows_of, verdict
@@ -174,7 +174,7 @@ def test_an_experiment_goes_through_json_and_back():
     assert Experiment.from_dict(TINY.to_json()) == TINY
     tuned = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=3))
     for experiment in (TINY, tuned):
-        assert Comparison.from_plan(experiment.to_json()) == experiment.comparison
+        assert ArmComparison.from_plan(experiment.to_json()) == experiment.comparison
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_a_plan_without_what_a_table_needs_is_refused(key, words):
     plan = TINY.to_json()
     del plan[key]
     with pytest.raises(PlanError, match=words):
-        Comparison.from_plan(plan)
+        ArmComparison.from_plan(plan)
 
 
 def test_more_arms_and_seeds_are_the_same_experiment_and_nothing_else_is():
