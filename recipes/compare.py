@@ -123,4 +123,4 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, wh
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from the last checkpoints")
+    run_program(main, Args, __doc__, go_on="the same command continues from the last checkpoints")

@@ -117,4 +117,4 @@ def plan_of_arm(args: Args, name: str) -> gs.CyclePlan:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="--resume goes on from there")
+    run_program(main, Args, __doc__, go_on="--resume continues from there")

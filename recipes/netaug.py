@@ -150,7 +150,7 @@ def text(summary: Mapping[str, Any]) -> str:
     top1, cost = summary["val_top1"], summary["seconds_of_a_step"]
     rows = [
         ("base net", f"{top1['base']:.2f} %", "val"),
-        ("widest net, statistics taken anew", f"{top1['augmented']:.2f} %", "val, at the end of the hold"),
+        ("widest net, statistics recalibrated", f"{top1['augmented']:.2f} %", "val, at the end of the hold"),
         (f"deployed net ({summary['exit']})", f"{top1['deployed']:.2f} %", "val"),
         ("deployed net", f"{summary['test_top1']:.2f} %", "test, read once"),
         ("MACs of an average step", f"{summary['macs_of_a_step']:.2f}", "times a plain step"),
@@ -194,4 +194,4 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="--resume goes on from there")
+    run_program(main, Args, __doc__, go_on="--resume continues from there")

@@ -7,7 +7,7 @@ For each seed a dense net is trained and pruned to --macs by --criterion. Then e
 epochs as the dense net had (scratch-b: for as many MACs), with the learning rate that was best for this arm on val on
 --tuning-seeds other seeds. Two arms are controls: random channels at the criterion's widths, and random widths.
 
-Every run, tuning included, is a line of DIR/results.jsonl; a killed recipe goes on when started again, and several
+Every run, tuning included, is a line of DIR/results.jsonl; a killed recipe continues when started again, and several
 processes with the same --out share the work. The comparison is in DIR/prune_retrain.json, and on the screen.
 """
 
@@ -97,7 +97,7 @@ def key_of(seed: int, arm: str, lr: float) -> str:
 
 
 def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -> list[dict[str, Any]]:
-    """Do the runs (seed, arm, learning rate) that nobody has done; the records of all of them."""
+    """Do the runs (seed, arm, learning rate) that are missing; the records of all of them."""
     by_key = {key_of(*run): run for run in runs}
     keys = list(by_key)
     for key in results.unfinished(keys):
@@ -156,4 +156,4 @@ def _of(states: Mapping[str, torch.Tensor], moment: str) -> dict[str, torch.Tens
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from here")
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

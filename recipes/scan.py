@@ -119,4 +119,4 @@ def keep_scan(args: Args, experiment: Experiment, out: Path) -> ScanPlan:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from the last checkpoints")
+    run_program(main, Args, __doc__, go_on="the same command continues from the last checkpoints")

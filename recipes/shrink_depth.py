@@ -6,7 +6,7 @@
 
 Trains the net, times it with each run of neighbouring blocks merged (on this machine; kept in ~/.cache/growshrink),
 measures what giving up the activations of each run does to the loss, and finds the best cut for every target by dynamic
-programming. For each cut it goes on from the trained net: just those activations vanish, and their blocks are merged
+programming. For each cut it continues from the trained net: just those activations vanish, and their blocks are merged
 exactly, into a larger kernel or (slim) into a 3x3, whichever the clock prefers. Next to each stands what the same
 shape reaches when it is trained plainly, from scratch, for the same compute.
 

@@ -6,10 +6,10 @@
 For each seed a supernet is trained on all widths. From there every driver goes through the same loop with the same
 number of updates: score sampled subnets, give each width of each layer the mean score of those that contain it, drop
 the lowest, train on. Drivers: angle (as published), null (the angle that structure alone would give), supernet_accuracy
-(with batch norm statistics taken anew), random; any score there is. Judged by subnets drawn from what is left, on the
+(with batch norm statistics recalibrated), random; any score there is. Judged by subnets drawn from what is left, on the
 test split: accuracy drops by val.
 
-Every loop is a line of DIR/results.jsonl; a killed recipe goes on when started again, and several processes with the
+Every loop is a line of DIR/results.jsonl; a killed recipe continues when started again, and several processes with the
 same --out share the work. The comparison is in DIR/shrink_space.json, and on the screen.
 """
 
@@ -171,10 +171,12 @@ def text(summary: Mapping[str, Any]) -> str:
         )
     num = summary["seeds"]
     told = f"with {num} seeds no p is below {2 / 2**num:.3f} before correction" if num > 1 else "one seed: no test"
-    lines.append(f"Subnets drawn from what is left, statistics taken anew; paired seeds, Student's intervals; {told}.")
+    lines.append(
+        f"Subnets drawn from what is left, statistics recalibrated; paired seeds, Student's intervals; {told}."
+    )
     lines.append("Compare MACs too: a driver that leaves larger nets has found nothing but size.")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from here")
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

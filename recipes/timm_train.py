@@ -86,7 +86,7 @@ def split(argv: list[str]) -> tuple[list[str], Path, list[str]]:
 
 if __name__ == "__main__":
     ours, script, theirs = split(sys.argv[1:])
-    with guarded("timm's --resume CHECKPOINT goes on"):
+    with guarded("timm's --resume CHECKPOINT continues"):
         args = read_options(Args, __doc__, ours)
         if not script.name:
             raise RunError("name timm's train.py, behind our options and before its own.")

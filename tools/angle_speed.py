@@ -5,7 +5,7 @@
     python tools/angle_speed.py --strict                    exit 1 if a target is missed, or the two disagree
 
 The two take turns and each pair of turns gives a ratio (see paired.py). The weights are random: times do not depend on
-them. Both compute in float64, and the largest difference of their angles is told.
+them. Both compute in float64, and the largest difference of their angles is printed.
 """
 
 from __future__ import annotations

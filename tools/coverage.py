@@ -42,7 +42,7 @@ from growshrink.proofs._compare import EXACT_FLOAT32, EXACT_FLOAT64, LEAST_EFFEC
 from growshrink.proofs.probes import random_images, randomize_norms_
 from inputs import NetOptions
 
-#: How the reasons begin that say a layer is nobody's to grow.
+#: How the reasons begin that say a layer cannot be grown by anybody.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")
 LEAST_LAYER_SHARE = 0.5
 #: A net whose outputs move by no more when its pixels move by their last bits (1e-15) is steady enough for a proof.
@@ -171,7 +171,7 @@ def cover(name: str, branch: str, size: InputSize, ratio: float) -> Result:
         proof = gs.verify(grown, land, input_size=size, randomize_norms=False)
         double, effect = proof.max_rel, proof.effect
         exact = double <= EXACT_FLOAT64 and effect >= LEAST_EFFECT
-        # where float32 makes noise of a net by itself, it says nothing about the fuse
+        # where float32 alone turns a net into noise, it says nothing about the fuse
         allowed = max(allowed, 10 * proof.rounding_float32) if proof.rounding_float32 < HOPELESS else float("inf")
     except RuntimeError:  # it makes float32 constants inside
         double, effect, exact = float("nan"), branch_effect(grown.float(), input_size=size), True

@@ -163,7 +163,7 @@ class Attempt:
     def wait_until_at_work(self) -> float:
         """Return when the process trains, or is over; that moment on the performance counter.
 
-        A run that begins writes its marker then, and one that goes on writes its history anew.
+        A run that begins writes its marker then, and one that continues writes its history again.
         """
         while not self._over() and inode(self._file) in (None, self._inode):
             time.sleep(0.001)

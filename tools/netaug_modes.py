@@ -176,4 +176,4 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from here")
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

@@ -5,12 +5,12 @@
     python tools/random_prune.py --space widths --model reducenet20_x4          widths of a supernet, picked by scores
 
 Regular shapes: whole channels go, what stays is a smaller dense net. Widths are drawn uniformly and kept if they meet
-the budget; every subnet has its batch norm statistics taken anew from the same images, and is judged on the val split,
-without fine-tuning. A criterion is worth what it has over the random subnets: its percentile among them, and how many
-random draws have an expected best as good as it (N_eq). Two nulls tell allocation from selection: random widths, and
-the criterion's own widths with random channels.
+the budget; every subnet has its batch norm statistics recalibrated on the same images, and is judged on the val
+split, without fine-tuning. A criterion is worth what it has over the random subnets: its percentile among them, and how
+many random draws have an expected best as good as it (N_eq). Two nulls tell allocation from selection: random widths,
+and the criterion's own widths with random channels.
 
-Results are appended to DIR/results.jsonl one by one. A run that was killed goes on when it is started again with the
+Results are appended to DIR/results.jsonl one by one. A run that was killed continues when it is started again with the
 same options, and several processes (or `torchrun`) started with the same --out share the work. At the end:
 random_prune.json, random_prune.png, and, for --space widths, truth.csv, which tools/angle_rank.py --truth reads (with
 --alone EPOCHS it holds subnets trained by themselves, else subnets with the supernet's weights).
@@ -91,7 +91,7 @@ class Args(StudyOptions):
     null_draws: Whole = 10
     """Subnets with a criterion's widths and random channels."""
     alone: NotNegative = 0.0
-    """For --space widths: train every subnet by itself for this many epochs, from the weights that the supernet started
+    """For --space widths: train every subnet alone for this many epochs, from the weights that the supernet started
     with; 0 judges it with the supernet's weights."""
     statistics: Count = 8
     """Training batches that batch norm statistics are taken from."""
@@ -172,7 +172,7 @@ def criteria_of(args: Args) -> tuple[str, ...]:
 
 
 def trainer(args: Args, feed: Feed) -> Callable[[nn.Module], object] | None:
-    """What trains a subnet by itself, if that is asked for."""
+    """What trains a subnet alone, if that is asked for."""
     if not args.alone:
         return None
     return lambda net: train_net(net, feed, epochs=args.alone, config=args.training)
@@ -322,4 +322,4 @@ def progress(args: Args, results: Results, keys: list[str]) -> Iterator[Any]:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__, go_on="the same command goes on from here")
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

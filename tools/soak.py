@@ -120,7 +120,7 @@ def soak(args: Args) -> Iterator[Round]:
         train(net, size, args.updates, seed=seed + number)
         for module in net.modules():
             if isinstance(module, gs.Branch):
-                module.silence_()  # the few updates leave a factor next to 0 where there is no norm: it is drawn anew
+                module.silence_()  # the few updates leave a factor next to 0 where there is no norm: it is drawn again
         randomize_norms_(net, seed + number)
         gs.set_lambda(net.eval(), 0.0)
         grown, silenced = outputs(net, x), outputs(gs.drop(net), x)

@@ -196,7 +196,7 @@ class RunOptions:
     device: Device = "cpu"
     """cpu, cuda, cuda:1, mps."""
     threads: Threads | None = None
-    """Of torch; by default all it takes by itself, the physical cores."""
+    """Of torch; by default as many as it chooses, the physical cores."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
     quiet: bool = False

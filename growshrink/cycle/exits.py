@@ -67,7 +67,7 @@ class _Merge(Exit, kind=""):
     Attributes:
         accept_within: How many points of top-1 on the val split the round may cost. Where the fused net has lost more
             than this against the net that was grown, the round is undone: net, average, optimizer and random states
-            are those from before the growth again, bit for bit, and the tail goes on from there. None accepts all.
+            are those from before the growth again, bit for bit, and the tail continues from there. None accepts all.
     """
 
     accept_within: NotNegative | None = None

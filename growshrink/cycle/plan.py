@@ -44,7 +44,7 @@ class Round:
         control: How lam falls: by a "schedule", or in a "closed_loop" as fast as the training loss allows (see
             `ClosedLoop`), 0 after hold + vanish in either case.
         online: Train linear branches as part of their kernels (see `collapse_online`), at about plain cost: from the
-            start those without activations, in the settle phase all. Their norms' statistics are taken anew then, and
+            start those without activations, in the settle phase all. Their norms' statistics are recalibrated then, and
             frozen.
         exit: How the grown part ends.
         teacher: Who teaches from the end of the hold on.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,13 +51,11 @@ def run_cycle(
     save_every: int | None = None,
     keep: int = 2,
 ) -> CycleResult:
-    """Train `model` through rounds of grow -> train -> vanish -> fuse -> train.
+    """Train `model` through rounds of grow -> train -> vanish -> exit -> train.
 
-    On several ranks (see `growshrink.base.ranks`) every one is to call this with the same arguments, a feed
-    excepted, which holds the rank's share. Rank 0 writes, into a folder that all of them can read.
-
-    Where a program handles signals (`growshrink.cli.program`), the first SIGTERM or Ctrl-C finishes the update and
-    saves.
+    On several ranks (see `growshrink.base.ranks`) each calls this with the same arguments, a feed excepted, which holds
+    the rank's share; rank 0 writes. Where a program handles signals (`growshrink.cli.program`), the first SIGTERM or
+    Ctrl-C finishes the update and saves.
 
     Args:
         model: A plain timm model (or one grown at birth, which the first round then does not grow). Not modified.
@@ -66,69 +64,92 @@ def run_cycle(
         out_dir: Folder of the run, made here or claimed before; see `RunFolder`.
         config: How to train; None for the defaults.
         batch_size: Images per update, where `data` is a data set.
-        augment: Of the training images, where `data` is a data set.
+        augment: Augmentation of the training images, where `data` is a data set.
         device: Where to train.
         resume: Continue the unfinished run in `out_dir`.
         progress: Show a progress bar, and a line per round.
         tensorboard: Also write event files (needs the extra `tensorboard`).
-        about: Written into the run's marker and report: "command", and whatever else makes the run what it is (the
-            model's arguments, say). A run is resumed only with the same, "command" excepted.
-        save_every: Updates from one checkpoint to the next; None writes them at the ends of epochs and phases only,
-            where they are written in any case.
+        about: Written into marker and report: "command", and whatever else makes the run what it is (the model's
+            arguments, say). A run is resumed only with the same, "command" excepted.
+        save_every: Updates between checkpoints; None writes them at the ends of epochs and phases only.
         keep: How many checkpoints are kept, the newest.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
 
     Raises:
-        RunError: The folder is in use or holds another run, the disk is full, or the loss or a weight is no longer
-            finite (the last checkpoint, from before that, stays).
+        RunError: The folder is in use or holds another run, the disk is full, or the run has diverged (the last
+            checkpoint, from before that, stays).
         PlanError: The plan does not fit the data or the model, or an argument is out of range.
         Stopped: A signal was handled.
     """
     check_model(model)
     if not isinstance(plan, CyclePlan):
         raise PlanError(f"{plan=}: must be a CyclePlan.")
-    for name, number in (("save_every", save_every), ("keep", keep)):
-        if number is not None and number < 1:
-            raise PlanError(f"{name}={number!r}: must be at least 1.")
-    about = dict(about or {})
-    if not isinstance(data, DataSet) and not hasattr(data, "input_size"):
-        raise RunError(f"a {type(data).__name__} is no data set, and no feed of batches.")
-    if isinstance(data, DataSet):
-        ranks = {"rank": this_rank(), "world_size": num_ranks()}
-        feed: Feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device, **ranks)
-        about["augment"] = asdict(augment)
-    else:
-        feed = data
+    saving, config = Saving(save_every, keep, torch.device(device)), config or TrainConfig()
+    feed, own = _feed_of(data, plan, batch_size, augment, device)
     phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
     check_model_fits(model, feed)
     rehearse(model, plan, feed.input_size)
-    config, command = config or TrainConfig(), about.pop("command", " ".join(sys.argv))
+    with _claimed(out_dir, resume) as folder:
+        run = _begin(model, feed, plan, phases, config, folder, saving, {**(about or {}), **own}, progress, tensorboard)
+        return _execute(run, phases, plan, (about or {}).get("command", " ".join(sys.argv)))
+
+
+def _feed_of(
+    data: DataSet | Feed, plan: CyclePlan, batch_size: int, augment: Augment, device: torch.device | str
+) -> tuple[Feed, dict[str, Any]]:
+    """The batches, and what has to be said of them."""
+    if isinstance(data, DataSet):
+        ranks = {"rank": this_rank(), "world_size": num_ranks()}
+        feed = MemoryFeed.of(data, batch_size=batch_size, augment=augment, seed=plan.seed, device=device, **ranks)
+        return feed, {"augment": asdict(augment)}
+    if not hasattr(data, "input_size"):
+        raise RunError(f"a {type(data).__name__} is no data set, and no feed of batches.")
+    return data, {}
+
+
+@contextmanager
+def _claimed(out_dir: str | Path | RunFolder, resume: bool) -> Iterator[RunFolder]:
+    """The folder of an unfinished run; whoever claimed it before releases it."""
     if isinstance(out_dir, RunFolder):
-        claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)  # whoever claimed it releases it
+        claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)
     else:
         claim = claim_together(lambda: RunFolder.claim(Path(out_dir), resume=resume))
     with claim as folder:
         if folder.finished:
             raise RunError(f"{folder.path}: the run in it is finished.")
-        run = Run(
-            initial=model,
-            feed=feed,
-            config=config,
-            folder=folder,
-            saving=Saving(save_every, keep, torch.device(device)),
-            device=torch.device(device),
-            progress=progress,
-            tensorboard=tensorboard,
-            learning_rate=phases.learning_rate,
-            lam=phases.lam_control(),
-            model_about=about.get("model", {}),
-            num_rounds=len(plan.rounds),
-            total=phases.total,
-            identity=identity_of(feed, plan, phases.total, config, about),
-        )
-        return _execute(run, phases, plan, command)
+        yield folder
+
+
+def _begin(
+    model: nn.Module,
+    feed: Feed,
+    plan: CyclePlan,
+    phases: Phases,
+    config: TrainConfig,
+    folder: RunFolder,
+    saving: Saving,
+    about: Mapping[str, Any],
+    progress: bool,
+    tensorboard: bool,
+) -> Run:
+    about = {key: value for key, value in about.items() if key != "command"}
+    return Run(
+        initial=model,
+        feed=feed,
+        config=config,
+        folder=folder,
+        saving=saving,
+        progress=progress,
+        tensorboard=tensorboard,
+        learning_rate=phases.learning_rate,
+        lam=phases.lam_control(),
+        model_about=about.get("model", {}),
+        num_rounds=len(plan.rounds),
+        total=phases.total,
+        identity=identity_of(feed, plan, phases.total, config, about),
+    )
 
 
 def _execute(run: Run, phases: Phases, plan: CyclePlan, command: str) -> CycleResult:

@@ -53,7 +53,6 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     saving: Saving
-    device: torch.device
     progress: InitVar[bool]
     tensorboard: InitVar[bool]
     learning_rate: Schedule
@@ -71,7 +70,7 @@ class Run:
 
     def __post_init__(self, progress: bool, tensorboard: bool) -> None:
         self.initial = copy.deepcopy(self.initial)
-        self.size = self.feed.input_size
+        self.size, self.device = self.feed.input_size, self.saving.device
         self.images_per_update = self.feed.train.batch_size * num_ranks()
         self.teaching = Teaching(self.size)
         self.trainer = self.make_trainer(self.initial)

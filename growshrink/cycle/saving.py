@@ -10,6 +10,7 @@ import torch
 
 from growshrink.base.ranks import any_rank, num_ranks
 from growshrink.base.stopping import Stopped, finishing
+from growshrink.errors import PlanError
 
 #: Updates between two questions whether some rank was asked to stop, where asking means to wait for the device.
 _PATIENCE = 10
@@ -20,6 +21,7 @@ class Saving:
 
     Attributes:
         keep: How many checkpoints are kept.
+        device: Where the ranks meet, and the run trains.
 
     Args:
         every: Updates from one checkpoint to the next; None for no more than there are anyway.
@@ -28,9 +30,12 @@ class Saving:
     """
 
     def __init__(self, every: int | None, keep: int, device: torch.device) -> None:
+        for name, number in (("save_every", every), ("keep", keep)):
+            if number is not None and number < 1:
+                raise PlanError(f"{name}={number!r}: must be at least 1.")
         self.keep = keep
+        self.device = device
         self._every = every
-        self._device = device
         self._asked = False
         self._stack = ExitStack()
 
@@ -46,9 +51,9 @@ class Saving:
         self._stack.__exit__(kind, error, trace)
 
     def due(self, update: int) -> bool:
-        """Whether to save after `update` updates; every rank is to ask, and is told the same."""
-        if num_ranks() == 1 or self._device.type == "cpu" or update % _PATIENCE == 0:
-            self._asked = self._asked or any_rank(self._came() is not None, self._device)
+        """Whether to save after `update` updates; must be called on every rank; all get the same answer."""
+        if num_ranks() == 1 or self.device.type == "cpu" or update % _PATIENCE == 0:
+            self._asked = self._asked or any_rank(self._came() is not None, self.device)
         return self._asked or bool(self._every and update % self._every == 0)
 
     def leave_if_asked(self, where: str) -> None:

@@ -60,7 +60,7 @@ def measure_latencies(
 ) -> Latencies:
     """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
 
-    Each segment is timed as the net in which it alone is merged: by itself, with its input always in the cache, a large
+    Each segment is timed as the net in which it alone is merged: alone, with its input always in the cache, a large
     kernel looks up to 15 % faster than it is. Some cuts of the whole net are timed too, and the changes are those that
     fit all times best (least squares). What has been measured on this hardware, with this version of torch, for a net
     of this shape comes from the disk; delete the file to measure again.

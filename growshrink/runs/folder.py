@@ -64,7 +64,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
             if resume:
                 _refuse_old(path, marker)
             else:
-                state = "a finished run" if status == "finished" else "an unfinished run (--resume goes on with it)"
+                state = "a finished run" if status == "finished" else "an unfinished run (--resume continues it)"
                 raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
             return RunFolder(path, lock, fresh=False, finished=status == "finished")
         except BaseException:

@@ -8,8 +8,8 @@ update by SGD of every theta_b is then one update of W alone,
 with decay, momentum and Nesterov's form as they are. Training the plain net with that map on its gradient is training
 the grown net, to rounding, at the plain net's cost and with nothing to fuse.
 
-AdamW is invariant to the scale of a gradient, so there the map goes on the update: where every weight of a branch is
-one tap of the kernel times a constant a, dW <- (sum of all |a| of the tap) dW, decoupled decay apart; exact but for
+AdamW is invariant to the scale of a gradient, so there the map is applied to the update: where every weight of a branch
+is one tap of the kernel times a constant a, dW <- (sum of all |a| of the tap) dW, decoupled decay apart; exact but for
 Adam's eps, beside which a branch's gradient is a times the kernel's.
 
 Source: gradient re-parameterisation (RepOptimizers, Ding et al., arXiv:2205.15242), for 3x3, 1x1 and identity with
@@ -118,7 +118,7 @@ def compile_gradients(
     """Turn linear branches into maps on the gradient: the plain net, which trains as the grown net would.
 
     For branches that are linear in what they train: `BranchSpec(kind=..., norm=None)`, or kinds of your own. Then any
-    loop goes on as it is, without clipping:
+    loop works as it is, without clipping:
 
     >>> import timm
     >>> import growshrink as gs

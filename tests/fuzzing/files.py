@@ -363,7 +363,6 @@ def _restore(root: Path) -> object:
             config=TrainConfig(),
             folder=folder,
             saving=Saving(None, 2, place),
-            device=place,
             progress=False,
             tensorboard=False,
             learning_rate=phases.learning_rate,

@@ -145,7 +145,7 @@ def test_where_it_is_ended_its_workers_end_too(tmp_path):
             time.sleep(0.1)
         program.send_signal(signal.SIGTERM)
         _, error = program.communicate(timeout=60)
-        assert program.returncode == 143 and b"goes on from the last checkpoints" in error
+        assert program.returncode == 143 and b"continues from the last checkpoints" in error
         for _ in range(100):
             try:
                 os.killpg(program.pid, 0)

@@ -105,7 +105,7 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, cap
     assert process.returncode == -signal.SIGKILL and found
     assert json.loads((path / "run.json").read_text())["status"] == "running"
     assert main("--out", path, *SMALL) == 2
-    assert "an unfinished run (--resume goes on with it)" in capsys.readouterr().err
+    assert "an unfinished run (--resume continues it)" in capsys.readouterr().err
     assert main("--out", path, *SMALL, "--crop", "2", "--resume") == 2
     assert "another options (crop: None then, 2 now)" in capsys.readouterr().err
     assert main("--out", path, *SMALL, "--seed", "1", "--resume") == 2
@@ -121,7 +121,7 @@ def test_a_run_killed_with_signal_9_is_resumed_to_the_same_weights(tmp_path, cap
         err = capsys.readouterr().err
         assert err.startswith("grow_cycle: ") and err.count("\n") == 1 and line in err
         assert err.endswith(
-            "; --resume goes on from there.\n" if number else "older checkpoints are kept; make room.\n"
+            "; --resume continues from there.\n" if number else "older checkpoints are kept; make room.\n"
         )
         assert not list(path.glob(".*.partial"))
     assert main("--out", path, *SMALL, "--resume") == 0
