@@ -76,6 +76,10 @@ def _linear(about: str, branch: str, init: str = "paper", **values: Any) -> Arm:
     return Arm(about=about, rounds=_one(branch=(branch,), linear=True, init=init, **_LINEAR, **values))
 
 
+def _mapped(gradients: MapSource, about: str) -> Arm:
+    return Arm(about=about, base=1.0, gradients=gradients)
+
+
 def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
     branches = (("bottleneck",), ("insert", "bottleneck"), ("insert", "bottleneck"))
     return tuple(Round(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
@@ -89,20 +93,14 @@ ARMS: Mapping[str, Arm] = {
         base=1.0,
         restarts=(0.1, 0.29, 0.55, 0.74),
     ),
-    "gradmult-fixed": Arm(
-        about="plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)",
-        base=1.0,
-        gradients=FromBranches(),
+    "gradmult-fixed": _mapped(
+        FromBranches(), "plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)"
     ),
-    "gradmult-search": Arm(
-        about="gradmult-fixed with scales per channel, found in 5 % of the updates",
-        base=1.0,
-        gradients=FromBranches(search=0.05),
+    "gradmult-search": _mapped(
+        FromBranches(search=0.05), "gradmult-fixed with scales per channel, found in 5 % of the updates"
     ),
-    "gradmult-pixels": Arm(
-        about="plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)",
-        base=1.0,
-        gradients=FromPixels(),
+    "gradmult-pixels": _mapped(
+        FromPixels(), "plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)"
     ),
     "distil": Arm(
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",

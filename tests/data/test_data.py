@@ -513,15 +513,11 @@ def test_each_streamed_image_has_randomness_of_its_own(tmp_path: Path, options: 
     assert torch.equal(stream_data(tmp_path, **options).train.batch(3)[0], images[-4:])
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"image_size": 0}, "image_size >= 1"),
-        ({"val_fraction": 1.0}, "val_fraction < 1"),
-        ({"batch_size": 100}, "too few"),
-        ({"is_training": True}, "sets is_training"),
-    ],
-)
+NO_STREAMS = {"image_size >= 1": ("image_size", 0), "val_fraction < 1": ("val_fraction", 1.0)}
+NO_STREAMS |= {"too few": ("batch_size", 100), "sets is_training": ("is_training", True)}
+
+
+@pytest.mark.parametrize(("options", "message"), [({key: value}, words) for words, (key, value) in NO_STREAMS.items()])
 def test_stream_refusals(tmp_path: Path, options: dict[str, object], message: str) -> None:
     write_folder(tmp_path)
     with pytest.raises(DataError, match=message):
