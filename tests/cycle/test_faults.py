@@ -127,6 +127,7 @@ def stopper(feed, update, number=signal.SIGTERM):
     return feed
 
 
+@pytest.mark.exhaustive
 def test_asked_to_stop_in_any_update_it_finishes_the_update_and_saves(tmp_path, undisturbed, judged):
     """One run, stopped after update upon update, in every phase of both rounds."""
     total = undisturbed["rows"][-1]["update"]

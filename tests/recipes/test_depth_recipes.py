@@ -21,6 +21,7 @@ def main(recipe, *args):
     return run(RECIPES / f"{recipe}.py", *args)
 
 
+@pytest.mark.exhaustive
 def test_one_layer(tmp_path, capsys):
     out = tmp_path / "run"
     assert main("one_layer", *BRIEF, 2, "--model", "reducenet20_x1", "--out", out) == 0

@@ -40,6 +40,7 @@ def compare(folder, *args, **values):
     return run("recipes/compare.py", folder / "plan.json", "--out", folder / "out", "--quiet", *args)
 
 
+@pytest.mark.exhaustive
 def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
     assert compare(tmp_path) == 0
     assert "what the others are compared with" in capsys.readouterr().out

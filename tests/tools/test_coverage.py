@@ -1,5 +1,7 @@
 from pathlib import Path
 
+import pytest
+
 from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "coverage.py"
@@ -9,6 +11,7 @@ def run(*args):
     return completed(TOOL, *args)
 
 
+@pytest.mark.exhaustive
 def test_table_of_small_nets():
     done = run("test_resnet", "test_nfnet", "test_convnext2", "gmlp_s16_224", "--branches", "repvgg")
     assert done.returncode == 0, done.stderr

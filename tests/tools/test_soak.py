@@ -16,6 +16,7 @@ def run(*args):
     return program.run(SOAK, *args)
 
 
+@pytest.mark.exhaustive
 def test_a_few_rounds(tmp_path, capsys):
     assert run("--rounds", "4", *LITTLE, "--file", tmp_path / "log.jsonl") == 0
     assert "all as it must be" in capsys.readouterr().out
