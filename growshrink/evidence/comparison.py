@@ -36,6 +36,7 @@ class ArmComparison(Checked):
     arms: tuple[str, ...]
     lr: float
     tuning: Tuning | None
+    images: int | None = None
 
     @staticmethod
     def from_plan(plan: Mapping[str, Any]) -> ArmComparison:

@@ -17,12 +17,13 @@ from torch import nn
 from growshrink.base.config import check_fields, from_dict, to_dict
 from growshrink.base.limits import BatchSize, Count, Positive, Whole
 from growshrink.base.reading import read_json
+from growshrink.base.seeding import generator
 from growshrink.base.writing import write_json
 from growshrink.cycle import lay_out, run_cycle
 from growshrink.cycle.costs import Costs
 from growshrink.cycle.records import RoundRecord
 from growshrink.data.batches import Augment
-from growshrink.data.datasets import DataSet, load_data, pooled
+from growshrink.data.datasets import DataSet, Split, load_data, pooled, stratified
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import DivergedError, PlanError, RunError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
@@ -61,6 +62,7 @@ class Experiment:
         model: The plain net, a name of timm's (arms with an expansion need a ReduceNet); `model_kwargs` are its
             arguments beside the classes and channels of the data.
         pool: Average so many pixels by as many into one first.
+        images: Train on about so many images only, drawn from each seed's train split class by class; None for all.
         budget: Training MACs of every run, as epochs of the plain net (forward and backward).
         seeds: Of weights, val split, order and augmentation; the same for every arm.
         arms: In the order of the table, "plain" among them; `own_arms` are those that `ARMS` does not have.
@@ -68,12 +70,14 @@ class Experiment:
         crop: Padding in pixels of the random crop; None for an eighth of the image.
         flip: Mirror at random.
         tuning: How learning rates are chosen; None takes the config's for all.
+        predictions: What is expected, one sentence each, written before the first run.
     """
 
     data: str
     model: str = "reducenet20"
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pool: Count = 1
+    images: Count | None = None
     budget: Positive = 30.0
     seeds: tuple[int, ...] = (0, 1, 2)
     arms: tuple[str, ...] = tuple(ARMS)
@@ -83,6 +87,7 @@ class Experiment:
     crop: Whole | None = None
     flip: bool = True
     tuning: Tuning | None = None
+    predictions: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -263,12 +268,17 @@ def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
 
 def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
     """The batches of one seed; decoded data sets are kept."""
-    data = _data(experiment.data, data_dir, seed, experiment.pool)
+    data = _data(experiment.data, data_dir, seed, experiment.pool, experiment.images)
     crop = data.input_size[1] // 8 if experiment.crop is None else experiment.crop
     augment = Augment(crop=crop, flip=experiment.flip)
     return MemoryFeed.of(data, batch_size=experiment.batch_size, augment=augment, seed=seed, device=device)
 
 
 @lru_cache(maxsize=8)
-def _data(name: str, data_dir: Path | None, seed: int, pool: int) -> DataSet:
-    return pooled(load_data(name, data_dir, seed=seed, progress=False), pool)
+def _data(name: str, data_dir: Path | None, seed: int, pool: int, images: int | None) -> DataSet:
+    data = pooled(load_data(name, data_dir, seed=seed, progress=False), pool)
+    labels = data.train.labels
+    if images is None or images >= len(labels):
+        return data
+    _, picked = stratified(labels, images / len(labels), generator("images of an experiment", seed))
+    return replace(data, train=Split(data.train.images[picked], labels[picked]))
