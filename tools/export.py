@@ -27,10 +27,10 @@ from growshrink.base.limits import Checkpoint
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
+from growshrink.cycle.source import Recipe, Source
 from growshrink.data.datasets import DataSet, load_data
 from growshrink.export import ExportOptions, export, read_source
 from growshrink.export.report import summary
-from growshrink.export.source import Recipe, Source
 from growshrink.runs.folder import RunFolder
 
 

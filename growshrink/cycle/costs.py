@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,16 +40,25 @@ class Costs:
         plan: Its rounds; their lengths do not matter.
         batches: Of the run; only their size is looked at.
         input_size: `(C, H, W)`.
+        teachers: Nets of `teacher_nets`.
 
     Attributes:
         first: The net the run begins with.
         plain: The plain net.
         grown: Of each round, in order.
+        teachers: Of the rounds that another net teaches, by number; what is not trained has no cost of training.
         input_size: `(C, H, W)`.
         batch_size: Images per update.
     """
 
-    def __init__(self, model: nn.Module, plan: CyclePlan, batches: UpdateBatches, input_size: InputSize) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: CyclePlan,
+        batches: UpdateBatches,
+        input_size: InputSize,
+        teachers: Mapping[int, nn.Module] | None = None,
+    ) -> None:
         self.input_size = input_size
         self.batch_size = batches.batch_size
         plain = plain_net(model, input_size)
@@ -60,10 +70,18 @@ class Costs:
             key = (number == 0 and bool(grown_modules(model)), entry.branch, entry.ratio, entry.where)
             if key not in made:
                 made[key] = self.first
-                if not key[0]:
+                if not entry.branch:
+                    made[key] = self.plain
+                elif not key[0]:
                     net = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
                     made[key] = NetCost.of(net, input_size)
             self.grown.append(made[key])
+        self.teachers = {
+            number: NetCost.of(net, input_size)
+            if plan.rounds[number - 1].trains_teacher
+            else NetCost(net, 0, profile(net, input_size).macs)
+            for number, net in (teachers or {}).items()
+        }
 
     def online(self, grown: NetCost, lam: float) -> int:
         """MACs of an image in an update in which the branches that are linear at `lam` run merged."""

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import NotNegative
-from growshrink.cycle.records import Fused, Rewound, Undone, plain_net
+from growshrink.cycle.records import Fused, Rewound, Undone
 from growshrink.cycle.running import Run
-from growshrink.cycle.state import set_values, undo
+from growshrink.cycle.state import undo
 from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets
 from growshrink.layers.widths import Width, set_width, width_space
 from growshrink.supernet import WidthChoice, choose_width, default_candidates
@@ -181,9 +181,5 @@ class Rewind(Exit, kind="rewind"):
 
     def leave(self, run: Run) -> None:
         """See `Exit.leave`."""
-        assert run.before is not None
-        update = run.trainer.update
-        run.trainer = run.make_trainer(plain_net(run.initial, run.size))
-        set_values(run.trainer, run.before)
-        run.trainer.update, run.before = update, None
-        run.changed(Rewound(update=update, round=run.record.number))
+        run.changed(Rewound(update=run.trainer.update, round=run.record.number))
+        run.go_back()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.base.config import Variant, check_fields
+from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import Count, Interval, Share
 from growshrink.base.ranks import run_on_rank0
 from growshrink.branches.base import Chain
@@ -30,11 +30,8 @@ from growshrink.transforms import collapse_online, grow
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapSource(Variant, ABC):
+class MapSource(Checked, Variant, ABC):
     """Where the maps come from."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def looks(self, updates: int) -> tuple[int, ...]:
         """Updates, of so many, after which `renew` is called too; it is called at the start in any case."""

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 
 from growshrink.cycle.control import LamControl, LoopSpan
 from growshrink.cycle.costs import Costs
-from growshrink.cycle.phases import Base, Hold, Phase, Prepare, Settle, Tail, Vanish
+from growshrink.cycle.phases import Base, Hold, Phase, Prepare, PrepareGrown, Settle, Tail, Vanish
 from growshrink.cycle.plan import SLACK, CyclePlan, Round
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.teaching import Lessons
@@ -77,7 +77,7 @@ class Phases:
                 span.hold_stop,
                 span.vanish_stop,
                 span.stop,
-                observes_from=span.start if span.lessons is None else span.hold_stop,
+                observes_from=span.start if span.lessons is None else span.lessons.start,
             )
             for span in self.spans
             if span.plan.controlled
@@ -130,7 +130,8 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
     for number, entry in enumerate(plan.rounds, start=1):
         span = _span(entry, number, plan.seed, stop, updates_per_epoch)
         phases += [
-            (Prepare if entry.exit.rewinds else Hold)(span.start, span.hold_stop, span),
+            Prepare(span.begin, span.start, span),
+            (PrepareGrown if entry.exit.rewinds else Hold)(span.start, span.hold_stop, span),
             Vanish(span.hold_stop, span.vanish_stop, span),
             Settle(span.vanish_stop, span.grown_stop, span),
             Tail(span.grown_stop, span.stop, span),
@@ -142,8 +143,35 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
     return Phases(tuple(phase for phase in phases if phase.stop > phase.start), plan.rewarm, restarts, built_grown)
 
 
-def _span(entry: Round, number: int, seed: int, start: int, updates_per_epoch: int) -> RoundSpan:
+def _span(entry: Round, number: int, seed: int, begin: int, updates_per_epoch: int) -> RoundSpan:
     total = _updates(entry.epochs, updates_per_epoch)
+    prepare = _prepared(entry, number, total)
+    start, stop = begin + prepare, begin + total
+    hold, vanish, settle = _grown_updates(entry, number, total - prepare)
+    hold_stop, lessons = start + hold, None
+    if entry.teacher is not None:
+        first = start if entry.teacher.is_net else hold_stop
+        asked = max(round(entry.teacher.asked * (stop - first)), updates_per_epoch)
+        lessons = Lessons(first, min(asked, stop - first), entry.teacher)
+    grown_stop = hold_stop + vanish + settle
+    return RoundSpan(number, entry, seed, begin, start, hold_stop, hold_stop + vanish, grown_stop, stop, lessons)
+
+
+def _prepared(entry: Round, number: int, total: int) -> int:
+    """Updates that train the teacher of a round."""
+    if not entry.trains_teacher:
+        return 0
+    assert entry.teacher is not None
+    updates = max(1, round(entry.teacher.share * total))
+    if updates >= total:
+        raise PlanError(f"round {number} has {total} updates: too few for a teacher. Give it more epochs.")
+    return updates
+
+
+def _grown_updates(entry: Round, number: int, total: int) -> tuple[int, int, int]:
+    """Updates of hold, vanish and settle, of `total` with the tail."""
+    if not entry.branch:
+        return 0, 0, 0
     # Sums are rounded, and down: three shares rounded up one by one may exceed the round.
     hold, alive, grown = (
         math.floor(share * total + SLACK)
@@ -157,14 +185,7 @@ def _span(entry: Round, number: int, seed: int, start: int, updates_per_epoch: i
             f"round {number} has {total} updates: too few for hold {hold}, vanish {vanish}, settle {settle}. "
             "Give it more epochs or a smaller batch size."
         )
-    hold_stop, stop = start + hold, start + total
-    lessons = None
-    if entry.teacher is not None:
-        taught = stop - hold_stop
-        asked = max(round(entry.teacher.asked * taught), updates_per_epoch)
-        lessons = Lessons(hold_stop, min(asked, taught), entry.teacher)
-    grown_stop = hold_stop + vanish + settle
-    return RoundSpan(number, entry, seed, start, hold_stop, hold_stop + vanish, grown_stop, stop, lessons)
+    return hold, vanish, settle
 
 
 def _updates(epochs: float, updates_per_epoch: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.gradients import MapSource
-from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
+from growshrink.cycle.records import Grew, RoundRecord, Size, Taught, Top1, plain_net, shapes_of
 from growshrink.cycle.running import Run
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.surgery import collapse_net, gradients, grow_nets
@@ -41,6 +42,8 @@ class Phase(ABC):
     advice: ClassVar[str] = "a longer vanish, a lower lr, or clip_grad=1"
     #: Whether the net carries branches.
     grown: ClassVar[bool] = False
+    #: Whether another net is trained than the run's.
+    apart: ClassVar[bool] = False
 
     start: int
     stop: int
@@ -188,9 +191,51 @@ class _InRound(Phase):
         """The teacher's net, where there is one."""
         if self.lessons is None:
             return None
+        if self.lessons.teacher.is_net:
+            return costs.teachers[self.round]
         if self.lessons.teacher.is_peak:
             return costs.grown[self.round - 1]
         return costs.first if self.round == 1 else costs.plain
+
+
+@dataclass(frozen=True)
+class Prepare(_InRound):
+    """A teacher is trained that is another net; the run's waits."""
+
+    name = "prepare"
+    advice = "a lower lr, or clip_grad=1"
+    apart = True
+
+    @property
+    def warmups(self) -> tuple[int, ...]:
+        """See `Phase.warmups`."""
+        return (self.start,)
+
+    @property
+    def own_rate(self) -> bool:
+        """See `Phase.own_rate`."""
+        return True
+
+    @property
+    def lessons(self) -> Lessons | None:
+        """None: the teacher has no teacher."""
+        return None
+
+    def enter(self, run: Run) -> None:
+        """Put the teacher in the place of the run's net, which is remembered."""
+        run.remember()
+        run.train_instead(run.teachers[self.round])
+
+    def leave(self, run: Run) -> None:
+        """Let it teach, and go on with the run's net as it was."""
+        net = run.trainer.best
+        broadcast_nets_([net])
+        run.set_teacher(net, of_the_run=False)
+        run.go_back()
+
+    def macs(self, costs: Costs) -> int:
+        """See `Phase.macs`."""
+        return (self.stop - self.start) * costs.teachers[self.round].train
 
 
 @dataclass(frozen=True)
@@ -232,8 +277,9 @@ class Hold(_Grown):
 
     @property
     def lessons(self) -> Lessons | None:
-        """None: the teacher comes afterwards."""
-        return None
+        """None where the teacher comes afterwards."""
+        lessons = self.span.lessons
+        return None if lessons is None or lessons.start > self.start else lessons
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -245,6 +291,7 @@ class Hold(_Grown):
         span, plan = self.span, self.span.plan
         before = run.top1()
         built_grown = bool(grown_modules(run.trainer.model))
+        take_given(run, span)
         if plan.teacher is not None and plan.teacher.is_start:
             run.set_teacher(run.trainer.best)
         if plan.exit.may_go_back:
@@ -267,7 +314,7 @@ class Hold(_Grown):
         run.changed(change)
         if plan.widths is not None:
             run.save_supernet("init")
-        run.state.rounds.append(self._record(run, before, built_grown))
+        run.state.rounds.append(record_of(run, span, before, built_grown))
         if plan.online:
             merge_linear(run, self)
 
@@ -288,29 +335,9 @@ class Hold(_Grown):
             run.set_teacher(peak)
         super().leave(run)
 
-    def _record(self, run: Run, before: float, built_grown: bool) -> RoundRecord:
-        plan, size, model = self.span.plan, run.size, run.trainer.model
-        plain = plain_net(run.initial, size)
-        then, now = profile(model if built_grown else plain, size), profile(model, size)
-        return RoundRecord(
-            number=self.span.number,
-            branch=["born grown"] if built_grown else list(plan.branch),
-            ratio=plan.ratio,
-            widths=None if plan.widths is None else plan.widths.mode,
-            teacher=None if plan.teacher is None else plan.teacher.of,
-            num_grown=len(grown_modules(model)),
-            num_skipped=len(growth_report(model, input_size=size).skipped),
-            params=Size(plain=then.params, grown=now.params),
-            macs=Size(plain=then.macs, grown=now.macs),
-            plain_step_macs=training_macs(plain, size),
-            tail_share=self.span.tail_share,
-            macs_before=run.state.macs_spent,
-            top1=Top1(before=None if built_grown else before),
-        )
-
 
 @dataclass(frozen=True)
-class Prepare(Hold):
+class PrepareGrown(Hold):
     """A teacher is trained: the grown net, which the plain net does not come out of."""
 
     name = "prepare"
@@ -362,9 +389,16 @@ class Tail(_InRound):
         """See `Phase.warmups`."""
         return (self.start,)
 
+    def enter(self, run: Run) -> None:
+        """Begin the round, where nothing was grown in it."""
+        if self.start == self.span.start:
+            take_given(run, self.span)
+            run.state.rounds.append(record_of(run, self.span, run.top1(), built_grown=False))
+
     def macs(self, costs: Costs) -> int:
         """See `Phase.macs`."""
-        return (self.stop - self.start) * costs.plain.train + self.answers(costs)
+        plain = costs.plain if self.round > 1 or self.start > self.span.start else costs.first
+        return (self.stop - self.start) * plain.train + self.answers(costs)
 
 
 def merge_linear(run: Run, phase: Phase) -> None:
@@ -372,3 +406,52 @@ def merge_linear(run: Run, phase: Phase) -> None:
     if change := collapse_net(run.trainer, run.lam(phase.start), phase.round):
         run.same_on_all_ranks()
         run.changed(change)
+
+
+def take_given(run: Run, span: RoundSpan) -> None:
+    """Let the round's teacher teach, where it is another net that is not trained in the run."""
+    teacher = span.plan.teacher
+    if teacher is not None and teacher.is_net and not teacher.share:
+        run.set_teacher(run.placed(copy.deepcopy(run.teachers[span.number])), of_the_run=False)
+
+
+def record_of(run: Run, span: RoundSpan, before: float, built_grown: bool) -> RoundRecord:
+    """Begin the record of a round, after the growth; `before` is the top-1 of the net that it begins with."""
+    plan, size, model = span.plan, run.size, run.trainer.model
+    plain = plain_net(run.initial, size)
+    then, now = profile(model if built_grown else plain, size), profile(model, size)
+    taught = _taught(run, span)
+    return RoundRecord(
+        number=span.number,
+        branch=["born grown"] if built_grown else list(plan.branch),
+        ratio=plan.ratio,
+        widths=None if plan.widths is None else plan.widths.mode,
+        teacher=None if plan.teacher is None else plan.teacher.of,
+        taught=taught,
+        num_grown=len(grown_modules(model)),
+        num_skipped=len(growth_report(model, input_size=size).skipped) if plan.branch else 0,
+        params=Size(plain=then.params, grown=now.params),
+        macs=Size(plain=then.macs, grown=now.macs),
+        plain_step_macs=training_macs(plain, size),
+        tail_share=span.tail_share,
+        macs_before=run.state.macs_spent - (0 if taught is None else taught.training_macs),
+        top1=Top1(before=None if built_grown else before),
+    )
+
+
+def _taught(run: Run, span: RoundSpan) -> Taught | None:
+    """Who teaches a round, and what that costs, where it is another net."""
+    if span.lessons is None or not span.lessons.teacher.is_net:
+        return None
+    net, updates = run.teaching.net, span.start - span.begin
+    assert net is not None
+    size = profile(net, run.size)
+    step = training_macs(run.teachers[span.number], run.size) if updates else 0
+    return Taught(
+        params=size.params,
+        macs=size.macs,
+        updates=updates,
+        training_macs=updates * run.images_per_update * step,
+        answers_macs=span.lessons.number * run.images_per_update * size.macs,
+        top1=run.top1(net),
+    )

@@ -30,7 +30,8 @@ class Round:
 
     Attributes:
         epochs: Length of the round.
-        branch: Branch kinds to attach to each layer, e.g. ("bottleneck",).
+        branch: Branch kinds to attach to each layer, e.g. ("bottleneck",). () grows nothing: all of the round is the
+            tail, and another net must be its teacher.
         ratio: Middle width of a branch over the output channels of its layer.
         where: Regular expression on dotted names; None for every convolution and linear layer that can be grown
             exactly.
@@ -47,7 +48,8 @@ class Round:
             start those without activations, in the settle phase all. Their norms' statistics are recalibrated then, and
             frozen.
         exit: How the grown part ends.
-        teacher: Who teaches from the end of the hold on.
+        teacher: Who teaches: another net from the start on, after its own training; a net of the run's from the end of
+            the hold on. The shares of the round are shares of what the teacher's training leaves.
         widths: How middle widths are sampled while the net is grown; None trains at full width.
     """
 
@@ -69,7 +71,11 @@ class Round:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.branch:
-            raise PlanError(f"branch={self.branch!r}: must be a tuple of at least one kind of branch.")
+            if self.teacher is None or not self.teacher.is_net or self.widths is not None:
+                raise PlanError(
+                    f"branch={self.branch!r}: must be a tuple of at least one kind of branch, or another net teach."
+                )
+            return
         self._check_shares()
         if self.controlled and not self.vanish:
             raise PlanError(f"control={self.control!r}: times the vanishing of activations, and vanish is 0.")
@@ -90,6 +96,11 @@ class Round:
     def teaches_peak(self) -> bool:
         """Whether the teacher is the round's own peak."""
         return self.teacher is not None and self.teacher.is_peak
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether another net is trained first, to be the teacher."""
+        return self.teacher is not None and self.teacher.share > 0
 
     def _check_shares(self) -> None:
         if self.exit.linear and not self.vanish:

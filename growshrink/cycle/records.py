@@ -264,6 +264,27 @@ class LeftBy:
     candidates: list[TriedWidth] = field(default_factory=list)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """Another net that taught a round.
+
+    Attributes:
+        params: Its parameters.
+        macs: MACs of an image forward.
+        updates: In how many updates it was trained in the run; 0 where it was given.
+        training_macs: Training MACs of these.
+        answers_macs: MACs of its answers.
+        top1: Its own on the val split.
+    """
+
+    params: int
+    macs: int
+    updates: int
+    training_macs: int
+    answers_macs: int
+    top1: float
+
+
 @dataclass(kw_only=True)
 class RoundRecord:
     """What became of a round.
@@ -272,6 +293,7 @@ class RoundRecord:
         branch: Kinds that were attached; "born grown" where the net had its own.
         widths: Mode of the sampling, or None.
         teacher: Who taught, or None.
+        taught: More of a teacher that is another net than the run's.
         num_grown: Layers that carry branches.
         num_skipped: Layers that were left alone.
         macs: MACs of an image forward.
@@ -296,6 +318,7 @@ class RoundRecord:
     tail_share: float
     macs_before: int
     top1: Top1
+    taught: Taught | None = None
     gradients_at_update_2: Gradients | None = None
     gradients_at_peak: Gradients | None = None
     left_by: LeftBy | None = None
@@ -321,7 +344,7 @@ class RunState:
 
     Attributes:
         lam: States of the closed loops by number of the round.
-        teacher_log: Entries of the log that make the teacher's structure; None without a teacher.
+        teacher_log: Entries of the log that make the teacher's structure; None without one that is a net of the run's.
     """
 
     log: list[Change] = field(default_factory=list)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -50,7 +51,7 @@ def restore(run: Run, phases: Phases, plan: CyclePlan) -> None:
         if found := difference(saved["identity"], run.identity):
             raise RunError(f"it is of a run with another {found}.")
         run.phase = _position(saved, phases)
-        _take_over(run, saved, plan)
+        _take_over(run, saved, phases, plan)
         run.journal.restart(run.state.history, run.trainer.update)
     except RunError as error:
         raise RunError(f"{path}: {error}") from error
@@ -69,18 +70,22 @@ def _position(saved: Mapping[str, Any], phases: Phases) -> int:
     return int(first)
 
 
-def _take_over(run: Run, saved: Mapping[str, Any], plan: CyclePlan) -> None:
+def _take_over(run: Run, saved: Mapping[str, Any], phases: Phases, plan: CyclePlan) -> None:
     run.state = from_dict(RunState, saved["run"], "its state", RunError)
     _check_log(run.state, plan)
     run.lam.load_state_dict(run.state.lam)
-    run.trainer = run.make_trainer(replay(run.initial, run.state.log, run.size))
+    phase = phases.all[min(run.phase, len(phases.all) - 1)]
+    apart = phase.apart and saved["update"] > phase.start
+    run.trainer = run.make_trainer(run.teachers[phase.round] if apart else replay(run.initial, run.state.log, run.size))
     run.trainer.update = saved["update"]
     if "cut_short" in saved:
         first, total = saved["cut_short"]
         run.trainer.cut_short = first, total.to(run.device)
     run.before = saved.get("before")
-    if run.state.teacher_log is not None:
-        teacher = expand_online(replay(run.initial, run.state.log[: run.state.teacher_log], run.size))
+    if "teacher" in saved:
+        teacher = copy.deepcopy(run.teachers.get(phase.round))
+        if teacher is None:
+            teacher = expand_online(replay(run.initial, run.state.log[: run.state.teacher_log], run.size))
         load_values(teacher, saved["teacher"])
         run.teaching.set_teacher(run.placed(teacher))
     if run.trainer.ema is not None:

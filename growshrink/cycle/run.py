@@ -23,6 +23,7 @@ from growshrink.cycle.result import CycleResult
 from growshrink.cycle.resume import identity_of, restore
 from growshrink.cycle.running import Run
 from growshrink.cycle.saving import Saving
+from growshrink.cycle.teachers import fingerprint, teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
@@ -50,6 +51,7 @@ def run_cycle(
     about: Mapping[str, Any] | None = None,
     save_every: int | None = None,
     keep: int = 2,
+    teachers: Mapping[int, nn.Module] | None = None,
 ) -> CycleResult:
     """Train `model` through rounds of grow -> train -> vanish -> exit -> train.
 
@@ -73,6 +75,8 @@ def run_cycle(
             arguments, say). A run is resumed only with the same, "command" excepted.
         save_every: Updates between checkpoints; None writes them at the ends of epochs and phases only.
         keep: How many checkpoints are kept, the newest.
+        teachers: Nets that teach, by number of the round, in place of those that the plan's `Teacher` names: "given"
+            is one of these. They take the same images and give logits of the same classes; none is modified.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
@@ -91,8 +95,12 @@ def run_cycle(
     phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
     check_model_fits(model, feed)
     rehearse(model, plan, feed.input_size)
+    nets = teacher_nets(plan, feed, (about or {}).get("model", {}), teachers)
+    if given := {n: fingerprint(net) for n, net in nets.items() if not plan.rounds[n - 1].trains_teacher}:
+        own["teachers"] = {str(number): digest for number, digest in given.items()}
     with _claimed(out_dir, resume) as folder:
         run = _begin(model, feed, plan, phases, config, folder, saving, {**(about or {}), **own}, progress, tensorboard)
+        run.teachers = nets
         return _execute(run, phases, plan, (about or {}).get("command", " ".join(sys.argv)))
 
 
@@ -181,6 +189,8 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
     if grown_modules(model):
         if not rounds:
             raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
+        if not rounds[0].branch:
+            raise PlanError("branch=() in round 1: a net that is grown at birth would not be fused in it.")
         leaves, rounds = rounds[0].exit, rounds[1:]
         if leaves.needs_kernels:
             raise PlanError(
@@ -190,6 +200,8 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
             raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
     plain = plain_net(model, input_size)
     for entry in rounds:
+        if not entry.branch:
+            continue
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
         if entry.widths is not None:
             NetAugTask(grown, mode=entry.widths.mode, verbose=False, input_size=input_size)

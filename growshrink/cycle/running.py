@@ -15,9 +15,9 @@ from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0
 from growshrink.cycle.augmented import Augmentation, save_net
 from growshrink.cycle.control import LamControl
 from growshrink.cycle.journal import Journal
-from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState
+from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState, replay
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.state import save_run, snapshot
+from growshrink.cycle.state import save_run, set_values, snapshot
 from growshrink.cycle.teaching import Lessons, Teaching
 from growshrink.data.feed import Feed
 from growshrink.errors import DivergedError
@@ -46,6 +46,7 @@ class Run:
         state: What a checkpoint holds beside tensors.
         augmentation: The sampled widths of the present phase, or None.
         before: A snapshot, in a round that may return to where it began.
+        teachers: Nets of `teacher_nets`.
     """
 
     initial: nn.Module
@@ -65,6 +66,7 @@ class Run:
     state: RunState = field(default_factory=RunState)
     augmentation: Augmentation | None = None
     before: Mapping[str, Any] | None = None
+    teachers: Mapping[int, nn.Module] = field(default_factory=dict)
     _augmented_for: object = None
     _cost: int | None = None  # MACs of the present structure, see macs
 
@@ -72,7 +74,7 @@ class Run:
         self.initial = copy.deepcopy(self.initial)
         self.size, self.device = self.feed.input_size, self.saving.device
         self.images_per_update = self.feed.train.batch_size * num_ranks()
-        self.teaching = Teaching(self.size)
+        self.teaching = Teaching(self.size, self.folder.path)
         self.trainer = self.make_trainer(self.initial)
         self.journal = Journal(self.folder.path, self.total, progress=progress, tensorboard=tensorboard)
 
@@ -105,10 +107,23 @@ class Run:
         """Keep what the round may have to go back to."""
         self.before = snapshot(self.trainer)
 
-    def set_teacher(self, net: nn.Module | None) -> None:
-        """A copy of `net`, whose structure is that of the log, teaches from now on; None ends the teaching."""
+    def train_instead(self, model: nn.Module) -> None:
+        """Train a copy of `model` from now on."""
+        update = self.trainer.update
+        self.trainer, self._cost = self.make_trainer(model), None
+        self.trainer.update = update
+
+    def go_back(self) -> None:
+        """Go on with what was remembered, whose structure is that of the log, bit for bit; the updates count on."""
+        assert self.before is not None
+        self.train_instead(replay(self.initial, self.state.log, self.size))
+        set_values(self.trainer, self.before)
+        self.before = None
+
+    def set_teacher(self, net: nn.Module | None, *, of_the_run: bool = True) -> None:
+        """A copy of `net` teaches from now on, in the structure of the log or of `teachers`; None ends the teaching."""
         self.teaching.set_teacher(net)
-        self.state.teacher_log = None if net is None else len(self.state.log)
+        self.state.teacher_log = len(self.state.log) if net is not None and of_the_run else None
 
     def augment(self, key: object, make: Callable[[], Augmentation] | None) -> None:
         """Sample widths from now on, or (None) no more; what was made for the same `key` stays.

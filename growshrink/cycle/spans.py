@@ -26,7 +26,8 @@ class RoundSpan:
         number: From 1.
         plan: The round.
         seed: Of the run; rounds draw other weights and widths from it.
-        start: Its first update, when the net grows.
+        begin: Its first update; those before `start` train its teacher.
+        start: The first update of the run's own net, when it grows.
         hold_stop: The update with which lam begins to fall.
         vanish_stop: The first update with lam 0.
         grown_stop: The first update without branches.
@@ -37,6 +38,7 @@ class RoundSpan:
     number: int
     plan: Round
     seed: int
+    begin: int
     start: int
     hold_stop: int
     vanish_stop: int
@@ -46,12 +48,14 @@ class RoundSpan:
 
     @property
     def tail_share(self) -> float:
-        """Share of the round's updates that train the plain net."""
+        """Share of the updates of the round, its teacher's excepted, that train the plain net."""
         return (self.stop - self.grown_stop) / (self.stop - self.start)
 
     def lam(self, update: int) -> float:
-        """Lam by the plan's schedule."""
-        if self.plan.linear:
+        """Lam by the plan's schedule; a teacher in training keeps its activations."""
+        if update < self.start:
+            return 1.0
+        if self.plan.linear or not self.plan.branch:
             return 0.0
         hold, vanish = self.hold_stop - self.start, self.vanish_stop - self.hold_stop
         return hold_then_vanish(hold, vanish)(update - self.start)

@@ -2,39 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
 
+import timm
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import Checked
-from growshrink.base.limits import OneOf, Positive, SomeOrAll
+from growshrink.base.limits import NotAll, OneOf, Positive, SomeOrAll
+from growshrink.base.ranks import this_rank
+from growshrink.errors import PlanError
 from growshrink.layers.swaps import expand_online
 from growshrink.proofs import profile
 from growshrink.training.distil import TeacherNet
 
-TEACHERS = ("peak", "previous")
+#: Nets of the run itself.
+OWN = ("peak", "previous")
+TEACHERS = (*OWN, "wider", "given")
+
+
+def _is_teacher(name: str) -> bool:
+    return name in TEACHERS or timm.is_model(name) or "\0" not in name and Path(name).expanduser().exists()
+
+
+TeacherName = Annotated[str, OneOf("no such teacher", TEACHERS, _is_teacher)]
 
 
 @dataclass(frozen=True)
 class Teacher(Checked):
-    """A net that the one in training learns from, from the end of the hold on.
+    """A net that the one in training learns from.
+
+    A net of the run's own teaches from the end of the hold on, another net from the start of the round on.
 
     Attributes:
-        of: "peak", this round's grown net, averaged and with its learning rate annealed; or "previous", the net that
-            the round began with.
+        of: "peak", this round's grown net, averaged and with its learning rate annealed; "previous", the net that the
+            round began with; "wider", the run's plain net with its argument `width` multiplied by `kwargs["width"]` (2
+            where that is missing); "given", a net that `run_cycle` is handed; any model of timm's; or the path of a
+            run's folder or of its plain.safetensors.
         weight: Of the teacher's loss; the labels get the rest.
         asked: Share of the updates with a teacher in which it is asked, at least an epoch's whatever the share. After
             these the same images come again, changed and batched as they were, with the answers it gave: its forward
-            is paid once an answer (Shen and Xing, FKD, arXiv:2112.01528). The answers stay on the device.
+            is paid once an answer (Shen and Xing, FKD, arXiv:2112.01528). Answers that do not fit into memory are kept
+            in a file.
         temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+        share: Share of the round's updates that train another net first, with a learning rate of its own from its peak
+            to 0, before it teaches; 0 where it is trained.
+        kwargs: Arguments of the model, for one of timm's or "wider". `checkpoint_path` names a file of weights (see
+            `read_source`), `pretrained` has timm fetch them.
     """
 
-    of: Annotated[str, OneOf("no such teacher", TEACHERS)] = "peak"
+    of: TeacherName = "peak"
     weight: SomeOrAll = 0.5
     asked: SomeOrAll = 1.0
     temperature: Positive = 3.0
+    share: NotAll = 0.0
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.is_net and (self.share or self.kwargs):
+            raise PlanError(f"share={self.share!r}, kwargs={dict(self.kwargs)!r}: teacher {self.of!r} has none.")
+        finished = self.of == "given" or self.is_file or self.kwargs.keys() & {"pretrained", "checkpoint_path"}
+        if self.is_net and not self.share and not finished:
+            raise PlanError(f"share=0: teacher {self.of!r} would not be trained; give it a share, or weights.")
 
     @property
     def is_peak(self) -> bool:
@@ -45,6 +78,16 @@ class Teacher(Checked):
     def is_start(self) -> bool:
         """Whether it is the net that the round begins with."""
         return self.of == "previous"
+
+    @property
+    def is_net(self) -> bool:
+        """Whether it is another net than the run's."""
+        return self.of not in OWN
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is read from a run's folder, or from what such a folder holds."""
+        return self.of not in TEACHERS and not timm.is_model(self.of)
 
 
 @dataclass(frozen=True)
@@ -71,14 +114,16 @@ class Teaching:
 
     Args:
         input_size: `(C, H, W)`.
+        folder: Of the run, for answers that do not fit into memory.
 
     Attributes:
         net: The teacher, in eval mode; None where there is none.
     """
 
-    def __init__(self, input_size: InputSize) -> None:
+    def __init__(self, input_size: InputSize, folder: Path) -> None:
         self.net: nn.Module | None = None
         self._size = input_size
+        self._file = folder / f"answers-{this_rank()}.bin"
         self._teacher: TeacherNet | None = None
         self._forward_macs = 0
 
@@ -96,7 +141,7 @@ class Teaching:
         if self._teacher is None:
             plan = lessons.teacher
             repeat = (lessons.start, lessons.number) if plan.asked < 1 else None
-            self._teacher = TeacherNet(self.net, plan.weight, plan.temperature, repeat)
+            self._teacher = TeacherNet(self.net, plan.weight, plan.temperature, repeat, self._file)
         return self._teacher
 
     def macs(self, lessons: Lessons | None, start: int, stop: int) -> int:

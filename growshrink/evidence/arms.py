@@ -6,18 +6,21 @@ A new arm is one entry in `ARMS`, or one in a plan file (see `Arm.from_dict`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
-from growshrink.base.limits import Share, Whole
+from growshrink.base.limits import Positive, Share, Whole
 from growshrink.cycle import CyclePlan, Drop, FromBranches, FromPixels, MapSource, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
+from growshrink.training.trainer import TrainConfig
 
+GIVEN = "given"
 _LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
 _PURE = {"hold": 0.50, "vanish": 0.20, "settle": 0.30}  # grown to the end, linear towards it
 _NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": Drop()}  # augmented to the end, fading out
 _REWIND = {"exit": Rewind(), "vanish": 0.0, "settle": 0.0}
+_STRICT: dict[str, Any] = {"weight": 0.9, "asked": 0.15}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,9 @@ class Arm:
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
         expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
+        config: What it trains with in place of the experiment's `TrainConfig`, by name.
+        lr: Factor on the experiment's learning rates, for an optimizer that wants others: all arms then have the same
+            trials.
         shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
     """
 
@@ -41,22 +47,43 @@ class Arm:
     expansion: Whole = 0
     shrinks: bool = True
     gradients: MapSource | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    lr: Positive = 1.0
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if "lr" in self.config:
+            raise PlanError(f"{self.about!r}: config.lr: the learning rate is the experiment's, times `lr`.")
+        from_dict(TrainConfig, self.config, f"{self.about!r}: config")
         total = self.base + sum(entry.epochs for entry in self.rounds)
         if abs(total - 1.0) > 1e-6:
             raise PlanError(f"{self.about!r}: base and rounds are shares of a run, and sum to {total:g}, not 1.")
 
-    def plan(self, epochs: float, seed: int) -> CyclePlan:
-        """Plan of a run of so many epochs."""
+    @property
+    def needs_given(self) -> bool:
+        """Whether it is taught by a net that the experiment has to name."""
+        return any(entry.teacher is not None and entry.teacher.of == GIVEN for entry in self.rounds)
+
+    def plan(self, epochs: float, seed: int, given: str | None = None) -> CyclePlan:
+        """Plan of a run of so many epochs; `given` is where the teacher "given" is found, with {seed} for the seed."""
+        path = (given or GIVEN).replace("{seed}", str(seed))
+
+        def teacher(of: Teacher | None) -> Teacher | None:
+            return replace(of, of=path) if of is not None and of.of == GIVEN else of
+
         return CyclePlan(
             base_epochs=self.base * epochs,
-            rounds=tuple(replace(entry, epochs=entry.epochs * epochs) for entry in self.rounds),
+            rounds=tuple(
+                replace(entry, epochs=entry.epochs * epochs, teacher=teacher(entry.teacher)) for entry in self.rounds
+            ),
             restarts=tuple(share * epochs for share in self.restarts),
             seed=seed,
             gradients=self.gradients,
         )
+
+    def trained(self, config: TrainConfig, lr: float) -> TrainConfig:
+        """How it is trained, where the experiment's arms are trained by `config` and a learning rate of `lr`."""
+        return replace(config, **{**self.config, "lr": lr * self.lr})
 
     def model(self, plain: str) -> str:
         """Name of the model it starts with."""
@@ -93,6 +120,12 @@ ARMS: Mapping[str, Arm] = {
         base=1.0,
         restarts=(0.1, 0.29, 0.55, 0.74),
     ),
+    "plain-muon": Arm(
+        about="plain, trained by Muon, stem and classifier by NAdamW (https://kellerjordan.github.io/posts/muon/)",
+        base=1.0,
+        config={"optimizer": "nmuon", "momentum": 0.95, "weight_decay": 0.05},
+        lr=0.1,
+    ),
     "gradmult-fixed": _mapped(
         FromBranches(), "plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)"
     ),
@@ -105,6 +138,14 @@ ARMS: Mapping[str, Arm] = {
     "distil": Arm(
         about="plain, from scratch, taught by a grown net that is trained first and thrown away",
         rounds=_one(hold=0.25, teacher=Teacher("peak"), **_REWIND),
+    ),
+    "distil-wide": Arm(
+        about="plain, from scratch, taught by the net twice as wide, which a quarter of the compute trains first",
+        rounds=_one(branch=(), teacher=Teacher("wider", share=0.093, **_STRICT)),
+    ),
+    "distil-given": Arm(
+        about="distil-wide by a net that is trained already: only its answers are paid for",
+        rounds=_one(branch=(), teacher=Teacher(GIVEN, **_STRICT)),
     ),
     "return": Arm(
         about="plain, then grown to be its own teacher; the plain net goes on where it was, by answers that are kept",
@@ -128,6 +169,12 @@ ARMS: Mapping[str, Arm] = {
     "orepa-online": _linear(
         "paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)", "orepa", online=True
     ),
+    "distil-wide-orepa": _linear(
+        "distil-wide, the net that is taught trained as orepa-online's",
+        "orepa",
+        online=True,
+        teacher=Teacher("wider", share=0.093, **_STRICT),
+    ),
     "expandnet": _linear("1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", "expandnet"),
     "one-round": Arm(
         about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",
@@ -145,6 +192,10 @@ ARMS: Mapping[str, Arm] = {
     "netaug": Arm(
         about="widths sampled in every update, then dropped (arXiv:2110.08890)",
         rounds=_one(ratio=4.0, widths=NetAug("netaug"), **_NETAUG),
+    ),
+    "netaug-taught": Arm(
+        about="netaug, the plain net taught by distil-wide's teacher, which is asked in every update",
+        rounds=_one(ratio=4.0, widths=NetAug("netaug"), teacher=Teacher("wider", weight=0.9, share=0.32), **_NETAUG),
     ),
     "netaug-distil": Arm(
         about="netaug, the plain net learning from the wider one in the same update",

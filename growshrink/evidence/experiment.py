@@ -22,6 +22,7 @@ from growshrink.base.writing import write_json
 from growshrink.cycle import lay_out, run_cycle
 from growshrink.cycle.costs import Costs
 from growshrink.cycle.records import RoundRecord
+from growshrink.cycle.teachers import teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split, load_data, pooled, stratified
 from growshrink.data.feed import Feed, MemoryFeed
@@ -62,6 +63,8 @@ class Experiment:
         model: The plain net, a name of timm's (arms with an expansion need a ReduceNet); `model_kwargs` are its
             arguments beside the classes and channels of the data.
         pool: Average so many pixels by as many into one first.
+        given: Path of a run's folder, or of its plain.safetensors: the net that teaches where an arm has the teacher
+            "given"; {seed} in it stands for the run's seed.
         images: Train on about so many images only, drawn from each seed's train split class by class; None for all.
         budget: Training MACs of every run, as epochs of the plain net (forward and backward).
         seeds: Of weights, val split, order and augmentation; the same for every arm.
@@ -77,10 +80,11 @@ class Experiment:
     model: str = "reducenet20"
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
     pool: Count = 1
+    given: str | None = None
     images: Count | None = None
     budget: Positive = 30.0
     seeds: tuple[int, ...] = (0, 1, 2)
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.needs_given)
     own_arms: Mapping[str, Arm] = field(default_factory=dict)
     batch_size: BatchSize = 128
     config: TrainConfig = TrainConfig(lr=0.2)  # noqa: RUF009 - frozen
@@ -97,6 +101,8 @@ class Experiment:
                 raise PlanError(f"arms: no arm {name!r}{did_you_mean(name, known)}")
         if PLAIN not in self.arms:
             raise PlanError(f"arms: {PLAIN!r} must be among them: it is what the others are compared with.")
+        if not self.given and (lacking := [name for name in self.arms if known[name].needs_given]):
+            raise PlanError(f"given: arm {lacking[0]!r} needs the path of its teacher.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise PlanError(f"seeds={self.seeds!r}: at least one, none twice.")
         if self.tuning and set(self.tuning.seeds) & set(self.seeds):
@@ -116,7 +122,8 @@ class Experiment:
         """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
         arm = self.arm(name)
         listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
-        elementwise = self.config.optimizer in ELEMENTWISE and self.config.clip_grad is None
+        config = arm.trained(self.config, self.config.lr)
+        elementwise = config.optimizer in ELEMENTWISE and config.clip_grad is None
         return (
             arm.shrinks and elementwise and not listens and arm.gradients is None
         )  # a peak is scored by run_cycle, which knows of one net only
@@ -177,21 +184,30 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
-        net, feed = _side_by_side(experiment, arm, feeds, job.seeds)
+        net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds)
         count, batch_size = len(feeds), feed.train.batch_size
         budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
         budget *= training_macs(plain, feeds[0].input_size)
-        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0])
-        plan, config = arm.plan(epochs, job.seeds[0]), replace(experiment.config, lr=job.lr)
+        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers)
+        plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
         about = {
             "command": shlex.join(sys.argv),
+            **({"model": _about_net(experiment, arm, feed)} if count == 1 else {}),
             "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
             "job": to_dict(job),
         }
         torch.manual_seed(job.seeds[0])
         try:
             result = run_cycle(
-                net, feed, plan, out_dir=folder, config=config, device=where, progress=progress, about=about
+                net,
+                feed,
+                plan,
+                out_dir=folder,
+                config=config,
+                device=where,
+                progress=progress,
+                about=about,
+                teachers=teachers,
             )
         except DivergedError as error:
             if job.kind != "trial":
@@ -214,13 +230,18 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
 
 def _side_by_side(
     experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int]
-) -> tuple[nn.Module, Feed]:
-    """Make the nets of all seeds and their feeds into one of each."""
-    name = arm.model(experiment.model)
+) -> tuple[nn.Module, Feed, dict[int, nn.Module]]:
+    """Make the nets of all seeds, their feeds and their teachers into one of each."""
+    name, size = arm.model(experiment.model), feeds[0].input_size
     nets = [_net(experiment, name, feed, seed) for feed, seed in zip(feeds, seeds, strict=True)]
+    teachers = [
+        teacher_nets(arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, arm, feed))
+        for feed, seed in zip(feeds, seeds, strict=True)
+    ]
     if len(nets) == 1:
-        return nets[0], feeds[0]
-    return stack_nets(nets, feeds[0].input_size), StackedFeed(feeds)  # widths are sampled in steps of its own
+        return nets[0], feeds[0], teachers[0]
+    stacked = {number: stack_nets([each[number] for each in teachers], size) for number in teachers[0]}
+    return stack_nets(nets, size), StackedFeed(feeds), stacked  # widths are sampled in steps of its own
 
 
 def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
@@ -230,14 +251,21 @@ def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
     return RunRecord(job=job, about=arm.about, **found, **kept)
 
 
-def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0) -> float:
+def matched_epochs(
+    arm: Arm,
+    net: nn.Module,
+    feed: Feed,
+    budget: float,
+    seed: int = 0,
+    teachers: Mapping[int, nn.Module] | None = None,
+) -> float:
     """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
 
     Sampled widths, and so their cost, depend on the `seed`. PlanError if the budget is too small for the arm's phases.
     """
     updates_per_epoch = feed.train.updates_per_epoch
     epochs = budget / (feed.train.batch_size * updates_per_epoch * training_macs(net, feed.input_size))
-    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size)
+    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, teachers)
     off: dict[float, float] = {}
     for _ in range(12):
         ratio = lay_out(arm.plan(epochs, seed), updates_per_epoch, built_grown=arm.expansion > 0).macs(costs) / budget
@@ -262,8 +290,22 @@ def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Rou
 
 def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
-    return timm.create_model(name, **kwargs)
+    return timm.create_model(name, **_net_kwargs(experiment, feed))
+
+
+def _net_kwargs(experiment: Experiment, feed: Feed) -> dict[str, Any]:
+    return {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
+
+
+def _about_net(experiment: Experiment, arm: Arm, feed: Feed) -> dict[str, Any]:
+    """How to make the net of an arm again, and its plain form."""
+    kwargs = _net_kwargs(experiment, feed)
+    return {
+        "name": arm.model(experiment.model),
+        "kwargs": kwargs,
+        "plain_name": experiment.model,
+        "plain_kwargs": kwargs,
+    }
 
 
 def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:

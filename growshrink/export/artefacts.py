@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from growshrink.base.writing import write_atomic
+from growshrink.cycle.source import Source
 from growshrink.errors import RunError
-from growshrink.export.source import Source
 from growshrink.transforms import fold
 
 TIMM_FILE = "model.safetensors"

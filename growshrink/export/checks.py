@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from growshrink.cycle.source import Source
 from growshrink.export.artefacts import Function
-from growshrink.export.source import Source
 from growshrink.proofs._compare import (
     EXACT_FLOAT32,
     EXACT_FLOAT64,

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growshrink.base.seeding import generator
+from growshrink.cycle.source import Source
 from growshrink.data.batches import Batch, eval_batches
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export.artefacts import ONNX_INPUT, Function
-from growshrink.export.source import Source
 from growshrink.training._evaluate import Score
 
 INT8_FILE = "int8.onnx"

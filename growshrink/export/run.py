@@ -18,6 +18,7 @@ from growshrink.base.config import check_fields
 from growshrink.base.environment import versions
 from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
 from growshrink.base.timing import interleaved_timings, machine
+from growshrink.cycle.source import Source
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import artefacts, int8
@@ -26,7 +27,6 @@ from growshrink.export.checks import exactness
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
 from growshrink.export.report import write_report
-from growshrink.export.source import Source
 from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
 

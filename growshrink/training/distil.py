@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from growshrink.training.answers import Answers
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class TeacherNet:
         temperature: Temperature of both softmaxes.
         repeat: Update from which it teaches, and number of updates after which the same batches come again, to be
             learnt from by the answers it has given; None asks it about new batches for ever.
+        path: File for answers that do not fit into memory; see `Answers`.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
     """
@@ -27,7 +31,11 @@ class TeacherNet:
     weight: float
     temperature: float
     repeat: tuple[int, int] | None = None
-    _answers: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    path: Path | None = None
+    _answers: Answers = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_answers", Answers(self.repeat[1] if self.repeat else 0, self.path))
 
     def question(self, update: int) -> int:
         """The update whose batch is to be learnt from in this one."""
@@ -41,9 +49,10 @@ class TeacherNet:
         """Its logits `(N, K)` for the batch of an update, given for the first time or once more."""
         if self.repeat is None:
             return self.model(images_NCHW)
-        if question not in self._answers:
-            self._answers[question] = self.model(images_NCHW)
-        return self._answers[question]
+        index = question - self.repeat[0]
+        if index not in self._answers:
+            self._answers[index] = self.model(images_NCHW)
+        return self._answers[index].to(images_NCHW.device)
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
-from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
+from growshrink.base.limits import NotAll, NotNegative, Positive
 from growshrink.base.ranks import average_update_
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
@@ -25,13 +23,7 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
-
-#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
-#: change of structure it would be wrong for the old parameters or for the new ones.
-NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb)
-
-
-OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", list_optimizers)]
+from growshrink.training.optimizers import OptimizerName, make_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +32,7 @@ class TrainConfig:
 
     Attributes:
         optimizer: Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron,
-            adahessian).
+            adahessian); see `make_optimizer`.
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
@@ -276,24 +268,8 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        try:
-            kind = get_optimizer_class(config.optimizer, bind_defaults=False)
-            if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
-                raise PlanError(
-                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and "
-                    "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
-                )
-            return create_optimizer_v2(
-                self.model,
-                opt=config.optimizer,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-            )
-        except PlanError:
-            raise
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
+        rates = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
+        return make_optimizer(self.model, config.optimizer, **rates)
 
 
 def _beside(parameter: nn.Parameter, value: Any) -> Any:

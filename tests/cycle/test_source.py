@@ -8,9 +8,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import growshrink as gs
+from growshrink.cycle.source import Recipe
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.export import read_source
-from growshrink.export.source import Recipe
 from growshrink.supernet import save_supernet
 from nets import images, net, randomized, rel
 

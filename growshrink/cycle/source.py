@@ -1,4 +1,4 @@
-"""What is exported: a net read from whatever training left behind, merged into its plain architecture."""
+"""A net read from whatever training left behind, merged into its plain architecture."""
 
 from __future__ import annotations
 
