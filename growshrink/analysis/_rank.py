@@ -159,9 +159,9 @@ def rank(
     boot = Bootstrap(n, num=num_resamples, seed=seed, confidence=confidence)
 
     agreement, within = {}, {}
+    beyond = _beyond(columns, target, baselines, boot)
     for name, column in columns.items():
-        controls = [columns[b] for b in baselines if b != name]
-        agreement[name], within[name] = _agreement(column, target, controls, bins, k, boot)
+        agreement[name], within[name] = _agreement(column, target, beyond[name], bins, k, boot)
     verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
     return Ranking(
         agreement,
@@ -178,8 +178,23 @@ def rank(
     )
 
 
+def _beyond(
+    columns: Mapping[str, Floats], truth: Floats, baselines: Sequence[str], boot: Bootstrap
+) -> dict[str, Estimate]:
+    """Partial Spearman of each score given the baselines but itself; those with equal controls are fitted at once."""
+    groups = [[name] for name in baselines] + [[name for name in columns if name not in baselines]]
+    found = {}
+    for names in filter(None, groups):
+        controls = [columns[other] for other in baselines if other not in names]
+        resampled = boot.partial_spearman([columns[name] for name in names], truth, controls)
+        for name, samples in zip(names, resampled, strict=True):
+            value = stats.partial_spearman(columns[name], truth, controls)
+            found[name] = boot.interval(value, samples)
+    return found
+
+
 def _agreement(
-    score: Floats, truth: Floats, controls: Sequence[Floats], bins: Any, k: int, boot: Bootstrap
+    score: Floats, truth: Floats, beyond: Estimate, bins: Any, k: int, boot: Bootstrap
 ) -> tuple[Agreement, Floats]:
     """Its figures, and the resamples of tau_within."""
     if np.ptp(score) == 0:  # a constant score ranks nothing
@@ -197,11 +212,11 @@ def _agreement(
     agreement = Agreement(
         tau_a=boot.interval(found.tau_a, tau_a),
         tau_b=boot.interval(found.tau_b, tau_b),
-        spearman=estimate(lambda i: stats.pearson(ranks[0][i], ranks[1][i])),
+        spearman=boot.interval(stats.pearson(*ranks), boot.pearson(*ranks)),
         precision=estimate(lambda i: stats.top_k_precision(score[i], truth[i], k)),
         regret=estimate(lambda i: stats.regret(score[i], truth[i], k)),
         tau_within=boot.interval(stats.kendall_within(score, truth, bins), within),
-        beyond=estimate(lambda i: stats.partial_spearman(score[i], truth[i], [c[i] for c in controls])),
+        beyond=beyond,
     )
     return agreement, within
 
