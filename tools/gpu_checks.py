@@ -193,7 +193,7 @@ def check_ddp(device: torch.device, tiny: bool) -> Mapping[str, Any]:
             done = subprocess.run([*start, GROW_CYCLE, *options], capture_output=True, text=True, timeout=240)
             if done.returncode:
                 raise AssertionError(f"exit {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-            tops.append(json.loads((out / "report.json").read_text())["test"]["top1"])
+            tops.append(json.loads((out / "report.json").read_text())["final"]["top1"])
     return {"alone": tops[0], "one rank": tops[1]}
 
 

@@ -20,6 +20,7 @@ from growshrink.data.feed import MemoryFeed
 from growshrink.evidence.stack import stack_nets
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, Trainer
+from paired import channels_last
 
 Speed = Callable[[torch.device, bool], Mapping[str, Any]]
 
@@ -45,7 +46,7 @@ class Step:
     def __init__(
         self, net: nn.Module, batch: int, side: int, device: torch.device, amp: bool, channels: int = 3
     ) -> None:
-        self.net = net.to(device, memory_format=torch.channels_last).train()
+        self.net = channels_last(net.to(device)).train()
         self.run: Callable[[Tensor], Tensor] = self.net
         x = torch.randn(batch, channels, side, side, device=device)
         self.x, self.device, self.amp = x.contiguous(memory_format=torch.channels_last), device, amp
@@ -112,7 +113,7 @@ def _steps(model: str, side: int, batch: int) -> Speed:
         task_net = gs.grow(timm.create_model(model, num_classes=10), ratio=4, input_size=(3, side, side)).to(device)
         batches = Step(task_net, size, side, device, amp=True)
         task = gs.NetAugTask(task_net, verbose=False, input_size=(3, side, side)).attach(batches.optimizer)
-        calls["NetAug, lazy, 8 updates"] = lambda: [_task_step(task, batches) for _ in range(task.every)]
+        calls["NetAug, lazy, 8 updates"] = lambda: _task_steps(task, batches)
         seconds = paired(calls, device, tiny)
         for name, value in seconds.items():
             turns = task.every if "8 updates" in name else 1
@@ -122,11 +123,12 @@ def _steps(model: str, side: int, batch: int) -> Speed:
     return measure
 
 
-def _task_step(task: gs.NetAugTask, step: Step) -> None:
-    with torch.autocast(step.device.type, torch.bfloat16, enabled=step.amp):
-        task.backward(step.x, step.y)
-    step.optimizer.step()
-    step.optimizer.zero_grad()
+def _task_steps(task: gs.NetAugTask, step: Step) -> None:
+    for _ in range(task.every):
+        with torch.autocast(step.device.type, torch.bfloat16, enabled=step.amp):
+            task.backward(step.x, step.y)
+        step.optimizer.step()
+        step.optimizer.zero_grad()
 
 
 def _peak(device: torch.device) -> int | str:
@@ -151,7 +153,7 @@ def epoch(device: torch.device, tiny: bool) -> Mapping[str, Any]:
     split = Split(torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8), torch.arange(count) % 10)
     data = DataSet("noise", split, split, split, tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
     feed = MemoryFeed.of(data, batch_size=128, augment=Augment(crop=4, flip=True), device=device)
-    net = timm.create_model("reducenet20", num_classes=10).to(device, memory_format=torch.channels_last)
+    net = channels_last(timm.create_model("reducenet20", num_classes=10).to(device))
     trainer, one = Trainer(net, TrainConfig(amp=True), feed.train), gs.schedules.constant(1.0)
 
     def run() -> float:
