@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, InputSize, InputSizes, shared_parameters, trace
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
@@ -39,7 +39,7 @@ class _Merge:
 
 
 def fuse(
-    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
+    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSizes | None = None
 ) -> nn.Module:
     """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
@@ -54,7 +54,13 @@ def fuse(
         width: A width of the supernet; None is the active one.
         inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
             branches merge into, stay the same objects.
-        input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
+        input_size: `(C, H, W)` for the data flow and the final check, or several, where the model takes another path at
+            another size; None takes the model's own.
+
+    A bias that goes into a batch norm must be read by nothing else. Seen are all readers in a pass in eval mode and one
+    in train mode at every `input_size`, hooks, and whatever keeps an output; a norm that ran in no pass counts as a
+    reader. Not seen: a path that another size, another argument or a flag of your own would take to something else
+    than a norm, and train mode where it does not run (a warning says so).
 
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
@@ -69,7 +75,8 @@ def fuse(
         _refuse_alive(model)
         flow = trace(model, input_size)
         commit = partial(_commit, merges=_plan(model, flow))
-        check_unchanged(model, commit, flow.input_size)
+        for size in flow.sizes:
+            check_unchanged(model, commit, size)
         commit(model)
     return model
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, InputSizes, shared_parameters, trace
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
@@ -40,7 +40,7 @@ def grow(
     init: str = "silent",
     seed: int = 0,
     inplace: bool = False,
-    input_size: InputSize | None = None,
+    input_size: InputSizes | None = None,
 ) -> nn.Module:
     """Attach branches to the convolutions and linear layers of any model.
 
@@ -62,7 +62,8 @@ def grow(
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
-        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
+        input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
+            another size; None takes the model's own.
 
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
@@ -148,7 +149,7 @@ class GrowthReport:
 
 
 def growth_report(
-    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSize | None = None
+    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSizes | None = None
 ) -> GrowthReport:
     """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now).
 
@@ -199,7 +200,7 @@ def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchS
 class _Eligibility:
     """Answers why a layer cannot be grown exactly."""
 
-    def __init__(self, model: nn.Module, input_size: InputSize | None) -> None:
+    def __init__(self, model: nn.Module, input_size: InputSizes | None) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
