@@ -11,12 +11,10 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import random
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,13 +38,12 @@ _IMAGES = 2
 class Reader:
     """One use of an output: the operator, and the module it belongs to, where that module owns a tensor it reads too.
 
-    `norm` is that module again if it is a batch norm (of so many `channels`).
+    `norm` is that module again if it is a batch norm.
     """
 
     op: str
     norm: str | None = None
     module: str | None = None
-    channels: int = 0
 
     def __str__(self) -> str:
         return self.norm or self.op
@@ -65,7 +62,7 @@ class Flow:
         read_beside: Modules a parameter of which was read while they did not run.
         input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
         others: The passes in train mode and at further sizes, by what they were.
-        idle: Modules that work per channel and ran in no pass, with the numbers of channels they fit.
+        rivals: Of each batch norm, a module that works on as many channels and ran in no pass, where there is one.
         shared: What `shared_parameters` found.
     """
 
@@ -76,7 +73,7 @@ class Flow:
     input_sizes: Mapping[str, tuple[int, int]]
     read_beside: frozenset[str] = frozenset()
     others: Mapping[str, Flow] = field(default_factory=dict)
-    idle: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    rivals: Mapping[str, str] = field(default_factory=dict)
     shared: frozenset[str] = frozenset()
 
     @property
@@ -88,34 +85,29 @@ class Flow:
         """The batch norm that alone consumes the output of `name` in every pass, or None and why there is none."""
         if self.calls.get(name, 0) != 1:
             return None, f"it runs {self.calls.get(name, 0)} times in a forward pass"
-        norm, reason, channels = self._norm_in_pass(name)
+        norm, reason = self._norm_in_pass(name)
         for where, flow in self.others.items() if norm else ():
             if flow.calls.get(name, 0):
-                other, reason, _ = flow._norm_in_pass(name)
+                other, reason = flow._norm_in_pass(name)
                 if other != norm:
                     return None, f"{where} {reason or f'its output goes into {other}, not into {norm}'}"
         if norm in self.shared:
             return None, f"the batch norm {norm} behind it shares a parameter or a buffer with another module"
-        if norm and (idle := [other for other, fits in self.idle.items() if channels in fits]):
-            return None, f"{idle[0]} has its number of channels, ran in no pass observed, and may be another reader"
+        if norm is not None and norm in self.rivals:
+            return None, f"{self.rivals[norm]} fits it like {norm}, ran in no pass observed, and may be another reader"
         return norm, reason
 
-    def _norm_in_pass(self, name: str) -> tuple[str | None, str, int]:
-        """The norm, the reason why there is none, the number of channels."""
+    def _norm_in_pass(self, name: str) -> tuple[str | None, str]:
         runs, readers = self.calls[name], self.readers.get(name, ())
+        found = ", ".join(dict.fromkeys(map(str, readers))) or "by nothing"
         if len(readers) != runs:
-            found = ", ".join(map(str, readers)) or "by nothing"
-            return None, f"its output is read {len(readers)} times ({found})", 0
+            return None, f"its output is read {len(readers)} times ({found})"
         norm = readers[0].norm
         if norm is None or any(reader.norm != norm for reader in readers):
-            return (
-                None,
-                f"its output goes to {', '.join({str(reader) for reader in readers})}, not into a batch norm",
-                0,
-            )
+            return None, f"its output goes to {found}, not into a batch norm"
         if self.calls.get(norm, 0) != runs:
-            return None, f"the batch norm {norm} behind it runs {self.calls.get(norm, 0)} times", 0
-        return norm, "", readers[0].channels
+            return None, f"the batch norm {norm} behind it runs {self.calls.get(norm, 0)} times"
+        return norm, ""
 
 
 def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
@@ -138,27 +130,28 @@ def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
             check_size(size)
     flow = _first_that_runs(model, given[:1] or _candidate_sizes(model), train=False)
     others = {f"at {size}": _first_that_runs(model, [size], train=False) for size in given[1:]}
-    for size in flow.sizes if not others else given:
+    for size in given or flow.sizes:
         try:
             others[f"in train mode at {size}"] = _first_that_runs(model, [size], train=True)
         except GrowShrinkError as error:
             reason = str(error.__cause__).split("\n")[0][:200]
-            warnings.warn(
-                f"the model does not run in train mode, so readers there are not seen: {reason}", stacklevel=3
-            )
+            warnings.warn(f"the model does not run in train mode, readers there are not seen: {reason}", stacklevel=3)
     ran = {name for seen in (flow, *others.values()) for name, calls in seen.calls.items() if calls}
-    idle = {name: fits for name, fits in _per_channel(model) if name not in ran}
-    return replace(flow, others=others, idle=idle, shared=frozenset(shared_parameters(model)))
+    shared = frozenset(shared_parameters(model))
+    return replace(flow, others=others, rivals=_rivals(model, ran), shared=shared)
 
 
-def _per_channel(model: nn.Module) -> Iterator[tuple[str, frozenset[int]]]:
-    """Modules that work per channel, but for those inside of a module that has a map of its own (a branch)."""
+def _rivals(model: nn.Module, ran: set[str]) -> dict[str, str]:
+    # a branch that is skipped or merged does not run, and reads nothing but its own
     inside = {id(m) for mapped in model.modules() if hasattr(mapped, "as_convmap") for m in mapped.modules()}
+    idle: dict[int, str] = {}
     for name, module in model.named_modules():
         own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if id(module) not in inside and all(t.dim() <= 1 for t in own):
-            if fits := {t.numel() for t in own if t.dim() == 1} | {getattr(module, "num_features", 0)} - {0}:
-                yield name, frozenset(fits)
+        if name not in ran and id(module) not in inside and all(t.dim() <= 1 for t in own):
+            fits = {t.numel() for t in own if t.dim()} | {getattr(module, "num_features", 0)}
+            idle |= dict.fromkeys(fits - {0}, name)
+    means = ((name, getattr(module, "running_mean", None)) for name, module in model.named_modules())
+    return {name: idle[len(mean)] for name, mean in means if mean is not None and len(mean) in idle}
 
 
 def _first_that_runs(model: nn.Module, sizes: Sequence[InputSize], train: bool) -> Flow:
@@ -244,8 +237,9 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     # before the hooks that are there, which may read the output
     hooks = [module.register_forward_hook(after, prepend=True) for module in model.modules()]
     hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
+    drawn = {p.device.index for p in model.parameters() if p.is_cuda}  # by dropout and its like
     try:
-        with torch.no_grad(), _random_streams_kept(model), recorder:
+        with torch.no_grad(), torch.random.fork_rng(drawn), recorder:
             output = model(_zeros(model, size))
     finally:
         for hook in hooks:
@@ -255,18 +249,6 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     recorder.keepers({id(leaf) for leaf in leaves})
     readers = {name: tuple(found) for name, found in recorder.readers.items()}
     return Flow(size, calls, output_sizes, readers, input_sizes, frozenset(recorder.read_beside))
-
-
-@contextmanager
-def _random_streams_kept(model: nn.Module) -> Iterator[None]:
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    state = random.getstate()
-    try:
-        with torch.random.fork_rng([device.index for device in devices], device_type=kind):
-            yield
-    finally:
-        random.setstate(state)
 
 
 class _Recorder(TorchDispatchMode):
@@ -299,8 +281,7 @@ class _Recorder(TorchDispatchMode):
         self.read_beside.update(name for name in owners if not self.running[name])
         for tensor_id in {id(t) for t in tensors}:
             other_axis = norm is not None and self._channels.get(tensor_id, 1) != 1
-            width = next((t.numel() for t in tensors if id(t) in self.norm_of), 0)
-            reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner, width)
+            reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner)
             for name in self._producers.get(tensor_id, ()):
                 self.readers[name].append(reader)
 

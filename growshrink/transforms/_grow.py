@@ -72,6 +72,8 @@ def grow(
     specs = branch_specs(branch)
     if init not in INITS:
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
+    if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
+        raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
     model = model if inplace else copy.deepcopy(model)
     eligibility = _Eligibility(model, input_size)
     names = _select(model, where, eligibility, specs)
@@ -161,9 +163,7 @@ def growth_report(
     """
     eligibility = _Eligibility(model, input_size)
     specs = branch_specs(branch) if branch is not None else []
-    asked: dict[str, type[Branch]] = {kind: Branch.kinds[kind] for spec in specs for kind in spec.kinds}
-    if branch is None:
-        asked = {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
+    carried = {} if specs else {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
@@ -171,8 +171,10 @@ def growth_report(
         left_out: dict[str, str] = {}
         if not reason:
             conv = _as_conv(module)
-            reasons = {kind: cls.reason_against(conv) for kind, cls in asked.items() if kind not in kinds}
-            left_out = {kind: why for kind, why in reasons.items() if why}
+            asked = {kind: cls.reason_against(conv) for kind, cls in carried.items()}
+            for spec in specs:
+                asked |= spec.reasons(conv)
+            left_out = {kind: why for kind, why in asked.items() if why and kind not in kinds}
             reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
     return GrowthReport(tuple(rows))
@@ -234,7 +236,12 @@ class _Eligibility:
         parts, reason = _fitting(specs, _as_conv(layer))
         if reason:
             return reason
-        biased = not specs or any(part.norm and Branch.kinds[part.kind].biased for part in parts)
+        later = parts if isinstance(layer, Grown) else parts[1:]
+        if any(part.published and not part.branch_class.parallel for part in later):
+            return "a published block begins with the norm or scale of the kernel, and other branches come before it"
+        biased = not specs or any(part.norm and part.branch_class.biased for part in parts)
+        if any(part.kind == "own_norm" for part in parts) and (norm := self.flow.norm_after(name)[0]):
+            return f"{norm} would norm the published block's sum again: growshrink.fold comes first"
         if layer.bias is None and biased:
             norm, reason = self.flow.norm_after(name)
             if norm is None:

@@ -98,11 +98,11 @@ def second(m, y):
 
 # way, what is registered, the reason, what the other reader gets; `use` is on, in eval mode, for what it gets
 WAYS = {
-    "a second norm by a flag": (second, None, "other has its number of channels, ran in no pass", None),
+    "a second norm by a flag": (second, None, "other fits it like bn, ran in no pass", None),
     "another kind of norm by a flag": (
         lambda m, y: m.group(y) if m.use else m.bn(y),
         None,
-        "group has its number of channels, ran in no pass",
+        "group fits it like bn, ran in no pass",
         None,
     ),
     "another norm in train mode": (
