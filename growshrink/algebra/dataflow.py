@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growshrink.base.ties import ties
 from growshrink.errors import GrowShrinkError, check_model, check_size
 
 InputSize = tuple[int, int, int]
@@ -175,12 +176,9 @@ def _first_that_runs(model: nn.Module, sizes: Sequence[InputSize], train: bool) 
 
 
 def shared_parameters(model: nn.Module) -> set[str]:
-    """Dotted names of modules that own a parameter which another module, or another name, owns too."""
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
+    """Dotted names of modules that own a tensor in whose memory another module, or another name, has one too."""
+    owners = ({name for name, _ in group} for group in ties(model))
+    return {name for names in owners if len(names) > 1 for name in names}
 
 
 def _candidate_sizes(model: nn.Module) -> list[InputSize]:

@@ -12,6 +12,7 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, InputSizes, shared_parameters, trace
+from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
@@ -74,7 +75,7 @@ def grow(
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
     if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
         raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model, tied_copies(model))
     eligibility = _Eligibility(model, input_size)
     names = _select(model, where, eligibility, specs)
     layers = _candidates(model)
@@ -103,7 +104,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
             "Let lam reach 0 and use growshrink.fuse."
         )
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model, tied_copies(model))
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
         to_plain(module)
