@@ -289,7 +289,8 @@ class _Recorder(TorchDispatchMode):
         normed = {key for key, names in self._producers.items() if any(r.norm for n in names for r in self.readers[n])}
 
         def held() -> set[int]:
-            references = {key: sys.getrefcount(tensor) for key, tensor in self._alive.items()}
+            views = Counter(id(tensor._base) for tensor in self._alive.values() if tensor._is_view())
+            references = {key: sys.getrefcount(tensor) - views[key] for key, tensor in self._alive.items()}
             return {key for key in normed - known if references[key] > references[0]}
 
         if held():
