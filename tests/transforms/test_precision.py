@@ -1,5 +1,6 @@
 """What fuse and fold do where the net's own dtype cannot hold the result."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -79,3 +80,14 @@ def test_a_net_that_gives_inf_once_it_is_folded_is_refused():
         net[1].running_mean.copy_(net[0](torch.zeros(1, 3, 3, 3).half()).flatten())
     with untouched(net), pytest.raises(FuseError, match="in torch.float16 the merged net would give inf or NaN"):
         gs.fold(net, inplace=True, input_size=SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_verify_tells_the_error_in_the_nets_own_dtype(dtype):
+    result = gs.verify(grown("bottleneck").to(dtype), input_size=SIZE)
+    assert result.ok and result.max_rel < 1e-12
+    if dtype == torch.bfloat16:
+        assert 1e-4 < result.max_rel_own < 0.1
+        assert not dataclasses.replace(result, max_rel_own=float("inf")).ok
+    else:
+        assert result.max_rel_own is None
