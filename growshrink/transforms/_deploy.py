@@ -40,7 +40,8 @@ class MergeFirst:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""
         found = ((name, m) for name, m in grown_modules(self.owner).items() if isinstance(m, Grown))
-        merges = [self._plan(name, layer, shared_parameters(self.owner)) for name, layer in found]
+        shared = shared_parameters(self.owner)
+        merges = [self._plan(name, layer, shared) for name, layer in found]
         for layer, total, norm in merges:
             write_map(layer, total)
             if norm is not None:
@@ -50,15 +51,15 @@ class MergeFirst:
         return getattr(self.owner, self.hook)(*args, **kwargs)
 
     def _plan(self, name: str, layer: Grown, shared: set[str]) -> tuple[Grown, ConvMap, nn.Module | None]:
-        if name in shared:
-            raise FuseError(f"{name} shares memory with another module: merging would change that one too.")
+        if {name, self.norms.get(name)} & shared:
+            raise FuseError(f"{name}, or the norm behind it, shares memory with another module: nothing was merged.")
         total, norm = layer.as_convmap().fit(layer.as_conv()), None
         if layer.bias is None and bool((total.bias != 0).any()):
-            norm = dict(self.owner.named_modules()).get(self.norms.get(name, "no norm"))
+            norm = dict(self.owner.named_modules()).get(self.norms.get(name, "outside"))
             if not isinstance(mean := getattr(norm, "running_mean", None), Tensor) or len(mean) != len(total.bias):
                 raise FuseError(
-                    f"{name} has no bias, and in this block no batch norm to take that of its branches "
-                    f"({self.norms.get(name, 'none')} when it was grown): growshrink.fuse comes first."
+                    f"{name} has no bias, and no batch norm in this block takes that of its branches: "
+                    "growshrink.fuse comes first."
                 )
         check_cast(name, layer, total, norm)
         return layer, total, norm
@@ -67,17 +68,20 @@ class MergeFirst:
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
     """Put a `MergeFirst` before each hook of a module that holds grown layers; replaces guards that are there."""
     unguard_hooks(model)
-    norms = {name: flow.norm_after(name)[0] or "" for name, m in grown_modules(model).items() if isinstance(m, Grown)}
+    norms = {name: flow.norm_after(name)[0] for name, m in grown_modules(model).items() if isinstance(m, Grown)}
+    taken = {name: norm for name, norm in norms.items() if norm}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        inside = {n.removeprefix(prefix): norm for n, norm in norms.items() if n.startswith(prefix) and n != name}
-        if inside and not isinstance(module, Mergeable):
-            local = {
-                n: f"..{norm}" if not norm.startswith(prefix) else norm[len(prefix) :] for n, norm in inside.items()
-            }
+        inside = {
+            n.removeprefix(prefix): norm.removeprefix(prefix)
+            for n, norm in taken.items()
+            if n.startswith(prefix) and norm.startswith(prefix)
+        }
+        grown = any(n.startswith(prefix) and n != name for n in norms)
+        if grown and not isinstance(module, Mergeable):
             for hook in HOOKS:
                 if callable(getattr(module, hook, None)):
-                    setattr(module, hook, MergeFirst(module, hook, local))
+                    setattr(module, hook, MergeFirst(module, hook, inside))
 
 
 def unguard_hooks(model: nn.Module) -> None:
@@ -99,29 +103,25 @@ def write_map(layer: Grown, total: ConvMap) -> None:
 @torch.no_grad()
 def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | None) -> None:
     """FuseError where values overflow in the net's own dtype; a warning where rounding takes what the branches add."""
-    weight = module.weight if isinstance(module, Grown) else next(module.parameters())
-    targets = [(weight, total.kernel.cpu())]
-    if isinstance(module, Grown) and module.bias is not None:
-        targets.append((module.bias, total.bias.cpu()))
-    elif norm is not None:
+    targets: list[tuple[Tensor, Tensor]] = [(next(module.parameters()), total.kernel.cpu())]
+    if isinstance(module, Grown):
+        targets = [(module.weight, total.kernel.cpu().reshape(module.weight.shape))]
+        targets += [] if module.bias is None else [(module.bias, total.bias.cpu())]
+    if norm is not None:
         mean = norm.get_buffer("running_mean")
         targets.append((mean, mean.double().cpu() - total.bias.cpu()))
-    changes = []
+    changes = []  # what is to be added, and what of it is lost
     for old, new in targets:
         dtype, written = str(old.dtype).removeprefix("torch."), new.to(old.dtype).double()
         if not written.isfinite().all():
             raise FuseError(
                 f"{name}: what its branches merge into is too large for {dtype}: fuse in float32, then cast."
             )
-        if old.numel() == new.numel():  # not of a PureBottleneck, which has no kernel of its own
-            added = (new - old.double().cpu().reshape(new.shape)).norm()
-            changes.append((dtype, float(added), float((written - new).norm()), float(new.norm())))
-    least = max((1e-4 * added for _, added, _, _ in changes), default=0.0)
-    for dtype, added, lost, size in changes:
-        if added > max(least, 1e-12 * size) and lost > MOST_LOST * added:
-            share = min(1.0, lost / added)
-            warnings.warn(
-                f"{name}: rounding to {dtype} takes {share:.0%} of what its branches add: fuse in float32, then cast.",
-                stacklevel=2,
-            )
-            return
+        if old.shape == new.shape:  # not of a PureBottleneck, which has no kernel of its own
+            added = float((new - old.double().cpu()).norm())
+            changes.append((added * (added > 1e-12 * float(new.norm())), float((written - new).norm())))
+    most = max((added for added, _ in changes), default=0.0)
+    shares = [lost / added for added, lost in changes if added > 1e-4 * most]
+    if (share := max(shares, default=0.0)) > MOST_LOST:
+        lost = f"{min(share, 1.0):.0%} of what its branches add: fuse in float32, then cast"
+        warnings.warn(f"{name}: rounding to {dtype} takes {lost}.", stacklevel=2)

@@ -176,13 +176,13 @@ def test_a_norm_outside_of_the_block_or_gone_from_it_is_refused_and_nothing_chan
     grown = gs.grow(nn.Sequential(nn.Conv2d(3, 3, 1), Half(), nn.BatchNorm2d(8)), input_size=SIZE)
     model = randomized(grown, seed=3).double().eval()
     gs.set_lambda(model, 0.0)
-    with untouched(model), pytest.raises(FuseError, match=r"conv has no bias, and in this block no batch .*\.\.2 when"):
+    with untouched(model), pytest.raises(FuseError, match="conv has no bias, and no batch norm in this block"):
         model[1].fuse()
     x = images(*SIZE, dtype=torch.float64)
     assert rel(gs.fuse(model, input_size=SIZE)(x), model(x)) < 1e-12
     blocks = grown_blocks()
     blocks.one.conv_kxk[1].bn = nn.GroupNorm(2, 8).double()
-    with untouched(blocks), pytest.raises(FuseError, match="no batch norm to take that of its branches"):
+    with untouched(blocks), pytest.raises(FuseError, match="no batch norm in this block takes that of its"):
         blocks.one.reparameterize()
 
 
