@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap, Pair
 from growshrink.branches.base import Chain
-from growshrink.branches.geometry import ONE_TAP, even_sides, like, lopsided, padding_of
+from growshrink.branches.geometry import ONE_TAP, even_sides, like, padding_of
 from growshrink.branches.kernels import Kernels, chain_kernel
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, convmap_of
@@ -72,49 +72,46 @@ class NormAndPad(Mergeable):
         return replace(own, padding=((vertical, vertical), (horizontal, horizontal)))
 
 
-class _BehindPointwise(Chain, kind=""):
+class _Published(Chain, kind=""):
+    """1x1 -> BN, padded by it -> kxk or average pool -> BN, as DBB has them; depthwise they are others."""
+
     outermost = "path.norm.weight"
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        depthwise, averages = conv.groups == conv.out_channels, self.kind == "pointwise_average"
+        inner = conv.out_channels if averages else conv.in_channels * (2 if depthwise else 1)
+        pointwise, last = like(conv, out_channels=inner, **ONE_TAP), like(conv, inner, padding=(0, 0))
+        pointwise.reset_parameters()
+        last.reset_parameters()
+        if not averages and not depthwise:
+            nn.init.dirac_(pointwise.weight, conv.groups)
+        parts: dict[str, Any] = {"pointwise": pointwise, "inner": NormAndPad(inner, padding_of(conv)), "conv": last}
+        if averages:
+            parts.pop("conv")
+            parts = {} if depthwise else parts
+            padding = padding_of(conv) if depthwise else 0
+            parts["average"] = nn.AvgPool2d(conv.kernel_size, conv.stride, padding)  # type: ignore[arg-type]
+        super().__init__(conv, ratio, **parts, norm=nn.BatchNorm2d(conv.out_channels))
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
         """See `Branch.reason_against`."""
-        known = Branch.kinds[cls.kind].reason_against(conv) or lopsided(conv)
+        known = Branch.kinds[cls.kind].reason_against(conv)
         return known or (f"its padding mode is {conv.padding_mode}" if conv.padding_mode != "zeros" else "")
 
 
-class PublishedPointwiseConv(_BehindPointwise, kind="pointwise_conv", published=True):
+class PublishedPointwiseConv(_Published, kind="pointwise_conv", published=True):
     """In parallel: 1x1 -> BN, padded by it -> kxk -> BN; a depthwise 1x1 makes two channels of one.
 
     Source: Diverse Branch Block (arXiv:2103.13425, section 3.2; depthwise: the authors' code).
     """
 
-    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        inner = conv.in_channels * (2 if conv.groups == conv.out_channels else 1)
-        pointwise, kxk = like(conv, out_channels=inner, **ONE_TAP), like(conv, inner, padding=(0, 0))
-        pointwise.reset_parameters()
-        if inner == conv.in_channels:
-            nn.init.dirac_(pointwise.weight, conv.groups)
-        kxk.reset_parameters()
-        pad, norm = NormAndPad(inner, padding_of(conv)), nn.BatchNorm2d(conv.out_channels)
-        super().__init__(conv, ratio, pointwise=pointwise, inner=pad, conv=kxk, norm=norm)
 
-
-class PublishedPointwiseAverage(_BehindPointwise, kind="pointwise_average", published=True):
+class PublishedPointwiseAverage(_Published, kind="pointwise_average", published=True):
     """In parallel: 1x1 -> BN, padded by it -> average pool -> BN; depthwise the average pool -> BN alone.
 
     Source: Diverse Branch Block (arXiv:2103.13425, section 3.2; depthwise: the authors' code).
     """
-
-    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        parts: dict[str, Any] = {}
-        depthwise = conv.groups == conv.out_channels
-        if not depthwise:
-            parts["pointwise"] = pointwise = like(conv, **ONE_TAP)
-            pointwise.reset_parameters()
-            parts["inner"] = NormAndPad(conv.out_channels, padding_of(conv))
-        padding = padding_of(conv) if depthwise else 0
-        parts["average"] = nn.AvgPool2d(conv.kernel_size, conv.stride, padding)  # type: ignore[arg-type]
-        super().__init__(conv, ratio, **parts, norm=nn.BatchNorm2d(conv.out_channels))
 
 
 class PublishedOrepa(Kernels, kind="orepa", published=True):
@@ -182,13 +179,12 @@ class PublishedOrepa(Kernels, kind="orepa", published=True):
         return torch.stack([scale * path for scale, path in zip(scales, paths, strict=True)]).sum(0)
 
 
-def _waves(channels: int, height: int, width: int) -> Tensor:
+def _waves(channels: int, *sides: int) -> Tensor:
     """The frequency prior `(O, 1, kh, kw)`: cosines down the first half of the channels, across the second."""
-    waves = torch.empty(channels, 1, height, width, dtype=torch.float64)
+    waves = torch.empty(channels, 1, *sides, dtype=torch.float64)
     for o in range(channels):
-        down = o < channels / 2
-        taps = height if down else width
-        number = o + 1 if down else o + 1 - channels / 2
-        wave = torch.cos(math.pi * (torch.arange(taps, dtype=torch.float64) + 0.5) * number / taps)
-        waves[o, 0] = (wave[:, None] if down else wave[None]).expand(height, width)
+        axis = int(o >= channels / 2)
+        taps = torch.arange(sides[axis], dtype=torch.float64) + 0.5
+        wave = torch.cos(math.pi * taps * (o + 1 - axis * channels / 2) / sides[axis])
+        waves[o, 0] = (wave if axis else wave[:, None]).expand(*sides)
     return waves
