@@ -114,9 +114,8 @@ class Flow:
 def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
     """Observe forward passes of a copy of `model`, in eval mode and in train mode.
 
-    Not seen: a path that is taken at another size than those given, or by a flag that is set otherwise; what a pass
-    in train mode would show where it fails (a warning says so); `tensor.data` of an output. A per-channel module that
-    ran in no pass counts as a possible reader of every output with its number of channels.
+    Not seen: paths at other sizes or by other flags, train mode where it does not run (a warning says so), and
+    `output.data`. A per-channel module that ran in no pass may read every output with its number of channels.
 
     Args:
         model: Any module that takes one image batch.
