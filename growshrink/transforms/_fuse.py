@@ -58,9 +58,9 @@ def fuse(
         input_size: `(C, H, W)` for the data flow and the final check, or several, where the model takes another path at
             another size; None takes the model's own.
 
-    Where a bias goes into a batch norm, nothing else may read the layer's output. Readers are seen in eval and train mode
-    at every `input_size`; hooks, what keeps an output, and norms that ran in no pass count as readers. Not seen: a path
-    that another size, argument or flag takes to no norm, and train mode where it does not run (a warning says so).
+    Where a bias goes into a batch norm, nothing else may read the layer's output. Readers are seen in eval and train
+    mode at every `input_size`; hooks, what keeps an output, and norms that ran in no pass count as readers. Not seen: a
+    path that another size, argument or flag takes to no norm, and train mode where it does not run (a warning says so).
 
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
