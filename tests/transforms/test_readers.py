@@ -12,6 +12,7 @@ from growshrink.algebra.dataflow import trace
 from growshrink.errors import FuseError, GrowError
 from growshrink.layers.grown import grown_modules
 from nets import images, randomized, rel, untouched
+from sampled import sampled
 
 SIZE, LARGE = (3, 10, 10), (3, 20, 20)
 
@@ -158,7 +159,18 @@ def what_is_read(model, name, reads):
         return reads(model, out).clone()
 
 
-@pytest.mark.parametrize("name", WAYS)
+KEPT = [
+    "a second norm by a flag",
+    "another norm in train mode",
+    "a head in train mode",
+    "another size",
+    "an object",
+    "an attribute",
+    "a hook on the norm that waits",
+]
+
+
+@pytest.mark.parametrize("name", sampled(WAYS, KEPT))
 def test_the_layer_is_left_alone_by_name_and_the_others_fuse_right(name):
     model, size, reason, reads = case(name)
     report = gs.growth_report(model, input_size=size)
