@@ -123,11 +123,10 @@ def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
             timm's `pretrained_cfg`, with the channels of the first convolution, or tries the usual ones.
     """
     check_model(model)
-    given: Sequence[InputSize] = []
-    if input_size is not None:
-        given = [input_size] if not input_size or isinstance(input_size[0], int) else input_size  # type: ignore
-        for size in given:
-            check_size(size)
+    several = isinstance(input_size, Sequence) and any(isinstance(size, Sequence) for size in input_size)
+    given: Sequence[Any] = [] if input_size is None else input_size if several else [input_size]
+    for size in given:
+        check_size(size)
     flow = _first_that_runs(model, given[:1] or _candidate_sizes(model), train=False)
     others = {f"at {size}": _first_that_runs(model, [size], train=False) for size in given[1:]}
     for size in given or flow.sizes:

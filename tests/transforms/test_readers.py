@@ -227,8 +227,10 @@ def test_a_net_that_does_not_run_in_train_mode_says_so():
 
 
 def test_several_sizes_are_all_checked():
-    with pytest.raises(gs.errors.GrowShrinkError, match=r"input_size=\(3, 0, 4\)"):
-        gs.grow(Read(plain), input_size=[SIZE, (3, 0, 4)])
+    for wrong in ((3, 0, 4), 3, "32", (3, 8), ()):
+        for size in ([SIZE, wrong], wrong):
+            with pytest.raises(gs.errors.GrowShrinkError, match=r"input_size=.*: must be \(C, H, W\)"):
+                gs.grow(Read(plain), input_size=size)
     grown = gs.grow(Read(plain), input_size=[SIZE, LARGE])
     assert trace(grown, [SIZE, LARGE]).sizes == [SIZE, LARGE]
     assert set(trace(grown, [SIZE, LARGE]).others) == {f"at {LARGE}", *(f"in train mode at {s}" for s in (SIZE, LARGE))}
