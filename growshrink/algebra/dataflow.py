@@ -2,16 +2,20 @@
 
 Module hooks alone do not see `bn(z) + z` or `relu_(y); bn(y)`. Here every aten operator of one pass is seen, so a
 second reader of a tensor is found however it is written. The pass runs on the meta device (no arithmetic, no
-memory), on a copy, in eval mode; it falls back to a real pass for models that cannot run on meta.
+memory), on a copy; it falls back to a real pass for models that cannot run on meta. There is one pass in eval mode and
+one in train mode for every input size.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import sys
+import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growshrink.base.ties import ties
 from growshrink.errors import GrowShrinkError, check_model, check_size
 
 InputSize = tuple[int, int, int]
+#: One size, or every size at which a model takes another path.
+InputSizes = InputSize | Sequence[InputSize]
 
 _SIZES_TO_TRY = (32, 64, 224, 28, 8)
 #: A norm without running statistics refuses one value per channel, in eval mode too.
@@ -45,7 +52,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Flow:
-    """What one forward pass showed.
+    """What one forward pass in eval mode showed, and others beside it.
 
     Attributes:
         input_size: `(C, H, W)` of the image that was passed.
@@ -55,6 +62,9 @@ class Flow:
         readers: Who reads the output of each module, in order. (Views of an `nn.Linear`'s output are that output.)
         read_beside: Modules a parameter of which was read while they did not run.
         input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
+        others: The passes in train mode and at further sizes, by what they were.
+        rivals: Of each batch norm, a module that works on as many channels and ran in no pass, where there is one.
+        shared: What `shared_parameters` found.
     """
 
     input_size: InputSize
@@ -63,37 +73,93 @@ class Flow:
     readers: Mapping[str, tuple[Reader, ...]]
     input_sizes: Mapping[str, tuple[int, int]]
     read_beside: frozenset[str] = frozenset()
+    others: Mapping[str, Flow] = field(default_factory=dict)
+    rivals: Mapping[str, str] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def sizes(self) -> list[InputSize]:
+        """The sizes of all passes."""
+        return list(dict.fromkeys(flow.input_size for flow in (self, *self.others.values())))
 
     def norm_after(self, name: str) -> tuple[str | None, str]:
-        """The batch norm that alone consumes the output of `name`, or None with the reason why there is none."""
+        """The batch norm that alone consumes the output of `name` in every pass, or None and why there is none."""
         if self.calls.get(name, 0) != 1:
             return None, f"it runs {self.calls.get(name, 0)} times in a forward pass"
-        readers = self.readers.get(name, ())
-        if len(readers) != 1:
-            return None, f"its output is read {len(readers)} times ({', '.join(map(str, readers)) or 'by nothing'})"
+        norm, reason = self._norm_in_pass(name)
+        for where, flow in self.others.items() if norm else ():
+            if flow.calls.get(name, 0):
+                other, reason = flow._norm_in_pass(name)
+                if other != norm:
+                    return None, f"{where} {reason or f'its output goes into {other}, not into {norm}'}"
+        if norm in self.shared:
+            return None, f"the batch norm {norm} behind it shares a parameter or a buffer with another module"
+        if norm is not None and norm in self.rivals:
+            return None, f"{self.rivals[norm]} fits it like {norm}, ran in no pass observed, and may be another reader"
+        return norm, reason
+
+    def _norm_in_pass(self, name: str) -> tuple[str | None, str]:
+        runs, readers = self.calls[name], self.readers.get(name, ())
+        found = ", ".join(dict.fromkeys(map(str, readers))) or "by nothing"
+        if len(readers) != runs:
+            return None, f"its output is read {len(readers)} times ({found})"
         norm = readers[0].norm
-        if norm is None:
-            return None, f"its output goes to {readers[0].op}, not into a batch norm"
-        if self.calls.get(norm, 0) != 1:
+        if norm is None or any(reader.norm != norm for reader in readers):
+            return None, f"its output goes to {found}, not into a batch norm"
+        if self.calls.get(norm, 0) != runs:
             return None, f"the batch norm {norm} behind it runs {self.calls.get(norm, 0)} times"
         return norm, ""
 
 
-def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
-    """Observe one forward pass of a copy of `model` in eval mode.
+def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
+    """Observe forward passes of a copy of `model`, in eval mode and in train mode.
+
+    Not seen: paths at other sizes or by other flags, train mode where it does not run (a warning says so), and
+    `output.data`. A per-channel module that ran in no pass may read every output with its number of channels.
 
     Args:
         model: Any module that takes one image batch.
-        input_size: `(C, H, W)`; None takes that of timm's `pretrained_cfg`, with the channels of the first convolution,
-            or tries the usual ones.
+        input_size: `(C, H, W)`, or several where the model takes another path at another size; None takes that of
+            timm's `pretrained_cfg`, with the channels of the first convolution, or tries the usual ones.
     """
     check_model(model)
-    if input_size is not None:
-        check_size(input_size)
-    sizes = [input_size] if input_size else _candidate_sizes(model)
+    several = isinstance(input_size, Sequence) and any(isinstance(size, Sequence) for size in input_size)
+    given: Sequence[Any] = [] if input_size is None else input_size if several else [input_size]
+    for size in given:
+        check_size(size)
+    flow = _first_that_runs(model, given[:1] or _candidate_sizes(model), train=False)
+    others = {f"at {size}": _first_that_runs(model, [size], train=False) for size in given[1:]}
+    for size in given or flow.sizes:
+        try:
+            others[f"in train mode at {size}"] = _first_that_runs(model, [size], train=True)
+        except GrowShrinkError as error:
+            reason = str(error.__cause__).split("\n")[0][:200]
+            warnings.warn(f"the model does not run in train mode, readers there are not seen: {reason}", stacklevel=3)
+    ran = {name for seen in (flow, *others.values()) for name, calls in seen.calls.items() if calls}
+    shared = frozenset(shared_parameters(model))
+    return replace(flow, others=others, rivals=_rivals(model, ran), shared=shared)
+
+
+def _rivals(model: nn.Module, ran: set[str]) -> dict[str, str]:
+    # a branch that is skipped or merged does not run, and reads nothing but its own
+    inside = {id(m) for mapped in model.modules() if hasattr(mapped, "as_convmap") for m in mapped.modules()}
+    idle: dict[int, str] = {}
+    for name, module in model.named_modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if name not in ran and id(module) not in inside and all(t.dim() <= 1 for t in own):
+            fits = {t.numel() for t in own if t.dim()} | {getattr(module, "num_features", 0)}
+            idle |= dict.fromkeys(fits - {0}, name)
+    means = ((name, getattr(module, "running_mean", None)) for name, module in model.named_modules())
+    return {name: idle[len(mean)] for name, mean in means if mean is not None and len(mean) in idle}
+
+
+def _first_that_runs(model: nn.Module, sizes: Sequence[InputSize], train: bool) -> Flow:
     last_error: Exception | None = None
     for device in ("meta", None):
-        replica = copy.deepcopy(model).eval()
+        replica = copy.deepcopy(model).train(train)
+        for module in replica.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.eval()  # its statistics would wait for other processes
         if device:
             replica = replica.to(device)
         for size in sizes:
@@ -108,12 +174,9 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
 
 
 def shared_parameters(model: nn.Module) -> set[str]:
-    """Dotted names of modules that own a parameter which another module, or another name, owns too."""
-    owners: dict[int, set[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), set()).add(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
+    """Dotted names of modules that own a tensor in whose memory another module, or another name, has one too."""
+    owners = ({name for name, _ in group} for group in ties(model))
+    return {name for names in owners if len(names) > 1 for name in names}
 
 
 def _candidate_sizes(model: nn.Module) -> list[InputSize]:
@@ -140,6 +203,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         for m in model.modules()
         for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
     }
+    heard = {id(m) for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
     calls: Counter[str] = Counter()
     input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
@@ -147,6 +211,8 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
 
     def before(module: nn.Module, args: Any) -> None:
         recorder.running[names[id(module)]] += 1
+        if id(module) in heard:
+            recorder.consumed(f"a hook on {names[id(module)]}", tree_leaves(args))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         name = names[id(module)]
@@ -161,16 +227,22 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
                 output_sizes[name] = (output.numel() // output.shape[-1] // _IMAGES, 1)
             elif output.dim() == 4:
                 output_sizes[name] = (output.shape[2], output.shape[3])
+        if id(module) in heard and module._forward_hooks:
+            recorder.consumed(f"a hook on {name}", tree_leaves(output))
 
-    hooks = [module.register_forward_hook(after) for module in model.modules()]
+    # before the hooks that are there, which may read the output
+    hooks = [module.register_forward_hook(after, prepend=True) for module in model.modules()]
     hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
+    drawn = {p.device.index for p in model.parameters() if p.is_cuda}  # by dropout and its like
     try:
-        with torch.no_grad(), recorder:
+        with torch.no_grad(), torch.random.fork_rng(drawn), recorder:
             output = model(_zeros(model, size))
     finally:
         for hook in hooks:
             hook.remove()
-    recorder.consumed("the model's output", tree_leaves(output))
+    leaves = tree_leaves(output)
+    recorder.consumed("the model's output", leaves)
+    recorder.keepers({id(leaf) for leaf in leaves})
     readers = {name: tuple(found) for name, found in recorder.readers.items()}
     return Flow(size, calls, output_sizes, readers, input_sizes, frozenset(recorder.read_beside))
 
@@ -187,12 +259,12 @@ class _Recorder(TorchDispatchMode):
         self.read_beside: set[str] = set()
         self._producers: dict[int, list[str]] = {}
         self._channels: dict[int, int] = {}
-        self._alive: list[Tensor] = []  # an id is only good while its tensor lives
+        self._alive: dict[int, Tensor] = {}  # an id is only good while its tensor lives
 
     def produced(self, name: str, output: Tensor, channels: int | None) -> None:
         """`channels`: the axis they are, of an output whose views are seen through."""
         self._producers.setdefault(id(output), []).append(name)
-        self._alive.append(output)
+        self._alive[id(output)] = output
         self.readers.setdefault(name, [])
         if channels is not None:
             self._channels[id(output)] = channels
@@ -208,6 +280,21 @@ class _Recorder(TorchDispatchMode):
             reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner)
             for name in self._producers.get(tensor_id, ()):
                 self.readers[name].append(reader)
+
+    def keepers(self, known: set[int]) -> None:
+        """Note as read what a batch norm reads and something still holds after the pass: an attribute, an object."""
+        self._alive[0] = torch.empty(0)  # held by nobody else
+        normed = {key for key, names in self._producers.items() if any(r.norm for n in names for r in self.readers[n])}
+
+        def held() -> set[int]:
+            views = Counter(id(tensor._base) for tensor in self._alive.values() if tensor._is_view())
+            references = {key: sys.getrefcount(tensor) - views[key] for key, tensor in self._alive.items()}
+            return {key for key in normed - known if references[key] > references[0]}
+
+        if held():
+            gc.collect(1)  # frames of this pass, in cycles
+        for name in (name for key in held() for name in self._producers[key]):
+            self.readers[name].append(Reader("something that keeps it after the pass"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         op = func.overloadpacket.__name__

@@ -10,6 +10,7 @@ from growshrink.branches.chains import PointwiseAverage as PointwiseAverage
 from growshrink.branches.chains import PointwiseConv as PointwiseConv
 from growshrink.branches.kernels import Mixture as Mixture
 from growshrink.branches.kernels import Orepa as Orepa
+from growshrink.branches.published import OwnNorm as OwnNorm
 from growshrink.branches.small import Copy as Copy
 from growshrink.branches.small import Horizontal as Horizontal
 from growshrink.branches.small import Identity as Identity

@@ -14,7 +14,7 @@ from growshrink.branches.geometry import ONE_TAP, even_sides, freeze_, leave_one
 from growshrink.layers.branch import Branch
 
 
-class _Kernels(Branch, kind=""):
+class Kernels(Branch, kind=""):
     """A convolution with a kernel that every pass computes from its parts."""
 
     biased = False
@@ -42,7 +42,7 @@ class _Kernels(Branch, kind=""):
         return replace(ConvMap.from_conv2d(self.conv, own.dtype), kernel=own, bias=own.new_zeros(len(own)))
 
 
-class Mixture(_Kernels, kind="mixture"):
+class Mixture(Kernels, kind="mixture"):
     """In parallel: sum over i of mix_i W_i, `ratio` kernels (to the nearest whole number) with a learnt scalar each.
 
     Source: CondConv (Yang et al., arXiv:1904.04971, eq. 1) with scalars that do not depend on the input. They start
@@ -58,12 +58,12 @@ class Mixture(_Kernels, kind="mixture"):
         self.mix = nn.Parameter(torch.full((num_kernels,), 0.5))
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `_Kernels.kernel`."""
+        """See `Kernels.kernel`."""
         kernels_EOIHW = self.conv.weight.to(dtype).unflatten(0, (len(self.mix), -1))
         return (kernels_EOIHW * self.mix.to(dtype).view(-1, 1, 1, 1, 1)).sum(0)
 
 
-class Orepa(_Kernels, kind="orepa"):
+class Orepa(Kernels, kind="orepa"):
     """In parallel: kxk, 1x1, 1x1-kxk and 1x1-average pool with a scale per path and channel, no norms, one kernel.
 
     Source: OREPA (Hu et al., arXiv:2204.00826, section 3.2: a block's norms become linear scales, and a norm behind the
@@ -97,15 +97,19 @@ class Orepa(_Kernels, kind="orepa"):
         return even_sides(conv)
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `_Kernels.kernel`."""
+        """See `Kernels.kernel`."""
         own_OIHW = self.conv.weight.to(dtype)
         height, width = own_OIHW.shape[2:]
         around = [width // 2, width // 2, height // 2, height // 2]
         pointwise_OIHW = nn.functional.pad(self.pointwise.weight.to(dtype), around)
-        groups = self.conv.groups
-        before_GMI = self.before.weight.to(dtype).flatten(1).unflatten(0, (groups, -1))
-        behind_GOMHW = self.behind.weight.to(dtype).unflatten(0, (groups, -1))
-        chain_OIHW = torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)
+        chain_OIHW = chain_kernel(self.before.weight.to(dtype), self.behind.weight.to(dtype), self.conv.groups)
         average_OIHW = self.average.weight.to(dtype).expand_as(own_OIHW) / (height * width)
         own, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
         return own * own_OIHW + pointwise * pointwise_OIHW + chain * chain_OIHW + average * average_OIHW
+
+
+def chain_kernel(before: Tensor, behind: Tensor, groups: int) -> Tensor:
+    """The kernel of a 1x1 `(M, I // groups, 1, 1)` and, behind it, a kxk `(O, M // groups, kh, kw)`."""
+    before_GMI = before.flatten(1).unflatten(0, (groups, -1))
+    behind_GOMHW = behind.unflatten(0, (groups, -1))
+    return torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)

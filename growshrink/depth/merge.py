@@ -165,13 +165,13 @@ def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, st
         others = [reader.module or reader.op for reader in readers if reader.module not in behind]
         if not behind:
             continue
-        if others or len(behind) > 1:  # what changes the output in place is one of its readers
+        if hooked := [n for n in (name, behind[0]) if _has_hooks(model.get_submodule(n))]:
+            ends[behind[0]] = f"{hooked[0]} has a hook, which merging would lose"
+        elif others or len(behind) > 1:  # what changes the output in place is one of its readers
             others += behind[1:]
             ends |= dict.fromkeys(behind, f"{', '.join(others)} reads or changes the output of {name} too")
         elif flow.calls[name] != 1 or flow.calls[behind[0]] != 1:
             ends[behind[0]] = "a module that runs more than once is not merged"
-        elif hooked := [n for n in (name, behind[0]) if _has_hooks(model.get_submodule(n))]:
-            ends[behind[0]] = f"{hooked[0]} has a hook, which merging would lose"
         else:
             successor[name] = behind[0]
     chains = []

@@ -22,6 +22,8 @@ class Branch(nn.Module, ABC):
     """
 
     kinds: ClassVar[dict[str, type[Branch]]] = {}
+    #: What `BranchSpec(published=True)` builds in place of a kind, or beside it.
+    published: ClassVar[dict[str, type[Branch]]] = {}
     kind: ClassVar[str]
     #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
     #: so an optimizer may keep the kernel's state when the branch is fused.
@@ -31,9 +33,12 @@ class Branch(nn.Module, ABC):
     #: The parameter that is zero in a silent branch (with the bias beside it), by name: the last factor of every path.
     outermost: ClassVar[str] = "norm.weight"
 
-    def __init_subclass__(cls, kind: str, **kwargs: object) -> None:
+    def __init_subclass__(cls, kind: str, published: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.kind = kind
+        if published:
+            Branch.published[kind] = cls
+            return
         if kind in Branch.kinds:
             old = Branch.kinds[kind].__module__
             if old.startswith("growshrink.") and old != cls.__module__:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -10,10 +12,26 @@ from timm.layers import Conv2dSame, pad_same, register_notrace_module
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.errors import check_model
+from growshrink.errors import FuseError, check_model
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
+
+
+class _KernelAlone:
+    """`weight` of a grown layer: told to whoever reads it in eval mode, a merging function of somebody else's maybe."""
+
+    def __get__(self, layer: Any, owner: type | None = None) -> Any:
+        if layer is None or "weight" not in layer._parameters:
+            raise AttributeError("weight")
+        if not (layer.training or torch.compiler.is_compiling()):
+            reader = sys._getframe(1).f_globals.get("__name__", "")
+            message = "the weight of a grown layer is its kernel without the branches: growshrink.fuse comes first"
+            if reader == "torch.nn.utils.fusion":
+                raise FuseError(f"{message}.")
+            if reader.partition(".")[0] not in ("growshrink", "torch"):
+                warnings.warn(f"{message} where it is merged or exported.", stacklevel=2)
+        return layer._parameters["weight"]
 
 
 class Grown(Mergeable):
@@ -23,6 +41,8 @@ class Grown(Mergeable):
         branches: nn.ModuleList
         weight: Tensor
         bias: Any  # declared otherwise by every layer
+    else:
+        weight = _KernelAlone()  # no data descriptor: what pruning and weight norm set goes first
     plain_class: ClassVar[type[nn.Module]]
 
     def as_conv(self) -> nn.Conv2d:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,7 @@ class Verification:
         rounding_float32: `net_rounding_float32` of the net as it was.
         effect: Relative change of the output when what the transform merges is silenced.
         top1_agreement: As in `Comparison`, in float64.
+        max_rel_own: Relative error in the net's own dtype, where that is neither float64 nor float32; else None.
     """
 
     max_rel: float
@@ -64,10 +66,13 @@ class Verification:
     rounding_float32: float
     effect: float
     top1_agreement: float
+    max_rel_own: float | None = None
 
     @property
     def ok(self) -> bool:
-        """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, with a sensitive check."""
+        """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, finite, with a sensitive check."""
+        if self.max_rel_own is not None and not math.isfinite(self.max_rel_own):
+            return False
         allowed_float32 = max(EXACT_FLOAT32, 10 * self.rounding_float32)
         exact = self.max_rel <= EXACT_FLOAT64 and self.max_rel_float32 <= allowed_float32
         return exact and self.effect >= LEAST_EFFECT
@@ -149,6 +154,10 @@ def verify(
         compare(net, transform(copy.deepcopy(net)), input_size=input_size, dtype=dtype, seed=seed)
         for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
+    dtype = next((p.dtype for p in model.parameters()), torch.float64)
+    own = None
+    if dtype not in (torch.float64, torch.float32):
+        own = compare(model, transform(copy.deepcopy(model)), input_size=input_size, dtype=dtype, seed=seed).max_rel
     rounding = net_rounding_float32(exact, rounded, input_size=input_size, seed=seed)
     effect = branch_effect(exact, input_size=input_size, seed=seed)
     if not effect >= LEAST_EFFECT:
@@ -156,7 +165,7 @@ def verify(
             f"silencing what is merged changes the output by only {effect:.1e}: this verification proves nothing. "
             "Are the branches attached where the output depends on them? Use randomize_norms=True."
         )
-    return Verification(double.max_rel, single.max_rel, rounding, effect, double.top1_agreement)
+    return Verification(double.max_rel, single.max_rel, rounding, effect, double.top1_agreement, own)
 
 
 def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:

@@ -6,12 +6,14 @@ The `fuse`, `reparameterize` or `switch_to_deploy` of a dozen families' blocks (
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import Flow
+from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.dataflow import Flow, shared_parameters
 from growshrink.errors import FuseError
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
@@ -19,39 +21,64 @@ from growshrink.layers.swaps import to_plain
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
+#: The share of the branches' effect that rounding may take without a word.
+MOST_LOST = 0.1
 
 
 class MergeFirst:
     """Wrapper that merges branches before a module's own hook; removes itself, then calls the hook.
 
-    It is an attribute of the module (`owner`), refers to it and to the grown layers inside it, each with the batch norm
-    that takes its bias if it has none, and is copied with them.
+    It is an attribute of the module (`owner`) and copied with it. What it merges it finds by name when it is called:
+    until then layers and norms may be replaced, cast or copied. `norms` are the names, inside of the owner where they
+    are, of the batch norms that take the biases of the grown layers.
     """
 
-    def __init__(self, owner: nn.Module, hook: str, convs: list[tuple[Grown, nn.Module | None]]) -> None:
-        self.owner, self.hook, self.convs = owner, hook, convs
+    def __init__(self, owner: nn.Module, hook: str, norms: dict[str, str]) -> None:
+        self.owner, self.hook, self.norms = owner, hook, norms
 
+    @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""
-        for conv, norm in self.convs:
-            if isinstance(conv, Grown):  # not merged yet by the hook of a module around this one
-                _merge(conv, norm)
+        found = ((name, m) for name, m in grown_modules(self.owner).items() if isinstance(m, Grown))
+        shared = shared_parameters(self.owner)
+        merges = [self._plan(name, layer, shared) for name, layer in found]
+        for layer, total, norm in merges:
+            write_map(layer, total)
+            if norm is not None:
+                mean = norm.get_buffer("running_mean")
+                mean.copy_(mean.double() - total.bias)
         del self.owner.__dict__[self.hook]
         return getattr(self.owner, self.hook)(*args, **kwargs)
+
+    def _plan(self, name: str, layer: Grown, shared: set[str]) -> tuple[Grown, ConvMap, nn.Module | None]:
+        if {name, self.norms.get(name)} & shared:
+            raise FuseError(f"{name}, or the norm behind it, shares memory with another module: nothing was merged.")
+        total, norm = layer.as_convmap().fit(layer.as_conv()), None
+        if layer.bias is None and bool((total.bias != 0).any()):
+            norm = dict(self.owner.named_modules()).get(self.norms.get(name, "outside"))
+            if not isinstance(mean := getattr(norm, "running_mean", None), Tensor) or len(mean) != len(total.bias):
+                raise FuseError(
+                    f"{name} has no bias, and no batch norm in this block takes that of its branches: "
+                    "growshrink.fuse comes first."
+                )
+        check_cast(name, layer, total, norm)
+        return layer, total, norm
 
 
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
     """Put a `MergeFirst` before each hook of a module that holds grown layers; replaces guards that are there."""
     unguard_hooks(model)
-    convs: dict[str, tuple[Grown, nn.Module | None]] = {}
-    for name, module in grown_modules(model).items():
-        if isinstance(module, Grown):
-            norm, _ = flow.norm_after(name)
-            convs[name] = module, None if norm is None else model.get_submodule(norm)
+    norms = {name: flow.norm_after(name)[0] for name, m in grown_modules(model).items() if isinstance(m, Grown)}
+    taken = {name: norm for name, norm in norms.items() if norm}
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
-        inside = [pair for conv, pair in convs.items() if conv.startswith(prefix) and conv != name]
-        if inside and not isinstance(module, Mergeable):
+        inside = {
+            n.removeprefix(prefix): norm.removeprefix(prefix)
+            for n, norm in taken.items()
+            if n.startswith(prefix) and norm.startswith(prefix)
+        }
+        grown = any(n.startswith(prefix) and n != name for n in norms)
+        if grown and not isinstance(module, Mergeable):
             for hook in HOOKS:
                 if callable(getattr(module, hook, None)):
                     setattr(module, hook, MergeFirst(module, hook, inside))
@@ -65,16 +92,36 @@ def unguard_hooks(model: nn.Module) -> None:
                 del module.__dict__[hook]
 
 
+def write_map(layer: Grown, total: ConvMap) -> None:
+    """Make a grown layer the plain one that computes `total`, but for a bias where it has none of its own."""
+    layer.weight.copy_(total.kernel.reshape(layer.weight.shape))
+    if layer.bias is not None:
+        layer.bias.copy_(total.bias)
+    to_plain(layer)
+
+
 @torch.no_grad()
-def _merge(conv: Grown, norm: nn.Module | None) -> None:
-    total = conv.as_convmap().fit(conv.as_conv())
-    if conv.bias is None and norm is None and bool((total.bias != 0).any()):
-        raise FuseError("a layer has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
-    conv.weight.copy_(total.kernel.reshape(conv.weight.shape))
-    if conv.bias is not None:
-        conv.bias.copy_(total.bias)
-    elif norm is not None:
-        running_mean = norm.running_mean
-        assert isinstance(running_mean, Tensor)
-        running_mean.copy_(running_mean.double() - total.bias)
-    to_plain(conv)
+def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | None) -> None:
+    """FuseError where values overflow in the net's own dtype; a warning where rounding takes what the branches add."""
+    targets: list[tuple[Tensor, Tensor]] = [(next(module.parameters()), total.kernel.cpu())]
+    if isinstance(module, Grown):
+        targets = [(module.weight, total.kernel.cpu().reshape(module.weight.shape))]
+        targets += [] if module.bias is None else [(module.bias, total.bias.cpu())]
+    if norm is not None:
+        mean = norm.get_buffer("running_mean")
+        targets.append((mean, mean.double().cpu() - total.bias.cpu()))
+    changes = []  # what is to be added, and what of it is lost
+    for old, new in targets:
+        dtype, written = str(old.dtype).removeprefix("torch."), new.to(old.dtype).double()
+        if not written.isfinite().all():
+            raise FuseError(
+                f"{name}: what its branches merge into is too large for {dtype}: fuse in float32, then cast."
+            )
+        if old.shape == new.shape:  # not of a PureBottleneck, which has no kernel of its own
+            added = float((new - old.double().cpu()).norm())
+            changes.append((added * (added > 1e-12 * float(new.norm())), float((written - new).norm())))
+    most = max((added for added, _ in changes), default=0.0)
+    shares = [lost / added for added, lost in changes if added > 1e-4 * most]
+    if (share := max(shares, default=0.0)) > MOST_LOST:
+        lost = f"{min(share, 1.0):.0%} of what its branches add: fuse in float32, then cast"
+        warnings.warn(f"{name}: rounding to {dtype} takes {lost}.", stacklevel=2)

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, InputSize, InputSizes, shared_parameters, trace
+from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
-from growshrink.layers.swaps import expand_online, to_plain
+from growshrink.layers.swaps import expand_online
 from growshrink.layers.widths import Width, active_width
-from growshrink.transforms._deploy import unguard_hooks
+from growshrink.transforms._deploy import check_cast, unguard_hooks, write_map
 
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
 NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
@@ -39,7 +40,7 @@ class _Merge:
 
 
 def fuse(
-    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
+    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSizes | None = None
 ) -> nn.Module:
     """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
@@ -54,14 +55,19 @@ def fuse(
         width: A width of the supernet; None is the active one.
         inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
             branches merge into, stay the same objects.
-        input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
+        input_size: `(C, H, W)` for the data flow and the final check, or several, where the model takes another path at
+            another size; None takes the model's own.
+
+    Where a bias goes into a batch norm, nothing else may read the layer's output. Readers are seen in eval and train
+    mode at every `input_size`; hooks, what keeps an output, and norms that ran in no pass count as readers. Not seen: a
+    path that another size, argument or flag takes to no norm, and train mode where it does not run (a warning says so).
 
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
         WidthError: `width` is not a width of this model.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model, tied_copies(model))
     if width is not None:
         with active_width(model, width):
             return fuse(model, inplace=True, input_size=input_size)
@@ -69,7 +75,8 @@ def fuse(
         _refuse_alive(model)
         flow = trace(model, input_size)
         commit = partial(_commit, merges=_plan(model, flow))
-        check_unchanged(model, commit, flow.input_size)
+        for size in flow.sizes:
+            check_unchanged(model, commit, size)
         commit(model)
     return model
 
@@ -100,7 +107,9 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
         if isinstance(module, Grown) and module._parameters.get("weight") is None:
             raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
         if any(f"{owner}.".startswith(f"{name}.") for owner in shared):
-            raise FuseError(f"{name} shares parameters with another module: merging would change that one too.")
+            raise FuseError(
+                f"{name} shares parameters with another module, or their memory: merging would change that one too."
+            )
         if flow.calls.get(name, 0) > 1:
             raise FuseError(f"{name} runs {flow.calls[name]} times in a forward pass: a shared module is not merged.")
         total, norm = _map_of(name, module), None
@@ -109,6 +118,7 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             norm, reason = flow.norm_after(name)
             if norm is None:
                 raise FuseError(f"{name} has no bias of its own, and that of its branches has nowhere to go: {reason}.")
+        check_cast(name, module, total, None if norm is None else model.get_submodule(norm))
         merges[name] = _Merge(total, norm)
     return merges
 
@@ -165,6 +175,8 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
     errors = [relative_error(a, b) for a, b in zip(_outputs(replica, x), before, strict=True)]
     if not errors:
         raise FuseError("the model's output holds no floating point tensor: nothing to check the result by.")
+    if like.dtype in (torch.float16, torch.bfloat16):
+        _check_finite(model, commit, x.to(like.dtype))
     wrong = [error for error in errors if not error <= tolerance]
     if wrong and tolerance == NET_TOLERANCE:
         tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(model, x, before)))
@@ -174,6 +186,18 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
             f"the transformed net would differ from the one given by {wrong[0]:.1e} (relative; at most {tolerance:.0e} "
             "expected): it is left as it was."
         )
+
+
+def _check_finite(model: nn.Module, commit: Callable[[nn.Module], None], x: Tensor) -> None:
+    """FuseError if the net gives inf or NaN in its own dtype where it gave none before."""
+    replica = copy.deepcopy(model).eval()
+    try:
+        finite = all(bool(out.isfinite().all()) for out in _outputs(replica, x))
+    except RuntimeError:  # some operators have no such dtype on the CPU
+        return
+    commit(replica)
+    if finite and not all(bool(out.isfinite().all()) for out in _outputs(replica, x)):
+        raise FuseError(f"in {x.dtype} the merged net would give inf or NaN: fuse in float32, then cast.")
 
 
 def _sensitivity(model: nn.Module, x: Tensor, before: list[Tensor]) -> float:
@@ -194,10 +218,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
-            module.weight.copy_(merge.map.kernel.reshape(module.weight.shape))
-            if module.bias is not None:
-                module.bias.copy_(merge.map.bias)
-            to_plain(module)
+            write_map(module, merge.map)
         else:
             assert isinstance(module, PureBottleneck)
             replace_module(model, name, _conv_for(module, merge.map))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, InputSizes, shared_parameters, trace
+from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
@@ -40,7 +41,7 @@ def grow(
     init: str = "silent",
     seed: int = 0,
     inplace: bool = False,
-    input_size: InputSize | None = None,
+    input_size: InputSizes | None = None,
 ) -> nn.Module:
     """Attach branches to the convolutions and linear layers of any model.
 
@@ -62,7 +63,8 @@ def grow(
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
-        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
+        input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
+            another size; None takes the model's own.
 
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
@@ -71,7 +73,9 @@ def grow(
     specs = branch_specs(branch)
     if init not in INITS:
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
-    model = model if inplace else copy.deepcopy(model)
+    if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
+        raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
+    model = model if inplace else copy.deepcopy(model, tied_copies(model))
     eligibility = _Eligibility(model, input_size)
     names = _select(model, where, eligibility, specs)
     layers = _candidates(model)
@@ -100,7 +104,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
             "Let lam reach 0 and use growshrink.fuse."
         )
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy.deepcopy(model, tied_copies(model))
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
         to_plain(module)
@@ -148,7 +152,7 @@ class GrowthReport:
 
 
 def growth_report(
-    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSize | None = None
+    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSizes | None = None
 ) -> GrowthReport:
     """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now).
 
@@ -160,9 +164,7 @@ def growth_report(
     """
     eligibility = _Eligibility(model, input_size)
     specs = branch_specs(branch) if branch is not None else []
-    asked: dict[str, type[Branch]] = {kind: Branch.kinds[kind] for spec in specs for kind in spec.kinds}
-    if branch is None:
-        asked = {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
+    carried = {} if specs else {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
         kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
@@ -170,8 +172,10 @@ def growth_report(
         left_out: dict[str, str] = {}
         if not reason:
             conv = _as_conv(module)
-            reasons = {kind: cls.reason_against(conv) for kind, cls in asked.items() if kind not in kinds}
-            left_out = {kind: why for kind, why in reasons.items() if why}
+            asked = {kind: cls.reason_against(conv) for kind, cls in carried.items()}
+            for spec in specs:
+                asked |= spec.reasons(conv)
+            left_out = {kind: why for kind, why in asked.items() if why and kind not in kinds}
             reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
     return GrowthReport(tuple(rows))
@@ -199,7 +203,7 @@ def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchS
 class _Eligibility:
     """Answers why a layer cannot be grown exactly."""
 
-    def __init__(self, model: nn.Module, input_size: InputSize | None) -> None:
+    def __init__(self, model: nn.Module, input_size: InputSizes | None) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
@@ -233,7 +237,12 @@ class _Eligibility:
         parts, reason = _fitting(specs, _as_conv(layer))
         if reason:
             return reason
-        biased = not specs or any(part.norm and Branch.kinds[part.kind].biased for part in parts)
+        later = parts if isinstance(layer, Grown) else parts[1:]
+        if any(part.published and not part.branch_class.parallel for part in later):
+            return "a published block begins with the norm or scale of the kernel, and other branches come before it"
+        biased = not specs or any(part.norm and part.branch_class.biased for part in parts)
+        if any(part.kind == "own_norm" for part in parts) and (norm := self.flow.norm_after(name)[0]):
+            return f"{norm} would norm the published block's sum again: growshrink.fold comes first"
         if layer.bias is None and biased:
             norm, reason = self.flow.norm_after(name)
             if norm is None:

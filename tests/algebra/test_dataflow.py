@@ -14,8 +14,10 @@ class Flows(ConvNet):
     def __init__(self, way, **kwargs):
         super().__init__(head=False, **kwargs)
         self.way = way
-        self.bn2 = nn.BatchNorm2d(8)
-        self.identity = nn.Sequential(nn.Identity(), nn.Dropout(0.5))
+        if "bn2" in way.__code__.co_names:
+            self.bn2 = nn.BatchNorm2d(8)
+        self.identity = nn.Sequential(nn.Identity(), nn.Dropout(0.0))
+        self.dropout = nn.Dropout(0.5)
 
     def forward(self, x):
         return self.way(self, self.conv(self.stem(x)))
@@ -29,6 +31,7 @@ def dropped_in_place(m, y):
 WAYS = {
     "bn": (lambda m, y: m.act(m.bn(y)), "bn", ""),
     "bn through modules that do nothing": (lambda m, y: m.bn(m.identity(y)), "bn", ""),
+    "bn behind a dropout": (lambda m, y: m.bn(m.dropout(y)), None, "in train mode at (3, 32, 32) its output is read"),
     "bn by way of functional": (
         lambda m, y: F.batch_norm(y, m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias),
         None,

@@ -11,10 +11,12 @@ from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from torch import nn
 
 import growshrink as gs
-from growshrink.errors import AlgebraError
-from growshrink.layers.grown import grown_modules
+from growshrink.errors import AlgebraError, FuseError
+from growshrink.layers.grown import GrownConv2d, grown_modules
+from growshrink.layers.swaps import to_plain
 from growshrink.transforms._deploy import HOOKS, MergeFirst, guard_hooks
-from nets import images, net, randomized, rel
+from nets import images, net, randomized, rel, untouched
+from sampled import sampled
 
 SIZE = (3, 9, 9)
 
@@ -94,6 +96,105 @@ def test_a_copy_merges_itself_alone_and_the_guards_can_be_pickled():
     x = images(*SIZE, dtype=torch.float64)
     with torch.no_grad():
         assert rel(copied(x), model(x)) < 1e-12
+
+
+def norms_replaced(model):
+    """Every norm by a deep copy of itself."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and "branches" not in name:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, copy.deepcopy(module))
+    return model
+
+
+def synced(model):
+    """Every norm behind a convolution by a SyncBatchNorm; identity branches stay, timm's hook asserts their class."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "bn", None), nn.BatchNorm2d):
+            module.bn = nn.SyncBatchNorm.convert_sync_batchnorm(module.bn)
+    return model
+
+
+def conv_replaced(model):
+    """A grown convolution inside a block by a plain one, with a bias of its own even."""
+    one = next(m for m in model.one.modules() if isinstance(m, MobileOneBlock))
+    kernel = one.conv_kxk[0].conv
+    one.conv_kxk[0].conv = nn.Conv2d(8, 8, 3, padding=1, bias=False, dtype=torch.float64)
+    assert type(kernel) is GrownConv2d
+    return model
+
+
+#: What users do to a grown net before they deploy it. The net and its blocks' hooks must agree afterwards.
+CHANGES = {
+    "nothing": lambda m: m,
+    "norms replaced": norms_replaced,
+    "to SyncBatchNorm": synced,
+    "to SyncBatchNorm, cast": lambda m: synced(m).float().double(),
+    "cast there and back": lambda m: m.float().double(),
+    "a convolution replaced": conv_replaced,
+    "a state_dict assigned": lambda m: (m.load_state_dict(copy.deepcopy(m.state_dict()), assign=True), m)[1],
+    "copied, moved into another net": lambda m: nn.Sequential(copy.deepcopy(m)),
+    "branches dropped in a part": lambda m: (to_plain(m.one.conv_scale.conv), m)[1],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change", sampled(CHANGES, ["norms replaced", "to SyncBatchNorm, cast", "a convolution replaced"])
+)
+@pytest.mark.parametrize("way", sampled(["timm's", "hook by hook"], ["timm's"]))
+def test_hooks_find_layers_and_norms_by_name_when_they_are_called(change, way):
+    model = CHANGES[change](grown_blocks()).eval()
+    x = images(*SIZE, dtype=torch.float64)
+    expected = model(x)
+    if way == "timm's":
+        merged = reparameterize_model(model)
+    else:
+        merged = copy.deepcopy(model)
+        for guard in guards(merged):
+            getattr(guard, "reparameterize", getattr(guard, "fuse", None))()
+    assert rel(merged(x), expected) < 1e-12
+    assert rel(gs.fuse(model, input_size=SIZE)(x), expected) < 1e-12
+    assert rel(gs.drop(model)(x), expected) > 0.01
+
+
+class Half(nn.Module):
+    """A block that merges itself, whose last norm is outside."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, bias=False)
+
+    def forward(self, x):
+        return self.conv(torch.tanh(self.norm(self.first(x))))
+
+    def fuse(self):
+        return self
+
+
+@torch.no_grad()
+def test_a_norm_outside_of_the_block_or_gone_from_it_is_refused_and_nothing_changes():
+    grown = gs.grow(nn.Sequential(nn.Conv2d(3, 3, 1), Half(), nn.BatchNorm2d(8)), input_size=SIZE)
+    model = randomized(grown, seed=3).double().eval()
+    gs.set_lambda(model, 0.0)
+    with untouched(model), pytest.raises(FuseError, match="conv has no bias, and no batch norm in this block"):
+        model[1].fuse()
+    x = images(*SIZE, dtype=torch.float64)
+    assert rel(gs.fuse(model, input_size=SIZE)(x), model(x)) < 1e-12
+    blocks = grown_blocks()
+    blocks.one.conv_kxk[1].bn = nn.GroupNorm(2, 8).double()
+    with untouched(blocks), pytest.raises(FuseError, match="no batch norm in this block takes that of its"):
+        blocks.one.reparameterize()
+
+
+@torch.no_grad()
+def test_a_layer_that_was_tied_since_is_refused():
+    model = grown_blocks()
+    model.one.conv_kxk[0].conv.weight = nn.Parameter(model.one.conv_kxk[1].conv.weight.data)
+    with untouched(model), pytest.raises(FuseError, match="shares memory with another module"):
+        model.one.reparameterize()
 
 
 def test_growing_again_replaces_the_guards():
