@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
 from growshrink.errors import AnalysisError, did_you_mean
@@ -62,11 +63,11 @@ class ChannelSpace:
         AnalysisError: Torch-Pruning is not there or cannot prune the net.
     """
 
-    def __init__(self, model: nn.Module, input_size: InputSize, *, least: float = 0.1, round_to: int = 1) -> None:
+    def __init__(self, model: nn.Module, input_size: InputLike, *, least: float = 0.1, round_to: int = 1) -> None:
         if not 0.0 < least <= 1.0 or round_to < 1:
             raise AnalysisError(f"{least=}, {round_to=}: least must lie in (0, 1], round_to be a whole number above 0.")
         self.model = model
-        self.input_size = input_size
+        self.inputs = inputs_for(model, input_size)
         # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
         self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
         self.left_alone: dict[str, str] = {}
@@ -129,10 +130,11 @@ class ChannelSpace:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
-                graph = tp.DependencyGraph().build_dependency(self._traced, torch.zeros(1, *self.input_size))
+                batch = self.inputs.batch(1, torch.float32, seed=None)
+                graph = tp.DependencyGraph().build_dependency(self._traced, dict(batch.kwargs) or batch.args)
         except Exception as error:  # whatever a forward or the tracer may raise
             net = type(self.model).__name__
-            raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.input_size}: {error}") from error
+            raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.inputs}: {error}") from error
         names = {id(module): name for name, module in self._traced.named_modules()}
         last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
         groups = []
@@ -153,7 +155,7 @@ class ChannelSpace:
         kept = {name: np.arange(choices[len(choices) // 2]) for name, choices in self.choices.items()}
         what = f"{type(self.model).__name__}: with fewer channels it"
         try:
-            found = profile(self.cut(kept), self.input_size)
+            found = profile(self.cut(kept), self.inputs)
         except Exception as error:  # whatever a forward may raise
             raise AnalysisError(f"{what} does not run ({str(error).splitlines()[0]}).") from error
         params, macs = self.cost(index)
@@ -165,7 +167,7 @@ class ChannelSpace:
 
     def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
         """Constant parameters and MACs, and for every tensor with channels how its sizes follow from the widths."""
-        positions = output_positions(self.model, self.input_size)
+        positions = output_positions(self.model, self.inputs)
         sides: dict[tuple[str, bool], NDArray[np.int64]] = {}
         numbers = {name: i for i, name in enumerate(self._groups)}
         for group in self._groups.values():
@@ -193,7 +195,7 @@ class ChannelSpace:
             outs, ins = (sizes[0] - int(out @ full), out), (sizes[1] - int(inside @ full), inside)
             terms.append((outs, ins, weights, positions.get(name, 0), vectors))
         self._cost = ((0, 0), terms)
-        whole = profile(self.model, self.input_size)
+        whole = profile(self.model, self.inputs)
         params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
         return (whole.params - int(params[0]), whole.macs - int(macs[0])), terms
 

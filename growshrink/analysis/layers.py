@@ -10,9 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import InputLike
 from growshrink.branches import Branch
 from growshrink.errors import AnalysisError
+from growshrink.layers.as_conv import WeightLayer
 from growshrink.layers.widths import Slots, active_width
 from growshrink.supernet.middle import axes
 
@@ -52,7 +54,7 @@ class Layer:
         return tuple(dict.fromkeys(side.variable for side in (self.rows, self.columns) if side is not None))
 
 
-def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
+def supernet_layers(model: nn.Module, input_size: InputLike) -> list[Layer]:
     """Every parameter of a grown net as a layer; the variables are the names of its width space.
 
     The vector is made of the kernels of convolutions and of linear layers. MACs are those of the grown net as it is
@@ -104,19 +106,25 @@ def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
                 raise AnalysisError(f"{name}: has values that are not finite in {which}.")
 
 
-def output_positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
+def output_positions(model: nn.Module, input_size: InputLike) -> dict[str, int]:
     """Output positions of an image, by name of the convolution or linear layer: MACs for each of its weights."""
     found: dict[str, int] = {}
 
     def record(module: nn.Module, args: object, output: Tensor, name: str) -> None:
         channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-        found[name] = found.get(name, 0) + output.numel() // channels
+        seen = output.numel() // channels
+        if getattr(module, "transposed", False):  # there each weight meets every pixel that comes in
+            assert isinstance(module, nn.modules.conv._ConvNd) and isinstance(args, tuple)
+            seen = args[0].numel() // module.in_channels
+        found[name] = found.get(name, 0) + seen // num_images
 
+    inputs = inputs_for(model, input_size)
+    num_images = inputs.num_images(1)
     replica = copy.deepcopy(model).to("meta").eval()
     for name, module in replica.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, WeightLayer):
             module.register_forward_hook(partial(record, name=name))
     dtype = next(replica.parameters()).dtype
     with torch.no_grad():
-        replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
+        inputs.batch(1, seed=None).to("meta", dtype).run(replica)
     return found

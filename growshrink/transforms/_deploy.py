@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import Flow
 from growshrink.errors import FuseError
+from growshrink.layers.as_conv import write_kernel_
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import to_plain
@@ -70,7 +71,7 @@ def _merge(conv: Grown, norm: nn.Module | None) -> None:
     total = conv.as_convmap().fit(conv.as_conv())
     if conv.bias is None and norm is None and bool((total.bias != 0).any()):
         raise FuseError("a layer has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
-    conv.weight.copy_(total.kernel.reshape(conv.weight.shape))
+    write_kernel_(conv, total.kernel)
     if conv.bias is not None:
         conv.bias.copy_(total.bias)
     elif norm is not None:

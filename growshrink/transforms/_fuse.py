@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, shared_parameters, trace
+from growshrink.algebra.inputs import Batch, ExampleInputs, InputLike, given_inputs
+from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.branches import Branch
-from growshrink.errors import AlgebraError, FuseError
+from growshrink.errors import AlgebraError, FuseError, GrowShrinkError
 from growshrink.layers.activations import vanishing
+from growshrink.layers.as_conv import write_kernel_
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
@@ -39,7 +41,12 @@ class _Merge:
 
 
 def fuse(
-    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSize | None = None
+    model: nn.Module,
+    *,
+    width: Width | None = None,
+    inplace: bool = False,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
@@ -55,6 +62,7 @@ def fuse(
         inplace: Work on `model` itself; otherwise on a deep copy. Untouched parameters, and the kernels that
             branches merge into, stay the same objects.
         input_size: `(C, H, W)` for the data flow and the final check; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `grow`.
 
     Raises:
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
@@ -64,12 +72,12 @@ def fuse(
     model = model if inplace else copy.deepcopy(model)
     if width is not None:
         with active_width(model, width):
-            return fuse(model, inplace=True, input_size=input_size)
+            return fuse(model, inplace=True, input_size=input_size, example_inputs=example_inputs)
     if grown_modules(model):
         _refuse_alive(model)
-        flow = trace(model, input_size)
+        flow = trace(model, given_inputs(input_size, example_inputs))
         commit = partial(_commit, merges=_plan(model, flow))
-        check_unchanged(model, commit, flow.input_size)
+        check_unchanged(model, commit, flow.inputs)
         commit(model)
     return model
 
@@ -149,43 +157,50 @@ def probe(map_: ConvMap) -> Tensor:
 
 
 @torch.no_grad()
-def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
+def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputLike) -> None:
     """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
     replica = copy.deepcopy(model).eval()
     like = next((p for p in model.parameters()), torch.empty(0))
-    x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
+    inputs = given_inputs(input_size)
+    assert inputs is not None
+    x = inputs.batch(2).to(like.device, torch.float64)
     tolerance = NET_TOLERANCE
     try:
-        before = _outputs(replica.double(), x)
+        before = x.run(replica.double())
     except RuntimeError:  # some nets make float32 constants inside
-        tolerance, x = FLOAT32_TOLERANCE, x.to(like.dtype)
+        tolerance, x = FLOAT32_TOLERANCE, x.to(like.device, like.dtype)
         replica = copy.deepcopy(model).eval()
-        before = _outputs(replica, x)
+        before = x.run(replica)
     commit(replica)
-    errors = [relative_error(a, b) for a, b in zip(_outputs(replica, x), before, strict=True)]
-    if not errors:
+    try:
+        pairs = paired_leaves(x.run(replica), before)
+    except GrowShrinkError as error:
+        raise FuseError(f"the transformed net would differ from the one given: {error}") from error
+    if not pairs:
         raise FuseError("the model's output holds no floating point tensor: nothing to check the result by.")
-    wrong = [error for error in errors if not error <= tolerance]
+    errors = {path: relative_error(a, b) for path, (a, b) in pairs.items()}
+    wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong and tolerance == NET_TOLERANCE:
         tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(model, x, before)))
-        wrong = [error for error in errors if not error <= tolerance]
+        wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong:
         raise FuseError(
-            f"the transformed net would differ from the one given by {wrong[0]:.1e} (relative; at most {tolerance:.0e} "
-            "expected): it is left as it was."
+            f"the transformed net would differ from the one given by {errors[wrong[0]]:.1e} (relative; at most "
+            f"{tolerance:.0e} expected) in its output{wrong[0]} on {inputs}: it is left as it was."
         )
 
 
-def _sensitivity(model: nn.Module, x: Tensor, before: list[Tensor]) -> float:
+def _sensitivity(model: nn.Module, x: Batch, before: Any) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
-    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 2 - 1
-    after = _outputs(copy.deepcopy(model).eval().double(), x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
-    return max(relative_error(a, b) for a, b in zip(after, before, strict=True))
+    random = torch.Generator().manual_seed(1)
 
+    def moved(t: Tensor) -> Tensor:
+        signs = torch.randint(2, t.shape, generator=random).to(t) * 2 - 1
+        return t * (1 + 4 * torch.finfo(t.dtype).eps * signs)
 
-def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    # of a copy of x: some nets normalise their input in place
-    return [out for out in tree_leaves(model(x.clone())) if isinstance(out, Tensor) and out.is_floating_point()]
+    after = output_leaves(x.map(moved).run(copy.deepcopy(model).eval().double()))
+    pairs = ((after[path], leaf) for path, leaf in output_leaves(before).items() if path in after)
+    return max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
 
 
 @torch.no_grad()
@@ -194,7 +209,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
-            module.weight.copy_(merge.map.kernel.reshape(module.weight.shape))
+            write_kernel_(module, merge.map.kernel)
             if module.bias is not None:
                 module.bias.copy_(merge.map.bias)
             to_plain(module)
@@ -226,5 +241,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value of `b`; NaN or inf if either has any."""
+    """Largest absolute difference over the largest absolute value of `b` (empty: 0); NaN or inf if either has any."""
+    if not b.numel():
+        return 0.0
     return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))
