@@ -98,7 +98,7 @@ def trace(model: nn.Module, input_size: InputLike = None) -> Flow:
         input_size: `(C, H, W)`, or example inputs (`given_inputs`); None takes the size of timm's `pretrained_cfg`,
             with the channels of the first convolution, or tries the usual ones: a guess.
     """
-    check_model(model)
+    check_model(model, scripted=False)
     inputs = given_inputs(input_size)
     candidates = _candidates(model) if inputs is None else [inputs]
     last_error: Exception | None = None

@@ -28,7 +28,7 @@ def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: E
 
     `input_size` is `(C, H, W)`, None the model's own; `example_inputs` a batch in place of it, see `grow`.
     """
-    check_model(model)
+    check_model(model, scripted=False)
     inputs = inputs_for(model, given_inputs(input_size, example_inputs))
     # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
     # without gradients have none

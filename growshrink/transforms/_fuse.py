@@ -16,7 +16,7 @@ from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import Batch, ExampleInputs, InputLike, given_inputs
 from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.branches import Branch
-from growshrink.errors import AlgebraError, FuseError, GrowShrinkError
+from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
 from growshrink.layers.activations import vanishing
 from growshrink.layers.as_conv import write_kernel_
 from growshrink.layers.bottleneck import PureBottleneck
@@ -69,6 +69,7 @@ def fuse(
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
         WidthError: `width` is not a width of this model.
     """
+    check_model(model)
     model = model if inplace else copy.deepcopy(model)
     if width is not None:
         with active_width(model, width):

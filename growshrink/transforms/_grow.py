@@ -14,7 +14,7 @@ from torch import nn
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
-from growshrink.errors import DropError, GrowError, did_you_mean
+from growshrink.errors import DropError, GrowError, check_model, did_you_mean
 from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
@@ -72,6 +72,7 @@ def grow(
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
     """
+    check_model(model)
     check_ratio(ratio)
     specs = branch_specs(branch)
     if init not in INITS:
