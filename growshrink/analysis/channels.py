@@ -82,6 +82,7 @@ class ChannelSpace:
         self.inputs = inputs_for(model, input_size)
         # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
         self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+        self._empty = copy.deepcopy(model).to("meta").eval()
         self.left_alone: dict[str, str] = {}
         self._groups = {group.name: group for group in self._find()}
         self.choices = {name: _choices(group.channels, least, round_to) for name, group in self._groups.items()}
@@ -100,7 +101,9 @@ class ChannelSpace:
 
     def cut(self, kept: Kept) -> nn.Module:
         """A copy of the net without the channels that are not `kept`, in eval mode."""
-        net = copy.deepcopy(self.model).eval()
+        return self._cut(copy.deepcopy(self.model).eval(), kept)
+
+    def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:
         modules = dict(net.named_modules())
         gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
         for name, group in self._groups.items():
@@ -141,13 +144,14 @@ class ChannelSpace:
                 warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
                 batch = self.inputs.batch(1, torch.float32, seed=None)
                 graph = tp.DependencyGraph().build_dependency(self._traced, dict(batch.kwargs) or batch.args)
+                last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
+                found_groups = list(graph.get_all_groups(ignored_layers=last))
         except Exception as error:  # whatever a forward or the tracer may raise
             net = type(self.model).__name__
             raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.inputs}: {error}") from error
         names = {id(module): name for name, module in self._traced.named_modules()}
-        last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
         groups = []
-        for group in graph.get_all_groups(ignored_layers=last):
+        for group in found_groups:
             name = names[id(group[0].dep.target.module)]
             if reason := _why_not(group):
                 self.left_alone[name] = reason
@@ -177,7 +181,7 @@ class ChannelSpace:
         row = [len(choices) // 2 if name in names else len(choices) - 1 for name, choices in self.choices.items()]
         kept = {name: np.arange(choices[i]) for (name, choices), i in zip(self.choices.items(), row, strict=True)}
         try:
-            found = profile(self.cut(kept), self.inputs)
+            found = profile(self._cut(copy.deepcopy(self._empty), kept), self.inputs)
         except Exception as error:  # whatever a forward may raise
             return f"with fewer channels it does not run ({str(error).splitlines()[0]})"
         params, macs = self.cost(np.array([row]))
