@@ -123,7 +123,8 @@ class RealNet(nn.Module):
         self._hook(choices["hook"])
 
     def _tie(self, way: str) -> None:
-        one, two = self.one, self.two
+        one: Any = self.one
+        two: Any = self.two
         if way == "parameter":
             two.weight = one.weight
         elif way == "storage":
@@ -199,7 +200,7 @@ def batch(net: RealNet, side: int = 12) -> Any:
 
 
 @torch.no_grad()
-def views(net: RealNet) -> dict[str, Any]:
+def views(net: Any) -> dict[str, Any]:
     """All that can be seen of a net, in float64: by flag, by size, and by what its hooks and its training head saw."""
     found: dict[str, Any] = {}
     for flag, side, training in ((False, 12, False), (True, 12, False), (False, 8, False), (False, 12, True)):
@@ -255,7 +256,7 @@ def _check(net: RealNet, outcome: RealOutcome) -> None:
         outcome.verdict, outcome.words = "wrong", f"differs by {outcome.max_rel:.1e} (effect {outcome.effect:.1e})"
 
 
-def _train(net: RealNet, dtype: torch.dtype) -> None:
+def _train(net: Any, dtype: torch.dtype) -> None:
     if dtype in (torch.float16, torch.bfloat16):  # few operators of the CPU train in them
         return
     optimizer = torch.optim.SGD((p for p in net.parameters() if p.requires_grad), lr=0.01)
