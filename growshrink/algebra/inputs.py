@@ -18,24 +18,24 @@ ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Arguments:
     """The arguments of one call of a net."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Arguments:
         """The same with `function` of every floating point tensor."""
 
         def of(leaf: Any) -> Any:
             return function(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-        return Batch(*tree_map(of, (self.args, dict(self.kwargs))))
+        return Arguments(*tree_map(of, (self.args, dict(self.kwargs))))
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Batch:
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Arguments:
         """On a device, the floating point tensors in `dtype`."""
         moved = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
-        return Batch(*moved).map(lambda tensor: tensor.to(dtype))
+        return Arguments(*moved).map(lambda tensor: tensor.to(dtype))
 
     def run(self, model: Any) -> Any:
         """What `model` gives for a copy of it (some nets normalise their input in place)."""
@@ -48,10 +48,10 @@ class Inputs:
     """What a net is run on: images of a `size`, which may be a guess, or the batch `examples`."""
 
     size: InputSize | None = None
-    examples: Batch | None = None
+    examples: Arguments | None = None
     guessed: bool = False
 
-    def batch(self, num: int, dtype: torch.dtype = torch.float64, *, seed: int | None = 0) -> Batch:
+    def batch(self, num: int, dtype: torch.dtype = torch.float64, *, seed: int | None = 0) -> Arguments:
         """A batch on the CPU: `num` images of noise (zeros where `seed` is None), or the examples as they are.
 
         Examples that hold one value everywhere (zeros, ones), which would prove little, are replaced by noise.
@@ -63,7 +63,7 @@ class Inputs:
 
         if self.examples is None:
             assert self.size is not None
-            return Batch((noise((num, *self.size)).to(dtype),))
+            return Arguments((noise((num, *self.size)).to(dtype),))
         batch = self.examples.to("cpu", dtype)
         return batch.map(lambda t: noise(t.shape).to(dtype) if t.numel() and bool((t == t.flatten()[0]).all()) else t)
 
@@ -93,10 +93,10 @@ def given_inputs(input_size: InputLike, example_inputs: ExampleInputs | None = N
     if input_size is not None:
         raise GrowShrinkError("input_size and example_inputs were both given: they say the same, pass one of them.")
     if isinstance(example_inputs, Mapping):
-        return Inputs(examples=Batch((), example_inputs))
+        return Inputs(examples=Arguments((), example_inputs))
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
         raise GrowShrinkError(
             "example_inputs must be a batch: a tensor, a tuple of them, or a dict of keyword arguments."
         )
-    return Inputs(examples=Batch(args))
+    return Inputs(examples=Arguments(args))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import inputs_for
-from growshrink.algebra.inputs import Batch, ExampleInputs, InputLike, Inputs, given_inputs
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, Inputs, given_inputs
 from growshrink.algebra.outputs import paired_leaves
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
 from growshrink.layers.activations import set_lambda
@@ -220,7 +220,7 @@ def _compare(
 
 
 @torch.no_grad()
-def _run(model: nn.Module, x: Batch, dtype: torch.dtype, observe: Callable[..., None] | None = None) -> Any:
+def _run(model: nn.Module, x: Arguments, dtype: torch.dtype, observe: Callable[..., None] | None = None) -> Any:
     """Output of a copy in eval mode and `dtype`; `observe` is a hook on all modules and gets their names."""
     check_model(model)
     replica = copy.deepcopy(model).to(dtype=dtype).eval()
@@ -231,7 +231,7 @@ def _run(model: nn.Module, x: Batch, dtype: torch.dtype, observe: Callable[..., 
     return x.to(device, dtype).run(replica)
 
 
-def _blame(a: nn.Module, b: nn.Module, x: Batch, dtype: torch.dtype, tolerance: float) -> str:
+def _blame(a: nn.Module, b: nn.Module, x: Arguments, dtype: torch.dtype, tolerance: float) -> str:
     outputs_a, outputs_b = _layer_outputs(a, x, dtype), _layer_outputs(b, x, dtype)
     errors = {}
     for name, (kind, out) in outputs_a.items():
@@ -245,7 +245,7 @@ def _blame(a: nn.Module, b: nn.Module, x: Batch, dtype: torch.dtype, tolerance: 
     return f"First layer to differ: {beyond[0]} ({errors[beyond[0]]:.1e}); worst layer: {worst} ({errors[worst]:.1e})."
 
 
-def _layer_outputs(model: nn.Module, x: Batch, dtype: torch.dtype) -> dict[str, tuple[object, Tensor]]:
+def _layer_outputs(model: nn.Module, x: Arguments, dtype: torch.dtype) -> dict[str, tuple[object, Tensor]]:
     """Kind and output of every module by name, in the order they finish."""
     outputs: dict[str, tuple[object, Tensor]] = {}
 

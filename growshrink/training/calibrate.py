@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.algebra.inputs import Batch, ExampleInputs
+from growshrink.algebra.inputs import Arguments, ExampleInputs
 from growshrink.errors import GrowShrinkError, check_model, describe
 
 
@@ -24,10 +24,10 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
     the active width (skipped branches, channels beyond it) keeps its statistics.
 
     Args:
-        model: Batch norms without running statistics are left alone.
+        model: Arguments norms without running statistics are left alone.
         batches: At least one batch: images `(N, C, H, W)`, or a tuple whose first part goes into the model (images,
             labels), or a dict of which the model takes what its forward has arguments for, else the first tensor.
-        leave: Batch norms whose statistics are left as they are.
+        leave: Arguments norms whose statistics are left as they are.
 
     Raises:
         GrowShrinkError: There is no batch, or it holds no tensor; the statistics are then as they were.
@@ -76,17 +76,17 @@ def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     return mean, var, norm.num_batches_tracked
 
 
-def _arguments(model: nn.Module, batch: object) -> Batch:
+def _arguments(model: nn.Module, batch: object) -> Arguments:
     """What of a batch the model is called with."""
     found: object = batch
     if isinstance(batch, Mapping):
         taken = inspect.signature(model.forward).parameters
         anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
         if kwargs := {key: value for key, value in batch.items() if key in taken or anything}:
-            return Batch((), kwargs)
+            return Arguments((), kwargs)
         found = next((value for value in batch.values() if isinstance(value, Tensor)), None)
     elif isinstance(batch, (tuple, list)):
         found = batch[0] if batch else None
     if not isinstance(found, (Tensor, list, tuple)):
         raise GrowShrinkError(f"a batch must be images, (images, labels) or a dict of tensors, got {describe(batch)}.")
-    return Batch((found,))
+    return Arguments((found,))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
-from growshrink.algebra.inputs import Batch, ExampleInputs, InputLike, given_inputs
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
 from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
@@ -191,7 +191,7 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
         )
 
 
-def _sensitivity(model: nn.Module, x: Batch, before: Any) -> float:
+def _sensitivity(model: nn.Module, x: Arguments, before: Any) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
     random = torch.Generator().manual_seed(1)
 
