@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 #: Characters of a message at most: what it quotes may come from a file, and be of any length.
 LONGEST = 1000
@@ -98,14 +100,26 @@ class AnalysisError(GrowShrinkError):
     """A ranking, a pruning or a statistic is asked of data that cannot answer it."""
 
 
-def check_model(model: object) -> None:
-    """GrowShrinkError unless `model` is a net."""
+def describe(value: object) -> str:
+    """A value in a message: as it prints and its type, or its type alone where that is long or has tensors in it."""
+    kind, text = type(value).__name__, "" if hasattr(value, "shape") else repr(value)
+    return f"{text} ({kind})" if 0 < len(text) <= 200 and "tensor(" not in text else f"a {kind}"
+
+
+def check_model(model: object, *, scripted: bool = True) -> None:
+    """GrowShrinkError unless `model` is a net whose parameters exist; parts may be TorchScript if `scripted`."""
     if not isinstance(model, nn.Module):
-        raise GrowShrinkError(f"a model must be an nn.Module, got {model!r} ({type(model).__name__}).")
+        raise GrowShrinkError(f"a model must be an nn.Module, got {describe(model)}.")
+    for name, module in model.named_modules():
+        where = name or "the model"
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            raise GrowShrinkError(f"{where} is lazy, its parameters do not exist yet: run the model once before.")
+        if not scripted and isinstance(module, torch.jit.ScriptModule):
+            raise GrowShrinkError(f"{where} is TorchScript, which cannot be looked into: pass the net it was made of.")
 
 
 def check_size(size: object) -> None:
     """GrowShrinkError unless `size` is `(C, H, W)`, whole numbers above 0."""
     whole = isinstance(size, (tuple, list)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size)
     if not whole:
-        raise GrowShrinkError(f"input_size={size!r}: must be (C, H, W), three whole numbers above 0.")
+        raise GrowShrinkError(f"input_size={describe(size)}: must be (C, H, W), three whole numbers above 0.")

@@ -3,6 +3,7 @@
     python tools/angle_rank.py                           trains a small supernet on digits, scores all of its subnets
     python tools/angle_rank.py --model reducenet20_x4 --untrained N/init.safetensors --trained N/supernet.safetensors
     python tools/angle_rank.py --untrained I --trained T --truth truth.csv --also naswot supernet_accuracy
+    python tools/angle_rank.py --untrained I --trained T --widths table.json   a supernet of your own
 
 The angle grows with the size of a subnet, and on the usual benchmark ranks no better than the number of parameters
 does. So beside it stand parameters, MACs, the structural null (the same angle if every layer had turned by its mean
@@ -40,6 +41,7 @@ from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
+from growshrink.base.reading import clean_keys, read_tensors
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
 from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command
@@ -71,6 +73,9 @@ class Args(StudyOptions):
     """Rank this many, drawn at random; by default all there are, up to 2,000,000."""
     all: bool = False
     """Rank all of them, however many."""
+    widths: InFile | None = None
+    """JSON table of the widths of a net of your own, see growshrink.analysis.read_width_table; then --untrained and
+    --trained are its state_dicts (.safetensors)."""
     truth: InFile | None = None
     """CSV file with accuracies of some subnets; see above."""
     also: tuple[ScoreName, ...] = ()
@@ -96,20 +101,21 @@ def main(args: Args) -> None:
         raise AnalysisError("--untrained and --trained belong together: the same supernet before and after training.")
     if args.random_labels and files.untrained is not None:
         raise AnalysisError("--random-labels is about training: it goes without --untrained and --trained.")
+    if args.widths is not None and (files.untrained is None or args.also):
+        raise AnalysisError("--widths needs --untrained and --trained, and goes without --also, which runs the net.")
     if args.truth is not None:
         read_rows(args.truth)  # before anything is trained
     began = time.monotonic()
     with args.running.claim(f"angle-{args.model.model or MODEL}") as folder:
         feed = make_feed(args) if files.untrained is None or args.also else None
-        init, trained, space, about = train(args, feed, folder) if files.untrained is None else load(args)
-        table = supernet_table(init, trained, space, input_size=tuple(about["input_size"]))
+        init, trained, table, about = make_table(args, feed, folder)
         if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
         index = choose(args, table)
         truth = read_truth(args.truth, table) if args.truth is not None else None
         slow = [name for name in args.also if name not in FAST]
         bench = None
-        if feed is not None:
+        if feed is not None and init is not None and trained is not None:
             device = args.running.torch_device()
             bench = Bench(init.to(device), trained.to(device), table, feed, progress=bar_of(args))
         if slow and truth is None and len(index) > SLOW_MANY:
@@ -159,6 +165,19 @@ def main(args: Args) -> None:
         write_json(folder.path / "ranking.json", jsonable(result))
         folder.write_marker("finished", {"command": about["command"], "seconds": time.monotonic() - began})
         print(f"{folder.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
+
+
+def make_table(
+    args: Args, feed: Feed | None, folder: RunFolder
+) -> tuple[nn.Module | None, nn.Module | None, AngleTable, dict[str, Any]]:
+    """The supernet before and after training (None: of a net that only a table describes), and its angle table."""
+    if args.widths is not None:
+        assert args.files.untrained is not None and args.files.trained is not None
+        variables, layers = gs.analysis.read_width_table(args.widths)
+        states = (clean_keys(read_tensors(path)) for path in (args.files.untrained, args.files.trained))
+        return None, None, AngleTable(layers, variables, *states), {"name": args.widths.stem}
+    init, trained, space, about = train(args, feed, folder) if args.files.untrained is None else load(args)
+    return init, trained, supernet_table(init, trained, space, input_size=tuple(about["input_size"])), about
 
 
 def make_feed(args: Args) -> MemoryFeed:

@@ -3,6 +3,7 @@
     python tools/coverage.py                                        one net of each of timm's families
     python tools/coverage.py "resnet*" "mobilenetv*" --branches dbb  what matches, with other branches
     python tools/coverage.py "*" --max-params 30                    every net of up to 30 million parameters (hours)
+    python tools/coverage.py --zoo                                  torchvision's, a YOLO-like net, MLPerf Tiny's four
 
 Each net is grown with silent branches, gets random norms (and branches that are at work), is fused, and what was fused
 is loaded, strictly, into a fresh `timm.create_model` that has to compute the same. `share` is how much of the MACs of
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from typing import Annotated
 
@@ -37,10 +39,12 @@ from growshrink.cli.forms import pick
 from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import did_you_mean
+from growshrink.layers.as_conv import WeightLayer
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs._compare import EXACT_FLOAT32, EXACT_FLOAT64, LEAST_EFFECT, branch_effect
 from growshrink.proofs.probes import random_images, randomize_norms_
 from inputs import NetOptions
+from zoo import ZOO
 
 #: How the reasons begin that say a layer cannot be grown by anybody.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")
@@ -56,6 +60,8 @@ class Args:
 
     patterns: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Names of timm models, with wildcards. By default the first net of each family that the limit lets through."""
+    zoo: bool = False
+    """Nets that are not timm's, grown with the first of --branches; `patterns` choose among them."""
     max_params: Positive = 10.0
     """Largest net, in millions of parameters."""
     grow: GrowOptions = pick(GrowOptions(branches=("bottleneck", "insert", "dbb")), "branches")
@@ -81,6 +87,8 @@ class Result:
 def main(args: Args) -> int:
     """Print the table and its totals; 1 if a net crashed or is not exact."""
     torch.manual_seed(0)
+    if args.zoo:
+        return cover_zoo(args)
     names = [name for pattern in args.patterns for name in timm.list_models(pattern)]
     for pattern in args.patterns:
         if not timm.list_models(pattern):
@@ -137,6 +145,30 @@ def cover_all(args: Args, groups: list[list[str]], results: dict[tuple[str, str]
                 file=sys.stdout,
             )
     return num_wrong
+
+
+def cover_zoo(args: Args) -> int:
+    """Print a table of the nets in `zoo.ZOO`; 1 if one crashed or is not exact."""
+    wrong = 0
+    print("| net | of | layers | grown | float64 | float32 | effect |\n|---|---|---|---|---|---|---|", flush=True)
+    for name, entry in ZOO.items():
+        if args.patterns and not any(fnmatch(name, pattern) for pattern in args.patterns):
+            continue
+        torch.manual_seed(0)
+        example = {"example_inputs": entry.example_inputs}
+        try:
+            grown = gs.grow(entry.make().eval(), args.grow.branches[0], ratio=args.rounds.ratio, **example)
+            report = gs.growth_report(grown, **example)
+            proof = gs.verify(grown, **example)
+            wrong += not proof.ok
+            figures = f"{proof.max_rel:.1e} | {proof.max_rel_float32:.1e} | {proof.effect:.2f}"
+            figures += "" if proof.ok else " NOT EXACT"
+        except Exception as error:  # of any net, in any way: that is what is looked for
+            wrong += 1
+            print(f"| {name} | {entry.kind} | {type(error).__name__}: {str(error).splitlines()[0]} |", flush=True)
+            continue
+        print(f"| {name} | {entry.kind} | {len(report.rows)} | {len(report.grown)} | {figures} |", flush=True)
+    return min(1, wrong)
 
 
 def print_totals(results: dict[tuple[str, str], Result], others: Counter[str]) -> None:
@@ -263,7 +295,7 @@ def layer_share(name: str, size: InputSize) -> float:
     """Share of a net's MACs that is in `nn.Conv2d`s and `nn.Linear`s."""
     model = _empty(name)
     flow = trace(model, size)
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, WeightLayer)}
     return sum(_macs(m, flow.output_sizes.get(n)) for n, m in layers.items()) / max(1, gs.profile(model, size).macs)
 
 
@@ -277,7 +309,7 @@ def _empty(name: str) -> nn.Module:
 
 
 def _macs(module: nn.Module, output: tuple[int, int] | None) -> int:
-    assert isinstance(module, (nn.Conv2d, nn.Linear))
+    assert isinstance(module, WeightLayer)
     return module.weight.numel() * output[0] * output[1] if output else 0
 
 

@@ -2,6 +2,7 @@
 
     python tools/fuzz.py architectures --count 5000        nets of every geometry and wiring: grown, trained, fused
     python tools/fuzz.py architectures --seed 351 --count 1  one of them again
+    python tools/fuzz.py real                              200 nets with hooks, flags, ties, norms of all kinds, dtypes
     python tools/fuzz.py files --count 10000               every kind of file that is read, damaged in every way
     python tools/fuzz.py files --count 50 --commands       files given to the programs, as a user gives them
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fuzzing.architectures import Outcome, check_architecture
 from fuzzing.commands import check_command
 from fuzzing.files import check_file
+from fuzzing.real import check_real, counts
 from growshrink.base.limits import Count
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
@@ -68,14 +70,22 @@ class Files(Cases):
     """Through the programs, each in a process of its own (seconds a file), not through the package's readers."""
 
 
-Which = Architectures | Files
+@dataclass(frozen=True, kw_only=True)
+class Real(Cases):
+    """Nets as people have them: hooks, flags, sizes, ties, norms of all kinds, dtypes."""
+
+    count: Count = 200
+
+
+Which = Architectures | Files | Real
 
 
 def main(args: Which) -> int:
     """Run the cases, print what was found; 1 if any was wrong."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch's, about even kernels with padding="same"
-    wrong = run_architectures(args) if isinstance(args, Architectures) else run_files(args)
+    run = {Architectures: run_architectures, Files: run_files, Real: run_real}[type(args)]
+    wrong = run(args)  # type: ignore[operator]
     return min(1, wrong)
 
 
@@ -118,6 +128,21 @@ def summary_of_nets(outcomes: list[Outcome]) -> str:
         "nets grown with: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()),
     ]
     return "\n".join(lines)
+
+
+def run_real(args: Real) -> int:
+    """Nets number `seed` to `seed + count - 1` of the decks."""
+    outcomes = []
+    for number in (bar := args.numbers("net")):
+        outcomes.append(outcome := check_real(number))
+        if outcome.verdict not in ("fused", "left alone"):
+            chosen = ", ".join(f"{axis} {choice}" for axis, choice in outcome.choices.items())
+            bar.write(f"{outcome.verdict.upper()} --seed {number}: {outcome.words} ({chosen})", file=sys.stdout)
+    print(counts(outcomes))
+    verdicts = Counter(outcome.verdict for outcome in outcomes)
+    proven = sum(outcome.verdict == "fused" and outcome.effect > 1e-6 for outcome in outcomes)
+    print(", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common()) + f"; {proven} with an effect")
+    return len(outcomes) - verdicts["fused"] - verdicts["left alone"]
 
 
 def run_files(args: Files) -> int:

@@ -13,17 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.algebra.taps import (
+    NO_PADDING,
+    Padding,
+    Pair,
+    grid_steps,
+    merge_groups,
+    pair,
+    spread,
+    transpose_in_groups,
+)
 from growshrink.errors import AlgebraError
-
-Pair = tuple[int, int]
-Padding = tuple[Pair, Pair]
-
-NO_PADDING: Padding = ((0, 0), (0, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class ConvMap:
     def from_conv2d(conv: nn.Conv2d, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map of a plain convolution; `padding='same'` becomes the (perhaps lopsided) padding it stands for."""
         # One tap has no dilation, whatever the module says.
-        dilation = _both([d if k > 1 else 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
+        dilation = pair([d if k > 1 else 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
         if isinstance(conv.padding, str):
             totals = [
                 d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(dilation, conv.kernel_size, strict=True)
@@ -68,11 +74,11 @@ class ConvMap:
         biased = conv.bias is not None
         bias_O = kernel_OIHW.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.to(dtype)
         mode = conv.padding_mode if padding != NO_PADDING else "zeros"
-        return ConvMap(kernel_OIHW, bias_O, _pair(conv.stride), padding, dilation, conv.groups, mode, biased)  # type: ignore[arg-type]
+        return ConvMap(kernel_OIHW, bias_O, pair(conv.stride), padding, dilation, conv.groups, mode, biased)  # type: ignore[arg-type]
 
     @staticmethod
-    def from_bn(bn: nn.BatchNorm2d, dtype: torch.dtype = torch.float64) -> ConvMap:
-        """The per-channel affine map of a batch norm in eval mode (running statistics, its own eps)."""
+    def from_bn(bn: Any, dtype: torch.dtype = torch.float64) -> ConvMap:
+        """The per-channel affine map of a norm of batch statistics in eval mode (running statistics, its own eps)."""
         if bn.running_mean is None or bn.running_var is None:
             raise AlgebraError(
                 "a batch norm without running statistics normalises by the batch, so it is not a fixed affine map."
@@ -83,7 +89,7 @@ class ConvMap:
         bias_O = -bn.running_mean.to(dtype) * scale_O
         if bn.bias is not None:
             bias_O = bias_O + bn.bias.to(dtype)
-        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bn.num_features)
+        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=len(scale_O))
 
     @staticmethod
     def identity(channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> ConvMap:
@@ -100,7 +106,7 @@ class ConvMap:
         Refused with `ceil_mode` (windows may hang over the edge) and, where it pads and no `divisor_override` is
         given, with `count_include_pad=False` (the divisor then depends on the position).
         """
-        kernel_size, padding = _pair(pool.kernel_size), _pair(pool.padding)
+        kernel_size, padding = pair(pool.kernel_size), pair(pool.padding)
         if pool.ceil_mode:
             raise AlgebraError("an average pool with ceil_mode=True lets windows hang over the edge: no convolution.")
         if padding != (0, 0) and not pool.count_include_pad and pool.divisor_override is None:
@@ -110,7 +116,7 @@ class ConvMap:
         divisor = pool.divisor_override or kernel_size[0] * kernel_size[1]
         kernel = torch.full((channels, 1, *kernel_size), 1.0 / divisor, dtype=dtype, device=device)
         sides = ((padding[0], padding[0]), (padding[1], padding[1]))
-        return ConvMap(kernel, kernel.new_zeros(channels), _pair(pool.stride), sides, groups=channels, biased=False)
+        return ConvMap(kernel, kernel.new_zeros(channels), pair(pool.stride), sides, groups=channels, biased=False)
 
     # ---- what a map is
 
@@ -157,18 +163,18 @@ class ConvMap:
         groups = math.gcd(self.groups, second.groups)
         first = self
         # Along an axis tap u of the first and tap v of the second meet at offset d1 * u + s1 * d2 * v.
-        spread = (first.stride[0] * second.dilation[0], first.stride[1] * second.dilation[1])
-        sizes = zip(first.kernel.shape[2:], second.kernel.shape[2:], first.dilation, spread, strict=True)
-        dilation = _both([d2 if k1 == 1 else d1 if k2 == 1 else math.gcd(d1, d2) for k1, k2, d1, d2 in sizes])
+        apart = (first.stride[0] * second.dilation[0], first.stride[1] * second.dilation[1])
+        sizes = zip(first.kernel.shape[2:], second.kernel.shape[2:], first.dilation, apart, strict=True)
+        dilation = pair([d2 if k1 == 1 else d1 if k2 == 1 else math.gcd(d1, d2) for k1, k2, d1, d2 in sizes])
         if first._is_pointwise or second._is_pointwise:
             kernel_OIHW = _product(first, second, groups)
         else:
             first, second = first.regroup(groups), second.regroup(groups)
             kernel_OIHW = F.conv_transpose2d(
-                _spread(first.kernel, _grid_steps(first.dilation, dilation)).transpose(0, 1),
-                _transpose_in_groups(second.kernel, groups),
+                spread(first.kernel, grid_steps(first.dilation, dilation)).transpose(0, 1),
+                transpose_in_groups(second.kernel, groups),
                 groups=groups,
-                dilation=_grid_steps(spread, dilation),
+                dilation=grid_steps(apart, dilation),
             ).transpose(0, 1)
         bias_O = second._of_constant(first.bias) if first.biased else second.bias
         padding = tuple(
@@ -198,10 +204,10 @@ class ConvMap:
             )
         groups = math.gcd(self.groups, other.groups)
         a, b = self.regroup(groups), other.regroup(groups)
-        before = _both([max(p[0], q[0]) for p, q in zip(a.padding, b.padding, strict=True)])
-        after = _both([max(p[1], q[1]) for p, q in zip(a.padding, b.padding, strict=True)])
+        before = pair([max(p[0], q[0]) for p, q in zip(a.padding, b.padding, strict=True)])
+        after = pair([max(p[1], q[1]) for p, q in zip(a.padding, b.padding, strict=True)])
         padding = ((before[0], after[0]), (before[1], after[1]))
-        dilation = _both([a._common_dilation(b, axis) for axis in (0, 1)])
+        dilation = pair([a._common_dilation(b, axis) for axis in (0, 1)])
         a, b = a._widen(padding, dilation), b._widen(padding, dilation)
         # where one has no bias there is none to add, in training not even zeros
         bias_O = a.bias + b.bias if a.biased and b.biased else b.bias if b.biased else a.bias
@@ -221,11 +227,7 @@ class ConvMap:
         merged = self.groups // groups
         if merged == 1:
             return self
-        out_ch, in_ch, kh, kw = self.kernel.shape
-        blocks = self.kernel.reshape(groups, merged, out_ch // self.groups, in_ch, kh, kw)
-        eye = torch.eye(merged, dtype=self.kernel.dtype, device=self.kernel.device)
-        kernel = torch.einsum("gaoihw,ab->gaobihw", blocks, eye).reshape(out_ch, merged * in_ch, kh, kw)
-        return replace(self, kernel=kernel, groups=groups)
+        return replace(self, kernel=merge_groups(self.kernel, groups, merged), groups=groups)
 
     # ---- where maps go
 
@@ -296,7 +298,7 @@ class ConvMap:
 
     @property
     def _shrinkage(self) -> Pair:
-        return _both([e - a - b for e, (a, b) in zip(self.extent, self.padding, strict=True)])
+        return pair([e - a - b for e, (a, b) in zip(self.extent, self.padding, strict=True)])
 
     def _mode_before(self, second: ConvMap) -> str:
         """The padding mode of `self.then(second)`, or AlgebraError where the borders would be wrong."""
@@ -345,7 +347,7 @@ class ConvMap:
             ((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in zip(padding, self.padding, dilation, strict=True)
         ]
         (top, bottom), (left, right) = margins
-        kernel = _spread(self.kernel, _grid_steps(self.dilation, dilation))
+        kernel = spread(self.kernel, grid_steps(self.dilation, dilation))
         if margins != [(0, 0), (0, 0)]:
             kernel = F.pad(kernel, (left, right, top, bottom))
         return replace(self, kernel=kernel, padding=padding, dilation=dilation)
@@ -360,32 +362,6 @@ def compose(maps: Sequence[ConvMap]) -> ConvMap:
         at = work.index(min(work))
         left[at : at + 2] = [left[at].then(left[at + 1])]
     return left[0]
-
-
-def _pair(value: object) -> Pair:
-    if isinstance(value, int):
-        return (value, value)
-    assert isinstance(value, tuple)
-    return (value[0], value[1])
-
-
-def _both(values: list[int]) -> Pair:
-    return (values[0], values[1])
-
-
-def _grid_steps(dilation: Pair, grid: Pair) -> Pair:
-    """Steps of `grid` between two taps `dilation` apart (1 where there is but one tap, whatever its dilation)."""
-    return _both([max(1, d // g) for d, g in zip(dilation, grid, strict=True)])
-
-
-def _spread(kernel_OIHW: Tensor, factors: Pair) -> Tensor:
-    """Zeros between the taps: `k` taps become `factor * (k - 1) + 1`."""
-    if factors == (1, 1):
-        return kernel_OIHW
-    out_ch, in_ch, kh, kw = kernel_OIHW.shape
-    wide = kernel_OIHW.new_zeros(out_ch, in_ch, factors[0] * (kh - 1) + 1, factors[1] * (kw - 1) + 1)
-    wide[:, :, :: factors[0], :: factors[1]] = kernel_OIHW
-    return wide
 
 
 def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
@@ -406,10 +382,3 @@ def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
     else:
         kernel_GOHWI = (second_GOHWM.flatten(1, 3) @ first_GMHWI.flatten(2)).unflatten(2, first_GMHWI.shape[2:])
     return kernel_GOHWI.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _transpose_in_groups(kernel_OMHW: Tensor, groups: int) -> Tensor:
-    """`(O, M / groups, h, w) -> (M, O / groups, h, w)`: what conv_transpose2d calls a weight."""
-    out_ch, mid, kh, kw = kernel_OMHW.shape
-    blocks = kernel_OMHW.reshape(groups, out_ch // groups, mid, kh, kw)
-    return blocks.transpose(1, 2).reshape(groups * mid, out_ch // groups, kh, kw)

@@ -19,18 +19,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
+from growshrink.algebra.inputs import InputLike, Inputs, given_inputs
+from growshrink.algebra.inputs import InputSize as InputSize
 from growshrink.base.ties import ties
-from growshrink.errors import GrowShrinkError, check_model, check_size
-
-InputSize = tuple[int, int, int]
-#: One size, or every size at which a model takes another path.
-InputSizes = InputSize | Sequence[InputSize]
+from growshrink.errors import GrowShrinkError, check_model
 
 _SIZES_TO_TRY = (32, 64, 224, 28, 8)
+#: Norms that write the affine map out in operators: whatever reads a tensor while one runs is that norm.
+FROZEN_NORMS = (FrozenBatchNormAct2d, FrozenBatchNorm2d)
 #: A norm without running statistics refuses one value per channel, in eval mode too.
 _IMAGES = 2
 
@@ -55,7 +57,7 @@ class Flow:
     """What one forward pass in eval mode showed, and others beside it.
 
     Attributes:
-        input_size: `(C, H, W)` of the image that was passed.
+        inputs: What was passed.
         calls: How often each module ran, by dotted name.
         output_sizes: Spatial size `(H, W)` of the last 4-D output of each module; of an `nn.Linear` `(tokens, 1)`, of
             one image.
@@ -67,7 +69,7 @@ class Flow:
         shared: What `shared_parameters` found.
     """
 
-    input_size: InputSize
+    inputs: Inputs
     calls: Mapping[str, int]
     output_sizes: Mapping[str, tuple[int, int]]
     readers: Mapping[str, tuple[Reader, ...]]
@@ -78,9 +80,11 @@ class Flow:
     shared: frozenset[str] = frozenset()
 
     @property
-    def sizes(self) -> list[InputSize]:
-        """The sizes of all passes."""
-        return list(dict.fromkeys(flow.input_size for flow in (self, *self.others.values())))
+    def input_size(self) -> InputSize:
+        """`(C, H, W)` of the images that were passed; GrowShrinkError if example inputs were."""
+        if self.inputs.size is None:
+            raise GrowShrinkError("this needs images of one size: pass input_size=(C, H, W), not example_inputs.")
+        return self.inputs.size
 
     def norm_after(self, name: str) -> tuple[str | None, str]:
         """The batch norm that alone consumes the output of `name` in every pass, or None and why there is none."""
@@ -111,27 +115,25 @@ class Flow:
         return norm, ""
 
 
-def trace(model: nn.Module, input_size: InputSizes | None = None) -> Flow:
+def trace(model: nn.Module, input_size: InputLike = None) -> Flow:
     """Observe forward passes of a copy of `model`, in eval mode and in train mode.
 
     Not seen: paths at other sizes or by other flags, train mode where it does not run (a warning says so), and
     `output.data`. A per-channel module that ran in no pass may read every output with its number of channels.
 
     Args:
-        model: Any module that takes one image batch.
-        input_size: `(C, H, W)`, or several where the model takes another path at another size; None takes that of
-            timm's `pretrained_cfg`, with the channels of the first convolution, or tries the usual ones.
+        model: Any module.
+        input_size: `(C, H, W)`, several where the model takes another path at another size, or example inputs
+            (`given_inputs`); None takes the size of timm's `pretrained_cfg`, with the channels of the first
+            convolution, or tries the usual ones: a guess.
     """
-    check_model(model)
-    several = isinstance(input_size, Sequence) and any(isinstance(size, Sequence) for size in input_size)
-    given: Sequence[Any] = [] if input_size is None else input_size if several else [input_size]
-    for size in given:
-        check_size(size)
-    flow = _first_that_runs(model, given[:1] or _candidate_sizes(model), train=False)
-    others = {f"at {size}": _first_that_runs(model, [size], train=False) for size in given[1:]}
-    for size in given or flow.sizes:
+    check_model(model, scripted=False)
+    inputs = given_inputs(input_size)
+    flow = _first_that_runs(model, _candidates(model) if inputs is None else [inputs], train=False)
+    others = {f"at {other}": _first_that_runs(model, [other], train=False) for other in flow.inputs.others}
+    for given in flow.inputs.each():
         try:
-            others[f"in train mode at {size}"] = _first_that_runs(model, [size], train=True)
+            others[f"in train mode at {replace(given, guessed=False)}"] = _first_that_runs(model, [given], train=True)
         except GrowShrinkError as error:
             reason = str(error.__cause__).split("\n")[0][:200]
             warnings.warn(f"the model does not run in train mode, readers there are not seen: {reason}", stacklevel=3)
@@ -153,7 +155,7 @@ def _rivals(model: nn.Module, ran: set[str]) -> dict[str, str]:
     return {name: idle[len(mean)] for name, mean in means if mean is not None and len(mean) in idle}
 
 
-def _first_that_runs(model: nn.Module, sizes: Sequence[InputSize], train: bool) -> Flow:
+def _first_that_runs(model: nn.Module, candidates: Sequence[Inputs], train: bool) -> Flow:
     last_error: Exception | None = None
     for device in ("meta", None):
         replica = copy.deepcopy(model).train(train)
@@ -162,14 +164,14 @@ def _first_that_runs(model: nn.Module, sizes: Sequence[InputSize], train: bool) 
                 module.eval()  # its statistics would wait for other processes
         if device:
             replica = replica.to(device)
-        for size in sizes:
+        for candidate in candidates:
             try:
-                return _observe(replica, size)
+                return _observe(replica, candidate)
             except Exception as error:  # any forward may fail in its own way; the last failure is reported
                 last_error = error
     raise GrowShrinkError(
-        f"the model does not run on an input of size {' or '.join(map(str, sizes))}: {last_error}. "
-        "Pass input_size=(C, H, W)."
+        f"the model does not run on {' or '.join(str(replace(c, guessed=False)) for c in candidates)}: {last_error}. "
+        "Pass input_size=(C, H, W), or example_inputs=."
     ) from last_error
 
 
@@ -179,21 +181,24 @@ def shared_parameters(model: nn.Module) -> set[str]:
     return {name for names in owners if len(names) > 1 for name in names}
 
 
-def _candidate_sizes(model: nn.Module) -> list[InputSize]:
+def inputs_for(model: nn.Module, input_size: InputLike = None) -> Inputs:
+    """What is given, or what `trace` finds the model to run on."""
+    return given_inputs(input_size) or trace(model).inputs
+
+
+def _candidates(model: nn.Module) -> list[Inputs]:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else 3
     cfg = getattr(model, "pretrained_cfg", None) or {}
     if cfg.get("input_size"):
-        return [(channels, *cfg["input_size"][1:])]
-    return [(channels, size, size) for size in _SIZES_TO_TRY]
+        return [Inputs((channels, *cfg["input_size"][1:]))]
+    return [Inputs((channels, size, size), guessed=True) for size in _SIZES_TO_TRY]
 
 
-def _zeros(model: nn.Module, size: InputSize) -> Tensor:
+def _observe(model: nn.Module, inputs: Inputs) -> Flow:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    return torch.zeros(_IMAGES, *size, device=like.device, dtype=like.dtype)
-
-
-def _observe(model: nn.Module, size: InputSize) -> Flow:
+    batch = inputs.batch(_IMAGES, seed=None).to(like.device, like.dtype)
+    num_images = inputs.num_images(_IMAGES)
     names = {id(module): name for name, module in model.named_modules()}
     norm_of = {
         id(m.running_mean): names[id(m)] for m in model.modules() if getattr(m, "running_mean", None) is not None
@@ -213,30 +218,34 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
         recorder.running[names[id(module)]] += 1
         if id(module) in heard:
             recorder.consumed(f"a hook on {names[id(module)]}", tree_leaves(args))
+        if isinstance(module, FROZEN_NORMS):
+            recorder.frozen = names[id(module)]
 
-    def after(module: nn.Module, args: Any, output: Any) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         name = names[id(module)]
         recorder.running[name] -= 1
+        recorder.frozen = None
         calls[name] += 1
-        if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
-            input_sizes[name] = (args[0].shape[2], args[0].shape[3])
+        first = next(iter((*args, *kwargs.values())), None)
+        if isinstance(first, Tensor) and first.dim() == 4:
+            input_sizes[name] = (first.shape[2], first.shape[3])
         if isinstance(output, Tensor):
             tokens_last = isinstance(module, nn.Linear)
             recorder.produced(name, output, channels=output.dim() - 1 if tokens_last else None)
             if tokens_last:
-                output_sizes[name] = (output.numel() // output.shape[-1] // _IMAGES, 1)
-            elif output.dim() == 4:
-                output_sizes[name] = (output.shape[2], output.shape[3])
+                output_sizes[name] = (output.numel() // output.shape[-1] // num_images, 1)
+            elif output.dim() == 4 or isinstance(module, nn.Conv1d) and output.dim() == 3:
+                output_sizes[name] = (output.shape[2] if output.dim() == 4 else 1, output.shape[-1])
         if id(module) in heard and module._forward_hooks:
             recorder.consumed(f"a hook on {name}", tree_leaves(output))
 
     # before the hooks that are there, which may read the output
-    hooks = [module.register_forward_hook(after, prepend=True) for module in model.modules()]
+    hooks = [module.register_forward_hook(after, prepend=True, with_kwargs=True) for module in model.modules()]
     hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
     drawn = {p.device.index for p in model.parameters() if p.is_cuda}  # by dropout and its like
     try:
         with torch.no_grad(), torch.random.fork_rng(drawn), recorder:
-            output = model(_zeros(model, size))
+            output = batch.run(model)
     finally:
         for hook in hooks:
             hook.remove()
@@ -244,7 +253,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     recorder.consumed("the model's output", leaves)
     recorder.keepers({id(leaf) for leaf in leaves})
     readers = {name: tuple(found) for name, found in recorder.readers.items()}
-    return Flow(size, calls, output_sizes, readers, input_sizes, frozenset(recorder.read_beside))
+    return Flow(inputs, calls, output_sizes, readers, input_sizes, frozenset(recorder.read_beside))
 
 
 class _Recorder(TorchDispatchMode):
@@ -256,6 +265,7 @@ class _Recorder(TorchDispatchMode):
         self.owner_of = owner_of
         self.readers: dict[str, list[Reader]] = {}
         self.running: Counter[str] = Counter()
+        self.frozen: str | None = None  # the frozen norm that is running: its operators read no statistics directly
         self.read_beside: set[str] = set()
         self._producers: dict[int, list[str]] = {}
         self._channels: dict[int, int] = {}
@@ -271,7 +281,7 @@ class _Recorder(TorchDispatchMode):
 
     def consumed(self, op: str, leaves: list[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), None)
+        norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), self.frozen)
         owners = [self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of]
         owner = norm or next(iter(owners), None)
         self.read_beside.update(name for name in owners if not self.running[name])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from growshrink.algebra.dataflow import InputSize
-from growshrink.analysis.layers import Layer, Side, State, check_states, supernet_layers
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
+from growshrink.analysis.layers import Layer, Side, State, check_states, output_positions, supernet_layers
 from growshrink.analysis.stats import Floats
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import Width, WidthSpace
@@ -187,7 +187,7 @@ class AngleTable:
         """Its variables, and its columns by their choices."""
         sums = channel_sums(layer, init, checkpoints)
         for axis, side in enumerate((layer.rows, layer.columns)):
-            if side is None or side.switch:
+            if side is None or side.whole:
                 sums = sums.sum(axis, keepdims=True)
             else:
                 if side.variable in order:
@@ -213,9 +213,7 @@ class AngleTable:
         """How many entries each choice keeps of an axis of `length`."""
         if side is None:
             return [length]
-        if side.switch:
-            return [length if width else 0 for width in self.choices[side.variable]]
-        kept = [width // side.divisor for width in self.choices[side.variable]]
+        kept = [side.kept(width, length) for width in self.choices[side.variable]]
         if max(kept) > length:
             raise AnalysisError(f"{layer.name}: {side.variable} goes to {max(kept)}, the tensor has {length}.")
         return kept
@@ -282,46 +280,63 @@ def channel_sums(layer: Layer, init: State, checkpoints: Sequence[State]) -> Flo
 
 
 def supernet_table(
-    init: nn.Module,
-    trained: nn.Module | Sequence[nn.Module],
-    space: WidthSpace,
+    init: nn.Module | State,
+    trained: nn.Module | State | Sequence[nn.Module | State],
+    space: WidthSpace | Mapping[str, Sequence[int]],
     *,
-    input_size: InputSize,
+    layers: Sequence[Layer] | None = None,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
     order: Mapping[str, Sequence[int]] | None = None,
 ) -> AngleTable:
-    """Make the table of a width space from a grown net as initialised and trained (once or at several times)."""
-    if not isinstance(space, WidthSpace):
-        raise AnalysisError(f"{space=}: must be a WidthSpace, see growshrink.width_space.")
-    space.check(init)
-    states = [dict(net.named_parameters()) for net in ([trained] if isinstance(trained, nn.Module) else trained)]
+    """Make the table of a space from a net as initialised and trained (once or at several times); see `angle`."""
+    nets = [init, *([trained] if isinstance(trained, (nn.Module, Mapping)) else trained)]
+    states = [dict(net.named_parameters()) if isinstance(net, nn.Module) else net for net in nets]
+    inputs = given_inputs(input_size, example_inputs)
+    if layers is None:
+        if not isinstance(space, WidthSpace) or not isinstance(init, nn.Module):
+            raise AnalysisError(
+                f"{space=}: must be a WidthSpace, see growshrink.width_space, of two nets; or pass layers=."
+            )
+        space.check(init)
+        layers = supernet_layers(init, inputs)
+    elif isinstance(init, nn.Module):
+        seen = output_positions(init, inputs)
+        layers = [replace(row, positions=row.positions or seen.get(row.name.rpartition(".")[0], 0)) for row in layers]
     return AngleTable(
-        supernet_layers(init, input_size), space.choices, dict(init.named_parameters()), states, order=order
+        layers, space.choices if isinstance(space, WidthSpace) else space, states[0], states[1:], order=order
     )
 
 
 def angle(
-    init: nn.Module,
-    trained: nn.Module,
-    space: WidthSpace,
+    init: nn.Module | State,
+    trained: nn.Module | State,
+    space: WidthSpace | Mapping[str, Sequence[int]],
     widths: Sequence[Width] | None = None,
     *,
-    input_size: InputSize,
+    layers: Sequence[Layer] | None = None,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> AngleScores:
-    """Angle, structural null, parameters and MACs of subnets of a grown net.
+    """Angle, structural null, parameters and MACs of subnets of a grown net, or of any supernet.
 
     The angle alone misleads: it grows with the size of a subnet. `growshrink.rank` says what it adds to that.
 
     Args:
-        init: The net as it was initialised.
+        init: The net as it was initialised (or its tensors by name, if `layers` are given).
         trained: The same net, trained.
-        space: Its width space.
+        space: Its width space; of another supernet the choices of each width by name.
         widths: Subnets, each a width of the space; None is every one.
-        input_size: `(C, H, W)`, for the MACs.
+        layers: What a subnet keeps of each tensor, for supernets that were not grown: `growshrink.analysis.Layer` and
+            `Side`, or as read by `growshrink.analysis.read_width_table`. `positions` that are 0 are taken from a pass.
+        input_size: `(C, H, W)`, for the MACs; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `growshrink.grow`.
 
     Raises:
         AnalysisError: The two nets are not one, or a width is not of the space.
     """
-    table = supernet_table(init, trained, space, input_size=input_size)
+    options: dict[str, Any] = {"layers": layers, "input_size": input_size, "example_inputs": example_inputs}
+    table = supernet_table(init, trained, space, **options)
     return table.score(table.all() if widths is None else table.index(widths))
 
 

@@ -57,7 +57,7 @@ class Ranking:
     """Outcome of `rank`: agreement of every score, and verdicts of those that are no baselines.
 
     Attributes:
-        n: Subnets that were compared; `left_out` have no finite score.
+        n: Subnets that were compared; `left_out` have no finite score, or truth.
         k: K of precision and regret.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
         seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
@@ -92,7 +92,7 @@ class Ranking:
             "pairs are tied in truth."
         )
         if self.left_out:
-            lines.append(f"{self.left_out} subnets have no finite score and were left out.")
+            lines.append(f"{self.left_out} subnets have no finite score, or truth, and were left out.")
         if self.n < FEW:
             lines.append(f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints.")
         if self.ceiling is None:
@@ -121,9 +121,10 @@ def rank(
 
     Args:
         scores: `(N,)` each, higher is better; every baseline, `macs` among them, has to be there. Subnets without a
-            finite value in one of them are left out and counted.
-        truth: `(N,)`, higher is better; or several measurements of it with different seeds, whose mean is the truth.
-        baselines: Names of the scores that any other has to beat.
+            finite value in one of them, or in the truth, are left out and counted.
+        truth: `(N,)`, higher is better; or several measurements of it with different seeds, whose mean is the truth: a
+            list of them, or one array, `(seeds, N)` or `(N, seeds)`.
+        baselines: Names of the scores that any other has to beat, at least one.
         k: K of top-k precision and regret; None is a tenth of the subnets.
         num_bins: Bins of MACs for `tau_within`, of equal counts; fewer if a bin would have less than 8 subnets.
         num_resamples: Resamples of the bootstrap over subnets.
@@ -133,10 +134,13 @@ def rank(
     Raises:
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
     """
+    baselines = (baselines,) if isinstance(baselines, str) else tuple(baselines)
+    if not baselines:
+        raise AnalysisError("baselines=(): name at least one score that any other has to beat.")
     try:
-        measured = [np.asarray(column, dtype=np.float64) for column in (truth if np.ndim(truth) > 1 else [truth])]
+        measured = _measurements(truth, np.size(next(iter(scores.values()), ())))
         columns = {name: np.asarray(column, dtype=np.float64) for name, column in scores.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise AnalysisError(f"scores must be numbers by name, and truth numbers: {error}.") from error
     for name in (*baselines, "macs"):
         if name not in columns:
@@ -144,15 +148,15 @@ def rank(
     for name, column in [*columns.items(), *(("the truth", column) for column in measured)]:
         if column.shape != measured[0].shape or column.ndim != 1:
             raise AnalysisError(f"{name}: {column.shape} values, the truth has {measured[0].shape}.")
-    finite = np.all([np.isfinite(column) for column in columns.values()], axis=0)
+    finite = np.all([np.isfinite(column) for column in (*columns.values(), *measured)], axis=0)
     columns = {name: column[finite] for name, column in columns.items()}
     measured = [column[finite] for column in measured]
     target = np.mean(measured, axis=0)
     n, several = len(target), len(measured) > 1
     if n < 8:
-        raise AnalysisError(f"{n} subnets with a truth and finite scores: too few to rank.")
-    if not np.isfinite(target).all() or np.ptp(target) == 0:
-        raise AnalysisError("the truth is not finite, or the same for all subnets: there is nothing to rank.")
+        raise AnalysisError(f"{n} subnets with a finite truth and finite scores: too few to rank.")
+    if np.ptp(target) == 0:
+        raise AnalysisError("the truth is the same for all subnets: there is nothing to rank.")
     k = max(1, round(n / 10)) if k is None else k
     num_bins = max(1, min(num_bins, n // 8))
     bins = stats.size_bins(columns["macs"], num_bins)
@@ -191,6 +195,14 @@ def _beyond(
             value = stats.partial_spearman(columns[name], truth, controls)
             found[name] = boot.interval(value, samples)
     return found
+
+
+def _measurements(truth: Any, n: int) -> list[Floats]:
+    """One column for each seed, of a list of them or an array with the seeds along either axis."""
+    columns = np.asarray(truth, dtype=np.float64)
+    if columns.ndim == 2 and columns.shape[1] != n and columns.shape[0] == n:
+        columns = columns.T
+    return list(columns) if columns.ndim > 1 else [columns]
 
 
 def _agreement(
@@ -246,7 +258,8 @@ def _verdict(
 def _cell(interval: Estimate) -> str:
     if math.isnan(interval.value):
         return "-"
-    return f"{interval.value:+.3f} ({interval.low:+.3f}, {interval.high:+.3f})"
+    shown = (f"{round(value, 3) + 0.0:+.3f}" for value in (interval.value, interval.low, interval.high))  # not -0.000
+    return "{} ({}, {})".format(*shown)
 
 
 def jsonable(value: Any) -> Any:

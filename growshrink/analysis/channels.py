@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
-from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.proofs._profile import profile
 
 #: Importances of Torch-Pruning by the name they have here, with their arguments.
@@ -37,12 +38,23 @@ Kept = Mapping[str, NDArray[np.intp]]
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Channels that live and die together. `places`: (dependency, module name, tensor entries of each channel)."""
+    """Channels that live and die together.
+
+    Attributes:
+        units: The channels of the group's first layer that go together: one each, or more (a concatenation of two
+            layers, one of which is depthwise behind the other).
+        places: Dependency, module name, and the tensor entries of each unit.
+    """
 
     name: str
-    channels: int
+    units: list[NDArray[np.intp]]
     group: Any
     places: tuple[tuple[Any, str, tuple[NDArray[np.intp], ...]], ...]
+
+    @property
+    def channels(self) -> int:
+        """How many units there are: what a width counts."""
+        return len(self.units)
 
 
 class ChannelSpace:
@@ -62,19 +74,18 @@ class ChannelSpace:
         AnalysisError: Torch-Pruning is not there or cannot prune the net.
     """
 
-    def __init__(self, model: nn.Module, input_size: InputSize, *, least: float = 0.1, round_to: int = 1) -> None:
+    def __init__(self, model: nn.Module, input_size: InputLike, *, least: float = 0.1, round_to: int = 1) -> None:
         if not 0.0 < least <= 1.0 or round_to < 1:
             raise AnalysisError(f"{least=}, {round_to=}: least must lie in (0, 1], round_to be a whole number above 0.")
+        check_model(model, scripted=False)
         self.model = model
-        self.input_size = input_size
+        self.inputs = inputs_for(model, input_size)
         # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
         self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+        self._empty = copy.deepcopy(model).to("meta").eval()
         self.left_alone: dict[str, str] = {}
         self._groups = {group.name: group for group in self._find()}
-        if not self._groups:
-            raise AnalysisError(f"{type(model).__name__}: no channels that could be pruned.")
         self.choices = {name: _choices(group.channels, least, round_to) for name, group in self._groups.items()}
-        self._cost = self._cost_terms()
         self._prove()
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -90,7 +101,9 @@ class ChannelSpace:
 
     def cut(self, kept: Kept) -> nn.Module:
         """A copy of the net without the channels that are not `kept`, in eval mode."""
-        net = copy.deepcopy(self.model).eval()
+        return self._cut(copy.deepcopy(self.model).eval(), kept)
+
+    def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:
         modules = dict(net.named_modules())
         gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
         for name, group in self._groups.items():
@@ -120,7 +133,7 @@ class ChannelSpace:
         measure = getattr(_torch_pruning().importance, name)(**kwargs)
         found = {name: measure(group.group) for name, group in self._groups.items()}
         return {  # None: no norm in it, for bn_scale
-            name: np.ones(self._groups[name].channels) if values is None else values.detach().double().numpy()
+            name: np.array([1.0 if values is None else float(values[unit].mean()) for unit in self._groups[name].units])
             for name, values in found.items()
         }
 
@@ -129,43 +142,59 @@ class ChannelSpace:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
-                graph = tp.DependencyGraph().build_dependency(self._traced, torch.zeros(1, *self.input_size))
+                batch = self.inputs.batch(1, torch.float32, seed=None)
+                graph = tp.DependencyGraph().build_dependency(self._traced, dict(batch.kwargs) or batch.args)
+                last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
+                found_groups = list(graph.get_all_groups(ignored_layers=last))
         except Exception as error:  # whatever a forward or the tracer may raise
             net = type(self.model).__name__
-            raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.input_size}: {error}") from error
+            raise AnalysisError(f"{net}: Torch-Pruning cannot trace it on {self.inputs}: {error}") from error
         names = {id(module): name for name, module in self._traced.named_modules()}
-        last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
         groups = []
-        for group in graph.get_all_groups(ignored_layers=last):
+        for group in found_groups:
             name = names[id(group[0].dep.target.module)]
             if reason := _why_not(group):
                 self.left_alone[name] = reason
                 continue
-            found = [(item, names.get(id(item.dep.target.module))) for item in group.items]
-            # modules without a name are operations without tensors
-            places = tuple((item.dep, module, _entries(item)) for item, module in found if module is not None)
-            groups.append(_Group(name, len(group[0].idxs), group, places))
+            units, places = _units(graph, group, names)
+            if any(len(entries) != len(place[2][0]) for place in places for entries in place[2]):
+                self.left_alone[name] = "its channels go together in unequal numbers"
+                continue
+            groups.append(_Group(name, units, group, places))
         return groups
 
     def _prove(self) -> None:
-        """Cut a net at middle widths, run it, and compare its costs with those that were computed."""
-        index = np.array([[len(choices) // 2 for choices in self.choices.values()]])
-        kept = {name: np.arange(choices[len(choices) // 2]) for name, choices in self.choices.items()}
-        what = f"{type(self.model).__name__}: with fewer channels it"
+        """Leave groups alone without which the net runs at middle widths and costs what was computed."""
+        reason = "no channels that could be pruned"
+        if self._groups and (reason := self._failure(list(self._groups))):
+            for name in list(self._groups):
+                if why := self._failure([name]):
+                    self.left_alone[name] = why
+                    del self._groups[name], self.choices[name]
+            reason = self._failure(list(self._groups)) if self._groups else reason
+        if reason:
+            raise AnalysisError(f"{type(self.model).__name__}: {reason}.")
+
+    def _failure(self, names: Sequence[str]) -> str:
+        """Why the net cannot be pruned to middle widths of these groups; empty where it can."""
+        self._cost = self._cost_terms()
+        row = [len(choices) // 2 if name in names else len(choices) - 1 for name, choices in self.choices.items()]
+        kept = {name: np.arange(choices[i]) for (name, choices), i in zip(self.choices.items(), row, strict=True)}
         try:
-            found = profile(self.cut(kept), self.input_size)
+            found = profile(self._cut(copy.deepcopy(self._empty), kept), self.inputs)
         except Exception as error:  # whatever a forward may raise
-            raise AnalysisError(f"{what} does not run ({str(error).splitlines()[0]}).") from error
-        params, macs = self.cost(index)
-        if (found.params, found.macs) != (params[0], macs[0]):
-            raise AnalysisError(
-                f"{what} has {found.params:,} parameters and {found.macs:,} MACs, its graph says {params[0]:,} and "
-                f"{macs[0]:,}: it cannot be pruned by the graph."
-            )
+            return f"with fewer channels it does not run ({str(error).splitlines()[0]})"
+        params, macs = self.cost(np.array([row]))
+        if (found.params, found.macs) == (params[0], macs[0]):
+            return ""
+        return (
+            f"with fewer channels it has {found.params:,} parameters and {found.macs:,} MACs, its graph says "
+            f"{params[0]:,} and {macs[0]:,}: it cannot be pruned by the graph"
+        )
 
     def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
         """Constant parameters and MACs, and for every tensor with channels how its sizes follow from the widths."""
-        positions = output_positions(self.model, self.input_size)
+        positions = output_positions(self.model, self.inputs)
         sides: dict[tuple[str, bool], NDArray[np.int64]] = {}
         numbers = {name: i for i, name in enumerate(self._groups)}
         for group in self._groups.values():
@@ -193,7 +222,7 @@ class ChannelSpace:
             outs, ins = (sizes[0] - int(out @ full), out), (sizes[1] - int(inside @ full), inside)
             terms.append((outs, ins, weights, positions.get(name, 0), vectors))
         self._cost = ((0, 0), terms)
-        whole = profile(self.model, self.input_size)
+        whole = profile(self.model, self.inputs)
         params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
         return (whole.params - int(params[0]), whole.macs - int(macs[0])), terms
 
@@ -222,10 +251,28 @@ def _why_not(group: Any) -> str:
     return ""
 
 
-def _entries(item: Any) -> tuple[NDArray[np.intp], ...]:
-    """For each channel of a group the entries that it has along the axis of one place."""
-    roots, places = np.asarray(item.root_idxs), np.asarray(item.idxs)
-    return tuple(places[roots == channel] for channel in range(int(roots.max()) + 1))
+def _units(graph: Any, group: Any, names: Mapping[int, str]) -> tuple[list[NDArray[np.intp]], Any]:
+    """The units of a group, and its places; modules without a name are operations without tensors."""
+    root, channels = group[0].dep, len(group[0].idxs)
+    items = [item for item in group.items if id(item.dep.target.module) in names]
+    counts = [np.bincount(item.root_idxs, minlength=channels) for item in items]
+    if all((count == count[0]).all() for count in counts):
+        parts, units = [(item, item.root_idxs) for item in items], list(np.arange(channels)[:, None])
+    else:  # the group's own lists follow one way to each place only: asked for one channel, all that goes with it come
+        parts, units, seen = [], [], set()
+        for channel in range(channels):
+            if channel not in seen:
+                alone = graph.get_pruning_group(root.target.module, root.handler, [channel])
+                parts += [(item, [len(units)] * len(item.idxs)) for item in alone.items]
+                units.append(np.unique(alone[0].idxs))
+                seen.update(units[-1])
+    places: dict[tuple[str, str], tuple[Any, str, list[Any]]] = {}
+    for item, owners in parts:
+        if (module := names.get(id(item.dep.target.module))) is not None:
+            entries = places.setdefault((module, item.dep.handler.__name__), (item.dep, module, [[] for _ in units]))[2]
+            for owner, entry in zip(owners, item.idxs, strict=True):
+                entries[owner].append(entry)
+    return units, tuple((dep, module, tuple(np.unique(e) for e in entries)) for dep, module, entries in places.values())
 
 
 def _choices(channels: int, least: float, round_to: int) -> tuple[int, ...]:

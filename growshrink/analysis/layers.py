@@ -6,13 +6,18 @@ import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import InputLike
+from growshrink.base.reading import read_json, reason
 from growshrink.branches import Branch
-from growshrink.errors import AnalysisError
+from growshrink.errors import AnalysisError, RunError
+from growshrink.layers.as_conv import WeightLayer
 from growshrink.layers.widths import Slots, active_width
 from growshrink.supernet.middle import axes
 
@@ -24,13 +29,26 @@ State = Mapping[str, Tensor]
 class Side:
     """What a subnet keeps along one axis of a tensor: of each of equal `blocks` the first width / `divisor` entries.
 
-    `variable` names the width; with `switch` all is kept, or nothing at width 0.
+    `variable` names the width; with `switch` all is kept, or nothing at width 0. With `chosen` the variable is a choice
+    of one operator of several by number: all is kept where it is this one, else nothing.
     """
 
     variable: str
     blocks: int = 1
     divisor: int = 1
     switch: bool = False
+    chosen: int | None = None
+
+    @property
+    def whole(self) -> bool:
+        """It keeps all or nothing."""
+        return self.switch or self.chosen is not None
+
+    def kept(self, width: int, length: int) -> int:
+        """How many entries of an axis of `length` a width keeps."""
+        if self.whole:
+            return length if (width != 0 if self.chosen is None else width == self.chosen) else 0
+        return width // self.divisor
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Layer:
         return tuple(dict.fromkeys(side.variable for side in (self.rows, self.columns) if side is not None))
 
 
-def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
+def supernet_layers(model: nn.Module, input_size: InputLike) -> list[Layer]:
     """Every parameter of a grown net as a layer; the variables are the names of its width space.
 
     The vector is made of the kernels of convolutions and of linear layers. MACs are those of the grown net as it is
@@ -86,6 +104,35 @@ def supernet_layers(model: nn.Module, input_size: InputSize) -> list[Layer]:
     return layers
 
 
+def read_width_table(path: Path) -> tuple[dict[str, tuple[int, ...]], list[Layer]]:
+    """Width variables and layers of a net of your own, from a small JSON file.
+
+    `{"variables": {"a": [8, 16], "op": [0, 1]}, "layers": [{"name": "conv.weight", "rows": "a", "columns": {"variable":
+    "op", "chosen": 1}, "positions": 1024}]}`: the choices of every variable by name, and the fields of `Layer` and
+    `Side`; the name of a variable alone is a `Side` without options.
+
+    Raises:
+        AnalysisError: It is none, says where.
+    """
+
+    def side(value: Any) -> Side | None:
+        return None if value is None else Side(value) if isinstance(value, str) else Side(**value)
+
+    try:
+        table = read_json(path)
+        variables = {str(name): tuple(sorted(set(choices))) for name, choices in table["variables"].items()}
+        layers = [
+            Layer(**{**row, **{key: side(row.get(key)) for key in ("rows", "columns")}}) for row in table["layers"]
+        ]
+        numbers = [number for choices in variables.values() for number in choices]
+        numbers += [n for layer in layers for s in (layer.rows, layer.columns) if s for n in (s.blocks, s.divisor)]
+        if any(type(n) is not int or n < 0 for n in numbers) or any(not choices for choices in variables.values()):
+            raise ValueError("widths, blocks and divisors must be whole numbers, at least one of each")
+    except (RunError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AnalysisError(f"{path}: not a table of widths ({reason(error)}).") from error
+    return variables, layers
+
+
 def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
     """AnalysisError unless every state has every layer, with the same shapes and finite values."""
     states = list(states)
@@ -104,19 +151,25 @@ def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
                 raise AnalysisError(f"{name}: has values that are not finite in {which}.")
 
 
-def output_positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
+def output_positions(model: nn.Module, input_size: InputLike) -> dict[str, int]:
     """Output positions of an image, by name of the convolution or linear layer: MACs for each of its weights."""
     found: dict[str, int] = {}
 
     def record(module: nn.Module, args: object, output: Tensor, name: str) -> None:
         channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
-        found[name] = found.get(name, 0) + output.numel() // channels
+        seen = output.numel() // channels
+        if getattr(module, "transposed", False):  # there each weight meets every pixel that comes in
+            assert isinstance(module, nn.modules.conv._ConvNd) and isinstance(args, tuple)
+            seen = args[0].numel() // module.in_channels
+        found[name] = found.get(name, 0) + seen // num_images
 
+    inputs = inputs_for(model, input_size)
+    num_images = inputs.num_images(1)
     replica = copy.deepcopy(model).to("meta").eval()
     for name, module in replica.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, WeightLayer):
             module.register_forward_hook(partial(record, name=name))
     dtype = next(replica.parameters()).dtype
     with torch.no_grad():
-        replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
+        inputs.batch(1, seed=None).to("meta", dtype).run(replica)
     return found

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
 from growshrink.base.config import check_fields
@@ -183,7 +183,8 @@ def random_prune(
     least: float = 0.1,
     round_to: int = 1,
     batch: tuple[Tensor, Tensor] | None = None,
-    input_size: InputSize | None = None,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     """A copy of a convolutional net without some of its channels, in a regular shape: dense, smaller tensors.
 
@@ -201,6 +202,7 @@ def random_prune(
         round_to: Widths are multiples of this.
         batch: Images and labels, for "taylor".
         input_size: `(C, H, W)`; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `growshrink.grow`.
 
     Raises:
         AnalysisError: Torch-Pruning (the extra `prune`) is not there or cannot trace the net; nothing meets the budget.
@@ -208,7 +210,7 @@ def random_prune(
     known = ("random", *CRITERIA)
     if criterion not in known:
         raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
-    space = ChannelSpace(model, trace(model, input_size).input_size, least=least, round_to=round_to)
+    space = ChannelSpace(model, given_inputs(input_size, example_inputs), least=least, round_to=round_to)
     budget = Budget(macs, tolerance)
     if criterion != "random":
         importance = space.importance(criterion, batch)

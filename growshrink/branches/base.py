@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from growshrink.algebra.convmap import ConvMap, Pair, compose
+from growshrink.algebra.convmap import ConvMap, compose
+from growshrink.algebra.taps import Pair
 from growshrink.branches.geometry import freeze_, leave_one_trained_, scaled_identity
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import convmap_of

@@ -11,9 +11,9 @@ from torch import nn
 
 from growshrink.branches.base import Chain
 from growshrink.branches.geometry import ONE_TAP, like, lopsided, padding_of
+from growshrink.layers.as_conv import TokenConv2d
 from growshrink.layers.bottleneck import he_fan_out_
 from growshrink.layers.branch import middle_width
-from growshrink.layers.grown_linear import TokenConv2d
 
 
 class PointwiseConv(Chain, kind="pointwise_conv"):

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from growshrink.algebra.convmap import Pair
+from growshrink.algebra.taps import Pair
 from growshrink.layers.bottleneck import he_fan_out_
 
 #: Options of `like` for a 1x1 that changes nothing but the channels.

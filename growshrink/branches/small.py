@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from growshrink.algebra.convmap import Pair
+from growshrink.algebra.taps import Pair
 from growshrink.branches.base import Chain
 from growshrink.branches.geometry import even_sides, like, padding_of
 

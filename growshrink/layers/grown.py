@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import FuseError, check_model
+from growshrink.layers.as_conv import as_conv, write_kernel_
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
@@ -35,7 +36,7 @@ class _KernelAlone:
 
 
 class Grown(Mergeable):
-    """A layer with branches: what `GrownConv2d` and `GrownLinear` have in common."""
+    """A layer with branches: what the grown classes have in common."""
 
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
         branches: nn.ModuleList
@@ -46,8 +47,8 @@ class Grown(Mergeable):
     plain_class: ClassVar[type[nn.Module]]
 
     def as_conv(self) -> nn.Conv2d:
-        """The layer without its branches, as a convolution of images with the same parameters."""
-        raise NotImplementedError
+        """The layer without its branches, as a convolution of images; see `growshrink.layers.as_conv`."""
+        return as_conv(self)
 
     def padded(self, x: Tensor) -> Tensor:
         """The input as kernel and branches see it: with the padding that is not in `padding`, where there is any."""
@@ -76,8 +77,7 @@ class Grown(Mergeable):
         plain.__dict__.update(copy.deepcopy(self.__dict__, {id(self): plain}))
         del plain.branches
         assert isinstance(plain.weight, Tensor)
-        with torch.no_grad():
-            plain.weight.copy_(fused.kernel.reshape(plain.weight.shape))
+        write_kernel_(plain, fused.kernel)
         if self.bias is not None or bool((fused.bias != 0).any()):
             plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
         return plain
@@ -94,13 +94,9 @@ class GrownConv2d(Grown, nn.Conv2d):
 
     plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
 
-    def as_conv(self) -> nn.Conv2d:
-        """See `Grown.as_conv`."""
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
-        x = self.padded(x)
+        x = self.padded(input)
         y = self._conv_forward(x, self.weight, self.bias)
         for branch in self.branches:
             if not branch.skipped:

@@ -1,4 +1,4 @@
-"""Grown linear layers: the tokens are seen as an image, so that all branches of convolutions fit."""
+"""Grown layers that show their inputs and outputs to the branches as images, so that all branches fit."""
 
 from __future__ import annotations
 
@@ -6,51 +6,91 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.algebra.taps import spread
 from growshrink.layers.grown import Grown
 
 
-class TokenConv2d(nn.Conv2d):
-    """A linear layer as the 1x1 convolution it is on the image of its tokens: what its branches are built for."""
+class _GrownOnImages(Grown):
+    """What the classes here share; none is ever constructed, see `GrownConv2d`."""
 
-    @staticmethod
-    def of(linear: nn.Linear) -> TokenConv2d:
-        """Shares the parameters of `linear` (the weight as a view); has its mode and trainability."""
-        has_bias = linear.bias is not None
-        conv = TokenConv2d(linear.in_features, linear.out_features, 1, bias=has_bias, device="meta")
-        weight_OI11 = linear.weight.detach()[:, :, None, None]
-        conv.weight = nn.Parameter(weight_OI11, requires_grad=linear.weight.requires_grad)
-        conv.bias = linear.bias
-        return conv.train(linear.training)
+    def with_branches(self, image: Tensor, out: Tensor) -> Tensor:
+        """The output, as an image, with what the branches add."""
+        for branch in self.branches:
+            if not branch.skipped:
+                out = out + branch(image, out)
+        return out
 
 
 @register_notrace_module  # as an nn.Linear is: how tokens become an image depends on the shape
-class GrownLinear(Grown, nn.Linear):
+class GrownLinear(_GrownOnImages, nn.Linear):
     """A linear layer with branches: `y = linear(x); for each branch: y = y + branch(x, y)`.
 
     Branches see the tokens `(N, ..., I)` as an image `(N, I, T, 1)`, without a copy, and so their batch norms normalise
-    over all tokens of all images. Never constructed: an `nn.Linear` becomes one in place; see `GrownConv2d`.
+    over all tokens of all images.
     """
 
     plain_class = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """`(..., I) -> (..., O)`."""
-        y = F.linear(x, self.weight, self.bias)
-        image, out = self._image(x), self._image(y)
-        for branch in self.branches:
-            if not branch.skipped:
-                out = out + branch(image, out)
+        y = F.linear(input, self.weight, self.bias)
+        out = self.with_branches(self._image(input), self._image(y))
         return out.permute(0, 2, 3, 1).reshape(y.shape)
 
     def on_images(self, x: Tensor) -> Tensor:
         """See `Grown.on_images`."""
         return self(x.movedim(1, -1)).movedim(-1, 1)
 
-    def as_conv(self) -> nn.Conv2d:
-        """See `Grown.as_conv`."""
-        return TokenConv2d.of(self)
-
     def _image(self, x: Tensor) -> Tensor:
         """`(N, ..., C) -> (N, C, T, 1)`, a view wherever the tokens can be counted in one stride."""
         images = x.shape[0] if x.dim() > 2 else 1
         return x.reshape(images, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+@register_notrace_module
+class GrownConv1d(_GrownOnImages, nn.Conv1d):
+    """A convolution of sequences with branches, which see `(N, I, L)` as images `(N, I, 1, L)` of one row."""
+
+    plain_class = nn.Conv1d
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`(N, I, L) -> (N, O, L')`, or without the N."""
+        y = self._conv_forward(input, self.weight, self.bias)
+        batched = input.dim() == 3
+        image, out = (t.unsqueeze(-2) if batched else t[None, :, None] for t in (input, y))
+        return self.with_branches(image, out).reshape(y.shape)
+
+    def on_images(self, x: Tensor) -> Tensor:
+        """See `Grown.on_images`; rows are sequences."""
+        rows = self(x.transpose(1, 2).flatten(0, 1))
+        return rows.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+
+@register_notrace_module
+class GrownConvTranspose2d(_GrownOnImages, nn.ConvTranspose2d):
+    """A transposed convolution with branches.
+
+    It is a convolution of stride 1, by the kernel turned around, of the input with `stride - 1` zeros between its
+    pixels and `dilation * (kernel_size - 1) - padding` around them. That is the image the branches see, at each of
+    its pixels: they cost `stride` squared times what they would beside a convolution of the same input.
+    """
+
+    plain_class = nn.ConvTranspose2d
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """`(N, I, H, W) -> (N, O, H', W')`."""
+        y = super().forward(input, output_size)
+        return self.with_branches(self._spread_out(input, y), y)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """See `Grown.padded`."""
+        return self._spread_out(x, super().forward(x))
+
+    def _spread_out(self, x: Tensor, y: Tensor) -> Tensor:
+        x = spread(x, self.stride)  # type: ignore[arg-type]
+        around: list[int] = []
+        for axis in (1, 0):  # the last axis comes first
+            reach = self.dilation[axis] * (self.kernel_size[axis] - 1)
+            before = reach - self.padding[axis]  # type: ignore[operator]
+            around += [before, y.shape[2 + axis] + reach - x.shape[2 + axis] - before]
+        return F.pad(x, around)

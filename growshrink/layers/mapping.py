@@ -42,7 +42,7 @@ def convmap_of(
         if type(module) is nn.Conv2d:
             return ConvMap.from_conv2d(module, dtype)
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
+            return ConvMap.from_bn(module, dtype)
         if type(module) is VanishingReLU:
             # a training step must not wait for a device, nor a compiled graph break, to read what is known
             if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):

@@ -60,11 +60,11 @@ class OnlineConv2d(OnlineModule, GrownConv2d):
         """See `OnlineModule.held_parts`."""
         return (branch for branch in self.branches if branch.merged)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """See `GrownConv2d.forward`."""
         if not self.collapsed:
-            return super().forward(x)
-        x = self.padded(x)
+            return super().forward(input)
+        x = self.padded(input)
         y = self._conv_forward(x, *merged(self, self._map))
         for branch in self.branches:
             if not (branch.merged or branch.skipped):

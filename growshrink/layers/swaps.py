@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from timm.layers import Conv2dSame
 from torch import nn
@@ -18,7 +18,7 @@ from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
-from growshrink.layers.grown_linear import GrownLinear
+from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
 
 
@@ -30,17 +30,52 @@ class Swap(NamedTuple):
     online: type[OnlineModule] | None  # None: it has no merged form
 
 
-#: Classes are compared exactly: a subclass may compute something else, and is left alone.
+#: What a subclass inherits from `plain` if it computes the same; one that has its own of any is left alone.
+_COMPUTE = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_impl", "__getattr__")
 TABLE = (
     Swap(nn.Conv2d, GrownConv2d, OnlineConv2d),
     Swap(Conv2dSame, GrownConv2dSame, OnlineConv2dSame),
     Swap(nn.Linear, GrownLinear, None),
+    Swap(nn.Conv1d, GrownConv1d, None),
+    Swap(nn.ConvTranspose2d, GrownConvTranspose2d, None),
     Swap(None, PureBottleneck, OnlineBottleneck),
 )
 GROWN_CLASSES = {row.plain: row.grown for row in TABLE if row.plain}
 ONLINE_CLASSES = {row.grown: row.online for row in TABLE if row.online}
-_PLAIN_CLASSES = {grown: plain for plain, grown in GROWN_CLASSES.items()}
 _EXPANDED_CLASSES = {online: grown for grown, online in ONLINE_CLASSES.items()}
+
+
+def class_in_table(layer: nn.Module) -> type[nn.Module] | None:
+    """The class in `GROWN_CLASSES` that `layer` computes what its class says: its own, or the one it inherits from."""
+    for plain in GROWN_CLASSES:
+        same = (getattr(type(layer), name, None) is getattr(plain, name, None) for name in _COMPUTE)
+        if isinstance(layer, plain) and all(same):
+            return plain
+    return None
+
+
+_MADE: dict[tuple[Any, Any], Any] = {}
+
+
+def base_class(module: nn.Module) -> Any:
+    """The class of a grown module, where it was made over a subclass of its plain class the one in the table."""
+    return vars(type(module)).get("base_class", type(module))
+
+
+def _over(plain: Any, base: Any) -> Any:
+    """`base` with whatever a subclass `plain` of its own plain class adds to that (methods, hooks of state_dicts)."""
+    if plain is None or plain is base.plain_class:
+        return base
+
+    def reduced(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # a pickle cannot look this class up by name
+        return _bare, (plain, base), *object.__reduce_ex__(self, max(2, protocol))[2:]
+
+    body = {"plain_class": plain, "base_class": base, "__reduce_ex__": reduced}
+    return _MADE.setdefault((plain, base), type(f"{base.__name__}Over{plain.__name__}", (base, plain), body))
+
+
+def _bare(plain: Any, base: Any) -> Any:
+    return object.__new__(_over(plain, base))
 
 
 def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
@@ -48,10 +83,11 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
     if isinstance(layer, Grown):
         layer.branches.extend(branches)
         return layer
-    if type(layer) not in GROWN_CLASSES:
+    plain = class_in_table(layer)
+    if plain is None:
         known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
         raise GrowError(f"a {type(layer).__name__} cannot carry branches, only {known}.")
-    layer.__class__ = GROWN_CLASSES[type(layer)]
+    layer.__class__ = _over(type(layer), GROWN_CLASSES[plain])
     assert isinstance(layer, Grown)
     layer.branches = nn.ModuleList(branches).train(layer.training)
     return layer
@@ -61,14 +97,14 @@ def to_plain(layer: Grown) -> nn.Module:
     """Remove the branches of a grown layer, which becomes the class it came from; returns the same object."""
     expand_online(layer, inplace=True)
     del layer.branches
-    layer.__class__ = _PLAIN_CLASSES[type(layer)]  # type: ignore[assignment]
+    layer.__class__ = layer.plain_class  # type: ignore[assignment]
     return layer
 
 
 def go_online(module: nn.Module) -> None:
     """Change the class of a grown module whose linear branches are marked (`branch.merged`), and hold its parts."""
     assert isinstance(module, (GrownConv2d, PureBottleneck))
-    module.__class__ = ONLINE_CLASSES[type(module)]  # type: ignore[assignment]
+    module.__class__ = _over(getattr(module, "plain_class", None), ONLINE_CLASSES[base_class(module)])
     assert isinstance(module, OnlineModule)
     for part in module.held_parts():
         for _, act in vanishing(part):
@@ -97,5 +133,5 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                 branch.merged = False
             module.__dict__.pop("collapsed", None)
             module.__dict__.pop("timing", None)
-            module.__class__ = _EXPANDED_CLASSES[type(module)]  # type: ignore[assignment]
+            module.__class__ = _over(getattr(module, "plain_class", None), _EXPANDED_CLASSES[base_class(module)])
     return model

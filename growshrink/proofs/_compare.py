@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.algebra.dataflow import InputSize
-from growshrink.errors import EquivalenceError, check_model
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, Inputs, given_inputs
+from growshrink.algebra.outputs import paired_leaves
+from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.swaps import to_plain
-from growshrink.proofs.probes import random_images, randomize_norms_
+from growshrink.proofs.probes import randomize_norms_
 from growshrink.transforms import fold, fuse
+from growshrink.transforms._fuse import relative_error
 
 #: float64 relative error above which two nets are not "exactly" equal (DESIGN: rules of exactness, 2).
 EXACT_FLOAT64 = 1e-10
@@ -33,19 +37,36 @@ class Comparison:
     """How far two nets are apart on the same random inputs.
 
     `max_abs` is the largest absolute difference of any output, `max_rel` the same over the largest absolute output of
-    the first net, `top1_agreement` the share of inputs on which both have the same largest output, in [0, 1].
+    the first net, `top1_agreement` the share of inputs on which both have the same largest output, in [0, 1]. Of
+    outputs that hold several tensors (lists, dicts, dataclasses) all three are those of the worst, `leaf`, by
+    `max_rel`; empty ones are equal.
     """
 
     max_abs: float
     max_rel: float
     top1_agreement: float
+    leaf: str = ""
 
     @staticmethod
-    def of(a: Tensor, b: Tensor) -> Comparison:
-        """Compare outputs `(N, ...)` of two nets."""
+    def of(a: Any, b: Any) -> Comparison:
+        """Compare the outputs of two nets leaf by leaf; EquivalenceError unless they hold tensors of equal shapes."""
+        try:
+            pairs = paired_leaves(a, b)
+        except GrowShrinkError as error:
+            raise EquivalenceError(str(error)) from error
+        if not pairs:
+            raise EquivalenceError("the outputs hold no floating point tensor: nothing to compare.")
+        found = [Comparison._of_leaf(path, *pair) for path, pair in pairs.items()]
+        return max(found, key=lambda one: float("inf") if one.max_rel != one.max_rel else one.max_rel)
+
+    @staticmethod
+    def _of_leaf(path: str, a: Tensor, b: Tensor) -> Comparison:
+        if not a.numel():
+            return Comparison(0.0, 0.0, 1.0, path)
         max_abs, scale = float((a - b).abs().max()), float(a.abs().max())
-        agreement = float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).float().mean())
-        return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
+        tops = [t.reshape(len(t) if t.dim() > 1 else 1, -1).argmax(1) for t in (a, b)]
+        max_rel = max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0
+        return Comparison(max_abs, max_rel, float((tops[0] == tops[1]).float().mean()), path)
 
 
 @dataclass(frozen=True)
@@ -82,27 +103,26 @@ def compare(
     a: nn.Module,
     b: nn.Module,
     *,
-    input_size: InputSize,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
     num_inputs: int = 8,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Comparison:
     """Run both nets, as they are but in eval mode, on the same random inputs.
 
-    Works on copies: modes, statistics and random streams of `a` and `b` are untouched. `max_rel` refers to `a`.
+    Works on copies: modes, statistics and random streams of `a` and `b` are untouched. `max_rel` refers to `a`. The
+    inputs are `num_inputs` images of `input_size` (None takes that of `a`) or the batch `example_inputs`, see `grow`.
     """
-    x = random_images(input_size, num_inputs, dtype, seed)
-    out_a, out_b = _run(a, x), _run(b, x)
-    if out_a.shape != out_b.shape:
-        raise EquivalenceError(f"outputs of shape {tuple(out_a.shape)} and {tuple(out_b.shape)} cannot be compared.")
-    return Comparison.of(out_a, out_b)
+    return _compare(a, b, given_inputs(input_size, example_inputs), num_inputs, dtype, seed)
 
 
 def assert_equivalent(
     a: nn.Module,
     b: nn.Module,
     *,
-    input_size: InputSize,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
     tolerance: float = EXACT_FLOAT64,
     num_inputs: int = 8,
     dtype: torch.dtype = torch.float64,
@@ -113,12 +133,14 @@ def assert_equivalent(
     The message names the first layer to differ and the worst one, among the layers both nets have under the same name
     and as the same class (convolutions: both with a bias or both without; a bias may have moved into the norm behind).
     """
-    result = compare(a, b, input_size=input_size, num_inputs=num_inputs, dtype=dtype, seed=seed)
+    inputs = given_inputs(input_size, example_inputs) or inputs_for(a)
+    result = _compare(a, b, inputs, num_inputs, dtype, seed)
     if not result.max_rel <= tolerance:
-        x = random_images(input_size, num_inputs, dtype, seed)
+        x = inputs.batch(num_inputs, dtype, seed=seed)
         raise EquivalenceError(
-            f"the nets differ by {result.max_rel:.1e} (relative; {tolerance:.0e} allowed), "
-            f"top-1 agreement {result.top1_agreement:.0%}. {_blame(a, b, x, tolerance)}"
+            f"the nets differ by {result.max_rel:.1e} (relative; {tolerance:.0e} allowed)"
+            f"{f' in output{result.leaf}' if result.leaf else ''}, "
+            f"top-1 agreement {result.top1_agreement:.0%}. {_blame(a, b, x, dtype, tolerance)}"
         )
     return result
 
@@ -127,7 +149,8 @@ def verify(
     model: nn.Module,
     transform: Callable[[nn.Module], nn.Module] = fuse,
     *,
-    input_size: InputSize,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
     randomize_norms: bool = True,
     seed: int = 0,
 ) -> Verification:
@@ -135,6 +158,7 @@ def verify(
 
     The copy gets random norm parameters and statistics (a fresh batch norm hides most mistakes; timm's zero gammas
     hide all of them; `randomize_norms=False` keeps a trained net as it is) and lam 0, in float64 and again in float32.
+    Inputs are those of `compare`.
 
     Returns:
         The errors, and the effect: how much the output changes when the branches are silenced (in a net without
@@ -143,23 +167,25 @@ def verify(
     Raises:
         EquivalenceError: The effect is about 0, so nothing was proven. A large error is reported, not raised.
     """
-    transform = partial(transform, input_size=input_size) if transform in (fuse, fold) else transform
     check_model(model)
+    inputs = given_inputs(input_size, example_inputs) or inputs_for(model)
+    if transform in (fuse, fold):
+        transform = partial(transform, input_size=inputs)
     model = copy.deepcopy(model).eval()
     set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
     exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model).float()
     double, single = (
-        compare(net, transform(copy.deepcopy(net)), input_size=input_size, dtype=dtype, seed=seed)
+        _compare(net, transform(copy.deepcopy(net)), inputs, 8, dtype, seed)
         for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
     dtype = next((p.dtype for p in model.parameters()), torch.float64)
     own = None
     if dtype not in (torch.float64, torch.float32):
-        own = compare(model, transform(copy.deepcopy(model)), input_size=input_size, dtype=dtype, seed=seed).max_rel
-    rounding = net_rounding_float32(exact, rounded, input_size=input_size, seed=seed)
-    effect = branch_effect(exact, input_size=input_size, seed=seed)
+        own = _compare(model, transform(copy.deepcopy(model)), inputs, 8, dtype, seed).max_rel
+    rounding = net_rounding_float32(exact, rounded, input_size=inputs, seed=seed)
+    effect = branch_effect(exact, input_size=inputs, seed=seed)
     if not effect >= LEAST_EFFECT:
         raise EquivalenceError(
             f"silencing what is merged changes the output by only {effect:.1e}: this verification proves nothing. "
@@ -168,14 +194,15 @@ def verify(
     return Verification(double.max_rel, single.max_rel, rounding, effect, double.top1_agreement, own)
 
 
-def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
+def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: InputLike, seed: int = 0) -> float:
     """Relative difference between a net in float32 and the same net in float64: its rounding error."""
-    reference = _run(exact, random_images(input_size, 8, torch.float64, seed))
-    rounded = _run(single, random_images(input_size, 8, torch.float32, seed)).double()
-    return float((rounded - reference).abs().max() / reference.abs().max())
+    inputs = inputs_for(exact, input_size)
+    dtypes = {torch.float32: single, torch.float64: exact}
+    outputs = (_run(net, inputs.batch(8, dtype, seed=seed), dtype) for dtype, net in dtypes.items())
+    return max(relative_error(a.double(), b) for a, b in paired_leaves(*outputs).values())
 
 
-def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
+def branch_effect(model: nn.Module, *, input_size: InputLike, seed: int = 0) -> float:
     """Relative change of the output when every branch adds nothing (no branches: when every norm is left out)."""
     silent = copy.deepcopy(model)
     branches = grown_modules(silent).values()
@@ -186,23 +213,35 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
             module.register_forward_hook(lambda _, args, output: torch.zeros_like(output))
     for norm in [] if branches else [m for m in silent.modules() if isinstance(m, _BatchNorm)]:
         norm.register_forward_hook(lambda _, args, output: args[0])
-    return compare(model, silent, input_size=input_size, seed=seed).max_rel
+    try:
+        return _compare(model, silent, given_inputs(input_size), 8, torch.float64, seed).max_rel
+    except EquivalenceError:  # other shapes: a detector that finds other boxes
+        return float("inf")
+
+
+def _compare(
+    a: nn.Module, b: nn.Module, inputs: Inputs | None, num_inputs: int, dtype: torch.dtype, seed: int
+) -> Comparison:
+    if type(num_inputs) is not int or num_inputs < 1:
+        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
+    batch = (inputs or inputs_for(a)).batch(num_inputs, dtype, seed=seed)
+    return Comparison.of(_run(a, batch, dtype), _run(b, batch, dtype))
 
 
 @torch.no_grad()
-def _run(model: nn.Module, x: Tensor, observe: Callable[..., None] | None = None) -> Tensor:
-    """Output of a copy in eval mode and the dtype of `x`; `observe` is a hook on all modules and gets their names."""
+def _run(model: nn.Module, x: Arguments, dtype: torch.dtype, observe: Callable[..., None] | None = None) -> Any:
+    """Output of a copy in eval mode and `dtype`; `observe` is a hook on all modules and gets their names."""
     check_model(model)
-    replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
-    device = next((p.device for p in replica.parameters()), x.device)
+    replica = copy.deepcopy(model).to(dtype=dtype).eval()
+    device = next((p.device for p in replica.parameters()), torch.device("cpu"))
     if observe is not None:
         for name, module in replica.named_modules():
             module.register_forward_hook(partial(observe, name))
-    return replica(x.to(device)).cpu()
+    return x.to(device, dtype).run(replica)
 
 
-def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:
-    outputs_a, outputs_b = _layer_outputs(a, x), _layer_outputs(b, x)
+def _blame(a: nn.Module, b: nn.Module, x: Arguments, dtype: torch.dtype, tolerance: float) -> str:
+    outputs_a, outputs_b = _layer_outputs(a, x, dtype), _layer_outputs(b, x, dtype)
     errors = {}
     for name, (kind, out) in outputs_a.items():
         if name and name in outputs_b and outputs_b[name][0] == kind and outputs_b[name][1].shape == out.shape:
@@ -215,7 +254,7 @@ def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:
     return f"First layer to differ: {beyond[0]} ({errors[beyond[0]]:.1e}); worst layer: {worst} ({errors[worst]:.1e})."
 
 
-def _layer_outputs(model: nn.Module, x: Tensor) -> dict[str, tuple[object, Tensor]]:
+def _layer_outputs(model: nn.Module, x: Arguments, dtype: torch.dtype) -> dict[str, tuple[object, Tensor]]:
     """Kind and output of every module by name, in the order they finish."""
     outputs: dict[str, tuple[object, Tensor]] = {}
 
@@ -223,5 +262,5 @@ def _layer_outputs(model: nn.Module, x: Tensor) -> dict[str, tuple[object, Tenso
         if isinstance(output, Tensor) and output.is_floating_point():
             outputs[name] = ((type(module), getattr(module, "bias", None) is None), output.clone().cpu())
 
-    _run(model, x, record)
+    _run(model, x, dtype, record)
     return outputs

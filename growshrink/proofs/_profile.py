@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from growshrink.algebra.dataflow import InputSize
-from growshrink.errors import check_model, check_size
+from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
+from growshrink.errors import check_model
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,25 @@ class Profile:
     params: int
 
 
-def profile(model: nn.Module, input_size: InputSize) -> Profile:
-    """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2)."""
-    check_model(model)
-    check_size(input_size)
+def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: ExampleInputs | None = None) -> Profile:
+    """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2).
+
+    `input_size` is `(C, H, W)`, None the model's own; `example_inputs` a batch in place of it, see `grow`.
+    """
+    check_model(model, scripted=False)
+    inputs = inputs_for(model, given_inputs(input_size, example_inputs))
     # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
     # without gradients have none
     replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with torch.no_grad(), flop_counter() as counter:
-        replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
-    return Profile(counter.get_total_flops() // 2, sum(p.numel() for p in replica.parameters()))
+        inputs.batch(1, seed=None).to("meta", dtype).run(replica)
+    return Profile(
+        counter.get_total_flops() // (2 * inputs.num_images(1)), sum(p.numel() for p in replica.parameters())
+    )
 
 
-def training_macs(model: nn.Module, input_size: InputSize, batch_size: int = 2) -> int:
+def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) -> int:
     """MACs of one image forward and backward through the graph that training runs, on the meta device.
 
     What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
@@ -44,7 +50,7 @@ def training_macs(model: nn.Module, input_size: InputSize, batch_size: int = 2) 
     replica = copy.deepcopy(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with flop_counter() as counter:
-        replica(torch.empty(batch_size, *input_size, device="meta", dtype=dtype)).sum().backward()
+        inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica).sum().backward()
     return counter.get_total_flops() // (2 * batch_size)
 
 

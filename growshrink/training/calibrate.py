@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.errors import GrowShrinkError, check_model
+from growshrink.algebra.inputs import Arguments, ExampleInputs
+from growshrink.errors import GrowShrinkError, check_model, describe
 
 
 @torch.no_grad()
-def calibrate_bn(model: nn.Module, batches: Iterable[Tensor], *, leave: Collection[nn.Module] = ()) -> None:
+def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: Collection[nn.Module] = ()) -> None:
     """Set the running statistics of every batch norm to their plain average over `batches`, in place.
 
     Needed where the weights did not come from training alone: averaged weights, or a subnet. Everything but the batch
@@ -20,40 +24,43 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor], *, leave: Collecti
     the active width (skipped branches, channels beyond it) keeps its statistics.
 
     Args:
-        model: Batch norms without running statistics are left alone.
-        batches: Images `(N, C, H, W)`, at least one batch.
-        leave: Batch norms whose statistics are left as they are.
+        model: Arguments norms without running statistics are left alone.
+        batches: At least one batch: images `(N, C, H, W)`, or a tuple whose first part goes into the model (images,
+            labels), or a dict of which the model takes what its forward has arguments for, else the first tensor.
+        leave: Arguments norms whose statistics are left as they are.
 
     Raises:
-        GrowShrinkError: There is no batch; the statistics are then as they were.
+        GrowShrinkError: There is no batch, or it holds no tensor; the statistics are then as they were.
 
     Source: Yu and Huang, Universally Slimmable Networks (arXiv:1903.05134), section 3.3.
     """
     check_model(model)
     kept = set(map(id, leave))
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and id(m) not in kept]
+    norms = [
+        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and id(m) not in kept
+    ]
     modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    counts = [_statistics(norm)[2].clone() for norm in norms]
-    remaining = iter(batches)
+    remaining = map(partial(_arguments, model), batches)
     first = next(remaining, None)
-    if not isinstance(first, Tensor):
-        raise GrowShrinkError(f"calibrate_bn needs at least one batch of images, got {first!r}.")
+    if first is None:
+        raise GrowShrinkError("calibrate_bn needs at least one batch of images, got none.")
+    settings = [(norm.momentum, norm.track_running_stats) for norm in norms]
+    counts = [_statistics(norm)[2].clone() for norm in norms]
     model.eval()
     try:
         for norm in norms:
             norm.train()
+            norm.track_running_stats = True  # an eval pass reads what there is, whether it is tracked or not
             norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
             mean, var, count = _statistics(norm)
             count.zero_()
             for statistic in (mean, var):
                 statistic.nan_to_num_(0.0, 0.0, 0.0)  # replaced means multiplied by 0
-        model(first)
-        for images_NCHW in remaining:
-            model(images_NCHW)
+        for batch in chain([first], remaining):
+            model(*batch.args, **batch.kwargs)
     finally:
-        for norm, momentum, before in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
+        for norm, before, setting in zip(norms, counts, settings, strict=True):
+            norm.momentum, norm.track_running_stats = setting
             _, _, count = _statistics(norm)
             count.copy_(torch.where(count.bool(), count, before))
         for module, training in modes.items():
@@ -61,7 +68,25 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor], *, leave: Collecti
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Running mean and variance `(C,)`, and the count of batches."""
-    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
-    assert mean is not None and var is not None and count is not None
-    return mean, var, count
+    """Running mean and variance `(C,)`, and the count of batches, which a norm tracked later gets now."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None and var is not None
+    if norm.num_batches_tracked is None:
+        norm.num_batches_tracked = torch.tensor(0, device=mean.device)
+    return mean, var, norm.num_batches_tracked
+
+
+def _arguments(model: nn.Module, batch: object) -> Arguments:
+    """What of a batch the model is called with."""
+    found: object = batch
+    if isinstance(batch, Mapping):
+        taken = inspect.signature(model.forward).parameters
+        anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        if kwargs := {key: value for key, value in batch.items() if key in taken or anything}:
+            return Arguments((), kwargs)
+        found = next((value for value in batch.values() if isinstance(value, Tensor)), None)
+    elif isinstance(batch, (tuple, list)):
+        found = batch[0] if batch else None
+    if not isinstance(found, (Tensor, list, tuple)):
+        raise GrowShrinkError(f"a batch must be images, (images, labels) or a dict of tensors, got {describe(batch)}.")
+    return Arguments((found,))

@@ -27,7 +27,7 @@ import torch
 from timm.optim import SGDW, NAdamW
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.inputs import ExampleInputs, InputLike
 from growshrink.errors import GradientError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import grown_modules
@@ -113,7 +113,12 @@ class GradientMaps:
 
 
 def compile_gradients(
-    grown: nn.Module, *, normalize: bool = True, inplace: bool = False, input_size: InputSize | None = None
+    grown: nn.Module,
+    *,
+    normalize: bool = True,
+    inplace: bool = False,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> tuple[nn.Module, GradientMaps]:
     """Turn linear branches into maps on the gradient: the plain net, which trains as the grown net would.
 
@@ -134,6 +139,7 @@ def compile_gradients(
             False trains exactly as the branches would.
         inplace: Work on `grown` itself; otherwise on a deep copy.
         input_size: See `fuse`.
+        example_inputs: See `fuse`.
 
     Returns:
         The plain net, which computes what `grown` did, and the maps.
@@ -153,7 +159,7 @@ def compile_gradients(
         kernel = kernel_map(name, module)
         if kernel is not None:
             maps[f"{name}.weight".lstrip(".")] = kernel.normalized() if normalize else kernel
-    return fuse(grown, inplace=inplace, input_size=input_size), GradientMaps(maps)
+    return fuse(grown, inplace=inplace, input_size=input_size, example_inputs=example_inputs), GradientMaps(maps)
 
 
 class _Hooks:

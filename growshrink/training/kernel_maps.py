@@ -78,6 +78,10 @@ def kernel_map(name: str, module: Grown) -> KernelMap | None:
     Raises:
         GradientError: A branch is not linear in what it trains.
     """
+    if isinstance(module, nn.ConvTranspose2d):
+        raise GradientError(
+            f"{name}: the kernel of a transposed convolution has other axes than those of its branches."
+        )
     conv = copy.deepcopy(module).cpu().double().as_conv()
     if not module.weight.requires_grad:
         if any(parameter.requires_grad for parameter in module.branches.parameters()):

@@ -1,6 +1,7 @@
 """Model -> model: grow, drop, fuse, fold."""
 
 from growshrink.transforms._fold import fold as fold
+from growshrink.transforms._fold import fold_report as fold_report
 from growshrink.transforms._fuse import fuse as fuse
 from growshrink.transforms._grow import INITS as INITS
 from growshrink.transforms._grow import GrowthReport as GrowthReport

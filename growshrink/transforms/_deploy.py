@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, shared_parameters
 from growshrink.errors import FuseError
+from growshrink.layers.as_conv import write_kernel_
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import to_plain
@@ -94,7 +95,7 @@ def unguard_hooks(model: nn.Module) -> None:
 
 def write_map(layer: Grown, total: ConvMap) -> None:
     """Make a grown layer the plain one that computes `total`, but for a bias where it has none of its own."""
-    layer.weight.copy_(total.kernel.reshape(layer.weight.shape))
+    write_kernel_(layer, total.kernel)
     if layer.bias is not None:
         layer.bias.copy_(total.bias)
     to_plain(layer)
@@ -105,7 +106,7 @@ def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | N
     """FuseError where values overflow in the net's own dtype; a warning where rounding takes what the branches add."""
     targets: list[tuple[Tensor, Tensor]] = [(next(module.parameters()), total.kernel.cpu())]
     if isinstance(module, Grown):
-        targets = [(module.weight, total.kernel.cpu().reshape(module.weight.shape))]
+        targets = [(module.as_conv().weight, total.kernel.cpu())]
         targets += [] if module.bias is None else [(module.bias, total.bias.cpu())]
     if norm is not None:
         mean = norm.get_buffer("running_mean")

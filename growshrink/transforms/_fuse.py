@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, InputSize, InputSizes, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, shared_parameters, trace
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
+from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch
-from growshrink.errors import AlgebraError, FuseError
+from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
@@ -40,7 +41,12 @@ class _Merge:
 
 
 def fuse(
-    model: nn.Module, *, width: Width | None = None, inplace: bool = False, input_size: InputSizes | None = None
+    model: nn.Module,
+    *,
+    width: Width | None = None,
+    inplace: bool = False,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     """Merge every branch into the layer it is on: back to the plain architecture, the same keys and shapes.
 
@@ -57,6 +63,7 @@ def fuse(
             branches merge into, stay the same objects.
         input_size: `(C, H, W)` for the data flow and the final check, or several, where the model takes another path at
             another size; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `grow`.
 
     Where a bias goes into a batch norm, nothing else may read the layer's output. Readers are seen in eval and train
     mode at every `input_size`; hooks, what keeps an output, and norms that ran in no pass count as readers. Not seen: a
@@ -67,16 +74,17 @@ def fuse(
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
         WidthError: `width` is not a width of this model.
     """
+    check_model(model)
     model = model if inplace else copy.deepcopy(model, tied_copies(model))
     if width is not None:
         with active_width(model, width):
-            return fuse(model, inplace=True, input_size=input_size)
+            return fuse(model, inplace=True, input_size=input_size, example_inputs=example_inputs)
     if grown_modules(model):
         _refuse_alive(model)
-        flow = trace(model, input_size)
+        flow = trace(model, given_inputs(input_size, example_inputs))
         commit = partial(_commit, merges=_plan(model, flow))
-        for size in flow.sizes:
-            check_unchanged(model, commit, size)
+        for inputs in flow.inputs.each():
+            check_unchanged(model, commit, inputs)
         commit(model)
     return model
 
@@ -159,57 +167,64 @@ def probe(map_: ConvMap) -> Tensor:
 
 
 @torch.no_grad()
-def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
+def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputLike) -> None:
     """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
     replica = copy.deepcopy(model).eval()
     like = next((p for p in model.parameters()), torch.empty(0))
-    x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
+    inputs = given_inputs(input_size)
+    assert inputs is not None
+    x = inputs.batch(2).to(like.device, torch.float64)
     tolerance = NET_TOLERANCE
     try:
-        before = _outputs(replica.double(), x)
+        before = x.run(replica.double())
     except RuntimeError:  # some nets make float32 constants inside
-        tolerance, x = FLOAT32_TOLERANCE, x.to(like.dtype)
+        tolerance, x = FLOAT32_TOLERANCE, x.to(like.device, like.dtype)
         replica = copy.deepcopy(model).eval()
-        before = _outputs(replica, x)
+        before = x.run(replica)
     commit(replica)
-    errors = [relative_error(a, b) for a, b in zip(_outputs(replica, x), before, strict=True)]
-    if not errors:
+    try:
+        pairs = paired_leaves(x.run(replica), before)
+    except GrowShrinkError as error:
+        raise FuseError(f"the transformed net would differ from the one given: {error}") from error
+    if not pairs:
         raise FuseError("the model's output holds no floating point tensor: nothing to check the result by.")
     if like.dtype in (torch.float16, torch.bfloat16):
-        _check_finite(model, commit, x.to(like.dtype))
-    wrong = [error for error in errors if not error <= tolerance]
+        _check_finite(model, commit, x.to(like.device, like.dtype), like.dtype)
+    errors = {path: relative_error(a, b) for path, (a, b) in pairs.items()}
+    wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong and tolerance == NET_TOLERANCE:
         tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(model, x, before)))
-        wrong = [error for error in errors if not error <= tolerance]
+        wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong:
         raise FuseError(
-            f"the transformed net would differ from the one given by {wrong[0]:.1e} (relative; at most {tolerance:.0e} "
-            "expected): it is left as it was."
+            f"the transformed net would differ from the one given by {errors[wrong[0]]:.1e} (relative; at most "
+            f"{tolerance:.0e} expected) in its output{wrong[0]} on {inputs}: it is left as it was."
         )
 
 
-def _check_finite(model: nn.Module, commit: Callable[[nn.Module], None], x: Tensor) -> None:
+def _check_finite(model: nn.Module, commit: Callable[[nn.Module], None], x: Arguments, dtype: torch.dtype) -> None:
     """FuseError if the net gives inf or NaN in its own dtype where it gave none before."""
     replica = copy.deepcopy(model).eval()
     try:
-        finite = all(bool(out.isfinite().all()) for out in _outputs(replica, x))
+        finite = all(bool(out.isfinite().all()) for out in output_leaves(x.run(replica)).values())
     except RuntimeError:  # some operators have no such dtype on the CPU
         return
     commit(replica)
-    if finite and not all(bool(out.isfinite().all()) for out in _outputs(replica, x)):
-        raise FuseError(f"in {x.dtype} the merged net would give inf or NaN: fuse in float32, then cast.")
+    if finite and not all(bool(out.isfinite().all()) for out in output_leaves(x.run(replica)).values()):
+        raise FuseError(f"in {dtype} the merged net would give inf or NaN: fuse in float32, then cast.")
 
 
-def _sensitivity(model: nn.Module, x: Tensor, before: list[Tensor]) -> float:
+def _sensitivity(model: nn.Module, x: Arguments, before: Any) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
-    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 2 - 1
-    after = _outputs(copy.deepcopy(model).eval().double(), x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
-    return max(relative_error(a, b) for a, b in zip(after, before, strict=True))
+    random = torch.Generator().manual_seed(1)
 
+    def moved(t: Tensor) -> Tensor:
+        signs = torch.randint(2, t.shape, generator=random).to(t) * 2 - 1
+        return t * (1 + 4 * torch.finfo(t.dtype).eps * signs)
 
-def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
-    # of a copy of x: some nets normalise their input in place
-    return [out for out in tree_leaves(model(x.clone())) if isinstance(out, Tensor) and out.is_floating_point()]
+    after = output_leaves(x.map(moved).run(copy.deepcopy(model).eval().double()))
+    pairs = ((after[path], leaf) for path, leaf in output_leaves(before).items() if path in after)
+    return max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
 
 
 @torch.no_grad()
@@ -247,5 +262,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value of `b`; NaN or inf if either has any."""
+    """Largest absolute difference over the largest absolute value of `b` (empty: 0); NaN or inf if either has any."""
+    if not b.numel():
+        return 0.0
     return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))

@@ -11,21 +11,23 @@ from dataclasses import dataclass, field
 from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
-from growshrink.algebra.dataflow import Flow, InputSizes, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, shared_parameters, trace
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
-from growshrink.errors import DropError, GrowError, did_you_mean
+from growshrink.errors import DropError, GrowError, check_model, did_you_mean
+from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
-from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
-from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
+from growshrink.layers.swaps import attach, class_in_table, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
 
 WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
-Growable = nn.Conv2d | nn.Linear
 
+#: Forwards of layers that have a kernel and no grown class.
+_TORCHS = (nn.Conv3d.forward, nn.ConvTranspose1d.forward, nn.ConvTranspose3d.forward)
 INITS = ("silent", "paper")
 
 #: Every filter they compute with has mean 0 (and a given norm): most sums of kernels are none of theirs.
@@ -41,7 +43,8 @@ def grow(
     init: str = "silent",
     seed: int = 0,
     inplace: bool = False,
-    input_size: InputSizes | None = None,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     """Attach branches to the convolutions and linear layers of any model.
 
@@ -64,11 +67,14 @@ def grow(
         seed: Branch weights are a function of (seed, dotted name, position) only.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
-            another size; None takes the model's own.
+            another size; None takes the model's own, or guesses.
+        example_inputs: In place of a size, for nets that take something else than one batch of images: one batch, as a
+            tensor, a tuple of positional or a dict of keyword arguments (whose values, or noise, later checks run on).
 
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
     """
+    check_model(model)
     check_ratio(ratio)
     specs = branch_specs(branch)
     if init not in INITS:
@@ -76,12 +82,12 @@ def grow(
     if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
         raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
     model = model if inplace else copy.deepcopy(model, tied_copies(model))
-    eligibility = _Eligibility(model, input_size)
+    eligibility = _Eligibility(model, given_inputs(input_size, example_inputs))
     names = _select(model, where, eligibility, specs)
     layers = _candidates(model)
     attachments: dict[str, list[Branch]] = {}
     for name in names:
-        layer, conv = layers[name], _as_conv(layers[name])
+        layer, conv = layers[name], as_conv(layers[name])
         present = len(layer.branches) if isinstance(layer, Grown) else 0
         attachments[name] = [
             spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
@@ -128,6 +134,7 @@ class GrowthReport:
     """Every convolution and linear layer of a model: grown, eligible, or left alone and why. Print it."""
 
     rows: tuple[ReportRow, ...]
+    traced: str = ""  # what the data flow was observed on, where that was a guess
 
     @property
     def grown(self) -> dict[str, tuple[str, ...]]:
@@ -147,12 +154,19 @@ class GrowthReport:
             return "; ".join(parts + [format_skipped(row.left_out)] * bool(row.left_out))
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
-        total = f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
+        total = (
+            f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
+            + f" Traced at {self.traced}." * bool(self.traced)
+        )
         return "\n".join([*lines, total])
 
 
 def growth_report(
-    model: nn.Module, branch: BranchLike | None = None, *, input_size: InputSizes | None = None
+    model: nn.Module,
+    branch: BranchLike | None = None,
+    *,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
 ) -> GrowthReport:
     """What of `model` is grown, what could be, and what cannot be and why (computed from the model as it is now).
 
@@ -160,9 +174,10 @@ def growth_report(
         model: A plain or a grown net.
         branch: What it is to be grown with, as for `grow`: reasons against these branches count too. None takes the
             kinds the model carries anywhere, and so tells why some layers lack some of them.
-        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
+        input_size: `(C, H, W)` the data flow is observed with; None takes the model's own, or guesses.
+        example_inputs: In place of a size, a batch; see `grow`.
     """
-    eligibility = _Eligibility(model, input_size)
+    eligibility = _Eligibility(model, given_inputs(input_size, example_inputs))
     specs = branch_specs(branch) if branch is not None else []
     carried = {} if specs else {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
@@ -171,14 +186,15 @@ def growth_report(
         reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
-            conv = _as_conv(module)
+            conv = as_conv(module)
             asked = {kind: cls.reason_against(conv) for kind, cls in carried.items()}
             for spec in specs:
                 asked |= spec.reasons(conv)
             left_out = {kind: why for kind, why in asked.items() if why and kind not in kinds}
             reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
-    return GrowthReport(tuple(rows))
+    inputs = eligibility.flow.inputs
+    return GrowthReport(tuple(rows), str(inputs) * inputs.guessed)
 
 
 def branch_specs(branch: BranchLike) -> list[BranchSpec]:
@@ -203,16 +219,17 @@ def _fitting(specs: Sequence[BranchSpec], conv: nn.Conv2d) -> tuple[list[BranchS
 class _Eligibility:
     """Answers why a layer cannot be grown exactly."""
 
-    def __init__(self, model: nn.Module, input_size: InputSizes | None) -> None:
+    def __init__(self, model: nn.Module, input_size: InputLike) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
         layers = _candidates(model)
-        first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), next(iter(layers), None))
+        convs = (n for n, layer in layers.items() if not isinstance(layer, nn.Linear))
+        first = next(convs, next(iter(layers), None))
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
 
-    def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
+    def reason_against(self, name: str, layer: WeightLayer, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
         calls = self.flow.calls.get(name, 0)
         if name in self.stem:
@@ -221,8 +238,9 @@ class _Eligibility:
             return "the classifier is left alone"
         if isinstance(layer, _STANDARDISED):
             return f"it is a {type(layer).__name__}: its kernel is standardised, and a merged one could not be"
-        if type(layer) not in GROWN_CLASSES and not isinstance(layer, Grown):
-            return f"it is a {type(layer).__name__}, whose forward is its own"
+        if not isinstance(layer, Grown) and class_in_table(layer) is None:
+            own = "which cannot carry branches" if type(layer).forward in _TORCHS else "whose forward is its own"
+            return f"it is a {type(layer).__name__}, {own}"
         if not isinstance(layer._parameters.get("weight"), nn.Parameter):
             return "its weight is computed by a hook, not a parameter"
         if name in self.shared:
@@ -231,42 +249,40 @@ class _Eligibility:
             return "something else than its own forward reads its parameters"
         if calls != 1:
             return f"it runs {calls} times in a forward pass"
-        if self.flow.output_sizes.get(name, (1, 1)) == (1, 1):
-            seen = "one token" if isinstance(layer, nn.Linear) else "1x1 maps"
-            return f"it is seen on {seen}, which a batch norm cannot be trained on"
-        parts, reason = _fitting(specs, _as_conv(layer))
+        small = self.flow.output_sizes.get(name, (1, 1)) == (1, 1)
+        if small and not isinstance(layer, nn.Linear):
+            return "it is seen on 1x1 maps, which a batch norm cannot be trained on"
+        parts, reason = _fitting(specs, as_conv(layer))
         if reason:
             return reason
         later = parts if isinstance(layer, Grown) else parts[1:]
         if any(part.published and not part.branch_class.parallel for part in later):
             return "a published block begins with the norm or scale of the kernel, and other branches come before it"
         biased = not specs or any(part.norm and part.branch_class.biased for part in parts)
-        if any(part.kind == "own_norm" for part in parts) and (norm := self.flow.norm_after(name)[0]):
+        norm, reason = self.flow.norm_after(name)
+        if norm is not None and any(part.kind == "own_norm" for part in parts):
             return f"{norm} would norm the published block's sum again: growshrink.fold comes first"
-        if layer.bias is None and biased:
-            norm, reason = self.flow.norm_after(name)
-            if norm is None:
+        if biased and norm is None:
+            if small:
+                return "it is seen on one token, which a batch norm cannot be trained on"
+            if layer.bias is None:
                 return f"it has no bias, and the bias of a branch finds no batch norm to go to: {reason}"
         return ""
 
 
-def _candidates(model: nn.Module) -> dict[str, Growable]:
+def _candidates(model: nn.Module) -> dict[str, WeightLayer]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
         id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
     }
-    return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
+    return {n: m for n, m in model.named_modules() if isinstance(m, WeightLayer) and id(m) not in inside}
 
 
-def _as_conv(layer: Growable) -> nn.Conv2d:
-    """What branches are built for."""
-    return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
-
-
-def _shape(layer: Growable) -> str:
+def _shape(layer: WeightLayer) -> str:
     if isinstance(layer, nn.Linear):
         return f"{layer.in_features}->{layer.out_features} linear"
-    shape = f"{layer.in_channels}->{layer.out_channels} {layer.kernel_size[0]}x{layer.kernel_size[1]}"
+    shape = f"{layer.in_channels}->{layer.out_channels} {'x'.join(map(str, layer.kernel_size))}"
+    shape += " transposed" * layer.transposed
     return shape + f" s{layer.stride[0]}" * (layer.stride[0] > 1) + f" g{layer.groups}" * (layer.groups > 1)
 
 
@@ -304,7 +320,10 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         ends = (*eligibility.stem, *eligibility.classifier)
         first = next((name for name in chosen if name not in ends), chosen[0] if chosen else "")
         found = f"{first}: {reasons[first]}" if chosen else "the model has none"
-        raise GrowError(f"none of {len(chosen)} layers can be grown exactly ({found}). See growshrink.growth_report.")
+        raise GrowError(
+            f"none of {len(chosen)} layers can be grown exactly ({found}; seen on {eligibility.flow.inputs}). "
+            "See growshrink.growth_report."
+        )
     return eligible
 
 

@@ -13,14 +13,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.algebra.dataflow import trace
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.timing import interleaved_timings
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, GrownConv2d, grown_modules
 from growshrink.layers.online import OnlineModule
-from growshrink.layers.swaps import ONLINE_CLASSES, expand_online, go_online
+from growshrink.layers.swaps import ONLINE_CLASSES, base_class, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
 
 CollapseChoice = str | Iterable[str]
@@ -34,7 +35,8 @@ def collapse_online(
     choose: CollapseChoice = "measured",
     freeze: bool = True,
     batch_size: int = 128,
-    input_size: InputSize | None = None,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
     rounds: int = 5,
     inplace: bool = False,
     progress: bool = False,
@@ -58,6 +60,7 @@ def collapse_online(
         freeze: False leaves branches with norms as they are, and collapses those without.
         batch_size: Images per step, for measuring.
         input_size: `(C, H, W)`, for measuring; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `grow`.
         rounds: Number of interleaved measurements.
         inplace: Work on `model` itself; otherwise on a deep copy.
         progress: Show a progress bar of the measurements.
@@ -87,7 +90,7 @@ def collapse_online(
         _prove(name, _online_copy(expanded, name, why))
     timings: dict[str, tuple[float, float]] = {}
     if choose == "measured":
-        sizes = trace(expanded, input_size).input_sizes
+        sizes = trace(expanded, given_inputs(input_size, example_inputs)).input_sizes
         alike: dict[Hashable, list[str]] = {}
         for name, why in online.items():
             if name in sizes:
@@ -167,7 +170,7 @@ def collapse_report(model: nn.Module) -> CollapseReport:
 @torch.no_grad()
 def _reasons(module: nn.Module, freeze: bool) -> list[str]:
     """Why each branch (of a PureBottleneck: it itself) cannot be part of the kernel; empty where it can."""
-    if type(module) not in ONLINE_CLASSES:
+    if base_class(module) not in ONLINE_CLASSES:
         return [f"it is part of a {type(module).__name__}, whose forward is its own"] * len(_parts(module))
     if isinstance(module, PureBottleneck):
         return [_reason(module, None, freeze)]

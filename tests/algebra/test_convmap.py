@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from growshrink.algebra.convmap import NO_PADDING, ConvMap, compose
+from growshrink.algebra.convmap import ConvMap, compose
+from growshrink.algebra.taps import NO_PADDING
 from growshrink.errors import AlgebraError
 
 quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])

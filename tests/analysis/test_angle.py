@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import angle_twins as twins
@@ -10,7 +11,7 @@ from torch import nn
 import growshrink as gs
 import nets
 from growshrink.analysis._angle import AngleTable, angle, supernet_table
-from growshrink.analysis.layers import Layer, Side, supernet_layers
+from growshrink.analysis.layers import Layer, Side, read_width_table, supernet_layers
 from growshrink.errors import AnalysisError, WidthError
 
 SIZE = (3, 16, 16)
@@ -241,3 +242,84 @@ def test_what_does_not_fit_is_refused_by_name():
         supernet_table(init, nn.Linear(1, 1), space, input_size=SIZE)
     with pytest.raises(WidthError):
         supernet_table(nets.net("reducenet20"), trained, space, input_size=SIZE)
+
+
+# --- supernets of others ---
+
+
+class Cell(nn.Module):
+    """Two widths, and one of three operators between them: 3x3, 1x1, or none."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.ops = nn.ModuleList([nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)])
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + sum(op(x) for op in self.ops)).mean((2, 3))
+
+
+VARIABLES = {"width": (2, 4, 8), "op": (0, 1, 2)}
+LAYERS = [
+    Layer("stem.weight", rows=Side("width")),
+    Layer("ops.0.weight", Side("width"), Side("op", chosen=1)),
+    Layer("ops.1.weight", Side("width"), Side("op", chosen=2)),
+    Layer("head.weight", columns=Side("width")),
+]
+TABLE = {
+    "variables": {"width": [8, 2, 4], "op": [0, 1, 2]},
+    "layers": [
+        {"name": "stem.weight", "rows": "width", "positions": 49},
+        {"name": "ops.0.weight", "rows": "width", "columns": {"variable": "op", "chosen": 1}, "positions": 49},
+        {"name": "ops.1.weight", "rows": "width", "columns": {"variable": "op", "chosen": 2}, "positions": 49},
+        {"name": "head.weight", "columns": "width", "positions": 49},
+    ],
+}
+
+
+def by_hand(nets, width, op):
+    """Angle, parameters and MACs of one subnet, its kernels cut and put in a row."""
+    vectors = []
+    for net in nets:
+        parts = [net.stem.weight[:width], net.head.weight[:, :width]]
+        if op:
+            parts.append(net.ops[op - 1].weight[:width])
+        vectors.append(torch.cat([part.detach().double().flatten() for part in parts]))
+    cosine = torch.nn.functional.cosine_similarity(*vectors, dim=0)
+    return math.acos(float(cosine)), len(vectors[0]), 49 * len(vectors[0])
+
+
+def test_a_supernet_of_somebody_else_with_choices_of_operators(tmp_path):
+    torch.manual_seed(0)
+    init, trained = Cell(), Cell()
+    widths = [{"width": width, "op": op} for width in VARIABLES["width"] for op in VARIABLES["op"]]
+    scores = angle(init, trained, VARIABLES, layers=LAYERS, input_size=(3, 7, 7))
+    expected = [by_hand((init, trained), **width) for width in widths]
+    assert np.allclose(scores.angle, [row[0] for row in expected], rtol=1e-9)
+    assert scores.params.tolist() == [row[1] for row in expected] and scores.macs.tolist() == [r[2] for r in expected]
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(TABLE))
+    variables, layers = read_width_table(path)
+    assert variables == VARIABLES
+    from_file = angle(init.state_dict(), trained.state_dict(), variables, widths, layers=layers)
+    assert np.array_equal(from_file.angle, scores.angle) and np.array_equal(from_file.macs, scores.macs)
+
+
+DAMAGE = {
+    "no layers": {"variables": {}},
+    "a width of text": {"variables": {"a": ["8"]}, "layers": []},
+    "no width": {"variables": {"a": []}, "layers": []},
+    "an unknown option": {"variables": {}, "layers": [{"name": "x", "shape": 3}]},
+    "a list": {"variables": {}, "layers": [{"name": "x", "rows": [1]}]},
+    "a divisor below 0": {"variables": {}, "layers": [{"name": "x", "rows": {"variable": "a", "divisor": -1}}]},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_table_is_one_line(tmp_path, name):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(DAMAGE[name]))
+    with pytest.raises(AnalysisError, match="table.json: not a table of widths") as caught:
+        read_width_table(path)
+    assert "\n" not in str(caught.value)

@@ -18,6 +18,37 @@ SIZE = (3, 32, 32)
 pytest.importorskip("torch_pruning")
 
 
+class Ghost(nn.Module):
+    """Two layers side by side, one a depthwise one behind the other: their channels go in pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.cheap = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.skip, self.head = nn.Conv2d(3, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.head((torch.cat([y, self.cheap(y)], 1) + self.skip(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("criterion", ["random", "l1"])
+def test_channels_of_concatenated_layers_go_together(criterion):
+    torch.manual_seed(0)
+    model = Ghost().eval()
+    space = ChannelSpace(model, SIZE)
+    assert [len(choices) for choices in space.choices.values()] == [6]
+    pruned = gs.random_prune(model, macs=0.5, tolerance=0.1, criterion=criterion, input_size=SIZE)
+    assert pruned.a.out_channels == pruned.cheap.groups == 3 and pruned.skip.out_channels == 6
+    kept = [i for i in range(6) if any(torch.equal(model.a.weight[i], row) for row in pruned.a.weight)]
+    twin, both = Ghost().eval(), [*kept, *(6 + i for i in kept)]
+    twin.load_state_dict(model.state_dict())
+    gone = [i for i in range(12) if i not in both]
+    with torch.no_grad():  # what is not kept adds nothing
+        twin.head.weight[:, gone] = 0
+        x = nets.images(*SIZE)
+        assert nets.rel(pruned(x), twin(x)) < 1e-5
+
+
 class Plain(nn.Module):
     """Two convolutions, nothing shared: the channels of the first are free."""
 
@@ -172,9 +203,24 @@ def test_grouped_convolutions_are_left_alone_and_said_so():
     assert list(space.choices) == ["4"] and "grouped convolution" in " ".join(space.left_alone.values())
 
 
+@pytest.mark.exhaustive
+def test_groups_without_which_a_net_runs_are_left_alone():
+    space = ChannelSpace(nets.net("test_vit"), (3, 160, 160))
+    assert space.choices and all(name.endswith("mlp.fc1") for name in space.choices)
+    assert "with fewer channels it does not run (shape" in " ".join(space.left_alone.values())
+
+
 def test_a_net_that_does_not_run_once_pruned_is_refused():
-    with pytest.raises(AnalysisError, match=r"VisionTransformer: with fewer channels it does not run \(shape"):
-        ChannelSpace(nets.net("test_vit"), (3, 160, 160))
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.a(x).mean((2, 3)).reshape(-1, 4))
+
+    with pytest.raises(AnalysisError, match=r"^Fixed: with fewer channels it does not run \(.*\)\.$"):
+        ChannelSpace(Fixed(), SIZE)
 
 
 def test_widths_of_a_supernet_are_a_space_too():

@@ -7,7 +7,8 @@ import pytest
 import growshrink as gs
 import nets
 from growshrink.analysis._angle import supernet_table
-from growshrink.analysis._rank import rank
+from growshrink.analysis._rank import _cell, rank
+from growshrink.analysis.stats import Estimate
 from growshrink.errors import AnalysisError
 from sampled import sampled
 
@@ -113,7 +114,8 @@ def test_the_same_seed_gives_the_same_intervals(scores):
 def test_what_cannot_be_ranked_is_refused(scores):
     for truth, message in (
         (np.ones(N), "the same for all"),
-        (np.full(N, np.nan), "not finite"),
+        (np.full(N, np.nan), "0 subnets with a finite truth"),
+        ("abc", "truth numbers"),
         (np.ones(N - 1), r"the truth has \(249,\)"),
     ):
         with pytest.raises(AnalysisError, match=message):
@@ -122,3 +124,29 @@ def test_what_cannot_be_ranked_is_refused(scores):
         rank({k: v for k, v in scores.items() if k != "null"}, np.arange(N))
     with pytest.raises(AnalysisError, match="too few"):
         rank({k: v[:5] for k, v in scores.items()}, np.arange(5.0))
+
+
+def test_truth_of_several_seeds_in_any_form_and_with_holes(scores):
+    random = np.random.default_rng(0)
+    measured = standard(scores["macs"]) + random.normal(size=(3, N))
+    expected = rank(scores, list(measured), num_resamples=20).to_dict()
+    assert rank(scores, measured, num_resamples=20).to_dict() == expected
+    assert rank(scores, measured.T, num_resamples=20).to_dict() == expected
+    measured[0, :2], measured[1, 5] = np.nan, np.inf
+    holed = rank(scores, measured.T, num_resamples=20)
+    rest = [i for i in range(N) if i not in (0, 1, 5)]
+    alone = rank({k: v[rest] for k, v in scores.items()}, measured[:, rest], num_resamples=20)
+    assert holed.left_out == 3 and holed.to_dict() == {**alone.to_dict(), "left_out": 3}
+
+
+def test_baselines_are_names_and_at_least_one(scores):
+    truth = np.random.default_rng(0).normal(size=N)
+    one = rank(scores, truth, baselines="macs", num_resamples=20)
+    assert one.to_dict() == rank(scores, truth, baselines=["macs"], num_resamples=20).to_dict()
+    assert "params" in one.verdicts and "macs" not in one.verdicts
+    with pytest.raises(AnalysisError, match="name at least one score"):
+        rank(scores, truth, baselines=())
+
+
+def test_zero_has_no_sign():
+    assert _cell(Estimate(-0.0, -0.0004, 0.0004)) == "+0.000 (+0.000, +0.000)"

@@ -19,8 +19,9 @@ import growshrink as gs
 from growshrink.algebra.dataflow import trace
 from growshrink.branches import Branch, BranchSpec
 from growshrink.errors import GrowError
+from growshrink.layers.as_conv import as_conv
 from growshrink.layers.grown import GrownConv2d, grown_modules
-from growshrink.layers.grown_linear import GrownLinear, TokenConv2d
+from growshrink.layers.grown_linear import GrownLinear
 from growshrink.layers.swaps import attach, to_plain
 from growshrink.proofs._compare import branch_effect
 from nets import images, randomized, rel, train_a_bit, untouched
@@ -120,7 +121,7 @@ LEFT_ALONE = {
 def grown_linear(*kinds, lam=0.0, inputs=6, outputs=6, bias=True):
     torch.manual_seed(0)
     linear = nn.Linear(inputs, outputs, bias=bias, dtype=torch.float64)
-    conv = TokenConv2d.of(linear)
+    conv = as_conv(linear)
     built = [BranchSpec(kind=k).build(conv, ratio=1.5, init="paper", generator_seed=i) for i, k in enumerate(kinds)]
     grown = randomized(attach(linear, built)).eval()
     gs.set_lambda(grown, lam)
@@ -130,9 +131,9 @@ def grown_linear(*kinds, lam=0.0, inputs=6, outputs=6, bias=True):
 def test_every_kind_has_a_twin_or_a_reason():
     library = {kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")}
     assert set(TWINS) | set(LEFT_ALONE) == library
-    conv = TokenConv2d.of(nn.Linear(6, 6))
+    conv = as_conv(nn.Linear(6, 6))
     assert {kind: Branch.kinds[kind].reason_against(conv) for kind in LEFT_ALONE} == LEFT_ALONE
-    assert Branch.kinds["identity"].reason_against(TokenConv2d.of(nn.Linear(6, 5)))
+    assert Branch.kinds["identity"].reason_against(as_conv(nn.Linear(6, 5)))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -179,7 +180,7 @@ def test_growing_and_back_keeps_the_object_and_its_parameters():
     linear = nn.Linear(4, 8)
     weight, bias = linear.weight, linear.bias
     build = BranchSpec(kind="bottleneck").build
-    conv = TokenConv2d.of(linear)
+    conv = as_conv(linear)
     grown = attach(linear, [build(conv, ratio=1.0, init="silent", generator_seed=0)])
     attach(linear, [build(conv, ratio=1.0, init="silent", generator_seed=1)])
     assert grown is linear and type(linear) is GrownLinear and len(grown.branches) == 2
@@ -190,7 +191,7 @@ def test_growing_and_back_keeps_the_object_and_its_parameters():
 def test_the_proxy_is_a_view_and_moves_no_random_stream():
     linear = nn.Linear(4, 8, dtype=torch.bfloat16).eval().requires_grad_(False)
     with untouched(linear):
-        conv = TokenConv2d.of(linear)
+        conv = as_conv(linear)
         branch = BranchSpec(kind="nest").build(conv, ratio=1.0, init="silent", generator_seed=0)
     assert conv.weight.data_ptr() == linear.weight.data_ptr() and conv.bias is linear.bias and not conv.training
     assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in branch.parameters())
@@ -447,7 +448,7 @@ REASONS = {
     "tied": "its parameters are shared with another module",
     "tied2": "its parameters are shared with another module",
     "pruned": "its weight is computed by a hook, not a parameter",
-    "attention.out_proj": "it is a NonDynamicallyQuantizableLinear, whose forward is its own",
+    "attention.out_proj": "something else than its own forward reads its parameters",
     "unbiased": "it has no bias, and the bias of a branch finds no batch norm to go to: its output is read 2 times",
     "gate": "it is seen on one token, which a batch norm cannot be trained on",
     "head": "it is seen on one token, which a batch norm cannot be trained on",
@@ -460,7 +461,7 @@ def test_what_is_left_alone_and_why():
     assert report.skipped == {**REASONS, "unbiased": f"{REASONS['unbiased']} (mean, mul)"}
     assert "8->8 linear" in str(report) and "14 layers: 0 grown, 13 not eligible." in str(report)
     assert list(grown_modules(gs.grow(model, input_size=SIZE))) == ["fine"]
-    assert set(grown_modules(gs.grow(model, "lora", input_size=SIZE))) == {"fine", "unbiased"}
+    assert set(grown_modules(gs.grow(model, "lora", input_size=SIZE))) == {"fine", "unbiased", "gate", "head"}
     with pytest.raises(GrowError, match="'read', which cannot be grown: something else"):
         gs.grow(model, where=["read"], input_size=SIZE)
     with pytest.raises(GrowError, match=r"none of 1 layers can be grown exactly \(fine: no vertical: its 1x1"):

@@ -1,4 +1,7 @@
 import copy
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -6,8 +9,8 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.errors import EquivalenceError
-from growshrink.proofs._compare import branch_effect
+from growshrink.errors import EquivalenceError, GrowError, GrowShrinkError
+from growshrink.proofs._compare import Comparison, branch_effect
 from growshrink.proofs._profile import Profile, training_macs
 from growshrink.proofs.probes import randomize_norms_
 from nets import ConvNet, images, net, randomized, untouched
@@ -69,7 +72,7 @@ def test_dtype_is_the_one_asked_for():
 
 
 def test_shapes_that_differ():
-    with pytest.raises(EquivalenceError, match=r"shape \(8, 10\) and \(8, 16\)"):
+    with pytest.raises(EquivalenceError, match=r"shape \(8, 10\) and of shape \(8, 16\)"):
         gs.compare(net(), timm.create_model("reducenet20", width=0.25, num_classes=16), input_size=SIZE)
 
 
@@ -229,3 +232,92 @@ def test_groups_make_the_backward_pass_cheaper_too(groups):
     convs = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 16, 3, padding=1, groups=groups, bias=False))
     by_hand = 2 * 64 * 3 * 8 + 3 * 64 * (8 // groups) * 16 * 9  # the images need no gradient
     assert training_macs(convs, (3, 8, 8)) == by_hand
+
+
+# --- any output, any input ---
+
+
+@dataclass
+class Found:
+    logits: torch.Tensor
+    boxes: torch.Tensor
+    names: tuple = ("a", "b")
+
+
+class TwoInputs(nn.Module):
+    """A net of an image and a vector, whose output is as nested as `shape` says."""
+
+    def __init__(self, wrap):
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.embed, self.mix = nn.Embedding(5, 4), nn.Linear(4, 8)
+        self.wrap = wrap
+
+    def forward(self, image, *, token):
+        y = self.conv(self.stem(image).relu()).mean((2, 3))
+        return self.wrap(y, self.mix(self.embed(token)))
+
+
+OUTPUTS = {
+    "list": (lambda y, z: [y, [z, 3]], "[1][0]"),
+    "dict": (lambda y, z: {"out": y, "aux": {"of": z}}, "['aux']['of']"),
+    "dataclass": (lambda y, z: Found(y, z), ".boxes"),
+    "object": (lambda y, z: SimpleNamespace(y=y, mask=z > 0, z=z, none=None), ".z"),
+}
+EXAMPLES = {"image": torch.zeros(2, 3, 8, 8), "token": torch.tensor([1, 4])}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_outputs_leaf_by_leaf_of_nets_with_two_inputs(name):
+    wrap, path = OUTPUTS[name]
+    torch.manual_seed(0)
+    plain = TwoInputs(wrap)
+    grown = gs.grow(plain, "lora", example_inputs=EXAMPLES)
+    assert set(gs.growth_report(grown, example_inputs=EXAMPLES).grown) == {"conv", "mix"}
+    assert gs.verify(grown, example_inputs=EXAMPLES).ok
+    fused = gs.fuse(grown, example_inputs=EXAMPLES)
+    assert gs.assert_equivalent(plain, fused, example_inputs=EXAMPLES).max_rel == 0.0
+    with torch.no_grad():
+        fused.mix.bias[0] += 1.0
+    result = gs.compare(plain, fused, example_inputs=EXAMPLES)
+    assert result.leaf == path and result.max_abs == pytest.approx(1.0)
+    with pytest.raises(EquivalenceError, match=re.escape(f"in output{path}, top-1")):
+        gs.assert_equivalent(plain, fused, example_inputs=EXAMPLES)
+    assert gs.profile(plain, example_inputs=EXAMPLES).macs == 36 * 8 * 3 * 9 + 36 * 8 * 8 * 9 + 4 * 8
+
+
+def test_empty_outputs_are_equal_and_missing_ones_are_named():
+    boxes = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0)}
+    assert Comparison.of([boxes], [boxes]) == Comparison(0.0, 0.0, 1.0, "[0]['boxes']")
+    with pytest.raises(EquivalenceError, match=re.escape("output[0]['scores'] of shape (0,) and of nothing cannot")):
+        Comparison.of([boxes], [{"boxes": torch.zeros(0, 4)}])
+    with pytest.raises(EquivalenceError, match="no floating point tensor"):
+        Comparison.of(torch.ones(3, dtype=torch.int), {})
+
+
+def test_the_size_is_the_models_own_or_a_guess_that_is_said():
+    backbone = timm.create_model("test_resnet", features_only=True)
+    assert gs.compare(backbone, backbone).max_rel == 0.0
+    assert gs.verify(net(), gs.fold).ok and gs.profile(net()) == gs.profile(net(), (3, 32, 32))
+    guess = "Seen on 3x32x32, a guess (pass input_size or example_inputs)."
+    assert guess in str(gs.growth_report(ConvNet())) and "guess" not in str(gs.growth_report(net()))
+    assert "guess" not in str(gs.growth_report(ConvNet(), input_size=SIZE))
+    with pytest.raises(GrowError, match=r"seen on 3x32x32, a guess"):
+        gs.grow(ConvNet(), where="stem")
+
+
+WRONG_INPUTS = {
+    "both": ({"input_size": SIZE, "example_inputs": torch.zeros(1, *SIZE)}, "input_size and example_inputs were both"),
+    "nothing": ({"example_inputs": ()}, "example_inputs must be a batch"),
+    "another net's": ({"example_inputs": torch.zeros(1, 7)}, "the model does not run on the example inputs: "),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INPUTS)
+@pytest.mark.parametrize("function", [gs.grow, gs.fuse, gs.growth_report, gs.fold], ids=lambda f: f.__name__)
+def test_wrong_inputs_are_one_line(name, function):
+    options, message = WRONG_INPUTS[name]
+    model = gs.grow(net()) if function is gs.fuse else net()
+    gs.set_lambda(model, 0.0) if function is gs.fuse else None
+    with untouched(model), pytest.raises(GrowShrinkError, match=message):
+        function(model, **options)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import growshrink as gs
+from growshrink.errors import GrowShrinkError
 from growshrink.training.calibrate import calibrate_bn
 from nets import net, randomized
 
@@ -41,3 +43,68 @@ def test_without_a_batch_nothing_changes():
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate_bn(model, [])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x, mask=None):
+        return self.norm(x)
+
+
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) + 2
+BATCHES = {
+    "images": X,
+    "images and labels": (X, torch.arange(6)),
+    "list": [X, torch.arange(6)],
+    "keyword arguments": {"x": X, "mask": None, "label": torch.arange(6)},
+    "dict of other names": {"image": X, "label": torch.arange(6)},
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_as_loaders_give_them(name):
+    model = ByName()
+    calibrate_bn(model, [BATCHES[name]])
+    assert torch.allclose(model.norm.running_mean, X.mean(0)) and torch.allclose(model.norm.running_var, X.var(0))
+
+
+@pytest.mark.parametrize("batch", [None, 3, {}, {"label": 1}, (), ({"x": X},)], ids=str)
+def test_a_batch_of_something_else_is_one_short_line(batch):
+    with pytest.raises(GrowShrinkError, match="a batch must be images, ") as caught:
+        calibrate_bn(ByName(), [batch])
+    assert len(str(caught.value)) < 200 and "tensor(" not in str(caught.value)
+
+
+def test_a_norm_whose_tracking_was_switched_on_later():
+    late, off, none = nn.BatchNorm1d(3, track_running_stats=False), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    late.track_running_stats, late.running_mean, late.running_var = True, torch.zeros(3), torch.ones(3)
+    off.track_running_stats = False  # an eval pass reads what it gathered before
+    none.track_running_stats, none.running_mean, none.running_var = True, None, None
+    model = nn.Sequential(late, off, none)
+    calibrate_bn(model, [X])
+    with torch.no_grad():
+        expected = nn.functional.batch_norm(X, None, None, training=True)
+    assert torch.allclose(late.running_mean, X.mean(0)) and int(late.num_batches_tracked) == 1
+    assert torch.allclose(off.running_var, expected.var(0)) and not off.track_running_stats
+    assert none.running_mean is None
+
+
+@pytest.mark.filterwarnings("ignore")  # lazy modules and TorchScript announce their ends
+@pytest.mark.parametrize(
+    "function", [gs.grow, gs.fuse, gs.drop, gs.fold, gs.growth_report, gs.profile, gs.verify, gs.random_prune]
+)
+def test_nets_that_cannot_be_looked_into_are_one_line(function):
+    lazy = nn.Sequential(nn.Conv2d(3, 4, 1), nn.LazyConv2d(4, 3))
+    scripted = nn.Sequential(nn.Conv2d(3, 4, 1), torch.jit.script(nn.Conv2d(4, 4, 1)))
+    with pytest.raises(
+        GrowShrinkError, match="^1 is lazy, its parameters do not exist yet: run the model once before.$"
+    ):
+        function(lazy)
+    if function not in (gs.fuse, gs.drop, gs.verify):  # there is nothing to do, or nothing in it to prove
+        with pytest.raises(GrowShrinkError, match="^1 is TorchScript, which cannot be looked into: pass the net"):
+            function(scripted, input_size=(3, 5, 5))
+    with pytest.raises(GrowShrinkError, match="^a model must be an nn.Module, got a Tensor.$"):
+        function(X)

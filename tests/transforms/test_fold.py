@@ -3,14 +3,18 @@ import copy
 import pytest
 import timm
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import prune
+from torchvision.ops import FrozenBatchNorm2d
 
 import growshrink as gs
 from growshrink.errors import FuseError
 from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.transforms import fold_report
+from growshrink.transforms._fuse import replace_module
 from nets import ConvNet, images, net, randomized, rel, untouched
 
 SIZE = (3, 32, 32)
@@ -155,15 +159,66 @@ def test_a_whole_net_of_tf_same_convolutions():
         assert_same(model, folded, (3, *size))
 
 
-def test_a_subclass_of_conv_or_norm_is_not_folded():
+def own_forward(cls):
+    return type("Own", (cls,), {"forward": lambda self, x: cls.forward(self, x) * 2})
+
+
+def test_what_has_a_forward_of_its_own_is_not_folded():
     model = randomized(ConvNet())
-    model.conv = type("OwnConv", (nn.Conv2d,), {})(8, 8, 3, padding=1)
-    assert norms(gs.fold(model)) == ["bn"]
-    model.conv = type("OwnSame", (Conv2dSame,), {})(8, 8, 3)
-    assert norms(gs.fold(model)) == ["bn"]
+    for conv in (own_forward(nn.Conv2d)(8, 8, 3, padding=1), own_forward(Conv2dSame)(8, 8, 3)):
+        model.conv = conv
+        assert norms(gs.fold(model)) == ["bn"]
     model = randomized(ConvNet())
-    model.bn = type("OwnNorm", (nn.BatchNorm2d,), {"forward": lambda self, x: nn.BatchNorm2d.forward(self, x) * 2})(8)
+    model.conv = type("Same", (nn.Conv2d,), {})(8, 8, 3, padding=1)
+    assert norms(gs.fold(model)) == []
+    model.bn = own_forward(nn.BatchNorm2d)(8)
     assert norms(gs.fold(model)) == ["bn"]
+    assert fold_report(model) == {"bn": "it is a Own, whose forward is its own"}
+
+
+FROZEN = {
+    "synchronised": nn.SyncBatchNorm.convert_sync_batchnorm,
+    "timm": lambda model: freeze_batch_norm_2d(model),
+    "torchvision": lambda model: frozen_like_torchvision(model),
+}
+
+
+def frozen_like_torchvision(model):
+    for name, norm in list(model.named_modules()):
+        if type(norm) is nn.BatchNorm2d:
+            frozen = FrozenBatchNorm2d(norm.num_features)
+            frozen.load_state_dict(norm.state_dict())
+            replace_module(model, name, frozen)
+    return model
+
+
+@pytest.mark.parametrize("way", FROZEN)
+@pytest.mark.parametrize("make", [lambda: net("test_resnet"), ConvNet], ids=["test_resnet", "ConvNet"])
+def test_synchronised_and_frozen_norms(make, way):
+    plain = randomized(make()).double()
+    model = FROZEN[way](copy.deepcopy(plain)).double()
+    folded = gs.fold(model, input_size=SIZE)
+    assert_same(plain, folded, SIZE)
+    assert not any(isinstance(m, (_BatchNorm, FrozenBatchNorm2d, FrozenBatchNormAct2d)) for m in folded.modules())
+    assert fold_report(folded, input_size=SIZE) == {}
+
+
+def test_the_report_names_what_is_left_and_why():
+    class Odd(ConvNet):
+        def __init__(self):
+            super().__init__()
+            self.first, self.batch = nn.BatchNorm2d(3), nn.BatchNorm2d(8, track_running_stats=False)
+
+        def forward_features(self, x):
+            y = self.conv(self.stem(self.first(x)))
+            return self.batch(self.bn(y) + y)
+
+    assert fold_report(Odd()) == {
+        "bn": "it follows conv: its output is read 2 times (bn, add)",
+        "first": "it reads the output of no convolution or linear layer",
+        "batch": "it has no running statistics",
+    }
+    assert fold_report(ConvNet()) == {}  # all of them would go
 
 
 @pytest.mark.parametrize("grown", [lambda: gs.grow(net()), lambda: net("reducenet20_x1")], ids=["grown", "at birth"])

@@ -1,0 +1,66 @@
+"""Layers as the convolutions of images that they are: what branches are built for, and merged into."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from growshrink.algebra.taps import adjoint
+
+#: Layers with one kernel and one bias, which a convolution of images is or can be.
+WeightLayer = nn.modules.conv._ConvNd | nn.Linear
+
+
+class TokenConv2d(nn.Conv2d):
+    """A linear layer as the 1x1 convolution it is on the image of its tokens."""
+
+
+def as_conv(layer: nn.Module) -> nn.Conv2d:
+    """The layer as a convolution of images; it shares its parameters where no tap has to move.
+
+    A linear layer is a 1x1 on the image of its tokens, an `nn.Conv1d` a 1xk on an image of one row, and an
+    `nn.ConvTranspose2d` has stride 1 on the input with zeros between its pixels and around them (see
+    `GrownConvTranspose2d`). Its mode and trainability are the layer's.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return layer
+    assert isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose2d))
+    if isinstance(layer, nn.Linear):
+        conv: nn.Conv2d = TokenConv2d(layer.in_features, layer.out_features, 1, device="meta")
+    elif isinstance(layer, nn.Conv1d):
+        padding = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
+        options = {"stride": (1, *layer.stride), "dilation": (1, *layer.dilation), "padding": padding}
+        kernel_size = (1, *layer.kernel_size)
+        conv = _meta_conv(layer, kernel_size, **options, padding_mode=layer.padding_mode)
+    else:
+        conv = _meta_conv(layer, layer.kernel_size, dilation=layer.dilation)
+    conv.weight = nn.Parameter(_kernel(layer), requires_grad=layer.weight.requires_grad)
+    conv.bias = layer.bias
+    return conv.train(layer.training)
+
+
+@torch.no_grad()
+def write_kernel_(layer: nn.Module, kernel_OIHW: Tensor) -> None:
+    """Give a layer the kernel of a convolution shaped like `as_conv(layer)`, in its own layout and dtype."""
+    assert isinstance(layer, WeightLayer)
+    if isinstance(layer, nn.ConvTranspose2d):
+        kernel_OIHW = adjoint(kernel_OIHW, layer.groups)
+    layer.weight.copy_(kernel_OIHW.reshape(layer.weight.shape))
+
+
+def _kernel(layer: nn.Linear | nn.Conv1d | nn.ConvTranspose2d) -> Tensor:
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.Linear):
+        return weight[:, :, None, None]
+    return weight[:, :, None] if isinstance(layer, nn.Conv1d) else adjoint(weight, layer.groups)
+
+
+def _meta_conv(layer: nn.Conv1d | nn.ConvTranspose2d, kernel_size: object, **options: object) -> nn.Conv2d:
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        kernel_size,  # type: ignore[arg-type]
+        groups=layer.groups,
+        device="meta",
+        **options,  # type: ignore[arg-type]
+    )
