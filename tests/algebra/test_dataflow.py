@@ -31,7 +31,7 @@ def dropped_in_place(m, y):
 WAYS = {
     "bn": (lambda m, y: m.act(m.bn(y)), "bn", ""),
     "bn through modules that do nothing": (lambda m, y: m.bn(m.identity(y)), "bn", ""),
-    "bn behind a dropout": (lambda m, y: m.bn(m.dropout(y)), None, "in train mode at (3, 32, 32) its output is read"),
+    "bn behind a dropout": (lambda m, y: m.bn(m.dropout(y)), None, "in train mode at 3x32x32 its output is read"),
     "bn by way of functional": (
         lambda m, y: F.batch_norm(y, m.bn.running_mean, m.bn.running_var, m.bn.weight, m.bn.bias),
         None,
