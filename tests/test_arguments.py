@@ -80,7 +80,7 @@ BAD = {
     "assert_equivalent": [lambda: gs.assert_equivalent(plain(), None, input_size=SIZE)]
     + option(gs.assert_equivalent, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
     "compare": each(lambda a: gs.compare(a, plain(), input_size=SIZE), NO_NETS)
-    + option(gs.compare, "input_size", (*(s for s in NO_SIZES if s is not None), (3, 0, 16), (3, NAN, 16)), plain, plain)
+    + option(gs.compare, "input_size", (*filter(None, NO_SIZES), (3, 0, 16), (3, NAN, 16)), plain, plain)
     + option(gs.compare, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
     "profile": each(lambda m: gs.profile(m, SIZE), NO_NETS)
     + each(lambda size: gs.profile(plain(), size), (3, (3, 16), (3, -1, 16), "3x16x16")),
