@@ -11,7 +11,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 #: Characters of a message at most: what it quotes may come from a file, and be of any length.
 LONGEST = 1000
@@ -112,7 +111,7 @@ def check_model(model: object, *, scripted: bool = True) -> None:
         raise GrowShrinkError(f"a model must be an nn.Module, got {describe(model)}.")
     for name, module in model.named_modules():
         where = name or "the model"
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise GrowShrinkError(f"{where} is lazy, its parameters do not exist yet: run the model once before.")
         if not scripted and isinstance(module, torch.jit.ScriptModule):
             raise GrowShrinkError(f"{where} is TorchScript, which cannot be looked into: pass the net it was made of.")

@@ -80,12 +80,12 @@ BAD = {
     "assert_equivalent": [lambda: gs.assert_equivalent(plain(), None, input_size=SIZE)]
     + option(gs.assert_equivalent, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
     "compare": each(lambda a: gs.compare(a, plain(), input_size=SIZE), NO_NETS)
-    + option(gs.compare, "input_size", (*NO_SIZES, (3, 0, 16), (3, NAN, 16)), plain, plain)
+    + option(gs.compare, "input_size", (*filter(None, NO_SIZES), (3, 0, 16), (3, NAN, 16)), plain, plain)
     + option(gs.compare, "num_inputs", (0, -1, NAN, "2"), plain, plain, input_size=SIZE),
     "profile": each(lambda m: gs.profile(m, SIZE), NO_NETS)
-    + each(lambda size: gs.profile(plain(), size), (None, 3, (3, 16), (3, -1, 16), "3x16x16")),
+    + each(lambda size: gs.profile(plain(), size), (3, (3, 16), (3, -1, 16), "3x16x16")),
     "verify": each(lambda m: gs.verify(m, input_size=SIZE), NO_NETS)
-    + option(gs.verify, "input_size", (None, (3, 16), (1, 16, 16)), grown)
+    + option(gs.verify, "input_size", ((3, 16), (1, 16, 16)), grown)
     + [lambda: gs.verify(grown(), "fuse", input_size=SIZE)],
     "CyclePlan": each(lambda v: gs.CyclePlan(rounds=(), base_epochs=v), (0, -1, NAN, INF, None, "1"))
     + each(lambda v: gs.CyclePlan(rounds=(), base_epochs=1, rewarm=v), (-1, 0.5, NAN, None, "1"))
@@ -114,7 +114,7 @@ BAD = {
     + each(lambda d: gs.depth.merge_runs(plain(), if_costlier=d), ("maybe", None, 3))
     + each(lambda w: gs.depth.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.depth.nonaffine_modules(m, input_size=SIZE), NO_NETS),
-    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv1d(1, 1, 1))),
+    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv3d(1, 1, 1))),
     "PureBottleneck": each(lambda v: gs.layers.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.layers.PureBottleneck(4, 4, 4, groups=3)],
     "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)

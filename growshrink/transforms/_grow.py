@@ -156,7 +156,7 @@ class GrowthReport:
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
         total = (
             f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
-            + f" Traced at {self.traced}." * bool(self.traced)
+            + f" Seen on {self.traced}." * bool(self.traced)
         )
         return "\n".join([*lines, total])
 
