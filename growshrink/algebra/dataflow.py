@@ -7,7 +7,6 @@ memory), on a copy, in eval mode; it falls back to a real pass for models that c
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from growshrink.base.copying import copy_net
 from growshrink.errors import GrowShrinkError, check_model, check_size
 
 InputSize = tuple[int, int, int]
@@ -93,12 +93,10 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
     sizes = [input_size] if input_size else _candidate_sizes(model)
     last_error: Exception | None = None
     for device in ("meta", None):
-        replica = copy.deepcopy(model).eval()
-        if device:
-            replica = replica.to(device)
+        replica = copy_net(model).eval()
         for size in sizes:
             try:
-                return _observe(replica, size)
+                return _observe(replica.to(device) if device else replica, size)
             except Exception as error:  # any forward may fail in its own way; the last failure is reported
                 last_error = error
     raise GrowShrinkError(
@@ -162,8 +160,9 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
             elif output.dim() == 4:
                 output_sizes[name] = (output.shape[2], output.shape[3])
 
-    hooks = [module.register_forward_hook(after) for module in model.modules()]
-    hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
+    watched = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    hooks = [module.register_forward_hook(after) for module in watched]
+    hooks += [module.register_forward_pre_hook(before, prepend=True) for module in watched]
     try:
         with torch.no_grad(), recorder:
             output = model(_zeros(model, size))

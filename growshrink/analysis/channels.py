@@ -5,7 +5,6 @@ Source: Fang et al., DepGraph (arXiv:2301.12900), by Torch-Pruning (the optional
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.nn import functional as F
 from growshrink.algebra.dataflow import InputSize
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
+from growshrink.base.copying import copy_net
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.proofs._profile import profile
 
@@ -68,7 +68,7 @@ class ChannelSpace:
         self.model = model
         self.input_size = input_size
         # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
-        self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
+        self._traced = copy_net(model).cpu().eval().requires_grad_(True)
         self.left_alone: dict[str, str] = {}
         self._groups = {group.name: group for group in self._find()}
         if not self._groups:
@@ -90,7 +90,7 @@ class ChannelSpace:
 
     def cut(self, kept: Kept) -> nn.Module:
         """A copy of the net without the channels that are not `kept`, in eval mode."""
-        net = copy.deepcopy(self.model).eval()
+        net = copy_net(self.model).eval()
         modules = dict(net.named_modules())
         gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
         for name, group in self._groups.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.branches import Branch
 from growshrink.errors import AnalysisError
 from growshrink.layers.widths import Slots, active_width
@@ -112,7 +112,7 @@ def output_positions(model: nn.Module, input_size: InputSize) -> dict[str, int]:
         channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
         found[name] = found.get(name, 0) + output.numel() // channels
 
-    replica = copy.deepcopy(model).to("meta").eval()
+    replica = copy_net(model).to("meta").eval()
     for name, module in replica.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(partial(record, name=name))

@@ -6,13 +6,13 @@ that an optimizer keeps. No other file assigns `__class__`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from timm.layers import Conv2dSame
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.errors import GrowError, check_model
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
@@ -86,7 +86,7 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: Work on `model` itself; otherwise on a deep copy.
     """
     check_model(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     for module in list(model.modules()):
         if isinstance(module, OnlineModule):
             for part in module.held_parts():

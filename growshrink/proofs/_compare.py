@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.errors import EquivalenceError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
@@ -140,13 +140,13 @@ def verify(
     """
     transform = partial(transform, input_size=input_size) if transform in (fuse, fold) else transform
     check_model(model)
-    model = copy.deepcopy(model).eval()
+    model = copy_net(model).eval()
     set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
-    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model).float()
+    exact, rounded = copy_net(model).double(), copy_net(model).float()
     double, single = (
-        compare(net, transform(copy.deepcopy(net)), input_size=input_size, dtype=dtype, seed=seed)
+        compare(net, transform(copy_net(net)), input_size=input_size, dtype=dtype, seed=seed)
         for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
     rounding = net_rounding_float32(exact, rounded, input_size=input_size, seed=seed)
@@ -168,7 +168,7 @@ def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: Inp
 
 def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> float:
     """Relative change of the output when every branch adds nothing (no branches: when every norm is left out)."""
-    silent = copy.deepcopy(model)
+    silent = copy_net(model)
     branches = grown_modules(silent).values()
     for module in branches:
         if isinstance(module, Grown):
@@ -184,7 +184,7 @@ def branch_effect(model: nn.Module, *, input_size: InputSize, seed: int = 0) -> 
 def _run(model: nn.Module, x: Tensor, observe: Callable[..., None] | None = None) -> Tensor:
     """Output of a copy in eval mode and the dtype of `x`; `observe` is a hook on all modules and gets their names."""
     check_model(model)
-    replica = copy.deepcopy(model).to(dtype=x.dtype).eval()
+    replica = copy_net(model).to(dtype=x.dtype).eval()
     device = next((p.device for p in replica.parameters()), x.device)
     if observe is not None:
         for name, module in replica.named_modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.errors import check_model, check_size
 
 
@@ -28,10 +28,12 @@ def profile(model: nn.Module, input_size: InputSize) -> Profile:
     check_size(input_size)
     # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
     # without gradients have none
-    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
-    dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+    replica = copy_net(getattr(model, "_orig_mod", model)).eval().requires_grad_(False)
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in replica.modules()):  # which has a device
+        replica = replica.to("meta")
+    like = next(replica.parameters(), torch.empty(0, device="meta"))
     with torch.no_grad(), flop_counter() as counter:
-        replica(torch.empty(1, *input_size, device="meta", dtype=dtype))
+        replica(torch.zeros(1, *input_size, device=like.device, dtype=like.dtype))
     return Profile(counter.get_total_flops() // 2, sum(p.numel() for p in replica.parameters()))
 
 
@@ -41,7 +43,7 @@ def training_macs(model: nn.Module, input_size: InputSize, batch_size: int = 2) 
     What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
     """
     batch_size = max(2, batch_size)  # batch norm refuses one value per channel
-    replica = copy.deepcopy(model).to("meta").train()
+    replica = copy_net(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with flop_counter() as counter:
         replica(torch.empty(batch_size, *input_size, device="meta", dtype=dtype)).sum().backward()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.base.copying import copy_net
 from growshrink.errors import FuseError
 from growshrink.layers.grown import grown_modules
 from growshrink.transforms._fuse import check_unchanged, replace_module
@@ -41,7 +41,7 @@ def fold(model: nn.Module, *, inplace: bool = False, input_size: InputSize | Non
         raise FuseError(
             f"{next(iter(grown)) or 'the model'} still carries branches: growshrink.fuse comes before growshrink.fold."
         )
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     flow = trace(model, input_size)
     commit = partial(_commit, pairs=_foldable(model, flow))
     check_unchanged(model, commit, flow.input_size)

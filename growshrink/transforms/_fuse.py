@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.base.copying import copy_net
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
@@ -61,7 +61,7 @@ def fuse(
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
         WidthError: `width` is not a width of this model.
     """
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     if width is not None:
         with active_width(model, width):
             return fuse(model, inplace=True, input_size=input_size)
@@ -151,7 +151,7 @@ def probe(map_: ConvMap) -> Tensor:
 @torch.no_grad()
 def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
     """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
-    replica = copy.deepcopy(model).eval()
+    replica = copy_net(model).eval()
     like = next((p for p in model.parameters()), torch.empty(0))
     x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
     tolerance = NET_TOLERANCE
@@ -159,7 +159,7 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
         before = _outputs(replica.double(), x)
     except RuntimeError:  # some nets make float32 constants inside
         tolerance, x = FLOAT32_TOLERANCE, x.to(like.dtype)
-        replica = copy.deepcopy(model).eval()
+        replica = copy_net(model).eval()
         before = _outputs(replica, x)
     commit(replica)
     errors = [relative_error(a, b) for a, b in zip(_outputs(replica, x), before, strict=True)]
@@ -179,7 +179,7 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
 def _sensitivity(model: nn.Module, x: Tensor, before: list[Tensor]) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
     signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 2 - 1
-    after = _outputs(copy.deepcopy(model).eval().double(), x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
+    after = _outputs(copy_net(model).eval().double(), x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
     return max(relative_error(a, b) for a, b in zip(after, before, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
@@ -71,7 +71,7 @@ def grow(
     specs = branch_specs(branch)
     if init not in INITS:
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     eligibility = _Eligibility(model, input_size)
     names = _select(model, where, eligibility, specs)
     layers = _candidates(model)
@@ -100,7 +100,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
             "Let lam reach 0 and use growshrink.fuse."
         )
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
         to_plain(module)
