@@ -83,7 +83,7 @@ class ConvMap:
         bias_O = -bn.running_mean.to(dtype) * scale_O
         if bn.bias is not None:
             bias_O = bias_O + bn.bias.to(dtype)
-        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bn.num_features)
+        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bias_O.numel())
 
     @staticmethod
     def identity(channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> ConvMap:

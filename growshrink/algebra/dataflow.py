@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.ops import FrozenBatchNorm2d
 
 from growshrink.base.copying import copy_net
 from growshrink.errors import GrowShrinkError, check_model, check_size
@@ -26,6 +28,8 @@ InputSize = tuple[int, int, int]
 _SIZES_TO_TRY = (32, 64, 224, 28, 8)
 #: A norm without running statistics refuses one value per channel, in eval mode too.
 _IMAGES = 2
+#: Batch norms that are affine maps written out: their first operator multiplies the input, and none is the norm's own.
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,12 @@ def trace(model: nn.Module, input_size: InputSize | None = None) -> Flow:
         check_size(input_size)
     sizes = [input_size] if input_size else _candidate_sizes(model)
     last_error: Exception | None = None
+    tied = _tied_norms(model)  # of the model itself: a move to another device cuts ties
     for device in ("meta", None):
         replica = copy_net(model).eval()
         for size in sizes:
             try:
-                return _observe(replica.to(device) if device else replica, size)
+                return _observe(replica.to(device) if device else replica, size, tied)
             except Exception as error:  # any forward may fail in its own way; the last failure is reported
                 last_error = error
     raise GrowShrinkError(
@@ -114,6 +119,15 @@ def shared_parameters(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
+def _tied_norms(model: nn.Module) -> set[str]:
+    """Norms whose running mean is in the memory of another's."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(mean := getattr(module, "running_mean", None), Tensor):
+            owners.setdefault(mean.untyped_storage()._cdata, []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
+
+
 def _candidate_sizes(model: nn.Module) -> list[InputSize]:
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = first.in_channels if first is not None else 3
@@ -128,7 +142,7 @@ def _zeros(model: nn.Module, size: InputSize) -> Tensor:
     return torch.zeros(_IMAGES, *size, device=like.device, dtype=like.dtype)
 
 
-def _observe(model: nn.Module, size: InputSize) -> Flow:
+def _observe(model: nn.Module, size: InputSize, tied: set[str]) -> Flow:
     names = {id(module): name for name, module in model.named_modules()}
     norm_of = {
         id(m.running_mean): names[id(m)] for m in model.modules() if getattr(m, "running_mean", None) is not None
@@ -141,14 +155,14 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
     calls: Counter[str] = Counter()
     input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
-    recorder = _Recorder(norm_of, owner_of)
+    frozen = {names[id(m)] for m in model.modules() if type(m) in FROZEN_NORMS}
+    recorder = _Recorder(norm_of, owner_of, frozen, tied)
 
     def before(module: nn.Module, args: Any) -> None:
-        recorder.running[names[id(module)]] += 1
+        recorder.stack.append(names[id(module)])
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        name = names[id(module)]
-        recorder.running[name] -= 1
+        name = recorder.stack.pop()
         calls[name] += 1
         if args and isinstance(args[0], Tensor) and args[0].dim() == 4:
             input_sizes[name] = (args[0].shape[2], args[0].shape[3])
@@ -161,7 +175,7 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
                 output_sizes[name] = (output.shape[2], output.shape[3])
 
     watched = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    hooks = [module.register_forward_hook(after) for module in watched]
+    hooks = [module.register_forward_hook(after, prepend=True) for module in watched]
     hooks += [module.register_forward_pre_hook(before, prepend=True) for module in watched]
     try:
         with torch.no_grad(), recorder:
@@ -177,12 +191,12 @@ def _observe(model: nn.Module, size: InputSize) -> Flow:
 class _Recorder(TorchDispatchMode):
     """Notes every operator that takes a tensor some module produced."""
 
-    def __init__(self, norm_of: dict[int, str], owner_of: dict[int, str]) -> None:
+    def __init__(self, norm_of: dict[int, str], owner_of: dict[int, str], frozen: set[str], tied: set[str]) -> None:
         super().__init__()
-        self.norm_of = norm_of
+        self.norm_of, self.frozen, self.tied = norm_of, frozen, tied
         self.owner_of = owner_of
         self.readers: dict[str, list[Reader]] = {}
-        self.running: Counter[str] = Counter()
+        self.stack: list[str] = []  # modules that run, the innermost last
         self.read_beside: set[str] = set()
         self._producers: dict[int, list[str]] = {}
         self._channels: dict[int, int] = {}
@@ -199,12 +213,16 @@ class _Recorder(TorchDispatchMode):
     def consumed(self, op: str, leaves: list[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), None)
+        if self.stack and self.stack[-1] in self.frozen:
+            norm = self.stack[-1]
         owners = [self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of]
         owner = norm or next(iter(owners), None)
-        self.read_beside.update(name for name in owners if not self.running[name])
+        self.read_beside.update(name for name in owners if name not in self.stack)
         for tensor_id in {id(t) for t in tensors}:
             other_axis = norm is not None and self._channels.get(tensor_id, 1) != 1
             reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner)
+            if norm in self.tied:
+                reader = Reader(f"{norm}, whose running mean is another norm's too", None, owner)
             for name in self._producers.get(tensor_id, ()):
                 self.readers[name].append(reader)
 

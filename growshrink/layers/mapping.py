@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import AlgebraError
@@ -41,7 +42,7 @@ def convmap_of(
             return module.as_convmap(dtype)
         if type(module) is nn.Conv2d:
             return ConvMap.from_conv2d(module, dtype)
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
             return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
         if type(module) is VanishingReLU:
             # a training step must not wait for a device, nor a compiled graph break, to read what is known

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
+from growshrink.base.seeding import same_noise
 from growshrink.errors import EquivalenceError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
@@ -42,6 +43,8 @@ class Comparison:
     @staticmethod
     def of(a: Tensor, b: Tensor) -> Comparison:
         """Compare outputs `(N, ...)` of two nets."""
+        if not a.numel():  # a detector that finds nothing
+            return Comparison(0.0, 0.0, 1.0)
         max_abs, scale = float((a - b).abs().max()), float(a.abs().max())
         agreement = float((a.flatten(1).argmax(1) == b.flatten(1).argmax(1)).float().mean())
         return Comparison(max_abs, max_abs / scale if scale > 0 else float("inf") if max_abs else 0.0, agreement)
@@ -189,7 +192,8 @@ def _run(model: nn.Module, x: Tensor, observe: Callable[..., None] | None = None
     if observe is not None:
         for name, module in replica.named_modules():
             module.register_forward_hook(partial(observe, name))
-    return replica(x.to(device)).cpu()
+    with same_noise(device):
+        return replica(x.to(device)).cpu()
 
 
 def _blame(a: nn.Module, b: nn.Module, x: Tensor, tolerance: float) -> str:

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.base.copying import copy_net
+from growshrink.base.reading import reason
+from growshrink.base.seeding import same_noise
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import expand_online, to_plain
 from growshrink.layers.widths import Width, active_width
@@ -97,8 +100,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             raise FuseError(
                 "the model is itself a PureBottleneck, which cannot be replaced: its own fuse() gives a conv."
             )
-        if isinstance(module, Grown) and module._parameters.get("weight") is None:
-            raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
+        if isinstance(module, Grown) and (key := computed_parameter(module)):
+            raise FuseError(f"{name}: its {key} is computed by a hook or parametrization, and cannot be written to.")
         if any(f"{owner}.".startswith(f"{name}.") for owner in shared):
             raise FuseError(f"{name} shares parameters with another module: merging would change that one too.")
         if flow.calls.get(name, 0) > 1:
@@ -117,6 +120,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
     replica = expand_online(module).cpu().double().eval()  # a merged kernel would be compared with itself
+    replica._forward_hooks.clear()  # they run outside the map, before and after the merge
+    replica._forward_pre_hooks.clear()
     assert isinstance(replica, Mergeable)
     try:
         total = replica.as_convmap()
@@ -149,25 +154,47 @@ def probe(map_: ConvMap) -> Tensor:
 
 
 @torch.no_grad()
-def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputSize) -> None:
-    """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
-    replica = copy_net(model).eval()
+def check_unchanged(
+    model: nn.Module,
+    commit: Callable[[nn.Module], object],
+    input_size: InputSize,
+    *,
+    prepare: Callable[[nn.Module], object] = nn.Module.eval,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Try `commit` on a copy; FuseError if it then computes something else than another copy after `prepare`.
+
+    In `dtype`, or in the model's own where it does not run in that. Each copy sees the same noise, if it draws any.
+    """
     like = next((p for p in model.parameters()), torch.empty(0))
-    x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(like.device)
-    tolerance = NET_TOLERANCE
-    try:
-        before = _outputs(replica.double(), x)
-    except RuntimeError:  # some nets make float32 constants inside
-        tolerance, x = FLOAT32_TOLERANCE, x.to(like.dtype)
+    x = torch.randn(2, *input_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def outputs(x: Tensor, change: Callable[[nn.Module], object]) -> list[Tensor]:
         replica = copy_net(model).eval()
-        before = _outputs(replica, x)
-    commit(replica)
-    errors = [relative_error(a, b) for a, b in zip(_outputs(replica, x), before, strict=True)]
+        change(replica.double() if x.dtype == torch.float64 else replica)
+        return _outputs(replica, x)
+
+    x, own = x.to(like.device, dtype), x.to(like.device, like.dtype)
+    try:
+        before = outputs(x, prepare)
+    except RuntimeError:  # some nets make float32 constants inside
+        try:
+            x, before = own, outputs(own, prepare)
+        except Exception as error:  # any forward may fail in its own way
+            raise FuseError(
+                f"the model does not run on random images of size {input_size}: {reason(error)}."
+            ) from error
+    tolerance = NET_TOLERANCE if x.dtype == torch.float64 else FLOAT32_TOLERANCE
+    errors = [relative_error(a, b) for a, b in zip(outputs(x, commit), before, strict=True)]
     if not errors:
         raise FuseError("the model's output holds no floating point tensor: nothing to check the result by.")
     wrong = [error for error in errors if not error <= tolerance]
     if wrong and tolerance == NET_TOLERANCE:
-        tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(model, x, before)))
+        # relative change of the outputs when every pixel moves by a few of its last bits
+        signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 2 - 1
+        moved = outputs(x * (1 + 4 * torch.finfo(x.dtype).eps * signs), prepare)
+        sensitivity = max(relative_error(a, b) for a, b in zip(moved, before, strict=True))
+        tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * sensitivity))
         wrong = [error for error in errors if not error <= tolerance]
     if wrong:
         raise FuseError(
@@ -176,16 +203,33 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
         )
 
 
-def _sensitivity(model: nn.Module, x: Tensor, before: list[Tensor]) -> float:
-    """Relative change of the outputs when every pixel moves by a few of its last bits."""
-    signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)).to(x) * 2 - 1
-    after = _outputs(copy_net(model).eval().double(), x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
-    return max(relative_error(a, b) for a, b in zip(after, before, strict=True))
-
-
 def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Floating point tensors in the output; where all are empty (no box was found), those of the modules inside."""
+    inner: dict[str, list[Tensor]] = {}
+
+    def observe(name: str, module: nn.Module, args: object, output: object) -> None:
+        inner.setdefault(name, []).extend(t for t in _floating(output) if t.numel())
+
     # of a copy of x: some nets normalise their input in place
-    return [out for out in tree_leaves(model(x.clone())) if isinstance(out, Tensor) and out.is_floating_point()]
+    with same_noise(x.device):
+        found = _floating(model(x.clone()))
+    if not found or any(tensor.numel() for tensor in found):
+        return found
+    hooks: list[RemovableHandle] = []
+    skipped = tuple(f"{name}." for name in grown_modules(model))
+    for name, module in model.named_modules():  # what a convolution gives may change, with the norm behind it
+        if not isinstance(module, (nn.Conv2d, nn.Linear, Mergeable)) and not name.startswith(skipped):
+            hooks.append(module.register_forward_hook(partial(observe, name)))
+    with same_noise(x.device):
+        model(x.clone())
+    for hook in hooks:
+        hook.remove()
+    depth = min((name.count(".") for name in inner if inner[name]), default=0)
+    return [tensor for name in inner if name.count(".") == depth for tensor in inner[name]] or found
+
+
+def _floating(output: object) -> list[Tensor]:
+    return [out for out in tree_leaves(output) if isinstance(out, Tensor) and out.is_floating_point()]
 
 
 @torch.no_grad()
@@ -226,5 +270,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value of `b`; NaN or inf if either has any."""
+    """Largest absolute difference over the largest value of `b`; NaN or inf if either has any, inf for two shapes."""
+    if a.shape != b.shape or not a.numel():
+        return 0.0 if a.shape == b.shape else float("inf")
     return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))

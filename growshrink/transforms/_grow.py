@@ -15,11 +15,12 @@ from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
+from growshrink.transforms._rehearse import rehearse
 
 WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
@@ -83,6 +84,7 @@ def grow(
             spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
             for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
         ]
+    rehearse(model, names, eligibility.flow)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
@@ -219,8 +221,10 @@ class _Eligibility:
             return f"it is a {type(layer).__name__}: its kernel is standardised, and a merged one could not be"
         if type(layer) not in GROWN_CLASSES and not isinstance(layer, Grown):
             return f"it is a {type(layer).__name__}, whose forward is its own"
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-            return "its weight is computed by a hook, not a parameter"
+        if key := computed_parameter(layer):
+            return f"its {key} is computed by a hook, not a parameter"
+        if own := next((key for key in ("forward", "_conv_forward") if key in vars(layer)), ""):
+            return f"its {own} was replaced, and would pass branches by"
         if name in self.shared:
             return "its parameters are shared with another module"
         if name in self.flow.read_beside:
