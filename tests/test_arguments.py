@@ -8,6 +8,7 @@ import types
 
 import pytest
 from torch import nn
+from torch.optim import LBFGS, SGD
 
 import growshrink as gs
 from growshrink.algebra import ConvMap
@@ -123,6 +124,12 @@ BAD = {
                      "every": (0, -1, 0.5, "x")}.items() for v in vs],
     "choose_width": each(lambda m: gs.choose_width(m, [], lambda n: 0.0), NO_NETS),
     "sort_channels": each(gs.sort_channels, NO_NETS),
+    "sync_optimizer": each(lambda m: gs.sync_optimizer(SGD(plain().parameters()), m), NO_NETS)
+    + [lambda: gs.sync_optimizer(SGD(plain().parameters()), plain()),
+       lambda: gs.sync_optimizer(LBFGS(PLAIN.parameters()), PLAIN)],
+    "branch_parameters": each(gs.branch_parameters, NO_NETS),
+    "LambdaScheduler": each(lambda m: gs.LambdaScheduler(m, lambda update: 1.0), (*NO_NETS, plain()))
+    + each(lambda s: gs.LambdaScheduler(grown(), s), (None, 3, "cosine", lambda update: 2.0, lambda update: None)),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
     "compile_gradients": each(gs.compile_gradients, NO_NETS) + [lambda: gs.compile_gradients(plain())],

@@ -23,6 +23,7 @@ class Branch(nn.Module, ABC):
 
     kinds: ClassVar[dict[str, type[Branch]]] = {}
     kind: ClassVar[str]
+    was_grown = True  # the net is; see growshrink.set_lambda
     #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
     #: so an optimizer may keep the kernel's state when the branch is fused.
     parallel: ClassVar[bool] = True

@@ -18,6 +18,8 @@ from growshrink.layers.activations import VanishingReLU
 class Mergeable(nn.Module):
     """Base of the modules that are one affine map once their activations are gone."""
 
+    was_grown = True  # the net is; see growshrink.set_lambda
+
     if TYPE_CHECKING:  # TorchScript compiles the methods of a base class too
 
         def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:

@@ -60,9 +60,21 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
 def to_plain(layer: Grown) -> nn.Module:
     """Remove the branches of a grown layer, which becomes the class it came from; returns the same object."""
     expand_online(layer, inplace=True)
+    mark_left(layer.branches)
     del layer.branches
     layer.__class__ = _PLAIN_CLASSES[type(layer)]  # type: ignore[assignment]
     return layer
+
+
+def mark_left(module: nn.Module) -> None:
+    """Mark the parameters of a module that leaves its net, for whoever else holds them (see `left_net`)."""
+    for parameter in module.parameters():
+        vars(parameter)["left_net"] = True
+
+
+def left_net(parameter: nn.Parameter) -> bool:
+    """Whether it belonged to a branch that has been merged or dropped."""
+    return getattr(parameter, "left_net", False)
 
 
 def go_online(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.base.seeding import same_noise
 from growshrink.errors import EquivalenceError, check_model
-from growshrink.layers.activations import set_lambda
+from growshrink.layers.activations import set_lambda, was_grown
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import random_images, randomize_norms_
@@ -144,7 +144,8 @@ def verify(
     transform = partial(transform, input_size=input_size) if transform in (fuse, fold) else transform
     check_model(model)
     model = copy_net(model).eval()
-    set_lambda(model, 0.0)
+    if was_grown(model):
+        set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
     exact, rounded = copy_net(model).double(), copy_net(model).float()

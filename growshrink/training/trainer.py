@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
-from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
-from timm.optim.kron import Kron
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,16 +19,12 @@ from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
-from growshrink.layers.activations import set_lambda
+from growshrink.layers.activations import set_lambda, was_grown
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
-
-#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
-#: change of structure it would be wrong for the old parameters or for the new ones.
-NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb)
-
+from growshrink.training.optimizers import NOT_PER_PARAMETER, sync_optimizer
 
 OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", list_optimizers)]
 
@@ -84,7 +79,7 @@ class Trainer:
     Attributes:
         model: What is trained; a change of structure happens in place, between two calls of `train`.
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
-        optimizer: Made by timm's factory; recreated after a change of structure, see `structure_changed`.
+        optimizer: Made by timm's factory; follows a change of structure, see `structure_changed`.
         gradient_maps: Applied in every update, or None; see `map_gradients`.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
@@ -223,17 +218,14 @@ class Trainer:
         self.gradient_maps = maps
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
-        """Recreate the optimizer after the model grew or fused.
+        """Let the optimizer follow after the model grew or fused (see `sync_optimizer`); `reset` loses its state.
 
-        Parameters keep their state, bit for bit, if they go by the same name and shape as before and are not named in
-        `reset`; all others start empty, step count included (a kept count would make Adam's first steps too long).
+        New parameters start empty, step count included (a kept count would make Adam's first steps too long).
         """
-        # A parameter object outlives a change of structure unless its module was replaced, and so does its name.
-        kept = {id(p): state for p, state in self.optimizer.state.items()}
-        self.optimizer = self._make_optimizer()
+        sync_optimizer(self.optimizer, self.model)
         for name, parameter in self.model.named_parameters():
-            if name not in reset and (state := kept.get(id(parameter))):
-                self.optimizer.state[parameter] = state
+            if name in reset:
+                self.optimizer.state.pop(parameter, None)
         self._lam, self._ema_has_lam = None, True
         self.map_gradients(self.gradient_maps)
 
@@ -269,9 +261,10 @@ class Trainer:
         if of_ema:
             assert self.ema is not None
             if self._ema_has_lam:  # every time: the average has just pulled it towards the model's
-                self._ema_has_lam = set_lambda(self.ema, value) > 0
+                self._ema_has_lam = was_grown(self.ema) and set_lambda(self.ema, value) > 0
         elif value != self._lam:
-            set_lambda(self.model, value)
+            if was_grown(self.model):
+                set_lambda(self.model, value)
             self._lam = value
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,11 +20,11 @@ from growshrink.base.reading import reason
 from growshrink.base.seeding import same_noise
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError
-from growshrink.layers.activations import vanishing
+from growshrink.layers.activations import NEVER_GROWN, vanishing, was_grown
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
-from growshrink.layers.swaps import expand_online, to_plain
+from growshrink.layers.swaps import expand_online, mark_left, to_plain
 from growshrink.layers.widths import Width, active_width
 from growshrink.transforms._deploy import unguard_hooks
 
@@ -50,7 +51,7 @@ def fuse(
     that it was not trained at needs `calibrate_bn` first. Kernels are merged in float64 and cast at the end (relative
     error of the net about 1e-15 in float64, 1e-6 in float32). The bias of a branch goes into the layer's own, or else
     into the running mean of the batch norm behind it. The plain net is checked against the grown one on a random input;
-    a net without branches comes back as it is.
+    a net without branches comes back as it is, with a warning if it never had any.
 
     Args:
         model: A grown net with every lam exactly 0 (of the branches that `width` does not skip).
@@ -74,6 +75,9 @@ def fuse(
         commit = partial(_commit, merges=_plan(model, flow))
         check_unchanged(model, commit, flow.input_size)
         commit(model)
+        vars(model)["was_grown"] = True
+    elif not was_grown(model):
+        warnings.warn(f"nothing to fuse: {NEVER_GROWN}", stacklevel=2)
     return model
 
 
@@ -177,7 +181,7 @@ def check_unchanged(
     x, own = x.to(like.device, dtype), x.to(like.device, like.dtype)
     try:
         before = outputs(x, prepare)
-    except RuntimeError:  # some nets make float32 constants inside
+    except Exception:  # some nets make float32 constants inside
         try:
             x, before = own, outputs(own, prepare)
         except Exception as error:  # any forward may fail in its own way
@@ -244,6 +248,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
             to_plain(module)
         else:
             assert isinstance(module, PureBottleneck)
+            mark_left(module)
             replace_module(model, name, _conv_for(module, merge.map))
         if merge.norm is not None:
             running_mean = model.get_submodule(merge.norm).running_mean

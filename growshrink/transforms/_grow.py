@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
-from growshrink.transforms._rehearse import rehearse
+from growshrink.transforms._rehearse import rehearse_exit
 
 WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
 Growable = nn.Conv2d | nn.Linear
+
+_logger = logging.getLogger(__name__)
 
 INITS = ("silent", "paper")
 
@@ -40,12 +43,14 @@ def grow(
     where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
+    trainable: bool | None = True,
     inplace: bool = False,
     input_size: InputSize | None = None,
 ) -> nn.Module:
     """Attach branches to the convolutions and linear layers of any model.
 
-    A linear layer is grown as the 1x1 convolution it is on its tokens: batch norms normalise over all of them.
+    A linear layer is grown as the 1x1 convolution it is on its tokens: batch norms normalise over all of them. How many
+    parameters train is logged, and told by `growth_report`.
 
     Args:
         model: A timm model or any `nn.Module`.
@@ -62,11 +67,13 @@ def grow(
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
+        trainable: Whether the branches train, on a frozen net too; None: each as the kernel it is on.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
 
     Raises:
-        GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
+        GrowError: Nothing matches `where`, nothing is eligible, an argument is out of range, or `fuse` would refuse the
+            result (that is tried on copies). The model is untouched.
     """
     check_ratio(ratio)
     specs = branch_specs(branch)
@@ -84,10 +91,13 @@ def grow(
             spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
             for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
         ]
-    rehearse(model, names, eligibility.flow)
+    rehearse_exit(model, names, eligibility.flow)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
+        for branch in branches if trainable is not None else ():
+            branch.requires_grad_(trainable)
         attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
+    _logger.info("%d layers grown; %d of %d parameters train", len(names), *_count_parameters(model)[::-1])
     return model
 
 
@@ -107,6 +117,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         assert isinstance(module, Grown)
         to_plain(module)
     unguard_hooks(model)
+    vars(model)["was_grown"] = True
     return model
 
 
@@ -126,6 +137,8 @@ class GrowthReport:
     """Every convolution and linear layer of a model: grown, eligible, or left alone and why. Print it."""
 
     rows: tuple[ReportRow, ...]
+    params: int  # numbers, of the whole net
+    trained: int  # of these
 
     @property
     def grown(self) -> dict[str, tuple[str, ...]]:
@@ -146,7 +159,7 @@ class GrowthReport:
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
         total = f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, f"{total} {self.trained:,} of {self.params:,} parameters train."])
 
 
 def growth_report(
@@ -176,7 +189,14 @@ def growth_report(
             left_out = {kind: why for kind, why in reasons.items() if why}
             reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
-    return GrowthReport(tuple(rows))
+    params, trained = _count_parameters(model)
+    return GrowthReport(tuple(rows), params, trained)
+
+
+def _count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All, and those that train."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def branch_specs(branch: BranchLike) -> list[BranchSpec]:

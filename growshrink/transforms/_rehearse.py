@@ -15,7 +15,7 @@ from growshrink.layers.grown import Grown
 from growshrink.transforms._fuse import check_unchanged
 
 
-def rehearse(model: nn.Module, names: Sequence[str], flow: Flow) -> None:
+def rehearse_exit(model: nn.Module, names: Sequence[str], flow: Flow) -> None:
     """Merge a trial into each layer of copies of `model`, and compare: two passes of the net as it is.
 
     Raises:

@@ -212,6 +212,23 @@ def test_the_check_compares_with_what_it_should(monkeypatch):
         gs.grow(ConvNet(), input_size=SIZE)
 
 
+# --- a loop that goes on around the exit, or was never grown ---
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["net", "wrapped"])
+def test_lam_is_set_where_there_was_growth_and_nowhere_else(wrap):
+    plain = ConvNet()
+    with pytest.raises(gs.errors.GrowShrinkError, match=r"never grown.*grow returns a copy.*inplace=True"):
+        gs.set_lambda(wrap(plain), 0.5)
+    with pytest.warns(UserWarning, match=r"nothing to fuse: .*never grown.*grow returns a copy") as caught:
+        assert not grown_modules(gs.fuse(plain))
+    assert caught[0].filename == __file__
+    grown, linear = gs.grow(plain, input_size=SIZE), gs.grow(plain, "lora", input_size=SIZE)
+    assert gs.set_lambda(wrap(grown), 0.0) == 1 and gs.set_lambda(wrap(linear), 0.5) == 0
+    for done in (gs.fuse(grown), gs.drop(grown), gs.fuse(gs.fuse(linear)), copy.deepcopy(gs.fuse(grown))):
+        assert gs.set_lambda(wrap(done), 0.5) == 0 and not grown_modules(gs.fuse(done))
+
+
 # --- detectors ---
 
 
