@@ -50,6 +50,8 @@ from growshrink.transforms import fold as fold
 from growshrink.transforms import fuse as fuse
 from growshrink.transforms import grow as grow
 from growshrink.transforms import growth_report as growth_report
+from growshrink.transforms import load_grown as load_grown
+from growshrink.transforms import save_grown as save_grown
 
 try:
     __version__ = _version("growshrink")

@@ -15,12 +15,14 @@ from growshrink.integrations.growth import Growth
 class TrainerGrowth(Growth, TrainerCallback):
     """`transformers.Trainer(callbacks=[TrainerGrowth("bottleneck", schedule=..., net="net")])`; see `Growth`.
 
-    Checkpoints hold the branches, and resuming from one grows the net again.
+    Checkpoints hold the branches, and resuming from one grows the net again. Grown before epoch 0, the optimizer is
+    made with the branches; one that they join later is refused on resuming, where `Trainer` groups them otherwise.
     """
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """See transformers' `TrainerCallback`, as for the others."""
         self.watch(model)
+        self.begin_epoch(0, 0, model, [])
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any) -> None:
         """Grow if it is time."""

@@ -49,6 +49,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.linear = False  # in what it trains; see make_linear_
         self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
+        self.spec: object = None  # what it was built from; see growshrink.save_grown
         self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
 
     @classmethod

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +25,12 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
-from growshrink.training.optimizers import NOT_PER_PARAMETER, sync_optimizer
+from growshrink.training.sync import sync_optimizer
+
+#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
+#: change of structure it would be wrong for the old parameters or for the new ones.
+NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb)
+
 
 OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", list_optimizers)]
 

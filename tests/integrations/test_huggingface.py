@@ -40,9 +40,9 @@ class Rows(torch.utils.data.Dataset):
         return {"pixels": images(*SIZE, n=8)[index], "labels": torch.arange(8)[index]}
 
 
-def fit(folder, epochs, stop=None, resume=None, **kwargs):
+def fit(folder, epoch, stop=None, resume=None, **kwargs):
     lam = gs.schedules.hold_then_vanish(hold=1, vanish=2)
-    growth = TrainerGrowth("bottleneck", schedule=lam, epoch=1, net="net", input_size=SIZE, **kwargs)
+    growth = TrainerGrowth("bottleneck", schedule=lam, epoch=epoch, net="net", input_size=SIZE, **kwargs)
 
     class Stop(transformers.TrainerCallback):
         def on_epoch_end(self, args, state, control, **_):
@@ -50,25 +50,29 @@ def fit(folder, epochs, stop=None, resume=None, **kwargs):
             control.should_training_stop = state.epoch == stop
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        disable_tqdm=True, save_strategy="epoch", logging_strategy="no", lr_scheduler_type="constant", learning_rate=0.01,
+        output_dir=str(folder), num_train_epochs=4, per_device_train_batch_size=4, use_cpu=True, report_to=[],
+        disable_tqdm=True, save_strategy="epoch", logging_strategy="no", lr_scheduler_type="constant",
+        learning_rate=0.01,
     )  # fmt: skip
     trainer = transformers.Trainer(model=Model(), args=arguments, train_dataset=Rows(), callbacks=[growth, Stop()])
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-def test_grow_vanish_fuse_and_resume(tmp_path):
-    whole = fit(tmp_path / "whole", 4)
-    assert whole.model.lams == [[], [], [1.0], [1.0], [0.5], [0.0], [0.0], [0.0]]
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_grow_vanish_and_fuse(tmp_path, epoch):
+    whole = fit(tmp_path / "whole", epoch)
+    assert whole.model.lams == ([[]] * 2 * epoch + [[1.0], [1.0], [0.5], *[[0.0]] * 8])[:8]
     assert not grown_modules(whole.model.net)
     assert sum(len(g["params"]) for g in whole.optimizer.param_groups) == 6
     ConvNet().load_state_dict(whole.model.net.state_dict(), strict=True)
 
-    half = fit(tmp_path / "half", 4, stop=2, fuse_at_end=False)
-    assert grown_modules(half.model.net) and len(half.model.lams) == 4
-    resumed = fit(tmp_path / "half", 4, resume=str(tmp_path / "half" / "checkpoint-4"))
-    assert resumed.model.lams == whole.model.lams[4:]
+
+def test_resume(tmp_path):
+    whole, half = fit(tmp_path / "whole", 0), fit(tmp_path / "half", 0, stop=1, fuse_at_end=False)
+    assert grown_modules(half.model.net) and half.model.lams == [[1.0], [1.0]]
+    resumed = fit(tmp_path / "half", 0, resume=str(tmp_path / "half" / "checkpoint-2"))
+    assert resumed.model.lams == whole.model.lams[2:]
     for key, value in whole.model.net.state_dict().items():
         assert torch.allclose(resumed.model.net.state_dict()[key], value, atol=1e-4), key
 

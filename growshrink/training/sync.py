@@ -13,9 +13,8 @@ from growshrink.errors import GrowShrinkError, check_model
 from growshrink.layers.branch import Branch
 from growshrink.layers.swaps import left_net
 
-#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
-#: change of structure it would be wrong for the old parameters or for the new ones.
-NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb, LBFGS)
+#: They keep state elsewhere than with each parameter.
+_NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb, LBFGS)
 
 
 class Synced(NamedTuple):
@@ -52,7 +51,7 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
     check_model(model)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    if isinstance(optimizer, NOT_PER_PARAMETER):
+    if isinstance(optimizer, _NOT_PER_PARAMETER):
         kind = type(optimizer).__name__
         raise GrowShrinkError(f"{kind} keeps state that is no single parameter's: make a new one after the change.")
     named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
