@@ -5,10 +5,11 @@
     python recipes/timm_train.py --widths none --hold 9000 --vanish 3000 --fused net.safetensors TRAIN_PY --model ...
 
 TRAIN_PY is train.py of https://github.com/huggingface/pytorch-image-models, in a folder without a folder `timm` beside
-it (Python would take that one). The model that --model names is grown before its optimizer is made, at timm's --img-size.
-By default it is trained at base width, which is the model itself, with wider nets beside it. With `--widths none` the
-grown net itself is trained: lam is 1 for `--hold` updates, falls to 0 over `--vanish` more, and the net, fused, is
-written when timm's script is through. Checkpoints hold the branches too; of nets trained at base width the net to deploy is
+it (Python would take that one). The model that --model names is grown before its optimizer is made, at timm's
+--img-size. By default it is trained at base width, which is the model itself, with wider nets beside it. With
+`--widths none` the grown net itself is trained: lam is 1 for `--hold` updates, falls to 0 over `--vanish` more, and the
+net, fused, is written when timm's script is through. Checkpoints hold the branches too; of nets trained at base width
+the net to deploy is
 
     plain.load_state_dict({key: value for key, value in checkpoint["state_dict"].items() if ".branches." not in key})
 """

@@ -24,7 +24,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
-assert sys.argv[1:] == ["--model", "reducenet20", "--lr", "0.1", *(["--img-size", "16"] if "--img-size" in sys.argv else [])]
+assert sys.argv[1:5] == ["--model", "reducenet20", "--lr", "0.1"] and sys.argv[5:] in ([], ["--img-size", "16"])
 torch.manual_seed(0)
 model = create_model(sys.argv[2], num_classes=4, width=0.25)
 task = ClassificationTask(
