@@ -116,7 +116,8 @@ def input_size(model: nn.Module, arguments: list[str]) -> InputSize | None:
     asked, _ = given.parse_known_args(arguments)
     if asked.input_size:
         return asked.input_size[0], asked.input_size[1], asked.input_size[2]
-    channels = asked.in_chans or model.pretrained_cfg["input_size"][0]
+    cfg: Any = model.pretrained_cfg
+    channels = int(asked.in_chans or cfg["input_size"][0])
     return None if asked.img_size is None else (channels, asked.img_size, asked.img_size)
 
 

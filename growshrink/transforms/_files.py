@@ -34,7 +34,9 @@ def save_grown(model: nn.Module, path: str | Path, *, branches_only: bool = Fals
         GrowError: There are no branches, or some that `grow` has not made.
     """
     grown = {name: layer for name, layer in grown_modules(model).items() if isinstance(layer, Grown)}
-    specs = {name: [getattr(branch, "spec", None) for branch in layer.branches] for name, layer in grown.items()}
+    specs: dict[str, list[Any]] = {
+        name: [getattr(branch, "spec", None) for branch in layer.branches] for name, layer in grown.items()
+    }
     if not specs or len(specs) < len(grown_modules(model)) or not all(all(found) for found in specs.values()):
         raise GrowError("save_grown is for nets that growshrink.grow has grown: save the state_dict of this one.")
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in clean_keys(model.state_dict()).items()}

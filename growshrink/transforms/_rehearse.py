@@ -70,6 +70,7 @@ class _Trial:
 
     def __call__(self, layer: nn.Module, args: object, output: Tensor) -> Tensor:
         """The output, changed."""
+        assert isinstance(layer, (nn.Conv2d, nn.Linear))
         bias = 0.0 if layer.bias is None else self._like(layer.bias, output, layer)
         return (output - bias) * self._like(self.scale, output, layer) + bias + self._like(self.shift, output, layer)
 
