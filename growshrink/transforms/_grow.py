@@ -93,8 +93,8 @@ def grow(
         ]
     rehearse_exit(model, names, eligibility.flow)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        for made in branches if trainable is not None else ():
-            made.requires_grad_(trainable)
+        for made in () if trainable is None else branches:
+            made.requires_grad_(bool(trainable))
         attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
     _logger.info("%d layers grown; %d of %d parameters train", len(names), *_count_parameters(model)[::-1])
