@@ -39,14 +39,19 @@ from growshrink.proofs import verify as verify
 from growshrink.supernet import NetAugTask as NetAugTask
 from growshrink.supernet import choose_width as choose_width
 from growshrink.supernet import sort_channels as sort_channels
+from growshrink.training import LambdaScheduler as LambdaScheduler
+from growshrink.training import branch_parameters as branch_parameters
 from growshrink.training import calibrate_bn as calibrate_bn
 from growshrink.training import compile_gradients as compile_gradients
+from growshrink.training import sync_optimizer as sync_optimizer
 from growshrink.transforms import collapse_online as collapse_online
 from growshrink.transforms import drop as drop
 from growshrink.transforms import fold as fold
 from growshrink.transforms import fuse as fuse
 from growshrink.transforms import grow as grow
 from growshrink.transforms import growth_report as growth_report
+from growshrink.transforms import load_grown as load_grown
+from growshrink.transforms import save_grown as save_grown
 
 try:
     __version__ = _version("growshrink")

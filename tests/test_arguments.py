@@ -8,6 +8,7 @@ import types
 
 import pytest
 from torch import nn
+from torch.optim import LBFGS, SGD
 
 import growshrink as gs
 from growshrink.algebra import ConvMap
@@ -123,6 +124,12 @@ BAD = {
                      "every": (0, -1, 0.5, "x")}.items() for v in vs],
     "choose_width": each(lambda m: gs.choose_width(m, [], lambda n: 0.0), NO_NETS),
     "sort_channels": each(gs.sort_channels, NO_NETS),
+    "sync_optimizer": each(lambda m: gs.sync_optimizer(SGD(plain().parameters()), m), NO_NETS)
+    + [lambda: gs.sync_optimizer(SGD(plain().parameters()), plain()),
+       lambda: gs.sync_optimizer(LBFGS(PLAIN.parameters()), PLAIN)],
+    "branch_parameters": each(gs.branch_parameters, NO_NETS),
+    "LambdaScheduler": each(lambda m: gs.LambdaScheduler(m, lambda update: 1.0), (*NO_NETS, plain()))
+    + each(lambda s: gs.LambdaScheduler(grown(), s), (None, 3, "cosine", lambda update: 2.0, lambda update: None)),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
     "compile_gradients": each(gs.compile_gradients, NO_NETS) + [lambda: gs.compile_gradients(plain())],
@@ -144,6 +151,8 @@ BAD = {
     + each(lambda w: gs.grow(plain(), where=w), ("nothing", "(", [], ["x"], ["stem.conv"], 3, [3], lambda n, m: False))
     + each(lambda i: gs.grow(plain(), init=i), ("silence", None, 3))
     + each(lambda s: gs.grow(plain(), input_size=s), ((3, 16), (1, 16, 16), (3, -1, 16), "x", 3)),
+    "save_grown": each(lambda m: gs.save_grown(m, "never"), (*NO_NETS, plain(), net("reducenet20_x2"))),
+    "load_grown": [lambda: gs.load_grown(plain(), "never"), lambda: gs.load_grown(plain(), __file__)],
     "growth_report": each(gs.growth_report, NO_NETS)
     + each(lambda b: gs.growth_report(plain(), b), ("bottlneck", [], 3)),
     "WidthSpace": each(gs.layers.WidthSpace.from_json, ("", "{}", "[]", "null", None, 3, "[" * 10**5))

@@ -89,7 +89,7 @@ class ConvMap:
         bias_O = -bn.running_mean.to(dtype) * scale_O
         if bn.bias is not None:
             bias_O = bias_O + bn.bias.to(dtype)
-        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=len(scale_O))
+        return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bias_O.numel())
 
     @staticmethod
     def identity(channels: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> ConvMap:

@@ -8,7 +8,6 @@ one in train mode for every input size.
 
 from __future__ import annotations
 
-import copy
 import gc
 import math
 import sys
@@ -27,6 +26,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from growshrink.algebra.inputs import InputLike, Inputs, given_inputs
 from growshrink.algebra.inputs import InputSize as InputSize
+from growshrink.base.copying import copy_net
 from growshrink.base.ties import ties
 from growshrink.errors import GrowShrinkError, check_model
 
@@ -158,7 +158,7 @@ def _rivals(model: nn.Module, ran: set[str]) -> dict[str, str]:
 def _first_that_runs(model: nn.Module, candidates: Sequence[Inputs], train: bool) -> Flow:
     last_error: Exception | None = None
     for device in ("meta", None):
-        replica = copy.deepcopy(model).train(train)
+        replica = copy_net(model).train(train)
         for module in replica.modules():
             if isinstance(module, nn.SyncBatchNorm):
                 module.eval()  # its statistics would wait for other processes
@@ -212,19 +212,17 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
     calls: Counter[str] = Counter()
     input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
-    recorder = _Recorder(norm_of, owner_of)
+    frozen = {names[id(m)] for m in model.modules() if isinstance(m, FROZEN_NORMS)}
+    recorder = _Recorder(norm_of, owner_of, frozen)
 
     def before(module: nn.Module, args: Any) -> None:
-        recorder.running[names[id(module)]] += 1
+        name = names[id(module)]
+        recorder.stack.append(name)
         if id(module) in heard:
-            recorder.consumed(f"a hook on {names[id(module)]}", tree_leaves(args))
-        if isinstance(module, FROZEN_NORMS):
-            recorder.frozen = names[id(module)]
+            recorder.consumed(f"a hook on {name}", tree_leaves(args))
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        name = names[id(module)]
-        recorder.running[name] -= 1
-        recorder.frozen = None
+        name = recorder.stack.pop()
         calls[name] += 1
         first = next(iter((*args, *kwargs.values())), None)
         if isinstance(first, Tensor) and first.dim() == 4:
@@ -240,8 +238,9 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
             recorder.consumed(f"a hook on {name}", tree_leaves(output))
 
     # before the hooks that are there, which may read the output
-    hooks = [module.register_forward_hook(after, prepend=True, with_kwargs=True) for module in model.modules()]
-    hooks += [module.register_forward_pre_hook(before, prepend=True) for module in model.modules()]
+    watched = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    hooks = [module.register_forward_hook(after, prepend=True, with_kwargs=True) for module in watched]
+    hooks += [module.register_forward_pre_hook(before, prepend=True) for module in watched]
     drawn = {p.device.index for p in model.parameters() if p.is_cuda}  # by dropout and its like
     try:
         with torch.no_grad(), torch.random.fork_rng(drawn), recorder:
@@ -259,13 +258,12 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
 class _Recorder(TorchDispatchMode):
     """Notes every operator that takes a tensor some module produced."""
 
-    def __init__(self, norm_of: dict[int, str], owner_of: dict[int, str]) -> None:
+    def __init__(self, norm_of: dict[int, str], owner_of: dict[int, str], frozen: set[str]) -> None:
         super().__init__()
-        self.norm_of = norm_of
+        self.norm_of, self.frozen = norm_of, frozen
         self.owner_of = owner_of
         self.readers: dict[str, list[Reader]] = {}
-        self.running: Counter[str] = Counter()
-        self.frozen: str | None = None  # the frozen norm that is running: its operators read no statistics directly
+        self.stack: list[str] = []  # modules that run, the innermost last
         self.read_beside: set[str] = set()
         self._producers: dict[int, list[str]] = {}
         self._channels: dict[int, int] = {}
@@ -281,10 +279,12 @@ class _Recorder(TorchDispatchMode):
 
     def consumed(self, op: str, leaves: list[Any]) -> None:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), self.frozen)
+        norm = next((self.norm_of[id(t)] for t in tensors if id(t) in self.norm_of), None)
+        if self.stack and self.stack[-1] in self.frozen:
+            norm = self.stack[-1]
         owners = [self.owner_of[id(t)] for t in tensors if id(t) in self.owner_of]
         owner = norm or next(iter(owners), None)
-        self.read_beside.update(name for name in owners if not self.running[name])
+        self.read_beside.update(name for name in owners if name not in self.stack)
         for tensor_id in {id(t) for t in tensors}:
             other_axis = norm is not None and self._channels.get(tensor_id, 1) != 1
             reader = Reader("a norm over another axis", None, owner) if other_axis else Reader(op, norm, owner)

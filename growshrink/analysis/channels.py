@@ -5,7 +5,6 @@ Source: Fang et al., DepGraph (arXiv:2301.12900), by Torch-Pruning (the optional
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
+from growshrink.base.copying import copy_net
 from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.proofs._profile import profile
 
@@ -81,8 +81,8 @@ class ChannelSpace:
         self.model = model
         self.inputs = inputs_for(model, input_size)
         # A copy of its own: the graph belongs to its modules, which are looked up by name in the nets that are cut.
-        self._traced = copy.deepcopy(model).cpu().eval().requires_grad_(True)
-        self._empty = copy.deepcopy(model).to("meta").eval()
+        self._traced = copy_net(model).cpu().eval().requires_grad_(True)
+        self._empty = copy_net(model).to("meta").eval()
         self.left_alone: dict[str, str] = {}
         self._groups = {group.name: group for group in self._find()}
         self.choices = {name: _choices(group.channels, least, round_to) for name, group in self._groups.items()}
@@ -101,7 +101,7 @@ class ChannelSpace:
 
     def cut(self, kept: Kept) -> nn.Module:
         """A copy of the net without the channels that are not `kept`, in eval mode."""
-        return self._cut(copy.deepcopy(self.model).eval(), kept)
+        return self._cut(copy_net(self.model).eval(), kept)
 
     def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:
         modules = dict(net.named_modules())
@@ -181,7 +181,7 @@ class ChannelSpace:
         row = [len(choices) // 2 if name in names else len(choices) - 1 for name, choices in self.choices.items()]
         kept = {name: np.arange(choices[i]) for (name, choices), i in zip(self.choices.items(), row, strict=True)}
         try:
-            found = profile(self._cut(copy.deepcopy(self._empty), kept), self.inputs)
+            found = profile(self._cut(copy_net(self._empty), kept), self.inputs)
         except Exception as error:  # whatever a forward may raise
             return f"with fewer channels it does not run ({str(error).splitlines()[0]})"
         params, macs = self.cost(np.array([row]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import InputLike
+from growshrink.base.copying import copy_net
 from growshrink.base.reading import read_json, reason
 from growshrink.branches import Branch
 from growshrink.errors import AnalysisError, RunError
@@ -165,7 +165,7 @@ def output_positions(model: nn.Module, input_size: InputLike) -> dict[str, int]:
 
     inputs = inputs_for(model, input_size)
     num_images = inputs.num_images(1)
-    replica = copy.deepcopy(model).to("meta").eval()
+    replica = copy_net(model).to("meta").eval()
     for name, module in replica.named_modules():
         if isinstance(module, WeightLayer):
             module.register_forward_hook(partial(record, name=name))

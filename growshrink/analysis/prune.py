@@ -8,7 +8,6 @@ Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,6 +21,7 @@ from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
 from growshrink.base.config import check_fields
+from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
@@ -62,7 +62,7 @@ class SupernetSpace:
 
     def subnet(self, widths: Mapping[str, int]) -> nn.Module:
         """A copy of the supernet at these widths."""
-        net = copy.deepcopy(self.model)
+        net = copy_net(self.model)
         set_width(net, widths)
         return net
 

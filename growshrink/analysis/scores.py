@@ -7,7 +7,6 @@ def mine(bench: Bench, index: Index) -> Floats:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.analysis._angle import AngleTable, Floats, Index
+from growshrink.base.copying import copy_net
 from growshrink.data.feed import Feed
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.widths import Slots
@@ -142,7 +142,7 @@ def supernet_accuracy(bench: Bench, index: Index) -> Floats:
 
 def _each(bench: Bench, model: nn.Module, index: Index, of: Callable[[nn.Module], float], *, train: bool) -> Floats:
     """`of` a copy of `model` at each of the widths; statistics that it leaves behind do not matter."""
-    net = copy.deepcopy(model).train(train)
+    net = copy_net(model).train(train)
     slots, values = Slots(net), []
     with torch.random.fork_rng(devices=[]):  # dropout
         torch.default_generator.manual_seed(0)

@@ -7,7 +7,6 @@ Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), algori
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from growshrink.analysis._angle import Floats, supernet_table
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.analysis.trained import num_updates, train_supernet
 from growshrink.base.config import Checked
+from growshrink.base.copying import copy_net
 from growshrink.base.limits import Count, Positive, Whole
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError, did_you_mean
@@ -162,7 +162,7 @@ def shrink(
             }
         )
         if plan.rebase_after and rebased_at is None and gone > plan.rebase_after:
-            base, rebased_at = copy.deepcopy(model), iteration
+            base, rebased_at = copy_net(model), iteration
         update = stage(update)
     # Drivers reach the stop at different iterations: what is left of the longest possible run is trained too, so that
     # all of them spend the same.

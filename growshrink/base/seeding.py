@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -23,3 +27,21 @@ def generator(purpose: str, *numbers: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(repr((purpose, *map(int, numbers))).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@contextmanager
+def same_noise(device: torch.device) -> Iterator[None]:
+    """Start every global random stream at the same place; afterwards they are where they were."""
+    python, numpys, cuda = random.getstate(), np.random.get_state(), [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        for index in cuda:
+            with torch.cuda.device(index):
+                torch.cuda.manual_seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpys)

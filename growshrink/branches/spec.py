@@ -121,6 +121,7 @@ class BranchSpec:
             if self.norm is None:
                 branch.make_linear_(self.scale, self.trained)
                 branch.linear = True
+        branch.spec = replace(self, ratio=self.ratio or ratio)  # for growshrink.save_grown
         if init == "silent":
             branch.silence_()
         branch.to(device=conv.weight.device, dtype=conv.weight.dtype)

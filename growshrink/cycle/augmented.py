@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import Checked
+from growshrink.base.copying import copy_net
 from growshrink.base.limits import NotNegative, OneOf, Share
 from growshrink.base.ranks import this_rank
 from growshrink.cycle.records import Grew, LeftBy, TriedWidth
@@ -138,7 +138,7 @@ class Augmentation:
 
 def recalibrated(trainer: Trainer, width: Width) -> nn.Module:
     """A copy of the net to be judged at `width`, with statistics of its own."""
-    net = copy.deepcopy(trainer.best)
+    net = copy_net(trainer.best)
     set_width(net, width)
     calibrate_bn(net, trainer.recent_images(CALIBRATION_BATCHES))
     return net

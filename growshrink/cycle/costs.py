@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.records import plain_net
 from growshrink.data.feed import UpdateBatches
@@ -85,7 +85,7 @@ class Costs:
 
     def online(self, grown: NetCost, lam: float) -> int:
         """MACs of an image in an update in which the branches that are linear at `lam` run merged."""
-        net = copy.deepcopy(grown.net)
+        net = copy_net(grown.net)
         set_lambda(net, lam)
         if any(row.merged for row in collapse_report(net).rows):
             collapse_online(net, choose="always", inplace=True)

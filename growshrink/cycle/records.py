@@ -5,7 +5,6 @@ All are plain values, taken to JSON and back by `growshrink.base.config`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import Variant
+from growshrink.base.copying import copy_net
 from growshrink.branches import BranchSpec
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
@@ -117,7 +117,7 @@ def replay(model: nn.Module, changes: Sequence[Change], input_size: InputSize) -
     Raises:
         RunError: A change does not fit the model: it is the log of another one.
     """
-    plain, model = model, copy.deepcopy(model)
+    plain, model = model, copy_net(model)
     for change in changes:
         model = change.apply(model, plain, input_size)
     return model

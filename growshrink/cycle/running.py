@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from growshrink.base.copying import copy_net
 from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0
 from growshrink.cycle.augmented import Augmentation, save_net
 from growshrink.cycle.control import LamControl
@@ -71,7 +71,7 @@ class Run:
     _cost: int | None = None  # MACs of the present structure, see macs
 
     def __post_init__(self, progress: bool, tensorboard: bool) -> None:
-        self.initial = copy.deepcopy(self.initial)
+        self.initial = copy_net(self.initial)
         self.size, self.device = self.feed.input_size, self.saving.device
         self.images_per_update = self.feed.train.batch_size * num_ranks()
         self.teaching = Teaching(self.size, self.folder.path)
@@ -92,7 +92,7 @@ class Run:
 
     def make_trainer(self, model: nn.Module) -> Trainer:
         """Of a copy of `model`, on the run's device."""
-        return Trainer(self.placed(copy.deepcopy(model)), self.config, self.feed.train)
+        return Trainer(self.placed(copy_net(model)), self.config, self.feed.train)
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` on the run's device and in its memory format."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.plan import Round
 from growshrink.cycle.running import Run
@@ -66,8 +66,8 @@ class RoundSpan:
 
     def sampling_costs(self, costs: Costs, grown: NetCost, teacher: NetCost | None) -> StepCost:
         """What its updates cost."""
-        taught = TeacherNet(copy.deepcopy(teacher.net), 0.5, 1.0) if teacher is not None else None  # it is frozen
-        task = self._task(copy.deepcopy(grown.net), self.lam, 0.0, taught, costs.input_size)
+        taught = TeacherNet(copy_net(teacher.net), 0.5, 1.0) if teacher is not None else None  # it is frozen
+        task = self._task(copy_net(grown.net), self.lam, 0.0, taught, costs.input_size)
         return StepCost(task, costs.input_size)
 
     def _task(

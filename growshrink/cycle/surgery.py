@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.cycle.records import Collapsed, Gradients, Grew, Merged, shapes_of
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
@@ -96,10 +96,10 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
         FuseError: A net cannot be merged exactly.
         RunError: The averaged net and its fused form differ.
     """
-    best = copy.deepcopy(trainer.best)
+    best = copy_net(trainer.best)
     owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
     vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
-    exact = copy.deepcopy(best).double()
+    exact = copy_net(best).double()
     max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
     effect = trained_effect = 0.0
     if any(get_width(best).values()):  # else every branch is skipped, and nothing is merged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.data.batches import Augment, Batch, TrainBatches, eval_batches
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
@@ -149,7 +149,7 @@ def check_model_fits(model: nn.Module, feed: Feed) -> None:
             f"the model takes {first.in_channels} channels, the images of {feed.name} have {feed.input_size[0]}: "
             f"make it with in_chans={feed.input_size[0]}."
         )
-    replica = copy.deepcopy(model).to("meta").eval()
+    replica = copy_net(model).to("meta").eval()
     try:
         output = replica(torch.empty(2, *feed.input_size, device="meta"))
     except Exception as error:  # any forward may fail in its own way

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.base.copying import copy_net
 from growshrink.depth.affine import affinity_defect, nonaffine_modules
 from growshrink.errors import GrowShrinkError, NotLinearError, check_model
 from growshrink.layers.activations import vanishing
@@ -37,7 +36,7 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
     """
     check_model(model)
     trace(model, input_size)  # says what is wrong with an image that the net does not take
-    replica = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
+    replica = copy_net(model).cpu().double().eval().requires_grad_(False)
     x = random_images(input_size, 8, torch.float64, seed=0)
     expected = replica(x.clone())
     if not isinstance(expected, Tensor) or expected.ndim != 2:

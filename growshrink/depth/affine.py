@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.base.copying import copy_net
 from growshrink.proofs._compare import EXACT_FLOAT64
 from growshrink.proofs.probes import random_images
 
@@ -76,7 +76,7 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
 def _in_float64(model: nn.Module, input_size: InputSize | None, num_images: int, seed: int) -> tuple[nn.Module, Tensor]:
     """A copy to probe, and random images to start from."""
     size = trace(model, input_size).input_size
-    return copy.deepcopy(model).cpu().double().eval(), random_images(size, num_images, torch.float64, seed)
+    return copy_net(model).cpu().double().eval(), random_images(size, num_images, torch.float64, seed)
 
 
 def _defect(call: Callable[..., Any], args: Any, kwargs: Any, seed: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import warnings
@@ -16,6 +15,7 @@ from torch import nn
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.base.copying import copy_net
 from growshrink.errors import AlgebraError, FuseError, MergeError, did_you_mean
 from growshrink.layers.activations import VanishingReLU
 from growshrink.proofs._profile import profile
@@ -99,7 +99,7 @@ def merge_runs(
     if if_costlier == "warn" and (costly := _costly(runs)):
         warnings.warn(f"merging increases the cost of {costly}", stacklevel=2)
     commit = partial(_commit, runs=runs, input_size=size)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     try:
         check_unchanged(model, commit, size)
     except (FuseError, AlgebraError) as error:  # the second: what is 0 in the model's dtype need not be in float64
@@ -123,7 +123,7 @@ def _plan(
     """What to merge and why not more, the folded copy it was found out on, and the size of its input."""
     if if_costlier not in IF_COSTLIER:
         raise MergeError(f"if_costlier={if_costlier!r}: no such choice{did_you_mean(if_costlier, IF_COSTLIER)}")
-    folded = copy.deepcopy(model)
+    folded = copy_net(model)
     _prepare(folded, input_size)
     flow = trace(folded, input_size)
     chains, ends = _chains(folded, flow)

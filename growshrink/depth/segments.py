@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
 from growshrink.layers.activations import VanishingReLU
@@ -97,7 +97,7 @@ def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
     """
     check_reducenet(model)
     _check_cut(model, cut)
-    model = cast(ReduceNet, copy.deepcopy(model))
+    model = cast(ReduceNet, copy_net(model))
     for segment in cut:
         blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
         for position, block in enumerate(blocks):
@@ -128,7 +128,7 @@ def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
     """A fresh net with the shape the merged one has, a block per segment: what the knob is to be compared with."""
     check_reducenet(model)
     _check_cut(model, cut)
-    model = cast(ReduceNet, copy.deepcopy(model))
+    model = cast(ReduceNet, copy_net(model))
     stages: dict[int, list[Block]] = {}
     for segment in cut:
         stages.setdefault(segment.stage, []).append(_block_like(model, segment))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.cycle.source import Source
 from growshrink.export.artefacts import Function
 from growshrink.proofs._compare import (
@@ -70,7 +70,7 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
 @torch.no_grad()
 def _in_float64(net: nn.Module, source: Source, seed: int) -> nn.Module | None:
     """A copy in float64; None where it does not run: some nets make float32 constants inside."""
-    double = copy.deepcopy(net).double()
+    double = copy_net(net).double()
     try:
         double(random_images(source.input_size, 2, torch.float64, seed))
     except RuntimeError:

@@ -91,9 +91,12 @@ def vanishing(model: nn.Module) -> Iterator[tuple[str, VanishingReLU]]:
 
 
 def set_lambda(model: nn.Module, value: float) -> int:
-    """Set `lam` of every vanishing activation in `model`; returns how many there were (0 in a plain net).
+    """Set `lam` of every vanishing activation in `model`; returns how many there were.
+
+    Where there are none (linear branches, what `fuse` or `drop` returned) it does nothing: a loop may run on.
 
     Raises:
+        GrowShrinkError: The net was never grown.
         ValueError: `value` is not in [0, 1], or is not 0 and the branches are collapsed. Nothing was set.
     """
     value = check_lambda(value)
@@ -103,9 +106,20 @@ def set_lambda(model: nn.Module, value: float) -> int:
             f"lam={value!r}: {held[0]} is part of a kernel, so its lam is 0 (growshrink.collapse_online). "
             "growshrink.expand_online makes it an activation again."
         )
+    if not found and not was_grown(model):
+        raise GrowShrinkError(f"lam={value!r}: {NEVER_GROWN}")
     for _, act in found:
         act.lam.fill_(value)
     return len(found)
+
+
+#: What is said of a net that no branch has ever been on.
+NEVER_GROWN = "the net was never grown. growshrink.grow returns a copy: use what it returns, or inplace=True."
+
+
+def was_grown(model: nn.Module) -> bool:
+    """Whether a net has branches, or had some before `fuse` or `drop`, which leave their mark on what they return."""
+    return any(getattr(module, "was_grown", False) for module in model.modules())
 
 
 def get_lambda(model: nn.Module) -> dict[str, float]:

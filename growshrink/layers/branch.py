@@ -25,6 +25,7 @@ class Branch(nn.Module, ABC):
     #: What `BranchSpec(published=True)` builds in place of a kind, or beside it.
     published: ClassVar[dict[str, type[Branch]]] = {}
     kind: ClassVar[str]
+    was_grown = True  # the net is; see growshrink.set_lambda
     #: The branch reads the input of its convolution. The kernel's gradient is then what the merged kernel's would be,
     #: so an optimizer may keep the kernel's state when the branch is fused.
     parallel: ClassVar[bool] = True
@@ -53,6 +54,7 @@ class Branch(nn.Module, ABC):
         super().__init__()
         self.linear = False  # in what it trains; see make_linear_
         self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
+        self.spec: object = None  # what it was built from; see growshrink.save_grown
         self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
 
     @classmethod

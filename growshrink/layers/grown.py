@@ -132,3 +132,8 @@ def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:
 
     visit(model, "")
     return found
+
+
+def computed_parameter(layer: nn.Module) -> str:
+    """Which of weight and bias a hook computes (pruning, weight norm, a parametrization); empty if neither."""
+    return next((key for key in ("weight", "bias") if key not in layer._parameters), "")

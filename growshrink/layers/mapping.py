@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import AlgebraError
@@ -16,6 +17,8 @@ from growshrink.layers.activations import VanishingReLU
 
 class Mergeable(nn.Module):
     """Base of the modules that are one affine map once their activations are gone."""
+
+    was_grown = True  # the net is; see growshrink.set_lambda
 
     if TYPE_CHECKING:  # TorchScript compiles the methods of a base class too
 
@@ -41,7 +44,7 @@ def convmap_of(
             return module.as_convmap(dtype)
         if type(module) is nn.Conv2d:
             return ConvMap.from_conv2d(module, dtype)
-        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
             return ConvMap.from_bn(module, dtype)
         if type(module) is VanishingReLU:
             # a training step must not wait for a device, nor a compiled graph break, to read what is known

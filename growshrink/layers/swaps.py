@@ -6,13 +6,13 @@ that an optimizer keeps. No other file assigns `__class__`.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from timm.layers import Conv2dSame
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.errors import GrowError, check_model
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
@@ -96,9 +96,21 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
 def to_plain(layer: Grown) -> nn.Module:
     """Remove the branches of a grown layer, which becomes the class it came from; returns the same object."""
     expand_online(layer, inplace=True)
+    mark_left(layer.branches)
     del layer.branches
     layer.__class__ = layer.plain_class  # type: ignore[assignment]
     return layer
+
+
+def mark_left(module: nn.Module) -> None:
+    """Mark the parameters of a module that leaves its net, for whoever else holds them (see `left_net`)."""
+    for parameter in module.parameters():
+        vars(parameter)["left_net"] = True
+
+
+def left_net(parameter: nn.Parameter) -> bool:
+    """Whether it belonged to a branch that has been merged or dropped."""
+    return getattr(parameter, "left_net", False)
 
 
 def go_online(module: nn.Module) -> None:
@@ -122,7 +134,7 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: Work on `model` itself; otherwise on a deep copy.
     """
     check_model(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copy_net(model)
     for module in list(model.modules()):
         if isinstance(module, OnlineModule):
             for part in module.held_parts():

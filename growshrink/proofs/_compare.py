@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, Inputs, given_inputs
 from growshrink.algebra.outputs import paired_leaves
+from growshrink.base.copying import copy_net
+from growshrink.base.seeding import same_noise
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
-from growshrink.layers.activations import set_lambda
+from growshrink.layers.activations import set_lambda, was_grown
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import randomize_norms_
@@ -171,19 +172,20 @@ def verify(
     inputs = given_inputs(input_size, example_inputs) or inputs_for(model)
     if transform in (fuse, fold):
         transform = partial(transform, input_size=inputs)
-    model = copy.deepcopy(model).eval()
-    set_lambda(model, 0.0)
+    model = copy_net(model).eval()
+    if was_grown(model):
+        set_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
-    exact, rounded = copy.deepcopy(model).double(), copy.deepcopy(model).float()
+    exact, rounded = copy_net(model).double(), copy_net(model).float()
     double, single = (
-        _compare(net, transform(copy.deepcopy(net)), inputs, 8, dtype, seed)
+        _compare(net, transform(copy_net(net)), inputs, 8, dtype, seed)
         for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
     dtype = next((p.dtype for p in model.parameters()), torch.float64)
     own = None
     if dtype not in (torch.float64, torch.float32):
-        own = _compare(model, transform(copy.deepcopy(model)), inputs, 8, dtype, seed).max_rel
+        own = _compare(model, transform(copy_net(model)), inputs, 8, dtype, seed).max_rel
     rounding = net_rounding_float32(exact, rounded, input_size=inputs, seed=seed)
     effect = branch_effect(exact, input_size=inputs, seed=seed)
     if not effect >= LEAST_EFFECT:
@@ -204,7 +206,7 @@ def net_rounding_float32(exact: nn.Module, single: nn.Module, *, input_size: Inp
 
 def branch_effect(model: nn.Module, *, input_size: InputLike, seed: int = 0) -> float:
     """Relative change of the output when every branch adds nothing (no branches: when every norm is left out)."""
-    silent = copy.deepcopy(model)
+    silent = copy_net(model)
     branches = grown_modules(silent).values()
     for module in branches:
         if isinstance(module, Grown):
@@ -232,12 +234,13 @@ def _compare(
 def _run(model: nn.Module, x: Arguments, dtype: torch.dtype, observe: Callable[..., None] | None = None) -> Any:
     """Output of a copy in eval mode and `dtype`; `observe` is a hook on all modules and gets their names."""
     check_model(model)
-    replica = copy.deepcopy(model).to(dtype=dtype).eval()
+    replica = copy_net(model).to(dtype=dtype).eval()
     device = next((p.device for p in replica.parameters()), torch.device("cpu"))
     if observe is not None:
         for name, module in replica.named_modules():
             module.register_forward_hook(partial(observe, name))
-    return x.to(device, dtype).run(replica)
+    with same_noise(device):
+        return x.to(device, dtype).run(replica)
 
 
 def _blame(a: nn.Module, b: nn.Module, x: Arguments, dtype: torch.dtype, tolerance: float) -> str:

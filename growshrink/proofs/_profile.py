@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
+from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
 
 
@@ -32,10 +32,12 @@ def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: E
     inputs = inputs_for(model, given_inputs(input_size, example_inputs))
     # of torch.compile, the net inside; the counter hooks the gradients of what goes into a module, and views made
     # without gradients have none
-    replica = copy.deepcopy(getattr(model, "_orig_mod", model)).to("meta").eval().requires_grad_(False)
-    dtype = next((p.dtype for p in replica.parameters()), torch.float32)
+    replica = copy_net(getattr(model, "_orig_mod", model)).eval().requires_grad_(False)
+    if not any(isinstance(module, torch.jit.ScriptModule) for module in replica.modules()):  # which has a device
+        replica = replica.to("meta")
+    like = next(replica.parameters(), torch.empty(0, device="meta"))
     with torch.no_grad(), flop_counter() as counter:
-        inputs.batch(1, seed=None).to("meta", dtype).run(replica)
+        inputs.batch(1, seed=None).to(like.device, like.dtype).run(replica)
     return Profile(
         counter.get_total_flops() // (2 * inputs.num_images(1)), sum(p.numel() for p in replica.parameters())
     )
@@ -47,7 +49,7 @@ def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) 
     What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
     """
     batch_size = max(2, batch_size)  # batch norm refuses one value per channel
-    replica = copy.deepcopy(model).to("meta").train()
+    replica = copy_net(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with flop_counter() as counter:
         inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica).sum().backward()

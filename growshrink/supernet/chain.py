@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize, trace
+from growshrink.base.copying import copy_net
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Slots, Width
 from growshrink.proofs.probes import random_images, randomize_norms_
@@ -69,7 +70,7 @@ class UnitChain:
 
     @torch.no_grad()
     def _prove(self, model: nn.Module, input_size: InputSize | None) -> None:
-        replica = copy.deepcopy(model).eval()
+        replica = copy_net(model).eval()
         randomize_norms_(replica)
         chain = self.of_copy(replica)
         x = random_images(trace(model, input_size).input_size, 2, torch.float32, 0).to(next(replica.parameters()))
@@ -104,7 +105,7 @@ def _units(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _called_within_features(
     model: nn.Module, units: list[tuple[str, nn.Module]], input_size: InputSize | None
 ) -> set[str]:
-    replica: Any = copy.deepcopy(model).eval()
+    replica: Any = copy_net(model).eval()
     called: set[str] = set()
     for name, _ in units:
         replica.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: called.add(name))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Width, WidthSpace, set_width
 from growshrink.training.calibrate import calibrate_bn
@@ -63,7 +63,7 @@ def choose_width(
     """
     scored: list[tuple[ScoredWidth, nn.Module]] = []
     for width in progress(list(candidates)):
-        net = copy.deepcopy(model)
+        net = copy_net(model)
         set_width(net, width)
         if keep_statistics is None or dict(width) != dict(keep_statistics):
             calibrate_bn(net, batches)

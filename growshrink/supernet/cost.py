@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.layers.widths import Slots, Width, active_width
 from growshrink.proofs._profile import flop_counter, profile, training_macs
 from growshrink.supernet.task import NetAugTask
@@ -22,7 +21,7 @@ class StepCost:
 
     def __init__(self, task: NetAugTask, input_size: InputSize) -> None:
         self._task, self._size, self._base = task, input_size, task.space.base
-        self._model = copy.deepcopy(task.trainable_module).to("meta")
+        self._model = copy_net(task.trainable_module).to("meta")
         self._base_macs = self._count(self._base)
         self._nested = any(b.startswith(f"{a}.") for a in self._base for b in self._base)
         self._per_channel: dict[str, float] = {}

@@ -5,7 +5,6 @@ Shape letters: G groups, O and I output and input channels of a group, T taps of
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.convmap import ConvMap
+from growshrink.base.copying import copy_net
 from growshrink.errors import AlgebraError, GradientError
 from growshrink.layers.activations import vanishing
 from growshrink.layers.branch import Branch
@@ -82,7 +82,7 @@ def kernel_map(name: str, module: Grown) -> KernelMap | None:
         raise GradientError(
             f"{name}: the kernel of a transposed convolution has other axes than those of its branches."
         )
-    conv = copy.deepcopy(module).cpu().double().as_conv()
+    conv = copy_net(module).cpu().double().as_conv()
     if not module.weight.requires_grad:
         if any(parameter.requires_grad for parameter in module.branches.parameters()):
             raise GradientError(f"{name}: its own kernel is frozen, a constant that would decay in the merged one.")
@@ -91,7 +91,7 @@ def kernel_map(name: str, module: Grown) -> KernelMap | None:
     total = KernelMap(own, update=own)
     for index, branch in enumerate(module.branches):
         if not branch.skipped:
-            replica = cast(Branch, copy.deepcopy(branch).cpu().double().eval())
+            replica = cast(Branch, copy_net(branch).cpu().double().eval())
             for form in _forms(f"{name}.branches.{index}".lstrip("."), replica, conv, module.weight.shape):
                 update = None if total.update is None or form.update is None else total.update + form.update
                 total = KernelMap(total.factor + form.factor, total.mixes + form.mixes, update)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
+from growshrink.base.copying import copy_net
 from growshrink.errors import GradientError
 from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.kernel_maps import KernelMap
@@ -31,7 +30,7 @@ def pixel_maps(model: nn.Module, images_NCHW: Tensor) -> GradientMaps:
 
     Source: spatial gradient scaling (arXiv:2303.02733); the estimator is ours.
     """
-    net, maps = copy.deepcopy(model).eval(), dict[str, KernelMap]()
+    net, maps = copy_net(model).eval(), dict[str, KernelMap]()
 
     def measure(name: str, conv: nn.Conv2d, x_NCHW: Tensor) -> None:
         taps_HW = dependence(x_NCHW, conv)

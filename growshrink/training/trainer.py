@@ -18,12 +18,13 @@ from growshrink.base.limits import NotAll, NotNegative, Positive
 from growshrink.base.ranks import average_update_
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
-from growshrink.layers.activations import set_lambda
+from growshrink.layers.activations import set_lambda, was_grown
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.optimizers import OptimizerName, make_optimizer
+from growshrink.training.sync import sync_optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class Trainer:
     Attributes:
         model: What is trained; a change of structure happens in place, between two calls of `train`.
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
-        optimizer: Made by timm's factory; recreated after a change of structure, see `structure_changed`.
+        optimizer: Made by timm's factory; follows a change of structure, see `structure_changed`.
         gradient_maps: Applied in every update, or None; see `map_gradients`.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
@@ -215,17 +216,14 @@ class Trainer:
         self.gradient_maps = maps
 
     def structure_changed(self, reset: Collection[str] = ()) -> None:
-        """Recreate the optimizer after the model grew or fused.
+        """Let the optimizer follow after the model grew or fused (see `sync_optimizer`); `reset` loses its state.
 
-        Parameters keep their state, bit for bit, if they go by the same name and shape as before and are not named in
-        `reset`; all others start empty, step count included (a kept count would make Adam's first steps too long).
+        New parameters start empty, step count included (a kept count would make Adam's first steps too long).
         """
-        # A parameter object outlives a change of structure unless its module was replaced, and so does its name.
-        kept = {id(p): state for p, state in self.optimizer.state.items()}
-        self.optimizer = self._make_optimizer()
+        sync_optimizer(self.optimizer, self.model)
         for name, parameter in self.model.named_parameters():
-            if name not in reset and (state := kept.get(id(parameter))):
-                self.optimizer.state[parameter] = state
+            if name in reset:
+                self.optimizer.state.pop(parameter, None)
         self._lam, self._ema_has_lam = None, True
         self.map_gradients(self.gradient_maps)
 
@@ -261,9 +259,10 @@ class Trainer:
         if of_ema:
             assert self.ema is not None
             if self._ema_has_lam:  # every time: the average has just pulled it towards the model's
-                self._ema_has_lam = set_lambda(self.ema, value) > 0
+                self._ema_has_lam = was_grown(self.ema) and set_lambda(self.ema, value) > 0
         elif value != self._lam:
-            set_lambda(self.model, value)
+            if was_grown(self.model):
+                set_lambda(self.model, value)
             self._lam = value
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

@@ -1,5 +1,7 @@
 """Model -> model: grow, drop, fuse, fold."""
 
+from growshrink.transforms._files import load_grown as load_grown
+from growshrink.transforms._files import save_grown as save_grown
 from growshrink.transforms._fold import fold as fold
 from growshrink.transforms._fold import fold_report as fold_report
 from growshrink.transforms._fuse import fuse as fuse

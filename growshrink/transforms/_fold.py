@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import cast
 
@@ -14,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import FROZEN_NORMS, Flow, shared_parameters, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
-from growshrink.base.ties import tied_copies
+from growshrink.base.copying import copy_net
 from growshrink.errors import FuseError
 from growshrink.layers.as_conv import as_conv, write_kernel_
 from growshrink.layers.grown import grown_modules
@@ -55,7 +54,7 @@ def fold(
         raise FuseError(
             f"{next(iter(grown)) or 'the model'} still carries branches: growshrink.fuse comes before growshrink.fold."
         )
-    model = model if inplace else copy.deepcopy(model, tied_copies(model))
+    model = model if inplace else copy_net(model)
     flow = trace(model, given_inputs(input_size, example_inputs))
     commit = partial(_commit, pairs=_foldable(model, flow))
     check_unchanged(model, commit, flow.inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,19 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
 from growshrink.algebra.outputs import output_leaves, paired_leaves
-from growshrink.base.ties import tied_copies
+from growshrink.base.copying import copy_net
+from growshrink.base.reading import reason
+from growshrink.base.seeding import same_noise
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
-from growshrink.layers.activations import vanishing
+from growshrink.layers.activations import NEVER_GROWN, vanishing, was_grown
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
-from growshrink.layers.swaps import expand_online
+from growshrink.layers.swaps import expand_online, mark_left
 from growshrink.layers.widths import Width, active_width
 from growshrink.transforms._deploy import check_cast, unguard_hooks, write_map
 
@@ -54,7 +57,7 @@ def fuse(
     that it was not trained at needs `calibrate_bn` first. Kernels are merged in float64 and cast at the end (relative
     error of the net about 1e-15 in float64, 1e-6 in float32). The bias of a branch goes into the layer's own, or else
     into the running mean of the batch norm behind it. The plain net is checked against the grown one on a random input;
-    a net without branches comes back as it is.
+    a net without branches comes back as it is, with a warning if it never had any.
 
     Args:
         model: A grown net with every lam exactly 0 (of the branches that `width` does not skip).
@@ -75,7 +78,7 @@ def fuse(
         WidthError: `width` is not a width of this model.
     """
     check_model(model)
-    model = model if inplace else copy.deepcopy(model, tied_copies(model))
+    model = model if inplace else copy_net(model)
     if width is not None:
         with active_width(model, width):
             return fuse(model, inplace=True, input_size=input_size, example_inputs=example_inputs)
@@ -86,6 +89,9 @@ def fuse(
         for inputs in flow.inputs.each():
             check_unchanged(model, commit, inputs)
         commit(model)
+        vars(model)["was_grown"] = True
+    elif not was_grown(model):
+        warnings.warn(f"nothing to fuse: {NEVER_GROWN}", stacklevel=2)
     return model
 
 
@@ -112,8 +118,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             raise FuseError(
                 "the model is itself a PureBottleneck, which cannot be replaced: its own fuse() gives a conv."
             )
-        if isinstance(module, Grown) and module._parameters.get("weight") is None:
-            raise FuseError(f"{name}: its weight is computed by a hook or parametrization, and cannot be written to.")
+        if isinstance(module, Grown) and (key := computed_parameter(module)):
+            raise FuseError(f"{name}: its {key} is computed by a hook or parametrization, and cannot be written to.")
         if any(f"{owner}.".startswith(f"{name}.") for owner in shared):
             raise FuseError(
                 f"{name} shares parameters with another module, or their memory: merging would change that one too."
@@ -135,6 +141,8 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
 def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     """The module's map in float64 and its own geometry, proven against the module's forward."""
     replica = expand_online(module).cpu().double().eval()  # a merged kernel would be compared with itself
+    replica._forward_hooks.clear()  # they run outside the map, before and after the merge
+    replica._forward_pre_hooks.clear()
     assert isinstance(replica, Mergeable)
     try:
         total = replica.as_convmap()
@@ -167,23 +175,39 @@ def probe(map_: ConvMap) -> Tensor:
 
 
 @torch.no_grad()
-def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input_size: InputLike) -> None:
-    """Try `commit` on a copy, in float64 where the model runs in it; FuseError if it then computes something else."""
-    replica = copy.deepcopy(model).eval()
+def check_unchanged(
+    model: nn.Module,
+    commit: Callable[[nn.Module], object],
+    input_size: InputLike,
+    *,
+    prepare: Callable[[nn.Module], object] = nn.Module.eval,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Try `commit` on a copy; FuseError if it then computes something else than another copy after `prepare`.
+
+    In `dtype`, or in the model's own where it does not run in that. Each copy sees the same noise, if it draws any.
+    """
     like = next((p for p in model.parameters()), torch.empty(0))
     inputs = given_inputs(input_size)
     assert inputs is not None
-    x = inputs.batch(2).to(like.device, torch.float64)
-    tolerance = NET_TOLERANCE
+    x = inputs.batch(2)
+
+    def outputs(x: Arguments, change: Callable[[nn.Module], object]) -> Any:
+        replica = copy_net(model).eval()
+        change(replica.double() if dtype == torch.float64 else replica)
+        return _outputs(replica, x.to(like.device, dtype))
+
     try:
-        before = x.run(replica.double())
-    except RuntimeError:  # some nets make float32 constants inside
-        tolerance, x = FLOAT32_TOLERANCE, x.to(like.device, like.dtype)
-        replica = copy.deepcopy(model).eval()
-        before = x.run(replica)
-    commit(replica)
+        before = outputs(x, prepare)
+    except Exception:  # some nets make float32 constants inside
+        dtype = like.dtype
+        try:
+            before = outputs(x, prepare)
+        except Exception as error:  # any forward may fail in its own way
+            raise FuseError(f"the model does not run on {inputs}: {reason(error)}.") from error
+    tolerance = NET_TOLERANCE if dtype == torch.float64 else FLOAT32_TOLERANCE
     try:
-        pairs = paired_leaves(x.run(replica), before)
+        pairs = paired_leaves(outputs(x, commit), before)
     except GrowShrinkError as error:
         raise FuseError(f"the transformed net would differ from the one given: {error}") from error
     if not pairs:
@@ -193,7 +217,7 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
     errors = {path: relative_error(a, b) for path, (a, b) in pairs.items()}
     wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong and tolerance == NET_TOLERANCE:
-        tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(model, x, before)))
+        tolerance = min(FLOAT32_TOLERANCE, max(tolerance, MOST_BY_ROUNDING * _sensitivity(outputs, x, prepare, before)))
         wrong = [path for path, error in errors.items() if not error <= tolerance]
     if wrong:
         raise FuseError(
@@ -202,9 +226,9 @@ def check_unchanged(model: nn.Module, commit: Callable[[nn.Module], None], input
         )
 
 
-def _check_finite(model: nn.Module, commit: Callable[[nn.Module], None], x: Arguments, dtype: torch.dtype) -> None:
+def _check_finite(model: nn.Module, commit: Callable[[nn.Module], object], x: Arguments, dtype: torch.dtype) -> None:
     """FuseError if the net gives inf or NaN in its own dtype where it gave none before."""
-    replica = copy.deepcopy(model).eval()
+    replica = copy_net(model).eval()
     try:
         finite = all(bool(out.isfinite().all()) for out in output_leaves(x.run(replica)).values())
     except RuntimeError:  # some operators have no such dtype on the CPU
@@ -214,7 +238,12 @@ def _check_finite(model: nn.Module, commit: Callable[[nn.Module], None], x: Argu
         raise FuseError(f"in {dtype} the merged net would give inf or NaN: fuse in float32, then cast.")
 
 
-def _sensitivity(model: nn.Module, x: Arguments, before: Any) -> float:
+def _sensitivity(
+    outputs: Callable[[Arguments, Callable[[nn.Module], object]], Any],
+    x: Arguments,
+    prepare: Callable[[nn.Module], object],
+    before: Any,
+) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
     random = torch.Generator().manual_seed(1)
 
@@ -222,9 +251,35 @@ def _sensitivity(model: nn.Module, x: Arguments, before: Any) -> float:
         signs = torch.randint(2, t.shape, generator=random).to(t) * 2 - 1
         return t * (1 + 4 * torch.finfo(t.dtype).eps * signs)
 
-    after = output_leaves(x.map(moved).run(copy.deepcopy(model).eval().double()))
+    after = output_leaves(outputs(x.map(moved), prepare))
     pairs = ((after[path], leaf) for path, leaf in output_leaves(before).items() if path in after)
-    return max(relative_error(a, b) if a.shape == b.shape else float("inf") for a, b in pairs)
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+def _outputs(model: nn.Module, x: Arguments) -> Any:
+    """The output; where all tensors in it are empty (no box was found), those of the modules inside."""
+    inner: dict[str, list[Tensor]] = {}
+
+    def observe(name: str, module: nn.Module, args: object, output: object) -> None:
+        inner.setdefault(name, []).extend(t for t in output_leaves(output).values() if t.numel())
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with same_noise(device):
+        output = x.run(model)
+    found = output_leaves(output).values()
+    if not found or any(tensor.numel() for tensor in found):
+        return output
+    hooks: list[RemovableHandle] = []
+    skipped = tuple(f"{name}." for name in grown_modules(model))
+    for name, module in model.named_modules():  # what a convolution gives may change, with the norm behind it
+        if not isinstance(module, (nn.Conv2d, nn.Linear, Mergeable)) and not name.startswith(skipped):
+            hooks.append(module.register_forward_hook(partial(observe, name)))
+    with same_noise(device):
+        x.run(model)
+    for hook in hooks:
+        hook.remove()
+    depth = min((name.count(".") for name in inner if inner[name]), default=0)
+    return [tensor for name in inner if name.count(".") == depth for tensor in inner[name]] or output
 
 
 @torch.no_grad()
@@ -236,6 +291,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
             write_map(module, merge.map)
         else:
             assert isinstance(module, PureBottleneck)
+            mark_left(module)
             replace_module(model, name, _conv_for(module, merge.map))
         if merge.norm is not None:
             running_mean = model.get_submodule(merge.norm).running_mean
@@ -262,7 +318,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value of `b` (empty: 0); NaN or inf if either has any."""
-    if not b.numel():
-        return 0.0
+    """Largest absolute difference over the largest value of `b`; NaN or inf if either has any, inf for two shapes."""
+    if a.shape != b.shape or not a.numel():
+        return 0.0 if a.shape == b.shape else float("inf")
     return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(b.dtype).tiny))

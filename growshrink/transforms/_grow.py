@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +13,21 @@ from torch import nn
 
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
-from growshrink.base.ties import tied_copies
+from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, check_model, did_you_mean
 from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import attach, class_in_table, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
+from growshrink.transforms._rehearse import rehearse_exit
 
 WhereToGrow = str | Callable[[str, nn.Module], bool] | Iterable[str] | None
 BranchLike = str | BranchSpec | Sequence[str | BranchSpec]
+
+_logger = logging.getLogger(__name__)
 
 #: Forwards of layers that have a kernel and no grown class.
 _TORCHS = (nn.Conv3d.forward, nn.ConvTranspose1d.forward, nn.ConvTranspose3d.forward)
@@ -42,13 +45,15 @@ def grow(
     where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
+    trainable: bool | None = True,
     inplace: bool = False,
     input_size: InputLike = None,
     example_inputs: ExampleInputs | None = None,
 ) -> nn.Module:
     """Attach branches to the convolutions and linear layers of any model.
 
-    A linear layer is grown as the 1x1 convolution it is on its tokens: batch norms normalise over all of them.
+    A linear layer is grown as the 1x1 convolution it is on its tokens: batch norms normalise over all of them. How many
+    parameters train is logged, and told by `growth_report`.
 
     Args:
         model: A timm model or any `nn.Module`.
@@ -65,6 +70,7 @@ def grow(
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
+        trainable: Whether the branches train, on a frozen net too; None: each as the kernel it is on.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
             another size; None takes the model's own, or guesses.
@@ -72,7 +78,8 @@ def grow(
             tensor, a tuple of positional or a dict of keyword arguments (whose values, or noise, later checks run on).
 
     Raises:
-        GrowError: Nothing matches `where`, nothing is eligible, or an argument is out of range. The model is untouched.
+        GrowError: Nothing matches `where`, nothing is eligible, an argument is out of range, or `fuse` would refuse the
+            result (that is tried on copies). The model is untouched.
     """
     check_model(model)
     check_ratio(ratio)
@@ -81,7 +88,7 @@ def grow(
         raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
     if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
         raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
-    model = model if inplace else copy.deepcopy(model, tied_copies(model))
+    model = model if inplace else copy_net(model)
     eligibility = _Eligibility(model, given_inputs(input_size, example_inputs))
     names = _select(model, where, eligibility, specs)
     layers = _candidates(model)
@@ -93,9 +100,13 @@ def grow(
             spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
             for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
         ]
+    rehearse_exit(model, names, eligibility.flow)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
+        for made in () if trainable is None else branches:
+            made.requires_grad_(bool(trainable))
         attach(layers[name], branches)
     guard_hooks(model, eligibility.flow)
+    _logger.info("%d layers grown; %d of %d parameters train", len(names), *_count_parameters(model)[::-1])
     return model
 
 
@@ -110,11 +121,12 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             f"{pure[0]} (and {len(pure) - 1} more) is a PureBottleneck: it has no kernel that would remain. "
             "Let lam reach 0 and use growshrink.fuse."
         )
-    model = model if inplace else copy.deepcopy(model, tied_copies(model))
+    model = model if inplace else copy_net(model)
     for module in grown_modules(model).values():
         assert isinstance(module, Grown)
         to_plain(module)
     unguard_hooks(model)
+    vars(model)["was_grown"] = True
     return model
 
 
@@ -134,6 +146,8 @@ class GrowthReport:
     """Every convolution and linear layer of a model: grown, eligible, or left alone and why. Print it."""
 
     rows: tuple[ReportRow, ...]
+    params: int  # numbers, of the whole net
+    trained: int  # of these
     traced: str = ""  # what the data flow was observed on, where that was a guess
 
     @property
@@ -155,8 +169,8 @@ class GrowthReport:
 
         lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
         total = (
-            f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible."
-            + f" Seen on {self.traced}." * bool(self.traced)
+            f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible. "
+            f"{self.trained:,} of {self.params:,} parameters train." + f" Seen on {self.traced}." * bool(self.traced)
         )
         return "\n".join([*lines, total])
 
@@ -194,7 +208,13 @@ def growth_report(
             reason = format_skipped(left_out) if len(left_out) == len(asked) else ""
         rows.append(ReportRow(name, _shape(module), kinds, reason, left_out))
     inputs = eligibility.flow.inputs
-    return GrowthReport(tuple(rows), str(inputs) * inputs.guessed)
+    return GrowthReport(tuple(rows), *_count_parameters(model), str(inputs) * inputs.guessed)
+
+
+def _count_parameters(model: nn.Module) -> tuple[int, int]:
+    """All, and those that train."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def branch_specs(branch: BranchLike) -> list[BranchSpec]:
@@ -241,8 +261,10 @@ class _Eligibility:
         if not isinstance(layer, Grown) and class_in_table(layer) is None:
             own = "which cannot carry branches" if type(layer).forward in _TORCHS else "whose forward is its own"
             return f"it is a {type(layer).__name__}, {own}"
-        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
-            return "its weight is computed by a hook, not a parameter"
+        if key := computed_parameter(layer):
+            return f"its {key} is computed by a hook, not a parameter"
+        if own := next((key for key in ("forward", "_conv_forward") if key in vars(layer)), ""):
+            return f"its {own} was replaced, and would pass branches by"
         if name in self.shared:
             return "its parameters are shared with another module"
         if name in self.flow.read_beside:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from tqdm import tqdm
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
+from growshrink.base.copying import copy_net
 from growshrink.base.timing import interleaved_timings
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
@@ -219,7 +219,7 @@ def _nothing(reasons: Mapping[str, list[str]]) -> str:
 
 
 def _online_copy(model: nn.Module, name: str, reasons: list[str]) -> OnlineModule:
-    return _go_online(copy.deepcopy(model.get_submodule(name)), reasons)
+    return _go_online(copy_net(model.get_submodule(name)), reasons)
 
 
 def _go_online(module: nn.Module, reasons: list[str]) -> OnlineModule:

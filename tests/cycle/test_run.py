@@ -310,7 +310,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, kwargs
 
 def test_a_loss_that_is_nan_ends_the_run_with_the_last_checkpoint_kept(tmp_path):
     with pytest.raises(RunError, match=r"the loss is nan in round 0, phase base.*There is no checkpoint yet"):
-        run(tmp_path / "a", bad_weights())
+        run(tmp_path / "a", bad_weights(), plan=BASE_ONLY)
     feed = Feed.make()
     good = feed.train.batch
     feed.train.batch = lambda update: (good(update)[0] * (math.nan if update >= 14 else 1), good(update)[1])

@@ -9,8 +9,9 @@ import pytest
 import timm.optim
 import timm.task
 import torch
+from safetensors.torch import load_file
 
-import growshrink  # noqa: F401 - registers the models
+import growshrink as gs
 from program import completed
 
 RECIPE = Path(__file__).parent.parent.parent / "recipes" / "timm_train.py"
@@ -23,7 +24,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
-assert sys.argv[1:] == ["--model", "reducenet20", "--lr", "0.1"], sys.argv
+assert sys.argv[1:5] == ["--model", "reducenet20", "--lr", "0.1"] and sys.argv[5:] in ([], ["--img-size", "16"])
 torch.manual_seed(0)
 model = create_model(sys.argv[2], num_classes=4, width=0.25)
 task = ClassificationTask(
@@ -70,9 +71,38 @@ def test_a_script_like_timms_trains_a_net_that_is_deployed_without_its_branches(
         plain.load_state_dict({k: v for k, v in checkpoint[key].items() if ".branches." not in k}, strict=True)
 
 
+@pytest.mark.exhaustive
+def test_a_script_like_timms_grows_vanishes_and_fuses(tmp_path):
+    (tmp_path / "train.py").write_text(SCRIPT)
+    ours = [
+        "--branch",
+        "bottleneck",
+        "--widths",
+        "none",
+        "--hold",
+        "1",
+        "--vanish",
+        "2",
+        "--fused",
+        "plain.safetensors",
+    ]
+    theirs = ["--model", "reducenet20", "--lr", "0.1", "--img-size", "16"]
+    result = run(tmp_path, *ours, "train.py", *theirs)
+    assert result.returncode == 0, result.stderr
+    checkpoint = torch.load(tmp_path / "last.pth.tar", weights_only=True)
+    plain = timm.create_model("reducenet20", num_classes=4, width=0.25)
+    plain.load_state_dict(load_file(tmp_path / "plain.safetensors"), strict=True)
+    grown = gs.grow(timm.create_model("reducenet20", num_classes=4, width=0.25), ratio=4, input_size=(3, 16, 16))
+    grown.load_state_dict(checkpoint["state_dict_ema"], strict=True)
+    assert set(gs.get_lambda(grown).values()) == {0.0}
+    assert gs.compare(grown, plain, input_size=(3, 16, 16), dtype=torch.float32).max_rel < 1e-5
+    assert gs.compare(gs.drop(grown), plain, input_size=(3, 16, 16)).max_rel > 1e-4
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
+        (["--widths", "none", "--fused", "x", "train.py"], "--fused without --vanish"),
         ([], "name timm's train.py"),
         (["nowhere/train.py"], "no such script"),
         (["beside/train.py"], "a folder timm beside it"),

@@ -173,7 +173,9 @@ def test_seeds():
 def test_branches_inherit():
     plain = net().to(torch.bfloat16).to(memory_format=torch.channels_last)
     plain.stages[0].eval().requires_grad_(False)
-    grown = gs.grow(plain)
+    grown = gs.grow(plain, trainable=None)
+    assert all(p.requires_grad for p in gs.branch_parameters(gs.grow(plain)))
+    assert not any(p.requires_grad for p in gs.branch_parameters(gs.grow(plain, trainable=False)))
     for name, conv in grown_modules(grown).items():
         frozen = name.startswith("stages.0")
         for p in conv.branches.parameters():
@@ -346,7 +348,8 @@ def test_report_gives_every_reason(odd):
     for row in report.rows:
         assert row.reason.startswith(REASONS[row.name]) and bool(row.reason) == bool(REASONS[row.name]), row
     assert set(report.skipped) == {name for name, reason in REASONS.items() if reason}
-    assert "15 layers: 0 grown, 13 not eligible." in str(report)
+    trained = sum(p.numel() for p in odd.parameters())
+    assert f"15 layers: 0 grown, 13 not eligible. {trained:,} of {trained:,} parameters train." in str(report)
 
 
 @pytest.mark.parametrize("name", [n for n, r in REASONS.items() if r])

@@ -109,25 +109,25 @@ WAYS = {
     "another norm in train mode": (
         lambda m, y: m.other(y) if m.training or m.use else m.bn(y),
         None,
-        f"in train mode at 3x10x10 its output goes into other, not into bn",
+        "in train mode at 3x10x10 its output goes into other, not into bn",
         None,
     ),
     "a half to another norm in train mode": (
         lambda m, y: torch.cat([m.bn(y[:1]), m.other(y[1:])]) if m.training or m.use else m.bn(y),
         None,
-        f"in train mode at 3x10x10 its output is read 2 times",
+        "in train mode at 3x10x10 its output is read 2 times",
         None,
     ),
     "a head in train mode": (
         lambda m, y: (m.bn(y), m.aux(y)) if m.training or m.use else m.bn(y),
         None,
-        f"in train mode at 3x10x10 its output is read 2 times (bn, convolution)",
+        "in train mode at 3x10x10 its output is read 2 times (bn, convolution)",
         lambda m, out: out[1],
     ),
     "another size": (
         lambda m, y: y.relu() if y.shape[-1] > 16 else m.bn(y),
         None,
-        f"at 3x20x20 its output goes to relu",
+        "at 3x20x20 its output goes to relu",
         None,
     ),
     "a dataclass": (lambda m, y: Features(m.bn(y), y), None, "read 2 times", lambda m, out: out.feature),
@@ -233,4 +233,7 @@ def test_several_sizes_are_all_checked():
                 gs.grow(Read(plain), input_size=size)
     grown = gs.grow(Read(plain), input_size=[SIZE, LARGE])
     assert [each.size for each in trace(grown, [SIZE, LARGE]).inputs.each()] == [SIZE, LARGE]
-    assert set(trace(grown, [SIZE, LARGE]).others) == {f"at 3x20x20", *(f"in train mode at {s}" for s in ("3x10x10", "3x20x20"))}
+    assert set(trace(grown, [SIZE, LARGE]).others) == {
+        "at 3x20x20",
+        *(f"in train mode at {s}" for s in ("3x10x10", "3x20x20")),
+    }

@@ -1,0 +1,114 @@
+"""Optimizers that follow a net through changes of structure, in anybody's loop."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from timm.optim import Adahessian, Adan, Lamb
+from timm.optim.kron import Kron
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from growshrink.errors import GrowShrinkError, check_model
+from growshrink.layers.branch import Branch
+from growshrink.layers.swaps import left_net
+
+#: They keep state elsewhere than with each parameter.
+_NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb, LBFGS)
+
+
+class Synced(NamedTuple):
+    """What `sync_optimizer` did: names of the parameters it added, and how many it removed."""
+
+    added: tuple[str, ...]
+    removed: int
+
+
+def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None = None) -> Synced:
+    """Make an optimizer train what a net consists of now, after `grow`, `fuse` or `drop` with `inplace=True`.
+
+    Trainable parameters of the net that it does not have are added, those that fuse or drop took out of the net are
+    removed with their state, all others keep their state; parameters of anything else stay. Groups keep their number
+    and their order, so schedulers of the learning rate run on, and within them parameters come in the net's order, as
+    in an optimizer made now. Wrap a net in `DistributedDataParallel` again after growing it.
+
+    Args:
+        optimizer: Any that keeps its state parameter by parameter; Accelerate's and Lightning's wrappers too.
+        model: The net.
+        group: Index of the group that new parameters join; None: a kernel joins that of the nearest kernel, first of
+            its own layer's, a bias or a norm's parameter that of the nearest of those (for timm's weight decay).
+
+    Raises:
+        GrowShrinkError: The optimizer has none of the net's parameters, or keeps state of another kind.
+
+    >>> import growshrink as gs, torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    >>> net = gs.grow(net, "lora", inplace=True)
+    >>> gs.sync_optimizer(optimizer, net).added
+    ('1.branches.0.path.down.weight', '1.branches.0.path.up.weight')
+    """
+    check_model(model)
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if isinstance(optimizer, _NOT_PER_PARAMETER):
+        kind = type(optimizer).__name__
+        raise GrowShrinkError(f"{kind} keeps state that is no single parameter's: make a new one after the change.")
+    named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
+    groups = optimizer.param_groups
+    nearest: dict[tuple[str, bool], int] = {}
+    known: set[int] = set()
+    for index, entry in enumerate(groups):
+        for parameter in entry["params"]:
+            if id(parameter) in named:
+                known.add(id(parameter))
+                name = named[id(parameter)][0]
+                for prefix in _prefixes(name):
+                    nearest.setdefault((prefix, _is_small(name, parameter)), index)
+    if named and not known:
+        raise GrowShrinkError(
+            "the optimizer has no parameter of this net: grow, fuse and drop return copies. Use inplace=True, or make "
+            "a new optimizer."
+        )
+    removed = [p for entry in groups for p in entry["params"] if left_net(p) and id(p) not in named]
+    for parameter in removed:
+        optimizer.state.pop(parameter, None)
+    gone, added = set(map(id, removed)), []
+    joins: dict[int, list[Any]] = {}
+    for name, parameter in named.values():
+        if id(parameter) not in known and parameter.requires_grad:
+            keys = [(p, small) for small in (_is_small(name, parameter), True, False) for p in _prefixes(name)]
+            index = next(nearest[key] for key in keys if key in nearest) if group is None else group
+            joins.setdefault(index, []).append(parameter)
+            added.append(name)
+    order = {key: place for place, key in enumerate(named)}
+    for index, entry in enumerate(groups):
+        names = dict(zip(map(id, entry["params"]), entry.get("param_names", ()), strict=False))
+        stay = [p for p in entry["params"] if id(p) not in gone] + joins.get(index, [])
+        entry["params"] = sorted(stay, key=lambda p: order.get(id(p), len(order)))
+        if "param_names" in entry:
+            entry["param_names"] = [named[id(p)][0] if id(p) in named else names[id(p)] for p in entry["params"]]
+    return Synced(tuple(added), len(removed))
+
+
+def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a net's branches, for a group of their own.
+
+    >>> import growshrink as gs
+    >>> net = gs.grow(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "lora")
+    >>> [tuple(parameter.shape) for parameter in gs.branch_parameters(net)]
+    [(8, 4, 3, 3), (4, 8, 1, 1)]
+    """
+    check_model(model)
+    found = {id(p): p for branch in model.modules() if isinstance(branch, Branch) for p in branch.parameters()}
+    return list(found.values())
+
+
+def _prefixes(name: str) -> list[str]:
+    """Dotted names of the modules around a parameter, the innermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) - 1, -1, -1)]
+
+
+def _is_small(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim <= 1 or name.endswith(".bias")  # timm's rule of what has no weight decay
