@@ -106,14 +106,14 @@ def describe(value: object) -> str:
 
 
 def check_model(model: object, *, scripted: bool = True) -> None:
-    """GrowShrinkError unless `model` is a net whose parameters exist; parts may be TorchScript if `scripted`."""
+    """GrowShrinkError unless `model` is a net whose parameters exist, and not TorchScript itself unless `scripted`."""
     if not isinstance(model, nn.Module):
         raise GrowShrinkError(f"a model must be an nn.Module, got {describe(model)}.")
     for name, module in model.named_modules():
         where = name or "the model"
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise GrowShrinkError(f"{where} is lazy, its parameters do not exist yet: run the model once before.")
-        if not scripted and isinstance(module, torch.jit.ScriptModule):
+        if not (scripted or name) and isinstance(module, torch.jit.ScriptModule):
             raise GrowShrinkError(f"{where} is TorchScript, which cannot be looked into: pass the net it was made of.")
 
 

@@ -162,11 +162,9 @@ def _first_that_runs(model: nn.Module, candidates: Sequence[Inputs], train: bool
         for module in replica.modules():
             if isinstance(module, nn.SyncBatchNorm):
                 module.eval()  # its statistics would wait for other processes
-        if device:
-            replica = replica.to(device)
         for candidate in candidates:
             try:
-                return _observe(replica, candidate)
+                return _observe(replica.to(device) if device else replica, candidate)
             except Exception as error:  # any forward may fail in its own way; the last failure is reported
                 last_error = error
     raise GrowShrinkError(
@@ -209,6 +207,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
         for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
     }
     heard = {id(m) for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
+    told = {id(m) for m in model.modules() if m._forward_hooks}
     calls: Counter[str] = Counter()
     input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
@@ -234,7 +233,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
                 output_sizes[name] = (output.numel() // output.shape[-1] // num_images, 1)
             elif output.dim() == 4 or isinstance(module, nn.Conv1d) and output.dim() == 3:
                 output_sizes[name] = (output.shape[2] if output.dim() == 4 else 1, output.shape[-1])
-        if id(module) in heard and module._forward_hooks:
+        if id(module) in told:
             recorder.consumed(f"a hook on {name}", tree_leaves(output))
 
     # before the hooks that are there, which may read the output

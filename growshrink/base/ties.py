@@ -16,6 +16,8 @@ def ties(model: nn.Module) -> list[list[tuple[str, Tensor]]]:
     """
     spans: list[tuple[str, int, int, str, Tensor]] = []
     for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, torch.jit.ScriptModule):  # whose parameters are not Python's
+            continue
         for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(tensor, Tensor) and not is_lazy(tensor) and tensor.layout == torch.strided and tensor.numel():
                 base, where = _memory(tensor)

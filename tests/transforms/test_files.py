@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, branches_only, wrap):
     with safe_open(path, "pt") as file:
         known = json.loads(file.metadata()["grown"])
     assert known["layer1.0.conv1"][-1] == {
-        "kind": "lora", "ratio": 0.5, "norm": "batch", "scale": 1.0, "trained": "last",
+        "kind": "lora", "ratio": 0.5, "norm": "batch", "scale": 1.0, "trained": "last", "published": False,
     }  # fmt: skip
     gs.set_lambda(back, 0.0), gs.set_lambda(model, 0.0)
     assert torch.equal(gs.fuse(back, input_size=SIZE)(x), gs.fuse(model, input_size=SIZE)(x))
