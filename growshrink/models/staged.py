@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.multiscale import ConvEquilibrium
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
@@ -69,7 +70,7 @@ class StagedNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (PureBottleneck, nn.BatchNorm2d, nn.Linear, VanishingReLU)):
+            elif isinstance(module, (PureBottleneck, nn.BatchNorm2d, nn.Linear, VanishingReLU, ConvEquilibrium)):
                 module.reset_parameters()
                 return  # a bottleneck has reset its children
             for child in module.children():

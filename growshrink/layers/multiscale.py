@@ -1,0 +1,129 @@
+"""A convolutional equilibrium on one or several resolutions: one layer with tied weights, applied infinitely often."""
+
+import copy
+import math
+from typing import Any
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.algebra.contraction import contract
+from growshrink.algebra.solvers import Solver
+from growshrink.layers.equilibrium import BOUND, equilibrium
+
+# No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
+
+SCRIPTED_STEPS = 30  # in TorchScript, which solves nothing
+
+
+@register_notrace_module
+class ConvEquilibrium(nn.Module):
+    r"""Maps z of several resolutions, finest first, with :math:`z_l = relu(A_l * mix_l(z) + u_l)` for given u.
+
+    mix adds to a map its finer neighbour (averaged) and its coarser one (repeated, at norm 1), and is scaled to norm 1.
+    Each A is a padded kxk convolution, scaled to a norm of at most 0.9. So this is a contraction by construction: it
+    has one equilibrium, and K evaluations stay within :math:`0.9^K / 0.1` times the first step of it.
+
+    Args:
+        channels: C, of every map.
+        levels: L, number of maps.
+        kernel_size: Of each A.
+        steps: Explicit evaluations, which export and trace; None solves.
+        solver: Method, tolerance, and kind of gradient.
+        factory: `device` and `dtype` of the weight.
+
+    Attributes:
+        weight: `(T, L, C, C, k, k)`: T is 1, or the number of steps where each has weights of its own.
+
+    Source: Bai et al., Multiscale Deep Equilibrium Models (arXiv:2006.08656), whose cell is not a contraction.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        levels: int = 1,
+        kernel_size: int = 3,
+        *,
+        steps: int | None = None,
+        solver: Solver = Solver(),
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.channels, self.steps, self.bounded, self.solver = channels, steps or 0, True, solver
+        self.name = f"a ConvEquilibrium of {channels} channels"  # its dotted name once `name_equilibria` has run
+        self.mixing = 1.0 + 2.0 * math.cos(math.pi / (levels + 1))  # norm of the matrix of ones on three diagonals
+        self.weight = nn.Parameter(torch.empty(1, levels, channels, channels, kernel_size, kernel_size, **factory))
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Redraw the weight as He et al. do; the bound scales it down."""
+        nn.init.normal_(self.weight, std=math.sqrt(2 / self.weight[0, 0, 0].numel()))
+
+    def forward(self, u: list[Tensor]) -> list[Tensor]:
+        """L maps `(N, C, H_l, W_l)`, finest first -> as many of the same shapes."""
+        sizes = [[t.shape[2], t.shape[3]] for t in u]
+        packed = torch.cat([t.flatten(1) for t in u], 1)
+        if torch.jit.is_scripting():
+            kernels = self.weight
+        elif self.steps == 0:
+            return self._solve(packed, sizes)
+        else:
+            kernels = self.kernels(packed.dtype)
+        z = F.relu(packed)
+        for step in range(self.steps):
+            z = self.step(z, packed, kernels[min(step, kernels.shape[0] - 1)], sizes)
+        return self.unpack(z, sizes)
+
+    def step(self, z: Tensor, u: Tensor, kernel: Tensor, sizes: list[list[int]]) -> Tensor:
+        """One evaluation on packed maps `(N, D)`, with weights `(L, C, C, k, k)`."""
+        maps = self.unpack(z, sizes)
+        out: list[Tensor] = []
+        for level in range(len(sizes)):
+            mixed = maps[level]
+            if level > 0:
+                mixed = mixed + F.adaptive_avg_pool2d(maps[level - 1], sizes[level])
+            if level + 1 < len(sizes):
+                below = maps[level + 1]
+                repeats = math.ceil(mixed.shape[2] / below.shape[2]) * math.ceil(mixed.shape[3] / below.shape[3])
+                mixed = mixed + F.interpolate(below, sizes[level]) / math.sqrt(repeats)
+            out.append(F.conv2d(mixed / self.mixing, kernel[level], padding=kernel.shape[-1] // 2).flatten(1))
+        return F.relu(torch.cat(out, 1) + u)
+
+    def unpack(self, z: Tensor, sizes: list[list[int]]) -> list[Tensor]:
+        """`(N, D)` -> maps `(N, C, H, W)` of these sizes."""
+        parts = z.split([self.channels * size[0] * size[1] for size in sizes], 1)
+        return [part.view(z.shape[0], self.channels, size[0], size[1]) for part, size in zip(parts, sizes)]  # noqa: B905
+
+    @torch.jit.unused
+    def kernels(self, dtype: torch.dtype) -> Tensor:
+        """The weight, each A scaled to its bound (after `unrolled` as it is)."""
+        if not self.bounded:
+            return self.weight.to(dtype)
+        flat = contract(self.weight.flatten(0, 2), BOUND, self.weight.shape[:2].numel())
+        return flat.view_as(self.weight).to(dtype)
+
+    @torch.jit.unused
+    def _solve(self, packed: Tensor, sizes: list[list[int]]) -> list[Tensor]:
+        u = packed.to(torch.promote_types(packed.dtype, torch.float32))
+
+        def step(z: Tensor, u: Tensor, kernel: Tensor) -> Tensor:
+            return self.step(z, u, kernel, sizes)
+
+        z = equilibrium(step, F.relu(u), u, self.kernels(u.dtype)[0], solver=self.solver, name=self.name)
+        return self.unpack(z.to(packed.dtype), sizes)
+
+    @torch.jit.ignore
+    def unrolled(self, steps: int, untie: bool = False) -> "ConvEquilibrium":
+        """A copy of so many explicit steps, with weights that are scaled once; see `growshrink.unroll`."""
+        explicit = copy.deepcopy(self)
+        weight = self.kernels(self.weight.dtype).detach()[: steps if untie else 1]
+        weight = weight.expand(steps if untie else 1, *weight.shape[1:]).clone()
+        explicit.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
+        explicit.steps, explicit.bounded = steps, False
+        return explicit
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return self.unrolled(self.steps or SCRIPTED_STEPS)
