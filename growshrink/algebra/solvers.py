@@ -66,26 +66,27 @@ class Solver:
         tol, max_steps = (1e-13, 10 * self.max_steps) if exact else (self.tol, self.max_steps)
         z = best = start
         shape = -1, *[1] * (start.dim() - 1)
-        best_N = start.new_full(start.shape[:1], torch.inf)
+        least_N = relative_N = start.new_full(start.shape[:1], torch.inf)
         recent: list[tuple[Tensor, Tensor]] = []  # f(z) and f(z) - z, (N, D)
         residuals: list[float] = []
         for step in range(1, max_steps + 1):
             out = func(z)
             out_ND, gap_ND = out.flatten(1), (out - z).flatten(1)
-            residual_N = gap_ND.norm(dim=1) / out_ND.norm(dim=1).clamp_min(torch.finfo(out.dtype).tiny)
-            if not bool(residual_N.isfinite().all()):
+            gap_N, size_N = gap_ND.norm(dim=1), out_ND.norm(dim=1).clamp_min(torch.finfo(out.dtype).tiny)
+            if not bool(gap_N.isfinite().all()):
                 raise EquilibriumError(f"{name}: evaluation {step} is not finite. Is it a contraction of finite inputs?")
-            better_N = (residual_N < best_N) & (best_N > tol)
+            better_N = (gap_N < least_N) & (relative_N > tol)  # a plain step of a contraction is always better
             best = torch.where(better_N.view(shape), out, best)
-            best_N = torch.where(better_N, residual_N, best_N)
-            residuals.append(float(best_N.max()))
+            least_N = torch.where(better_N, gap_N, least_N)
+            relative_N = torch.where(better_N, gap_N / size_N, relative_N)
+            residuals.append(float(relative_N.max()))
             if residuals[-1] <= tol:
                 break
             z = out
             if self.method == "anderson":
                 recent = [*recent[1 - self.memory :], (out_ND, gap_ND)]
                 z = torch.where(better_N.view(shape), _mixed(recent).view_as(out), best)
-            z = torch.where((best_N <= tol).view(shape), best, z)
+            z = torch.where((relative_N <= tol).view(shape), best, z)
         else:
             missed = f"residual {residuals[-1]:.1e} after {max_steps} evaluations, tol={tol:.0e}"
             warnings.warn(f"{name}: the equilibrium was not found ({missed}).", stacklevel=2)

@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from growshrink.algebra.contraction import contract
 from growshrink.algebra.solvers import Solver
+from growshrink.errors import EquilibriumError
 from growshrink.layers.equilibrium import BOUND, equilibrium
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
-
-SCRIPTED_STEPS = 30  # in TorchScript, which solves nothing
 
 
 @register_notrace_module
@@ -40,6 +39,8 @@ class ConvEquilibrium(nn.Module):
     Source: Bai et al., Multiscale Deep Equilibrium Models (arXiv:2006.08656), whose cell is not a contraction.
     """
 
+    __constants__ = ["bounded"]  # False after `unrolled`: TorchScript then sees nothing of `kernels`
+
     def __init__(
         self,
         channels: int,
@@ -51,6 +52,8 @@ class ConvEquilibrium(nn.Module):
         **factory: Any,
     ) -> None:
         super().__init__()
+        if steps is not None and steps < 1:
+            raise EquilibriumError(f"{steps=}: must be a whole number above 0, or None to solve.")
         self.channels, self.steps, self.bounded, self.solver = channels, steps or 0, True, solver
         self.name = f"a ConvEquilibrium of {channels} channels"  # its dotted name once `name_equilibria` has run
         self.mixing = 1.0 + 2.0 * math.cos(math.pi / (levels + 1))  # norm of the matrix of ones on three diagonals
@@ -66,14 +69,11 @@ class ConvEquilibrium(nn.Module):
         """L maps `(N, C, H_l, W_l)`, finest first -> as many of the same shapes."""
         sizes = [[t.shape[2], t.shape[3]] for t in u]
         packed = torch.cat([t.flatten(1) for t in u], 1)
-        if torch.jit.is_scripting():
-            kernels = self.weight
-        elif self.steps == 0:
+        if self.steps == 0 and not torch.jit.is_scripting():
             return self._solve(packed, sizes)
-        else:
-            kernels = self.kernels(packed.dtype)
+        kernels = self.kernels(packed.dtype) if self.bounded else self.weight
         z = F.relu(packed)
-        for step in range(self.steps):
+        for step in range(self.steps if self.steps > 0 else 30):  # TorchScript solves nothing
             z = self.step(z, packed, kernels[min(step, kernels.shape[0] - 1)], sizes)
         return self.unpack(z, sizes)
 
@@ -97,11 +97,9 @@ class ConvEquilibrium(nn.Module):
         parts = z.split([self.channels * size[0] * size[1] for size in sizes], 1)
         return [part.view(z.shape[0], self.channels, size[0], size[1]) for part, size in zip(parts, sizes)]  # noqa: B905
 
-    @torch.jit.unused
+    @torch.jit.ignore
     def kernels(self, dtype: torch.dtype) -> Tensor:
-        """The weight, each A scaled to its bound (after `unrolled` as it is)."""
-        if not self.bounded:
-            return self.weight.to(dtype)
+        """The weight, each A scaled to its bound."""
         flat = contract(self.weight.flatten(0, 2), BOUND, self.weight.shape[:2].numel())
         return flat.view_as(self.weight).to(dtype)
 
@@ -124,6 +122,3 @@ class ConvEquilibrium(nn.Module):
         explicit.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         explicit.steps, explicit.bounded = steps, False
         return explicit
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return self.unrolled(self.steps or SCRIPTED_STEPS)

@@ -1,4 +1,4 @@
-"""Nets with layers at equilibrium: `reducenet20_deq`, one weight-tied layer a stage, and `mdeq_tiny`, three resolutions.
+"""Nets of layers at equilibrium, one a stage: `reducenet20_deq`, and `mdeq_tiny` with two resolutions in each.
 
 A stage is one convolution, batch norm, and a `ConvEquilibrium` of what they give: with two kernels a stage, the
 parameters of a ReduceNet with two blocks a stage. `steps=K` makes nets of K explicit steps, tied; `gs.unroll` makes
@@ -8,6 +8,7 @@ them of a trained net. Source: Bai et al. (arXiv:1909.01377, arXiv:2006.08656); 
 from typing import Any
 
 import torch
+from timm.layers import register_notrace_module
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +23,7 @@ __all__ = ["EquilibriumBlock", "EquilibriumNet"]
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 
+@register_notrace_module  # the number of its maps is not to be traced
 class EquilibriumBlock(nn.Module):
     """Conv and BN for each of `levels` resolutions, each half of the one before -> equilibrium -> all at the coarsest.
 
@@ -95,10 +97,11 @@ class EquilibriumNet(StagedNet):
 
 _VARIANTS: dict[str, dict[str, Any]] = {
     "reducenet20_deq": {"depths": (1, 1, 1)},
-    "mdeq_tiny": {"depths": (1,), "channels": (96,), "strides": (1,), "levels": 3},
+    "mdeq_tiny": {"depths": (1, 1, 1), "channels": (32, 48, 64), "strides": (1, 1, 1), "levels": 2},
 }
+_CFG = cifar_cfg(origin_url="https://arxiv.org/abs/2006.08656")
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": cifar_cfg(origin_url="https://arxiv.org/abs/2006.08656") for name in _VARIANTS}
+    {"reducenet20_deq.untrained": _CFG, "mdeq_tiny.untrained": {**_CFG, "pool_size": (4, 4)}}
 )
 
 
