@@ -14,6 +14,7 @@ from growshrink.errors import EquilibriumError
 
 #: Evaluations on the meta device, where no residual can be read: what a contraction of 0.5 takes to 1e-4.
 COUNTED_STEPS = 8
+MEMORY = 5  # iterates that are mixed
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,15 @@ class Solution:
 
 @dataclass(frozen=True, kw_only=True)
 class Solver:
-    """How fixed points are solved: each sample stops by its own residual, and is frozen from then on.
-
-    A sample's answer therefore does not depend on its batch. "anderson" mixes the last iterates so that their residuals
-    cancel; a sample that this leads astray continues from its best iterate, so contractions converge either way.
+    """How fixed points are solved; a contraction converges either way, a sample's answer does not depend on its batch.
 
     Attributes:
-        method: "anderson", or "plain" for z <- f(z).
-        tol: Relative residual at which a sample stops; 1e-13 in float64, which is for proofs.
+        method: "plain" for z <- f(z), or "anderson", which mixes the last 5 iterates (Walker and Ni, SIAM J.
+            Numer. Anal. 49, 2011, eq. 1.2); a sample that this leads astray continues from its best iterate.
+        tol: Relative residual at which a sample stops, and is frozen; 1e-13 in float64, which is for proofs.
         max_steps: Evaluations at most; in float64 10 times as many.
-        memory: Iterates that are mixed.
-        gradient: Of an equilibrium: "implicit" solves for it, "one_step" takes that of one evaluation at the
-            equilibrium, cheaper and biased (Fung et al., arXiv:2103.12803).
-
-    Source: Walker and Ni, Anderson acceleration for fixed-point iterations (SIAM J. Numer. Anal. 49, 2011), eq. 1.2;
-    the ridge is relative to each residual.
+        gradient: Of an equilibrium: "implicit" solves for it, "one_step" is that of one evaluation there, cheaper and
+            biased (Fung et al., arXiv:2103.12803).
 
     >>> Solver(tol=1e-6).solve(torch.cos, torch.zeros(1, 1)).value
     tensor([[0.7391]])
@@ -49,15 +44,11 @@ class Solver:
     method: Literal["anderson", "plain"] = "anderson"
     tol: float = 1e-4
     max_steps: int = 50
-    memory: int = 5
     gradient: Literal["implicit", "one_step"] = "implicit"
 
     @torch.no_grad()
     def solve(self, func: Callable[[Tensor], Tensor], start: Tensor, name: str = "equilibrium") -> Solution:
-        """Solve z = func(z) from `start` `(N, ...)`, sample by sample, without gradients.
-
-        A missed tolerance is a warning that begins with `name`; EquilibriumError if an iterate is not finite.
-        """
+        """Solve z = func(z) from `(N, ...)`; warns with `name` if the tolerance is missed, EquilibriumError for NaN."""
         if start.is_meta:
             for _ in range(COUNTED_STEPS):
                 start = func(start)
@@ -74,7 +65,9 @@ class Solver:
             out_ND, gap_ND = out.flatten(1), (out - z).flatten(1)
             gap_N, size_N = gap_ND.norm(dim=1), out_ND.norm(dim=1).clamp_min(torch.finfo(out.dtype).tiny)
             if not bool(gap_N.isfinite().all()):
-                raise EquilibriumError(f"{name}: evaluation {step} is not finite. Is it a contraction of finite inputs?")
+                raise EquilibriumError(
+                    f"{name}: evaluation {step} is not finite. Is it a contraction of finite inputs?"
+                )
             better_N = (gap_N < least_N) & (relative_N > tol)  # a plain step of a contraction is always better
             best = torch.where(better_N.view(shape), out, best)
             least_N = torch.where(better_N, gap_N, least_N)
@@ -84,13 +77,16 @@ class Solver:
                 break
             z = out
             if self.method == "anderson":
-                recent = [*recent[1 - self.memory :], (out_ND, gap_ND)]
+                recent = [*recent[1 - MEMORY :], (out_ND, gap_ND)]
                 z = torch.where(better_N.view(shape), _mixed(recent).view_as(out), best)
             z = torch.where((relative_N <= tol).view(shape), best, z)
         else:
             missed = f"residual {residuals[-1]:.1e} after {max_steps} evaluations, tol={tol:.0e}"
             warnings.warn(f"{name}: the equilibrium was not found ({missed}).", stacklevel=2)
         return Solution(best, tuple(residuals))
+
+
+SOLVER = Solver()  # by default
 
 
 def _mixed(recent: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -12,8 +12,7 @@ from growshrink.layers.equilibrium import ImplicitReLU
 class Implicit(Bottleneck, kind="implicit"):
     r"""A bottleneck whose middle solves :math:`h = f_\lambda(A h + BN(B x))`, with a 1x1 recurrence A of norm below 1.
 
-    At lam = 0 the solution is :math:`h = (I - A)^{-1} BN(B x)`: A is pointwise, so the branch is one kxk kernel,
-    borders included. Kernels, norms and widths are those of a bottleneck; A starts with norm 0.5.
+    At lam = 0 that is :math:`(I - A)^{-1} BN(B x)`, one kxk kernel, borders included. A starts with norm 0.5.
     """
 
     make_linear_ = Branch.make_linear_

@@ -172,7 +172,7 @@ ARMS: Mapping[str, Arm] = {
         shrinks=False,
     ),
     "implicit": Arm(
-        about="one-round with the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
+        about="one-round, the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
         rounds=_one(branch=("implicit",), hold=0.40, vanish=0.25, settle=0.05),
     ),
 }

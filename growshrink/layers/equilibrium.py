@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from growshrink.algebra.contraction import contract
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.solvers import Solver
+from growshrink.algebra.solvers import SOLVER, Solver
 from growshrink.errors import AlgebraError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import prefix
@@ -25,14 +25,13 @@ START = 0.5
 
 
 def equilibrium(
-    func: Callable[..., Tensor], start: Tensor, *inputs: Tensor, solver: Solver = Solver(), name: str = "equilibrium"
+    func: Callable[..., Tensor], start: Tensor, *inputs: Tensor, solver: Solver = SOLVER, name: str = "equilibrium"
 ) -> Tensor:
     r"""The z with z = func(z, \*inputs), differentiable in what `func` reads; memory does not grow with the steps.
 
-    The gradient is that of the implicit function: :math:`g = (I - J^T)^{-1} \, \partial L / \partial z`, J being the
-    derivative of `func` in z, is solved for as z was, and goes through one more evaluation of `func`. Several backward
-    passes through one graph are right, also under activation checkpointing, autocast (all is computed in the tensors'
-    own precision) and DDP. Not differentiable twice.
+    With J the derivative of `func` in z, :math:`g = (I - J^T)^{-1} \, \partial L / \partial z` is solved for as z was,
+    and goes through one more evaluation of `func` (Bai et al., arXiv:1909.01377, theorem 1). Several backward passes
+    through one graph are right, also under checkpoints, autocast (which is left) and DDP. Not differentiable twice.
 
     Args:
         func: `(z, *inputs) -> z`, sample by sample: no batch norm. It may read parameters.
@@ -40,8 +39,6 @@ def equilibrium(
         inputs: Tensors that `func` depends on and that are no parameters: kept where a checkpoint sees them.
         solver: Method, tolerance, and kind of gradient.
         name: For warnings and errors.
-
-    Source: Bai et al., Deep Equilibrium Models (arXiv:1909.01377, theorem 1).
 
     >>> a = torch.tensor([[0.25]], requires_grad=True)
     >>> equilibrium(lambda z, a: a * z + 3, torch.zeros(1, 1), a).backward()
@@ -91,7 +88,7 @@ class ImplicitReLU(VanishingReLU):
     fewer channels than it has, it solves the system of the leading block of A: narrow nets are prefixes of wide ones.
     """
 
-    def __init__(self, channels: int, groups: int = 1, kernel_size: int = 1, solver: Solver = Solver()) -> None:
+    def __init__(self, channels: int, groups: int = 1, kernel_size: int = 1, solver: Solver = SOLVER) -> None:
         super().__init__()
         self.solver = solver
         self.name = f"an ImplicitReLU of {channels} channels"  # its dotted name once `name_equilibria` has run
@@ -129,8 +126,8 @@ class ImplicitReLU(VanishingReLU):
         height, width = self.recurrence.kernel_size
         if (height, width) != (1, 1):
             raise AlgebraError(
-                f"its recurrence is {height}x{width} and padded, so its equilibrium depends on where the image ends: no "
-                "convolution, but one matrix for each size of image (growshrink.collapse finds it)."
+                f"its recurrence is {height}x{width} and padded, so its equilibrium depends on where the image ends: "
+                "no convolution, but one matrix for each size of image (growshrink.collapse finds it)."
             )
         kernel = self._resolvent(self.kernel(channels, dtype))
         return ConvMap(kernel, kernel.new_zeros(channels), groups=self.recurrence.groups, biased=False)
@@ -147,4 +144,4 @@ def name_equilibria(model: nn.Module) -> None:
     """Tell every layer that solves an equilibrium its dotted name, for its warnings."""
     for name, module in model.named_modules():
         if isinstance(getattr(module, "solver", None), Solver):
-            module.name = name  # type: ignore[assignment]
+            module.name = name

@@ -1,7 +1,7 @@
 """A convolutional equilibrium on one or several resolutions: one layer with tied weights, applied infinitely often."""
 
-import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.algebra.contraction import contract
-from growshrink.algebra.solvers import Solver
+from growshrink.algebra.solvers import SOLVER, Solver
 from growshrink.errors import EquilibriumError
 from growshrink.layers.equilibrium import BOUND, equilibrium
 
@@ -22,24 +22,19 @@ class ConvEquilibrium(nn.Module):
     r"""Maps z of several resolutions, finest first, with :math:`z_l = relu(A_l * mix_l(z) + u_l)` for given u.
 
     mix adds to a map its finer neighbour (averaged) and its coarser one (repeated, at norm 1), and is scaled to norm 1.
-    Each A is a padded kxk convolution, scaled to a norm of at most 0.9. So this is a contraction by construction: it
-    has one equilibrium, and K evaluations stay within :math:`0.9^K / 0.1` times the first step of it.
+    Each A is a padded kxk convolution of `channels`, scaled to a norm of at most 0.9: a contraction by construction,
+    unlike the cell of Multiscale Deep Equilibrium Models (Bai et al., arXiv:2006.08656).
 
     Args:
         channels: C, of every map.
         levels: L, number of maps.
         kernel_size: Of each A.
-        steps: Explicit evaluations, which export and trace; None solves.
+        steps: Explicit evaluations, which export; None solves.
         solver: Method, tolerance, and kind of gradient.
-        factory: `device` and `dtype` of the weight.
-
-    Attributes:
-        weight: `(T, L, C, C, k, k)`: T is 1, or the number of steps where each has weights of its own.
-
-    Source: Bai et al., Multiscale Deep Equilibrium Models (arXiv:2006.08656), whose cell is not a contraction.
+        factory: `device` and `dtype` of the weight `(T, L, C, C, k, k)`: T is 1, or one for each step (`gs.unroll`).
     """
 
-    __constants__ = ["bounded"]  # False after `unrolled`: TorchScript then sees nothing of `kernels`
+    __constants__ = ["bounded"]  # False after gs.unroll: TorchScript then sees nothing of `kernels`
 
     def __init__(
         self,
@@ -48,7 +43,7 @@ class ConvEquilibrium(nn.Module):
         kernel_size: int = 3,
         *,
         steps: int | None = None,
-        solver: Solver = Solver(),
+        solver: Solver = SOLVER,
         **factory: Any,
     ) -> None:
         super().__init__()
@@ -71,7 +66,7 @@ class ConvEquilibrium(nn.Module):
         packed = torch.cat([t.flatten(1) for t in u], 1)
         if self.steps == 0 and not torch.jit.is_scripting():
             return self._solve(packed, sizes)
-        kernels = self.kernels(packed.dtype) if self.bounded else self.weight
+        kernels = self.kernels(packed) if self.bounded else self.weight
         z = F.relu(packed)
         for step in range(self.steps if self.steps > 0 else 30):  # TorchScript solves nothing
             z = self.step(z, packed, kernels[min(step, kernels.shape[0] - 1)], sizes)
@@ -84,7 +79,7 @@ class ConvEquilibrium(nn.Module):
         for level in range(len(sizes)):
             mixed = maps[level]
             if level > 0:
-                mixed = mixed + F.adaptive_avg_pool2d(maps[level - 1], sizes[level])
+                mixed = mixed + F.interpolate(maps[level - 1], sizes[level], mode="area")
             if level + 1 < len(sizes):
                 below = maps[level + 1]
                 repeats = math.ceil(mixed.shape[2] / below.shape[2]) * math.ceil(mixed.shape[3] / below.shape[3])
@@ -98,27 +93,15 @@ class ConvEquilibrium(nn.Module):
         return [part.view(z.shape[0], self.channels, size[0], size[1]) for part, size in zip(parts, sizes)]  # noqa: B905
 
     @torch.jit.ignore
-    def kernels(self, dtype: torch.dtype) -> Tensor:
-        """The weight, each A scaled to its bound."""
+    def kernels(self, like: Tensor) -> Tensor:
+        """The weight in the dtype of `like`, each A scaled to its bound."""
         flat = contract(self.weight.flatten(0, 2), BOUND, self.weight.shape[:2].numel())
-        return flat.view_as(self.weight).to(dtype)
+        return flat.view_as(self.weight).to(like)
 
     @torch.jit.unused
     def _solve(self, packed: Tensor, sizes: list[list[int]]) -> list[Tensor]:
         u = packed.to(torch.promote_types(packed.dtype, torch.float32))
 
-        def step(z: Tensor, u: Tensor, kernel: Tensor) -> Tensor:
-            return self.step(z, u, kernel, sizes)
-
-        z = equilibrium(step, F.relu(u), u, self.kernels(u.dtype)[0], solver=self.solver, name=self.name)
+        step = partial(self.step, sizes=sizes)
+        z = equilibrium(step, F.relu(u), u, self.kernels(u)[0], solver=self.solver, name=self.name)
         return self.unpack(z.to(packed.dtype), sizes)
-
-    @torch.jit.ignore
-    def unrolled(self, steps: int, untie: bool = False) -> "ConvEquilibrium":
-        """A copy of so many explicit steps, with weights that are scaled once; see `growshrink.unroll`."""
-        explicit = copy.deepcopy(self)
-        weight = self.kernels(self.weight.dtype).detach()[: steps if untie else 1]
-        weight = weight.expand(steps if untie else 1, *weight.shape[1:]).clone()
-        explicit.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
-        explicit.steps, explicit.bounded = steps, False
-        return explicit

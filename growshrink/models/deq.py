@@ -13,7 +13,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.solvers import Solver
+from growshrink.algebra.solvers import SOLVER, Solver
 from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.multiscale import ConvEquilibrium
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
@@ -45,25 +45,15 @@ class EquilibriumBlock(nn.Module):
         injected: list[Tensor] = []
         for inject in self.inject:
             injected.append(inject(F.relu(injected[-1]) if len(injected) > 0 else x))
-        size = injected[-1].shape[2:]
-        return torch.cat([F.adaptive_avg_pool2d(z, size) for z in self.equilibrium(injected)], 1)
+        size = [injected[-1].shape[2], injected[-1].shape[3]]
+        return torch.cat([F.interpolate(z, size, mode="area") for z in self.equilibrium(injected)], 1)
 
 
 class EquilibriumNet(StagedNet):
-    """Stem, one `EquilibriumBlock` a stage, pooled linear classifier.
+    """Stem, one `EquilibriumBlock` a stage, pooled linear classifier. Arguments as of `ReduceNet`, and three more.
 
-    Args:
-        depths: Blocks per stage, all 1.
-        channels: Channels of each stage at `width` 1; the stem has those of the first level of the first stage.
-        strides: Stride of each stage.
-        levels: Resolutions of each stage.
-        width: Multiplier of all channels.
-        steps: Explicit steps of each equilibrium; None solves.
-        solver: Of the equilibria.
-        in_chans: Channels of the images.
-        device: Where the tensors are made.
-        dtype: Type of the parameters.
-        head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
+    `levels` are the resolutions of each stage, `steps` the explicit steps of each equilibrium (None solves), `solver`
+    says how they are solved. `depths` are 1 in all stages.
     """
 
     def __init__(
@@ -75,7 +65,7 @@ class EquilibriumNet(StagedNet):
         *,
         width: float = 1.0,
         steps: int | None = None,
-        solver: Solver = Solver(),
+        solver: Solver = SOLVER,
         in_chans: int = 3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

@@ -50,8 +50,7 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your
-            own)
+            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", parts, yours)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.

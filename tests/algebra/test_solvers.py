@@ -95,4 +95,9 @@ def test_zeros_are_a_fixed_point_like_any_other():
         for method in METHODS:
             start = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
             assert Solver(method=method).solve(lambda z: 0.5 * z, start[:1]).residuals == (0.0,)
-            assert Solver(method=method).solve(lambda z: z @ torch.tensor([[0.0, 0.5], [0.0, 0.0]]), start).value.eq(0).all()
+            assert (
+                Solver(method=method)
+                .solve(lambda z: z @ torch.tensor([[0.0, 0.5], [0.0, 0.0]]), start)
+                .value.eq(0)
+                .all()
+            )

@@ -64,7 +64,9 @@ def test_growing_training_vanishing_and_fusing():
     result = gs.verify(model, input_size=SIZE)
     assert result.ok and result.max_rel <= 1e-10 and result.effect >= 0.1
     fused = gs.fuse(model, input_size=SIZE)
-    assert {key: v.shape for key, v in fused.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert {key: v.shape for key, v in fused.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
     assert rel(fused.eval()(x), model.eval()(x)) < 1e-5
     dropped = gs.drop(model)
     assert torch.equal(dropped.conv.weight, model.conv.weight) and type(dropped.conv) is torch.nn.Conv2d

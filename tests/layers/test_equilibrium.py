@@ -265,7 +265,7 @@ def test_it_is_a_contraction_at_any_sizes(sizes):
     torch.manual_seed(1)
     layer = loud(ConvEquilibrium(2, len(sizes), dtype=torch.float64))
     length = 2 * sum(h * w for h, w in sizes)
-    kernel, sizes = layer.kernels(torch.float64)[0].detach(), [list(size) for size in sizes]
+    kernel, sizes = layer.kernels(layer.weight)[0].detach(), [list(size) for size in sizes]
     always_on = torch.full((1, length), 1e6, dtype=torch.float64)
     zero = layer.step(torch.zeros(1, length, dtype=torch.float64), always_on, kernel, sizes)
     matrix = layer.step(torch.eye(length, dtype=torch.float64), always_on, kernel, sizes) - zero
@@ -280,7 +280,9 @@ def test_unrolled_steps_stay_within_the_bound(untie):
     exact = torch.cat([z.flatten(1) for z in model["eq"](u)], 1)
     start = torch.cat([t.flatten(1) for t in u], 1).clamp_min(0)
     sizes = [[8, 8], [4, 4]]
-    first = model["eq"].step(start, torch.cat([t.flatten(1) for t in u], 1), model["eq"].kernels(torch.float64)[0], sizes)
+    first = model["eq"].step(
+        start, torch.cat([t.flatten(1) for t in u], 1), model["eq"].kernels(model["eq"].weight)[0], sizes
+    )
     errors = []
     for steps in (1, 2, 5, 40):
         explicit = gs.unroll(model, steps, untie=untie)["eq"]
@@ -299,6 +301,7 @@ def test_unrolled_steps_stay_within_the_bound(untie):
         (lambda: gs.unroll(ConvNet(), 3), "no ConvEquilibrium"),
         (lambda: gs.unroll(ConvEquilibrium(2), 0), "steps=0"),
         (lambda: gs.unroll(ConvEquilibrium(2), 2.0), "steps=2.0"),
+        (lambda: ConvEquilibrium(2, steps=0), "steps=0"),
     ],
 )
 def test_what_cannot_be_unrolled(call, words):

@@ -62,7 +62,9 @@ def test_registered_names():
     assert len(NAMES) == 33
     assert sorted(timm.list_models("reducenet*", exclude_filters="*_deq")) == NAMES
     assert set(timm.list_models(module="reducenet")) == set(NAMES)
-    assert set(timm.list_models("reducenet*", exclude_filters="*_deq*", include_tags=True)) == {f"{n}.untrained" for n in NAMES}
+    assert set(timm.list_models("reducenet*", exclude_filters="*_deq*", include_tags=True)) == {
+        f"{n}.untrained" for n in NAMES
+    }
     assert timm.list_pretrained("reducenet*") == []
 
 

@@ -68,7 +68,14 @@ def used_by(model, widths):
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [*((name, x4) for name in OPTIMIZERS), ("sgd", grown), ("adamw", grown), ("sgd", nest), ("adamw", nest), ("adamw", implicit)],
+    [
+        *((name, x4) for name in OPTIMIZERS),
+        ("sgd", grown),
+        ("adamw", grown),
+        ("sgd", nest),
+        ("adamw", nest),
+        ("adamw", implicit),
+    ],
 )
 def test_what_was_not_drawn_stays_bit_for_bit(name, make):
     model = model_of(make)

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.branches import Branch
-from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers import ImplicitReLU
+from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.swaps import to_plain
 from growshrink.layers.widths import get_width
