@@ -65,9 +65,7 @@ class Solver:
             out_ND, gap_ND = out.flatten(1), (out - z).flatten(1)
             gap_N, size_N = gap_ND.norm(dim=1), out_ND.norm(dim=1).clamp_min(torch.finfo(out.dtype).tiny)
             if not bool(gap_N.isfinite().all()):
-                raise EquilibriumError(
-                    f"{name}: evaluation {step} is not finite. Is it a contraction of finite inputs?"
-                )
+                raise EquilibriumError(f"{name}: evaluation {step} is not finite; a contraction of finite inputs is.")
             better_N = (gap_N < least_N) & (relative_N > tol)  # a plain step of a contraction is always better
             best = torch.where(better_N.view(shape), out, best)
             least_N = torch.where(better_N, gap_N, least_N)

@@ -22,29 +22,17 @@ class ConvEquilibrium(nn.Module):
     r"""Maps z of several resolutions, finest first, with :math:`z_l = relu(A_l * mix_l(z) + u_l)` for given u.
 
     mix adds to a map its finer neighbour (averaged) and its coarser one (repeated, at norm 1), and is scaled to norm 1.
-    Each A is a padded kxk convolution of `channels`, scaled to a norm of at most 0.9: a contraction by construction,
+    Each A is a padded 3x3 convolution of C `channels`, scaled to a norm of at most 0.9: a contraction by construction,
     unlike the cell of Multiscale Deep Equilibrium Models (Bai et al., arXiv:2006.08656).
 
-    Args:
-        channels: C, of every map.
-        levels: L, number of maps.
-        kernel_size: Of each A.
-        steps: Explicit evaluations, which export; None solves.
-        solver: Method, tolerance, and kind of gradient.
-        factory: `device` and `dtype` of the weight `(T, L, C, C, k, k)`: T is 1, or one for each step (`gs.unroll`).
+    With `levels` L the weight is `(T, L, C, C, 3, 3)`, where T is 1, or the number of steps after `gs.unroll`. `steps`
+    are explicit evaluations, which export; None solves. `factory` are `device` and `dtype`.
     """
 
     __constants__ = ["bounded"]  # False after gs.unroll: TorchScript then sees nothing of `kernels`
 
     def __init__(
-        self,
-        channels: int,
-        levels: int = 1,
-        kernel_size: int = 3,
-        *,
-        steps: int | None = None,
-        solver: Solver = SOLVER,
-        **factory: Any,
+        self, channels: int, levels: int = 1, *, steps: int | None = None, solver: Solver = SOLVER, **factory: Any
     ) -> None:
         super().__init__()
         if steps is not None and steps < 1:
@@ -52,13 +40,13 @@ class ConvEquilibrium(nn.Module):
         self.channels, self.steps, self.bounded, self.solver = channels, steps or 0, True, solver
         self.name = f"a ConvEquilibrium of {channels} channels"  # its dotted name once `name_equilibria` has run
         self.mixing = 1.0 + 2.0 * math.cos(math.pi / (levels + 1))  # norm of the matrix of ones on three diagonals
-        self.weight = nn.Parameter(torch.empty(1, levels, channels, channels, kernel_size, kernel_size, **factory))
+        self.weight = nn.Parameter(torch.empty(1, levels, channels, channels, 3, 3, **factory))
         self.reset_parameters()
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
         """Redraw the weight as He et al. do; the bound scales it down."""
-        nn.init.normal_(self.weight, std=math.sqrt(2 / self.weight[0, 0, 0].numel()))
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (9 * self.channels)))
 
     def forward(self, u: list[Tensor]) -> list[Tensor]:
         """L maps `(N, C, H_l, W_l)`, finest first -> as many of the same shapes."""
@@ -84,7 +72,7 @@ class ConvEquilibrium(nn.Module):
                 below = maps[level + 1]
                 repeats = math.ceil(mixed.shape[2] / below.shape[2]) * math.ceil(mixed.shape[3] / below.shape[3])
                 mixed = mixed + F.interpolate(below, sizes[level]) / math.sqrt(repeats)
-            out.append(F.conv2d(mixed / self.mixing, kernel[level], padding=kernel.shape[-1] // 2).flatten(1))
+            out.append(F.conv2d(mixed / self.mixing, kernel[level], padding=1).flatten(1))
         return F.relu(torch.cat(out, 1) + u)
 
     def unpack(self, z: Tensor, sizes: list[list[int]]) -> list[Tensor]:
@@ -101,7 +89,6 @@ class ConvEquilibrium(nn.Module):
     @torch.jit.unused
     def _solve(self, packed: Tensor, sizes: list[list[int]]) -> list[Tensor]:
         u = packed.to(torch.promote_types(packed.dtype, torch.float32))
-
         step = partial(self.step, sizes=sizes)
         z = equilibrium(step, F.relu(u), u, self.kernels(u)[0], solver=self.solver, name=self.name)
         return self.unpack(z.to(packed.dtype), sizes)

@@ -18,8 +18,6 @@ from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.multiscale import ConvEquilibrium
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
 
-__all__ = ["EquilibriumBlock", "EquilibriumNet"]
-
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 
@@ -76,10 +74,8 @@ class EquilibriumNet(StagedNet):
         widths = [max(1, round(c * width / levels)) * levels for c in channels]
         stem = conv_norm_act(in_chans, widths[0] // levels, 1, **factory)
         ins = (widths[0] // levels, *widths)
-        stages = [
-            [EquilibriumBlock(*shape, levels, steps=steps, solver=solver, **factory)]
-            for shape in zip(ins, widths, strides, strict=False)
-        ]
+        shapes = zip(ins, widths, strides, strict=False)
+        stages = [[EquilibriumBlock(*shape, levels, steps=steps, solver=solver, **factory)] for shape in shapes]
         reductions = [stride * 2 ** (levels - 1) for stride in strides]
         super().__init__(stem, stages, widths, (1, *reductions), in_chans=in_chans, **factory, **head)
         name_equilibria(self)

@@ -14,10 +14,6 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from growshrink.layers.activations import VanishingReLU
-from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.multiscale import ConvEquilibrium
-
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 
@@ -70,7 +66,7 @@ class StagedNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (PureBottleneck, nn.BatchNorm2d, nn.Linear, VanishingReLU, ConvEquilibrium)):
+            elif hasattr(module, "reset_parameters"):
                 module.reset_parameters()
                 return  # a bottleneck has reset its children
             for child in module.children():

@@ -27,11 +27,11 @@ def unroll(model: nn.Module, steps: int, *, untie: bool = False) -> nn.Module:
         raise EquilibriumError(f"{steps=}: must be a whole number above 0.")
     model = copy.deepcopy(model)
     found = [module for module in model.modules() if isinstance(module, ConvEquilibrium)]
+    if not found:
+        raise EquilibriumError("the model has no ConvEquilibrium: there is nothing to unroll.")
     for layer in found:
         weight = layer.kernels(layer.weight) if layer.bounded else layer.weight
         weight = weight.repeat(steps, *[1] * 5) if untie and len(weight) == 1 else weight.clone()
         layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
         layer.steps, layer.bounded = steps, False  # no longer scaled: free to train as explicit steps are
-    if not found:
-        raise EquilibriumError("the model has no ConvEquilibrium: there is nothing to unroll.")
     return model
