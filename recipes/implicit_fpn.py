@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -158,9 +158,10 @@ class Detector(nn.Module):
     def __init__(self, args: Args, neck: str) -> None:
         super().__init__()
         kwargs = {"in_chans": 1, **read_pairs(args.backbone_kwargs, "--backbone-kwargs")}
-        levels = len(timm.create_model(args.backbone, features_only=True, **kwargs).feature_info)
+        whole: Any = timm.create_model(args.backbone, features_only=True, **kwargs)
+        levels = len(whole.feature_info)
         indices = tuple(range(levels))[-len(SIZES) :]
-        backbone = timm.create_model(args.backbone, features_only=True, out_indices=indices, **kwargs)
+        backbone: Any = timm.create_model(args.backbone, features_only=True, out_indices=indices, **kwargs)
         self.backbone, self.neck = backbone, NECKS[neck](backbone.feature_info.channels(), args.width)
         self.sizes = [list(range(len(SIZES)))] if neck == "single" else [[index] for index in range(len(SIZES))]
         heads = [nn.Conv2d(args.width, CLASSES * len(sizes), 1) for sizes in self.sizes]
