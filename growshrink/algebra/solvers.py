@@ -19,7 +19,7 @@ MEMORY = 5  # iterates that are mixed
 
 @dataclass(frozen=True)
 class Solution:
-    """f at the best iterate of each sample, and the largest residual |f(z) - z| / |f(z)| after each evaluation."""
+    """f at the best iterate of each sample, and the largest relative change by f after each evaluation (residual)."""
 
     value: Tensor
     residuals: tuple[float, ...]
