@@ -47,6 +47,7 @@ from growshrink.transforms import fold as fold
 from growshrink.transforms import fuse as fuse
 from growshrink.transforms import grow as grow
 from growshrink.transforms import growth_report as growth_report
+from growshrink.transforms import unroll as unroll
 
 try:
     __version__ = _version("growshrink")

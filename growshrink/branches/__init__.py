@@ -8,6 +8,7 @@ from growshrink.branches.chains import ExpandNetStack as ExpandNetStack
 from growshrink.branches.chains import LowRank as LowRank
 from growshrink.branches.chains import PointwiseAverage as PointwiseAverage
 from growshrink.branches.chains import PointwiseConv as PointwiseConv
+from growshrink.branches.implicit import Implicit as Implicit
 from growshrink.branches.kernels import Mixture as Mixture
 from growshrink.branches.kernels import Orepa as Orepa
 from growshrink.branches.published import OwnNorm as OwnNorm

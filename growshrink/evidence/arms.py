@@ -222,4 +222,8 @@ ARMS: Mapping[str, Arm] = {
         rounds=_one(hold=0.98, teacher=Teacher("peak"), **_REWIND),
         shrinks=False,
     ),
+    "implicit": Arm(
+        about="one-round, the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
+        rounds=_one(branch=("implicit",), hold=0.40, vanish=0.25, settle=0.05),
+    ),
 }

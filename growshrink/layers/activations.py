@@ -9,6 +9,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import GrowShrinkError, check_model
 
 
@@ -51,6 +52,10 @@ class VanishingReLU(nn.Module):
                 return F.leaky_relu(x, 1.0 - float(self.lam))
         # The cast comes first: in the other order torch.fx would bake lam into its graph as a constant.
         return F.prelu(x, (1 - self.lam.to(x.dtype)).reshape(1))
+
+    def linear_map(self, channels: int, dtype: torch.dtype) -> ConvMap:
+        """What it is at `lam = 0`, on so many channels."""
+        return ConvMap.identity(channels, dtype, self.lam.device)
 
     @torch.jit.unused
     def _lam_is_free_to_read(self, x: Tensor) -> bool:

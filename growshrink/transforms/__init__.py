@@ -1,4 +1,4 @@
-"""Model -> model: grow, drop, fuse, fold."""
+"""Model -> model: grow, drop, fuse, fold, unroll."""
 
 from growshrink.transforms._fold import fold as fold
 from growshrink.transforms._fuse import fuse as fuse
@@ -11,3 +11,4 @@ from growshrink.transforms._grow import growth_report as growth_report
 from growshrink.transforms._online import CollapseReport as CollapseReport
 from growshrink.transforms._online import collapse_online as collapse_online
 from growshrink.transforms._online import collapse_report as collapse_report
+from growshrink.transforms._unroll import unroll as unroll

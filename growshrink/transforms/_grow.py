@@ -16,6 +16,7 @@ from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.mapping import Mergeable
@@ -50,7 +51,7 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your own)
+            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", parts, yours)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
@@ -89,6 +90,7 @@ def grow(
         ]
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         attach(layers[name], branches)
+    name_equilibria(model)
     guard_hooks(model, eligibility.flow)
     return model
 

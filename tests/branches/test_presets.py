@@ -135,7 +135,7 @@ GEOMETRIES = [
 
 def test_every_literature_kind_has_a_twin():
     library = {kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")}
-    assert library - {"bottleneck", "insert", "nest"} == set(TWINS)
+    assert library - {"bottleneck", "insert", "nest", "implicit"} == set(TWINS)
     assert not set(PRESETS) & set(Branch.kinds)
     assert all(Branch.kinds[kind].parallel for kind in TWINS)
 

@@ -9,7 +9,7 @@ import torch
 from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle import Drop, Rewind, Teacher, lay_out
+from growshrink.cycle import Drop, NetAug, Rewind, Teacher, lay_out
 from growshrink.data.batches import Augment
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
@@ -53,6 +53,11 @@ CASES["online"] = {
     ),
     "model": {"dropout": 0.3},
     "config": CONFIG,
+}
+CASES["implicit"] = {
+    "plan": two_rounds((("implicit",), ("insert", "implicit")), widths=NetAug("netaug")),
+    "model": {},
+    "config": TrainConfig(optimizer="adamw", lr=0.003),
 }
 TIMES = ("seconds", "images_per_second")
 

@@ -92,6 +92,14 @@ def nest(branch, x, y):
     return bn(branch.norm, vanishing(body.act, mid) @ matrix(body.pointwise))
 
 
+def implicit(branch, x, y):
+    body = branch.body
+    h = u = bn(body.bn, x @ matrix(body.conv))
+    for _ in range(80):  # A has norm 0.5
+        h = vanishing(body.act, h @ matrix(body.act.recurrence) + u)
+    return bn(branch.norm, h @ matrix(body.pointwise))
+
+
 def insert(branch, x, y):
     return bn(branch.norm, vanishing(branch.act, y) @ matrix(branch.pointwise))
 
@@ -107,6 +115,7 @@ TWINS = {
     "orepa": orepa,
     "bottleneck": bottleneck,
     "nest": nest,
+    "implicit": implicit,
     "insert": insert,
 }
 LEFT_ALONE = {
