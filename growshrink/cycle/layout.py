@@ -145,7 +145,7 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
 
 def _span(entry: Round, number: int, seed: int, begin: int, updates_per_epoch: int) -> RoundSpan:
     total = _updates(entry.epochs, updates_per_epoch)
-    prepare = _prepared(entry, number, total)
+    prepare = max(1, round(entry.teacher.share * total)) if entry.teacher is not None and entry.teacher.share else 0
     start, stop = begin + prepare, begin + total
     hold, vanish, settle = _grown_updates(entry, number, total - prepare)
     hold_stop, lessons = start + hold, None
@@ -157,20 +157,9 @@ def _span(entry: Round, number: int, seed: int, begin: int, updates_per_epoch: i
     return RoundSpan(number, entry, seed, begin, start, hold_stop, hold_stop + vanish, grown_stop, stop, lessons)
 
 
-def _prepared(entry: Round, number: int, total: int) -> int:
-    """Updates that train the teacher of a round."""
-    if not entry.trains_teacher:
-        return 0
-    assert entry.teacher is not None
-    updates = max(1, round(entry.teacher.share * total))
-    if updates >= total:
-        raise PlanError(f"round {number} has {total} updates: too few for a teacher. Give it more epochs.")
-    return updates
-
-
 def _grown_updates(entry: Round, number: int, total: int) -> tuple[int, int, int]:
     """Updates of hold, vanish and settle, of `total` with the tail."""
-    if not entry.branch:
+    if not entry.branch and total > 0:
         return 0, 0, 0
     # Sums are rounded, and down: three shares rounded up one by one may exceed the round.
     hold, alive, grown = (

@@ -23,7 +23,7 @@ from growshrink.cycle.result import CycleResult
 from growshrink.cycle.resume import identity_of, restore
 from growshrink.cycle.running import Run
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.teachers import fingerprint, teacher_nets
+from growshrink.cycle.teachers import fingerprints, teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
@@ -96,8 +96,7 @@ def run_cycle(
     check_model_fits(model, feed)
     rehearse(model, plan, feed.input_size)
     nets = teacher_nets(plan, feed, (about or {}).get("model", {}), teachers)
-    if given := {n: fingerprint(net) for n, net in nets.items() if not plan.rounds[n - 1].trains_teacher}:
-        own["teachers"] = {str(number): digest for number, digest in given.items()}
+    own |= {"teachers": digests} if (digests := fingerprints(plan, nets)) else {}
     with _claimed(out_dir, resume) as folder:
         run = _begin(model, feed, plan, phases, config, folder, saving, {**(about or {}), **own}, progress, tensorboard)
         run.teachers = nets
