@@ -56,7 +56,7 @@ def rounds_table(rounds: Sequence[RoundRecord], *, markdown: bool) -> str:
 def _retention(record: RoundRecord) -> str:
     if record.retention is not None:
         return f"{record.retention:.2f}"
-    return "-" if record.top1.before is None else "no gain"
+    return "-" if record.top1.before is None or not record.branch else "no gain"
 
 
 def _percent(value: float | None) -> str:
