@@ -155,15 +155,8 @@ def shown(value: Any) -> str:
     if is_dataclass(value):
         names = {entry.name: getattr(value, entry.name) for entry in fields(value)}
         kind = getattr(value, KIND, None) or names.pop(next(iter(names)))
-        more = names.pop(_MORE, {})
         changed = (entry.name for entry in fields(value) if entry.name in names and names[entry.name] != entry.default)
-        return ",".join(
-            [
-                str(kind),
-                *(f"{name}={names[name]}" for name in changed),
-                *(f"{name}={each}" for name, each in more.items()),
-            ]
-        )
+        return ",".join([str(kind), *(f"{name}={names[name]}" for name in changed)])
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 

@@ -355,8 +355,7 @@ class Tail(_InRound):
 
     def macs(self, costs: Costs) -> int:
         """See `Phase.macs`."""
-        plain = costs.plain if self.round > 1 or self.start > self.span.start else costs.first
-        return (self.stop - self.start) * plain.train + self.answers(costs)
+        return (self.stop - self.start) * costs.plain.train + self.answers(costs)
 
 
 def merge_linear(run: Run, phase: Phase) -> None:

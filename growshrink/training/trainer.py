@@ -9,16 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Protocol
 
 import torch
-from timm.optim import (
-    Adahessian,
-    Adan,
-    Lamb,
-    Muon,
-    create_optimizer_v2,
-    get_optimizer_class,
-    list_optimizers,
-    param_groups_weight_decay,
-)
+from timm import optim
 from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -38,10 +29,10 @@ from growshrink.training.gradient_maps import GradientMaps
 
 #: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
 #: change of structure it would be wrong for the old parameters or for the new ones.
-NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb)
+NOT_PER_PARAMETER = (optim.Adahessian, optim.Adan, Kron, optim.Lamb)
 
 
-OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", list_optimizers)]
+OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", optim.list_optimizers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,16 +280,16 @@ class Trainer:
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
         try:
-            kind = get_optimizer_class(config.optimizer, bind_defaults=False)
+            kind = optim.get_optimizer_class(config.optimizer, bind_defaults=False)
             if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
                 raise PlanError(
                     f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and "
                     "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
                 )
             values: dict[str, Any] = {key: getattr(config, key) for key in ("lr", "weight_decay", "momentum")}
-            if isinstance(kind, type) and issubclass(kind, Muon):
+            if isinstance(kind, type) and issubclass(kind, optim.Muon):
                 values["param_group_fn"] = partial(_muon_groups, weight_decay=config.weight_decay)
-            return create_optimizer_v2(self.model, opt=config.optimizer, **values)
+            return optim.create_optimizer_v2(self.model, opt=config.optimizer, **values)
         except PlanError:
             raise
         except (ValueError, RuntimeError, AssertionError) as error:
@@ -323,7 +314,7 @@ def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             layers.append(name)
     ends = {id(p) for name in {*layers[:1], *layers[-1:]} for p in model.get_submodule(name).parameters()}
     found = []
-    for group in param_groups_weight_decay(model, weight_decay):
+    for group in optim.param_groups_weight_decay(model, weight_decay):
         for fallback in (False, True):
             if chosen := [p for p in group["params"] if (id(p) in ends) == fallback]:
                 found.append({**group, "params": chosen, **({"use_fallback": True} if fallback else {})})
