@@ -97,11 +97,6 @@ class Round:
         """Whether the teacher is the round's own peak."""
         return self.teacher is not None and self.teacher.is_peak
 
-    @property
-    def trains_teacher(self) -> bool:
-        """Whether another net is trained first, to be the teacher."""
-        return self.teacher is not None and self.teacher.share > 0
-
     def _check_shares(self) -> None:
         if self.exit.linear and not self.vanish:
             raise PlanError(f"vanish={self.vanish!r}: must be above 0, as exit={self.exit.kind!r} merges the branches.")

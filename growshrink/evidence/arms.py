@@ -67,15 +67,13 @@ class Arm:
     def plan(self, epochs: float, seed: int, given: str | None = None) -> CyclePlan:
         """Plan of a run of so many epochs; `given` is where the teacher "given" is found, with {seed} for the seed."""
         path = (given or GIVEN).replace("{seed}", str(seed))
-
-        def teacher(of: Teacher | None) -> Teacher | None:
-            return replace(of, of=path) if of is not None and of.of == GIVEN else of
-
+        taught = [
+            of and replace(of, of=path if of.of == GIVEN else of.of) for of in (each.teacher for each in self.rounds)
+        ]
+        rounds = zip(self.rounds, taught, strict=True)
         return CyclePlan(
             base_epochs=self.base * epochs,
-            rounds=tuple(
-                replace(entry, epochs=entry.epochs * epochs, teacher=teacher(entry.teacher)) for entry in self.rounds
-            ),
+            rounds=tuple(replace(entry, epochs=entry.epochs * epochs, teacher=who) for entry, who in rounds),
             restarts=tuple(share * epochs for share in self.restarts),
             seed=seed,
             gradients=self.gradients,

@@ -188,27 +188,18 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         count, batch_size = len(feeds), feed.train.batch_size
         budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
         budget *= training_macs(plain, feeds[0].input_size)
-        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers)
+        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers=teachers)
         plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
         about = {
             "command": shlex.join(sys.argv),
-            **({"model": _about_net(experiment, arm, feed)} if count == 1 else {}),
+            **({"model": _about_net(experiment, arm.model(experiment.model), feed)} if count == 1 else {}),
             "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
             "job": to_dict(job),
         }
+        how: dict[str, Any] = {"device": where, "progress": progress, "about": about}
         torch.manual_seed(job.seeds[0])
         try:
-            result = run_cycle(
-                net,
-                feed,
-                plan,
-                out_dir=folder,
-                config=config,
-                device=where,
-                progress=progress,
-                about=about,
-                teachers=teachers,
-            )
+            result = run_cycle(net, feed, plan, out_dir=folder, config=config, teachers=teachers, **how)
         except DivergedError as error:
             if job.kind != "trial":
                 raise
@@ -235,7 +226,7 @@ def _side_by_side(
     name, size = arm.model(experiment.model), feeds[0].input_size
     nets = [_net(experiment, name, feed, seed) for feed, seed in zip(feeds, seeds, strict=True)]
     teachers = [
-        teacher_nets(arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, arm, feed))
+        teacher_nets(arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, name, feed))
         for feed, seed in zip(feeds, seeds, strict=True)
     ]
     if len(nets) == 1:
@@ -251,21 +242,15 @@ def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
     return RunRecord(job=job, about=arm.about, **found, **kept)
 
 
-def matched_epochs(
-    arm: Arm,
-    net: nn.Module,
-    feed: Feed,
-    budget: float,
-    seed: int = 0,
-    teachers: Mapping[int, nn.Module] | None = None,
-) -> float:
+def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0, **nets: Any) -> float:
     """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
 
-    Sampled widths, and so their cost, depend on the `seed`. PlanError if the budget is too small for the arm's phases.
+    Sampled widths, and so their cost, depend on the `seed`; `nets` are the `teachers` of `Costs`. PlanError if the
+    budget is too small for the arm's phases.
     """
     updates_per_epoch = feed.train.updates_per_epoch
     epochs = budget / (feed.train.batch_size * updates_per_epoch * training_macs(net, feed.input_size))
-    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, teachers)
+    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, **nets)
     off: dict[float, float] = {}
     for _ in range(12):
         ratio = lay_out(arm.plan(epochs, seed), updates_per_epoch, built_grown=arm.expansion > 0).macs(costs) / budget
@@ -290,22 +275,13 @@ def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Rou
 
 def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(name, **_net_kwargs(experiment, feed))
+    return timm.create_model(name, **_about_net(experiment, name, feed)["kwargs"])
 
 
-def _net_kwargs(experiment: Experiment, feed: Feed) -> dict[str, Any]:
-    return {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
-
-
-def _about_net(experiment: Experiment, arm: Arm, feed: Feed) -> dict[str, Any]:
-    """How to make the net of an arm again, and its plain form."""
-    kwargs = _net_kwargs(experiment, feed)
-    return {
-        "name": arm.model(experiment.model),
-        "kwargs": kwargs,
-        "plain_name": experiment.model,
-        "plain_kwargs": kwargs,
-    }
+def _about_net(experiment: Experiment, name: str, feed: Feed) -> dict[str, Any]:
+    """How to make a net of the experiment again, and its plain form."""
+    kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
+    return {"name": name, "kwargs": kwargs, "plain_name": experiment.model, "plain_kwargs": kwargs}
 
 
 def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:

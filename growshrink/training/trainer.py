@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Annotated, Any, Protocol
 
 import torch
+from timm import optim
+from timm.optim.kron import Kron
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import NotAll, NotNegative, Positive
+from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
@@ -23,7 +26,13 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
-from growshrink.training.optimizers import OptimizerName, make_optimizer
+
+#: Optimizers that keep state (a step count, a random stream) elsewhere than with each parameter: after a
+#: change of structure it would be wrong for the old parameters or for the new ones.
+NOT_PER_PARAMETER = (optim.Adahessian, optim.Adan, Kron, optim.Lamb)
+
+
+OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", optim.list_optimizers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +41,9 @@ class TrainConfig:
 
     Attributes:
         optimizer: Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron,
-            adahessian); see `make_optimizer`.
+            adahessian). Of Muon's family (muon, nmuon, ...; decoupled decay, a good rate is a tenth of SGD's) the first
+            and the last layer get the fallback, AdamW or NAdamW, as vectors do and as its author advises (Jordan et
+            al., https://kellerjordan.github.io/posts/muon/).
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
@@ -268,8 +279,21 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        rates = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
-        return make_optimizer(self.model, config.optimizer, **rates)
+        try:
+            kind = optim.get_optimizer_class(config.optimizer, bind_defaults=False)
+            if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
+                raise PlanError(
+                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and "
+                    "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
+                )
+            values: dict[str, Any] = {key: getattr(config, key) for key in ("lr", "weight_decay", "momentum")}
+            if isinstance(kind, type) and issubclass(kind, optim.Muon):
+                values["param_group_fn"] = partial(_muon_groups, weight_decay=config.weight_decay)
+            return optim.create_optimizer_v2(self.model, opt=config.optimizer, **values)
+        except PlanError:
+            raise
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
 
 
 def _beside(parameter: nn.Parameter, value: Any) -> Any:
@@ -279,3 +303,19 @@ def _beside(parameter: nn.Parameter, value: Any) -> Any:
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with its memory format
     return value.to(parameter.device)
+
+
+def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of timm, those of the first and the last layer apart."""
+    layers = list[str]()
+    for name, module in model.named_modules():
+        within = layers and name.startswith(f"{layers[-1]}.")  # a layer's branches belong to it
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not within:
+            layers.append(name)
+    ends = {id(p) for name in {*layers[:1], *layers[-1:]} for p in model.get_submodule(name).parameters()}
+    found = []
+    for group in optim.param_groups_weight_decay(model, weight_decay):
+        for fallback in (False, True):
+            if chosen := [p for p in group["params"] if (id(p) in ends) == fallback]:
+                found.append({**group, "params": chosen, **({"use_fallback": True} if fallback else {})})
+    return found

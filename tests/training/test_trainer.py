@@ -188,7 +188,7 @@ def test_the_gradient_is_clipped_to_its_norm():
     assert moved == pytest.approx(0.05 * 1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadamw", "lion", "rmsprop", "muon", "adafactorbv", "madgrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadamw", "lion", "rmsprop", "nmuon", "adafactorbv", "madgrad"])
 def test_the_state_of_an_optimizer_goes_out_and_in_again(optimizer):
     kwargs = {"optimizer": optimizer, "lr": 0.01}
     straight, first = trainer(**kwargs), trainer(**kwargs)
@@ -211,6 +211,25 @@ def test_the_state_of_an_optimizer_goes_out_and_in_again(optimizer):
     second.train(5, **FLAT)
     assert equal_states(straight.model.state_dict(), second.model.state_dict())
     assert equal_states(straight.ema.state_dict(), second.ema.state_dict())
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_muon_leaves_the_first_and_the_last_layer_to_its_fallback(grown):
+    made = trainer(optimizer="nmuon", weight_decay=0.1, ema_decay=0.0)
+    if grown:
+        gs.grow(made.model, ratio=1.0, inplace=True, input_size=SIZE)
+        made.structure_changed()
+    made.train(1, **FLAT)
+    decays = {id(p): group["weight_decay"] for group in made.optimizer.param_groups for p in group["params"]}
+    layers = [name for name, module in net().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    ends = tuple(f"{name}." for name in (layers[0], layers[-1]))
+    matrices = {name: p for name, p in made.model.named_parameters() if p.ndim > 1}
+    assert sum(name.startswith(ends) for name in matrices) >= 2 and set(decays) == {
+        id(p) for p in made.model.parameters()
+    }
+    for name, parameter in made.model.named_parameters():
+        assert made.optimizer.state[parameter]["use_muon"] == (parameter.ndim > 1 and not name.startswith(ends)), name
+        assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
 def test_an_optimizer_state_of_another_structure_is_refused():
