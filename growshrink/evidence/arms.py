@@ -6,7 +6,7 @@ A new arm is one entry in `ARMS`, or one in a plan file (see `Arm.from_dict`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
@@ -29,6 +29,9 @@ class Arm:
         base: Share of the epochs before the first round.
         rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
+        model_kwargs: Arguments of its net over the experiment's; they are not to change what the net costs.
+        init: "FOLDER/ARM", where it starts from another experiment's plain net, the classifier excepted: the
+            experiment's folder, beside this one's, and the arm (see `load_start_`); "" for fresh weights.
         expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
         shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
@@ -38,6 +41,8 @@ class Arm:
     base: Share = 0.0
     rounds: tuple[Round, ...] = ()
     restarts: tuple[Share, ...] = ()
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    init: str = ""
     expansion: Whole = 0
     shrinks: bool = True
     gradients: MapSource | None = None

@@ -40,6 +40,7 @@ from growshrink.evidence.record import (
     read_runs,
 )
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
+from growshrink.evidence.weights import load_start_
 from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
@@ -177,7 +178,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
-        net, feed = _side_by_side(experiment, arm, feeds, job.seeds)
+        net, feed = _side_by_side(experiment, arm, feeds, job.seeds, out)
         count, batch_size = len(feeds), feed.train.batch_size
         budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
         budget *= training_macs(plain, feeds[0].input_size)
@@ -202,7 +203,8 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         spent = result.training_macs / count
         if not abs(spent / budget - 1) <= TOLERANCE:
             raise PlanError(f"{job.name}: cost {spent:.3e} MACs of a budget of {budget:.3e}.")
-        trained = [result.model] if count == 1 else unstack_net(result.model, plain.to(where), count)
+        like = plain_of(experiment, job.arm, feeds[0], job.seeds[0]).to(where)
+        trained = [result.model] if count == 1 else unstack_net(result.model, like, count)
         scores = tuple(
             _score(one, own, seed, arm, result.rounds) for one, own, seed in zip(trained, feeds, job.seeds, strict=True)
         )
@@ -213,11 +215,14 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
 
 
 def _side_by_side(
-    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int]
+    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int], out: Path
 ) -> tuple[nn.Module, Feed]:
     """Make the nets of all seeds and their feeds into one of each."""
     name = arm.model(experiment.model)
-    nets = [_net(experiment, name, feed, seed) for feed, seed in zip(feeds, seeds, strict=True)]
+    nets = [_net(experiment, name, feed, seed, **arm.model_kwargs) for feed, seed in zip(feeds, seeds, strict=True)]
+    if arm.init:
+        for net, seed in zip(nets, seeds, strict=True):
+            load_start_(net, arm.init, seed, out)
     if len(nets) == 1:
         return nets[0], feeds[0]
     return stack_nets(nets, feeds[0].input_size), StackedFeed(feeds)  # widths are sampled in steps of its own
@@ -260,18 +265,28 @@ def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Rou
     return SeedScore(seed=seed, val=evaluate(net, feed.val).top1, test=test.top1, loss=test.loss)
 
 
-def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
+def plain_of(experiment: Experiment, arm: str, feed: Feed | DataSet, seed: int) -> nn.Module:
+    """Make the net that an arm of the experiment arrives at, with fresh weights."""
+    return _net(experiment, experiment.model, feed, seed, **experiment.arm(arm).model_kwargs)
+
+
+def _net(experiment: Experiment, name: str, feed: Feed | DataSet, seed: int, **overrides: Any) -> nn.Module:
     torch.manual_seed(seed)
     kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
-    return timm.create_model(name, **kwargs)
+    return timm.create_model(name, **{**kwargs, **overrides})
 
 
 def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
     """The batches of one seed; decoded data sets are kept."""
-    data = _data(experiment.data, data_dir, seed, experiment.pool, experiment.images)
+    data = data_of(experiment, seed, data_dir)
     crop = data.input_size[1] // 8 if experiment.crop is None else experiment.crop
     augment = Augment(crop=crop, flip=experiment.flip)
     return MemoryFeed.of(data, batch_size=experiment.batch_size, augment=augment, seed=seed, device=device)
+
+
+def data_of(experiment: Experiment, seed: int, data_dir: Path | None) -> DataSet:
+    """Load the images of one seed; decoded data sets are kept."""
+    return _data(experiment.data, data_dir, seed, experiment.pool, experiment.images)
 
 
 @lru_cache(maxsize=8)
