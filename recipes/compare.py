@@ -54,7 +54,7 @@ class Args(ExperimentOptions):
     """Runs at a time, each in a process with its share of the cores."""
     stack: bool = True
     """Train all seeds of an arm side by side, as one net with grouped convolutions."""
-    int8: bool = True
+    quantised: bool = True
     """Quantise the finished nets too, where ONNX is installed, for the int8 column (3 s a seed on CIFAR-10)."""
     list: bool = False
     """Only print the arms."""
@@ -90,7 +90,7 @@ def main(args: Args) -> None:
     records = read_runs(out)
     lr = chosen_lr(experiment.comparison, records)
     train(args, experiment, jobs_of(experiment, lr, records, stack=args.stack), out, "training")
-    if args.int8:
+    if args.quantised:
         quantise(experiment, out, args.data.data_dir)
     rebuild(out)
 

@@ -10,7 +10,7 @@ from torch import nn
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.data.datasets import DataSet
 from growshrink.evidence.experiment import Experiment, data_of, plain_of
-from growshrink.evidence.record import Job, RunRecord, SeedScore, read_runs, replace_run
+from growshrink.evidence.record import Job, read_runs, replace_run
 from growshrink.evidence.weights import states_of
 from growshrink.export.int8 import int8_scores
 from growshrink.export.source import Source
@@ -25,29 +25,21 @@ def deployed_nets(experiment: Experiment, job: Job, out: Path, data: DataSet) ->
     return nets
 
 
-def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> int:
-    """Add the int8 top-1 to the lines of finished runs that lack it and whose weights are there; how many did.
+def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
+    """Add the int8 top-1 to the lines of finished runs that lack it and whose weights are still there.
 
     RunError where ONNX is not installed.
     """
-    lacking = [record for record in read_runs(out) if _lacks_int8(experiment, record, out)]
-    for record in lacking:
+    for record in read_runs(out):
+        done = all(score.test is None or score.int8_channel is not None for score in record.scores)
+        asked = record.job.kind == "run" and record.job.arm in experiment.arms
+        if done or not asked or not (out / record.job.folder / PLAIN_FILE).is_file():
+            continue
         scores = []
         for number, score in enumerate(record.scores):
             data = data_of(experiment, score.seed, data_dir)
-            net = deployed_nets(experiment, record.job, out, data)[number]
-            scores.append(_with_int8(score, net, data))
+            plain = deployed_nets(experiment, record.job, out, data)[number]
+            found = int8_scores(Source(Path(), plain, "", {}, data.input_size), data)
+            tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
+            scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
         replace_run(out, replace(record, scores=tuple(scores)))
-    return len(lacking)
-
-
-def _lacks_int8(experiment: Experiment, record: RunRecord, out: Path) -> bool:
-    scored = all(score.test is None or score.int8_channel is not None for score in record.scores)
-    here = record.job.kind == "run" and record.job.arm in experiment.arms
-    return here and not scored and (out / record.job.folder / PLAIN_FILE).is_file()
-
-
-def _with_int8(score: SeedScore, net: nn.Module, data: DataSet) -> SeedScore:
-    source = Source(path=Path(), plain=net, name="", kwargs={}, input_size=data.input_size)
-    found = int8_scores(source, data)
-    return replace(score, int8_tensor=found["per-tensor"].top1, int8_channel=found["per-channel"].top1)

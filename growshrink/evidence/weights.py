@@ -23,16 +23,10 @@ def states_of(out: Path, job: Job) -> list[dict[str, Tensor]]:
 
 
 def load_start_(net: nn.Module, init: str, seed: int, out: Path) -> None:
-    """Load what another experiment's plain net learned, but for the classifier, which stays as it is.
+    """Load into a plain net what another experiment's arm learned, but for the classifier, which stays as it is.
 
-    Args:
-        net: The plain net of another number of classes.
-        init: "FOLDER/ARM": the experiment's folder, which lies beside `out`, and the arm.
-        seed: The net of this seed is taken, the first where there is none.
-        out: Folder of the experiment that starts.
-
-    Raises:
-        RunError: The experiment or the weights are missing, or are those of another net.
+    `init` is "FOLDER/ARM": the experiment's folder, beside `out`, and the arm; its net of this `seed` is taken, the
+    first where there is none. RunError where that experiment or its weights are missing, or are of another net.
     """
     folder, _, arm = init.partition("/")
     source = out.parent / folder

@@ -57,8 +57,7 @@ class ReduceNet(StagedNet):
         pad: `"each"`: a pixel in every conv. `"front"`: all padding of a stage in its first conv, so that the convs of
             a stage can be merged into one, exactly; skips are padded or cropped to fit. Or the lengths of runs of
             blocks per stage, each run padded in front: `((3,), (1, 2), (3,))`.
-        skip: Identities beside the convs. They cost no MACs and `gs.fold` merges them; without them the net is a plain
-            chain, to which a branch "identity" may be grown.
+        skip: Identities beside the convs; without them the net is a plain chain, of as many MACs.
         in_chans: Channels of the images.
         device: Where the tensors are made.
         dtype: Type of the parameters; `lam` is float32 always.

@@ -15,7 +15,7 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {"recipes/curve.py", "tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
@@ -52,6 +52,7 @@ FINE = {
     "cutout": {"0": "none"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
+    "mixup": {"0": "none"},
     "ema_decay": {"0": "no average"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
     "export.turns": {"0": "not timed"},
