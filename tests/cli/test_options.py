@@ -34,7 +34,7 @@ PROGRAMS = (
         f"tools/{name}.py"
         for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
     ),
-    *(f"tools/{name}.py" for name in ("soak", "step_cost")),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: In the default run.
