@@ -23,6 +23,7 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.comparison import ArmComparison, chosen_lr, runs_of, trials_of
 from growshrink.evidence.record import RunRecord, read_plan, read_runs
+from growshrink.evidence.table import int8_top1
 
 #: What a student is charged of the training of its teacher.
 CHARGES: Mapping[str, float] = {"paid": 1.0, "shared by ten": 0.1, "given": 0.0}
@@ -44,6 +45,7 @@ class Point:
         macs: Training MACs of an epoch's worth.
         seconds: Of training.
         searched: What the trials of its learning rate cost.
+        int8: Mean test top-1 in int8, one scale per layer and per output channel; None where it was not taken.
     """
 
     arm: str
@@ -55,6 +57,7 @@ class Point:
     macs: float
     seconds: float
     searched: float
+    int8: tuple[float, float] | None
 
     @property
     def mean(self) -> float:
@@ -191,6 +194,7 @@ def points_of(folder: Path) -> tuple[str, list[Point]]:
                 macs=macs,
                 seconds=sum(run.spent.seconds for run in runs) / nets,
                 searched=searched / macs,
+                int8=int8_top1([score for run in runs for score in run.scores]),
             )
         )
     kwargs = "".join(f", {key}={value}" for key, value in sorted(comparison.model_kwargs.items()))
@@ -271,19 +275,20 @@ def page_of(curves: Curves) -> list[str]:
         "Less plain of as much compute, seed by seed, between budgets linear in log2; charged with all of a teacher's "
         "training, with a tenth of it (ten students share it), with none. Sees: the true difference that so many seeds "
         "tell from 0 with a chance of 80 %. Multiplier: what plain needs for the same top-1, over what the run cost. "
-        "Hours: "
-        "of training one net; tried: what choosing its learning rate cost, in epochs.",
+        "Hours: of training one net; tried: what choosing its learning rate cost, in epochs. int8: top-1 of the nets "
+        "that the exporter quantised, one scale per layer / per output channel.",
         "",
-        "| arm | budget | top-1 | seeds | teacher | " + " | ".join(CHARGES) + " | multiplier | hours | tried |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | budget | top-1 | int8 | seeds | teacher | " + " | ".join(CHARGES) + " | multiplier | hours | tried |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for arm, points in curves.arms.items():
         for point in points:
             charges = [written(curves.gains(point, share)) if arm != PLAIN else "-" for share in CHARGES.values()]
             teacher = "given" if point.given else f"{point.teacher:.0f}" if point.teacher else "-"
+            int8 = " / ".join(f"{each:.2f}" for each in point.int8) if point.int8 else "-"
             multiplier = curves.multiplier(point) if arm != PLAIN else "-"
             lines.append(
-                f"| {arm} | {point.budget:g} | {point.mean:.2f} | {len(point.top1)} | {teacher} "
+                f"| {arm} | {point.budget:g} | {point.mean:.2f} | {int8} | {len(point.top1)} | {teacher} "
                 f"| {' | '.join(charges)} | {multiplier} | {point.seconds / 3600:.2f} | {point.searched:.0f} |"
             )
     return [*lines, "", *_saturation_lines(curves)]

@@ -12,8 +12,8 @@ from growshrink.data.datasets import DataSet
 from growshrink.evidence.experiment import Experiment, data_of, plain_of
 from growshrink.evidence.record import Job, read_runs, replace_run
 from growshrink.evidence.weights import states_of
+from growshrink.export import Source
 from growshrink.export.int8 import int8_scores
-from growshrink.export.source import Source
 
 
 def deployed_nets(experiment: Experiment, job: Job, out: Path, data: DataSet) -> list[nn.Module]:

@@ -99,7 +99,7 @@ def rows_of(comparison: ArmComparison, records: Sequence[RunRecord]) -> list[Tab
                 pooled=pooled[arm][0] if arm in pooled else None,
                 p=corrected.get(arm),
                 sees=_sees(*pairs[arm]) if arm in compared else float("nan"),
-                int8=_int8(list(own.values())),
+                int8=int8_top1(list(own.values())),
                 epochs=first.spent.epochs,
                 cost=first.spent.macs / first.spent.budget,
                 seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds and alike else float("nan"),
@@ -254,7 +254,8 @@ def _sees(values: Sequence[float], of_plain: Sequence[float]) -> float:
     return detectable(statistics.stdev([a - b for a, b in zip(values, of_plain, strict=True)]), len(values))
 
 
-def _int8(scores: Sequence[SeedScore]) -> tuple[float, float] | None:
+def int8_top1(scores: Sequence[SeedScore]) -> tuple[float, float] | None:
+    """Mean top-1 in int8, one scale per layer and per output channel; None unless all seeds have it."""
     pairs = [(score.int8_tensor, score.int8_channel) for score in scores]
     tensor, channel = ([value for value in column if value is not None] for column in zip(*pairs, strict=True))
     return (statistics.mean(tensor), statistics.mean(channel)) if len(channel) == len(pairs) else None

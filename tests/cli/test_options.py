@@ -21,6 +21,7 @@ BEFORE = {
     "recipes/compare.py": ["PLAN"],
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
+    "tools/why.py": ["folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
 }
