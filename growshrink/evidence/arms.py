@@ -32,6 +32,9 @@ class Arm:
         base: Share of the epochs before the first round.
         rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
+        model_kwargs: Arguments of its net over the experiment's; they are not to change what the net costs.
+        init: "FOLDER/ARM", where it starts from another experiment's plain net, the classifier excepted: the
+            experiment's folder, beside this one's, and the arm (see `load_start_`); "" for fresh weights.
         expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
         config: What it trains with in place of the experiment's `TrainConfig`, by name.
@@ -44,6 +47,8 @@ class Arm:
     base: Share = 0.0
     rounds: tuple[Round, ...] = ()
     restarts: tuple[Share, ...] = ()
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    init: str = ""
     expansion: Whole = 0
     shrinks: bool = True
     gradients: MapSource | None = None

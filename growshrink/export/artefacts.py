@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,16 @@ def require_onnx() -> None:
     except ImportError as error:
         advice = "pip install growshrink[onnx], or leave it out (--no-onnx)."
         raise RunError(f"ONNX needs {error.name}: {advice}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the chatter that exporter and quantiser log about themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _contiguous(net: nn.Module) -> dict[str, Tensor]:

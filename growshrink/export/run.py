@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -112,7 +110,7 @@ def export(
             programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
         if options.onnx:
             doing("ONNX")
-            with _quiet():
+            with artefacts.quiet():
                 programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
         doing("checks")
         report: dict[str, Any] = {
@@ -127,7 +125,7 @@ def export(
             quantised = folder / int8.INT8_FILE
             images = int8.calibration_images(source, data, options.calibration, options.seed)
             reduced = int8.needs_reduced_range()
-            with _quiet():
+            with artefacts.quiet():
                 int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
             program = programs[int8.INT8_FILE] = artefacts.onnx_function(quantised, threads=threads)
             doing("accuracy")
@@ -190,13 +188,3 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
         "ms": times,
         "over_plain": {name: ms / times["plain net"] for name, ms in times.items()},
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the chatter that exporter and quantiser log about themselves."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Protocol
 
+import numpy as np
 import torch
 from timm import optim
 from timm.optim.kron import Kron
@@ -47,6 +48,8 @@ class TrainConfig:
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
+        mixup: Alpha of the Beta distribution that mixes each image and its label with another's (Zhang et al.,
+            arXiv:1710.09412); one share a batch, drawn by the update. 0 for none; needs updates without a teacher.
         label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
@@ -59,6 +62,7 @@ class TrainConfig:
     weight_decay: NotNegative = 5e-4
     momentum: NotAll = 0.9
     label_smoothing: NotAll = 0.0
+    mixup: NotNegative = 0.0
     ema_decay: NotAll = 0.998
     clip_grad: Positive | None = None
     amp: bool = False
@@ -155,6 +159,8 @@ class Trainer:
             Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
             this one completes it.
         """
+        if self.config.mixup and (teacher is not None or task is not None):
+            raise PlanError(f"mixup={self.config.mixup!r}: not with a teacher or with sampled widths; set it to 0.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
@@ -255,11 +261,19 @@ class Trainer:
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: TeacherNet | None, question: int = 0) -> Tensor:
+        others_N, share = labels_N, 1.0
+        if self.config.mixup:  # labels may be those of several nets side by side, in turn
+            share = float(np.random.default_rng(self.update).beta(self.config.mixup, self.config.mixup))
+            others_N = labels_N.unflatten(0, (len(images_NCHW), -1)).flip(0).flatten()
+            images_NCHW = share * images_NCHW + (1 - share) * images_NCHW.flip(0)
         with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
             if teacher is not None:
                 target = teacher.answer(question, images_NCHW)
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
+        if share < 1:
+            others = F.cross_entropy(logits.float(), others_N, label_smoothing=self.config.label_smoothing)
+            loss = share * loss + (1 - share) * others
         if teacher is None:
             return loss
         learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)

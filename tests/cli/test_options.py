@@ -15,12 +15,13 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {"recipes/curve.py", "tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
+    "tools/why.py": ["folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
 }
@@ -34,7 +35,7 @@ PROGRAMS = (
         f"tools/{name}.py"
         for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
     ),
-    *(f"tools/{name}.py" for name in ("soak", "step_cost")),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: In the default run.
@@ -52,6 +53,7 @@ FINE = {
     "cutout": {"0": "none"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
+    "mixup": {"0": "none"},
     "ema_decay": {"0": "no average"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
     "export.turns": {"0": "not timed"},

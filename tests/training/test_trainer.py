@@ -1,6 +1,8 @@
 import copy
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
+from growshrink.evidence.stack import stack_nets
 from growshrink.schedules.functions import constant, linear
 from growshrink.training import TeacherNet, TrainConfig, Trainer, calibrate_bn
 from nets import Batches, net, randomized
@@ -349,3 +352,33 @@ class Again:
 
     def batch(self, update):
         return self.batches.batch(self.order[update])
+
+
+def test_mixup_is_the_cross_entropy_with_mixed_labels():
+    """Against labels as distributions, mixed as the images are."""
+    run = trainer(mixup=0.4, label_smoothing=0.1, ema_decay=0.0)
+    images_NCHW, labels_N = run.batches.batch(0)
+    expected = net()
+    share = np.random.default_rng(0).beta(0.4, 0.4)
+    targets_NK = share * F.one_hot(labels_N, 10) + (1 - share) * F.one_hot(labels_N.flip(0), 10)
+    logits_NK = expected.train()(share * images_NCHW + (1 - share) * images_NCHW.flip(0))
+    loss = F.cross_entropy(logits_NK, targets_NK, label_smoothing=0.1).detach()
+    assert 0.01 < share < 0.99
+    torch.testing.assert_close(run.train(1, **FLAT), loss)
+    assert float(trainer(label_smoothing=0.1).train(1, **FLAT)) != pytest.approx(float(loss), rel=1e-3)
+
+
+def test_mixup_of_nets_side_by_side_is_mixup_of_each():
+    nets, losses, batches = [net(seed=seed) for seed in (0, 1)], [], [Batches().batch(update) for update in (5, 6)]
+    images, labels = zip(*batches, strict=True)
+    together = torch.cat(images, 1), torch.stack(labels, 1).flatten()
+    for model, batch in zip([stack_nets(nets, SIZE), *nets], [together, *batches], strict=True):
+        run = trainer(model, mixup=0.4, ema_decay=0.0)
+        run.batches = SimpleNamespace(batch=lambda update, batch=batch: batch)
+        losses.append(run.train(1, **FLAT))
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)
+
+
+def test_mixup_refuses_a_teacher_whose_answers_are_of_other_images():
+    with pytest.raises(PlanError, match="mixup=0.4: not with a teacher"):
+        trainer(mixup=0.4).train(1, teacher=TeacherNet(net(seed=1), weight=0.5, temperature=1.0), **FLAT)
