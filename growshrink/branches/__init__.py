@@ -8,9 +8,16 @@ from growshrink.branches.chains import ExpandNetStack as ExpandNetStack
 from growshrink.branches.chains import LowRank as LowRank
 from growshrink.branches.chains import PointwiseAverage as PointwiseAverage
 from growshrink.branches.chains import PointwiseConv as PointwiseConv
+from growshrink.branches.guide import Guided as Guided
+from growshrink.branches.guide import penalties as penalties
+from growshrink.branches.kernels import DiracKernel as DiracKernel
 from growshrink.branches.kernels import Mixture as Mixture
 from growshrink.branches.kernels import Orepa as Orepa
+from growshrink.branches.modulated import KernelFactors as KernelFactors
+from growshrink.branches.modulated import Modulated as Modulated
+from growshrink.branches.modulated import RowFactors as RowFactors
 from growshrink.branches.small import Copy as Copy
+from growshrink.branches.small import Dirac as Dirac
 from growshrink.branches.small import Horizontal as Horizontal
 from growshrink.branches.small import Identity as Identity
 from growshrink.branches.small import Pointwise as Pointwise

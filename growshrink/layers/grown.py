@@ -14,6 +14,7 @@ from growshrink.errors import check_model
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
+from growshrink.layers.per_image import convolve
 
 
 class Grown(Mergeable):
@@ -37,6 +38,10 @@ class Grown(Mergeable):
         """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
         return self(x)
 
+    def values_of(self, total: ConvMap) -> tuple[Tensor, Tensor]:
+        """Weight and bias with which the layer without branches computes a map in its own geometry."""
+        return total.kernel.reshape(self.weight.shape), total.bias
+
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
         total = ConvMap.from_conv2d(self.as_conv(), dtype)
@@ -51,15 +56,15 @@ class Grown(Mergeable):
 
         `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
         """
-        fused = self.as_convmap().fit(self.as_conv())
+        weight, bias = self.values_of(self.as_convmap().fit(self.as_conv()))
         plain = self.plain_class.__new__(self.plain_class)
         plain.__dict__.update(copy.deepcopy(self.__dict__, {id(self): plain}))
         del plain.branches
         assert isinstance(plain.weight, Tensor)
         with torch.no_grad():
-            plain.weight.copy_(fused.kernel.reshape(plain.weight.shape))
-        if self.bias is not None or bool((fused.bias != 0).any()):
-            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
+            plain.weight.copy_(weight)
+        if self.bias is not None or bool((bias != 0).any()):
+            plain.bias = nn.Parameter(bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
         return plain
 
 
@@ -81,11 +86,22 @@ class GrownConv2d(Grown, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
         x = self.padded(x)
-        y = self._conv_forward(x, self.weight, self.bias)
+        y = self._conv_forward(x, self.weight, self.bias) if torch.jit.is_scripting() else self._joined(x)
         for branch in self.branches:
-            if not branch.skipped:
+            if not (branch.skipped or branch.joined):
                 y = y + branch(x, y)
         return y
+
+    @torch.jit.unused
+    def _joined(self, x: Tensor) -> Tensor:
+        """The layer with the kernels for each image that are part of its own."""
+        kernel, bias = self.weight, self.bias
+        for branch in self.branches:
+            if branch.joined and not branch.skipped:
+                own_kernel, own_bias = cast(Branch, branch).kernels(x)
+                kernel = kernel + own_kernel
+                bias = own_bias if bias is None else bias if own_bias is None else bias + own_bias
+        return convolve(self, x, kernel, bias)
 
 
 @register_notrace_module  # as its parent is: the sizes it computes with are not to be traced

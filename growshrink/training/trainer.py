@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
+from growshrink.branches.guide import penalised, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import set_lambda
@@ -101,6 +102,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.gradient_maps: GradientMaps | None = None
         self._detach_maps: Callable[[], None] | None = None
+        self._penalised = bool(penalised(model))
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
 
@@ -235,6 +237,7 @@ class Trainer:
             if name not in reset and (state := kept.get(id(parameter))):
                 self.optimizer.state[parameter] = state
         self._lam, self._ema_has_lam = None, True
+        self._penalised = bool(penalised(self.model))
         self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -257,10 +260,10 @@ class Trainer:
             if teacher is not None:
                 target = teacher.answer(question, images_NCHW)
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
-        if teacher is None:
-            return loss
-        learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
-        return (1 - teacher.weight) * loss + teacher.weight * learnt
+        if teacher is not None:
+            learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
+            loss = (1 - teacher.weight) * loss + teacher.weight * learnt
+        return loss + penalties(self.model, labels_N, logits) if self._penalised else loss
 
     def _autocast(self, images_NCHW: Tensor) -> AbstractContextManager[None]:
         return torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp)

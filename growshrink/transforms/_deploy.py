@@ -70,9 +70,10 @@ def _merge(conv: Grown, norm: nn.Module | None) -> None:
     total = conv.as_convmap().fit(conv.as_conv())
     if conv.bias is None and norm is None and bool((total.bias != 0).any()):
         raise FuseError("a layer has no bias, and that of its branches has nowhere to go: use growshrink.fuse.")
-    conv.weight.copy_(total.kernel.reshape(conv.weight.shape))
+    weight, bias = conv.values_of(total)
+    conv.weight.copy_(weight)
     if conv.bias is not None:
-        conv.bias.copy_(total.bias)
+        conv.bias.copy_(bias)
     elif norm is not None:
         running_mean = norm.running_mean
         assert isinstance(running_mean, Tensor)

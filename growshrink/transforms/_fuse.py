@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.branches import Branch
+from growshrink.branches.guide import remove_guide
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
@@ -191,16 +192,19 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     unguard_hooks(model)
+    remove_guide(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
-            module.weight.copy_(merge.map.kernel.reshape(module.weight.shape))
+            weight, bias = module.values_of(merge.map)
+            module.weight.copy_(weight)
             if module.bias is not None:
-                module.bias.copy_(merge.map.bias)
+                module.bias.copy_(bias)
             to_plain(module)
         else:
             assert isinstance(module, PureBottleneck)
             replace_module(model, name, _conv_for(module, merge.map))
+    for merge in merges.values():  # when norms are merged, which took their statistics as they were
         if merge.norm is not None:
             running_mean = model.get_submodule(merge.norm).running_mean
             assert isinstance(running_mean, Tensor)

@@ -8,15 +8,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+import timm
+import torch
+from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
+from growshrink.branches.guide import Guide, Guided, attach_guide, connect_guide, guide_of, remove_guide
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.grown_linear import TokenConv2d
+from growshrink.layers.grown_norm import GrownNorm2d, norm_as_conv
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
@@ -39,6 +43,7 @@ def grow(
     where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
+    guide: nn.Module | str | None = None,
     inplace: bool = False,
     input_size: InputSize | None = None,
 ) -> nn.Module:
@@ -49,7 +54,9 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your own)
+            "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac", "dirac_kernel", those
+            whose numbers come from data ("se", "asr", "condconv", "dynamic_conv", "dynet", "weightnet", "moe",
+            "manidp", "guided", "guided_shift", "guided_kernel"; see `growshrink.penalties`), the parts below, your own)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
@@ -61,6 +68,9 @@ def grow(
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
+        guide: Of the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
+            all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None makes
+            DeepMoE's shallow one.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
 
@@ -77,14 +87,20 @@ def grow(
     layers = _candidates(model)
     attachments: dict[str, list[Branch]] = {}
     for name in names:
-        layer, conv = layers[name], _as_conv(layers[name])
-        present = len(layer.branches) if isinstance(layer, Grown) else 0
-        attachments[name] = [
-            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
-            for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
-        ]
+        for spec in _fitting(specs, _as_conv(layers[name]))[0]:
+            carrier = eligibility.carrier_of(name, spec)
+            layer = model.get_submodule(carrier)
+            planned = attachments.setdefault(carrier, [])
+            position = len(planned) + (len(layer.branches) if isinstance(layer, Grown) else 0)
+            branch_seed = _branch_seed(seed, carrier, position)
+            planned.append(spec.build(_as_conv(layer), ratio=ratio, init=init, generator_seed=branch_seed))
+    guided = any(isinstance(branch, Guided) for branches in attachments.values() for branch in branches)
+    built = _guide_for(model, guide, guided, seed, eligibility.flow.input_size)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        attach(layers[name], branches)
+        attach(model.get_submodule(name), branches)
+    if built is not None:
+        attach_guide(model, built)
+    connect_guide(model)
     guard_hooks(model, eligibility.flow)
     return model
 
@@ -105,7 +121,26 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         assert isinstance(module, Grown)
         to_plain(module)
     unguard_hooks(model)
+    remove_guide(model)
     return model
+
+
+def _guide_for(
+    model: nn.Module, guide: nn.Module | str | None, guided: bool, seed: int, size: InputSize
+) -> Guide | None:
+    """The guide that branches to be attached need and `model` does not have."""
+    if not guided or (guide is None and guide_of(model) is not None):
+        if guide is not None:
+            raise GrowError("guide: only branches of the kinds guided, guided_shift and guided_kernel are fed by one.")
+        return None
+    if hasattr(model, "guide"):
+        raise GrowError("guide: the model has an attribute of this name, a guide of its own perhaps; fuse or drop it.")
+    classes = getattr(model, "num_classes", 0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_branch_seed(seed, "guide", 0))
+        if isinstance(guide, str):
+            guide = timm.create_model(guide, num_classes=0, in_chans=size[0])
+        return Guide(guide, size, classes if isinstance(classes, int) else 0)
 
 
 @dataclass(frozen=True)
@@ -165,7 +200,8 @@ def growth_report(
         asked = {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
-        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
+        norm = eligibility.modules.get(eligibility.flow.norm_after(name)[0] or "")
+        kinds = tuple(str(b.kind) for carrier in (module, norm) if isinstance(carrier, Grown) for b in carrier.branches)
         reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
@@ -203,10 +239,18 @@ class _Eligibility:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
+        self.modules = dict(model.named_modules())
         layers = _candidates(model)
         first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), next(iter(layers), None))
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
+
+    def carrier_of(self, name: str, spec: BranchSpec) -> str:
+        """What carries the branch of a layer: the layer, or the norm behind it, for a branch that acts there."""
+        norm = self.flow.norm_after(name)[0] if Branch.kinds[spec.kind].behind_norm else None
+        found = None if norm is None or norm in self.shared else self.modules[norm]
+        fits = isinstance(found, GrownNorm2d) or type(found) in (nn.BatchNorm2d, BatchNormAct2d)
+        return norm if norm and fits and found is not None and found.weight is not None else name
 
     def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
@@ -244,13 +288,15 @@ class _Eligibility:
 def _candidates(model: nn.Module) -> dict[str, Growable]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
-        id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
+        id(m) for grown in model.modules() if isinstance(grown, (Mergeable, Guide)) for m in grown.modules() if m is not grown
     }
     return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
 
 
-def _as_conv(layer: Growable) -> nn.Conv2d:
+def _as_conv(layer: nn.Module) -> nn.Conv2d:
     """What branches are built for."""
+    if isinstance(layer, nn.BatchNorm2d):
+        return norm_as_conv(layer)
     return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
 
 
@@ -279,8 +325,9 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
             raise GrowError(f"the callable given as where chose none of {len(asked)} layers.")
-    else:
-        chosen = list(dict.fromkeys(where))
+    else:  # names of norms that carry branches (a log of growth has them) stand for their layers
+        before = {norm: name for name in candidates if (norm := eligibility.flow.norm_after(name)[0])}
+        chosen = list(dict.fromkeys(before.get(name, name) for name in where))
         for name in chosen:
             if name not in candidates:
                 known = did_you_mean(name, candidates)
