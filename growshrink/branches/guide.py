@@ -136,7 +136,9 @@ class Guide(nn.Module):
         with torch.no_grad():
             out = copy.deepcopy(net).eval()(torch.zeros(2, *input_size, device=device))
         if not isinstance(out, Tensor) or out.dim() != 2:
-            raise GrowError("guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0.")
+            raise GrowError(
+                "guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0."
+            )
         self.net, self.project, self.classify = copy.deepcopy(net), nn.Linear(out.shape[1], EMBEDDING), None
 
     def forward(self, images: Tensor) -> Tensor:

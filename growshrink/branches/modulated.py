@@ -148,7 +148,7 @@ class SqueezeExcite(RowFactors, kind="se"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        return torch.sigmoid(self.squeeze(pooled(source)))
+        return torch.sigmoid(self.squeeze(averaged_pixels(source)))
 
 
 class StaticRecalibration(RowFactors, kind="asr"):
@@ -190,7 +190,7 @@ class CondConv(KernelFactors, kind="condconv"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        return torch.sigmoid(self.route(pooled(source)))
+        return torch.sigmoid(self.route(averaged_pixels(source)))
 
 
 class DynamicConv(KernelFactors, kind="dynamic_conv"):
@@ -211,7 +211,7 @@ class DynamicConv(KernelFactors, kind="dynamic_conv"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        return self.attention(pooled(source)).softmax(-1)
+        return self.attention(averaged_pixels(source)).softmax(-1)
 
 
 class DyNet(KernelFactors, kind="dynet"):
@@ -227,7 +227,7 @@ class DyNet(KernelFactors, kind="dynet"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        return torch.sigmoid(self.predict(pooled(source)))
+        return torch.sigmoid(self.predict(averaged_pixels(source)))
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         """See `KernelFactors.mix`."""
@@ -253,7 +253,7 @@ class WeightNet(KernelFactors, kind="weightnet"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        return torch.sigmoid(self.predict(pooled(source)))
+        return torch.sigmoid(self.predict(averaged_pixels(source)))
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         """See `KernelFactors.mix`."""
@@ -282,7 +282,7 @@ class MixtureOfExperts(KernelFactors, kind="moe"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        source = pooled(source)
+        source = averaged_pixels(source)
         clean = scores = self.route(source)
         num, chosen = clean.shape[1], min(self.CHOSEN, clean.shape[1])
         if self.training:
@@ -322,7 +322,7 @@ class ManifoldPruning(RowFactors, kind="manidp"):
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        features = pooled(source)
+        features = averaged_pixels(source)
         mask = torch.relu(self.squeeze(features)).clamp(max=1000)
         least = self.fade.mean.topk(max(1, round(self.KEPT * mask.shape[1]))).values[-1]
         mask = mask * (mask >= least)
@@ -344,7 +344,7 @@ class ManifoldPruning(RowFactors, kind="manidp"):
         return self.fade.lam * (sparsity + self.SIMILARITY * (alike[0] - alike[1]).square().mean())
 
 
-def pooled(x: Tensor) -> Tensor:
+def averaged_pixels(x: Tensor) -> Tensor:
     """`(N, C, H, W) -> (N, C)`, the global average pool."""
     return x.mean((2, 3))
 

@@ -1,4 +1,4 @@
-"""What a grown net is made of: vanishing activations, fading numbers, bottlenecks, branches, grown and online layers, widths."""
+"""What a grown net is made of: vanishing activations, bottlenecks, branches, grown and online layers, widths."""
 
 from growshrink.layers.activations import Fading as Fading
 from growshrink.layers.activations import VanishingReLU as VanishingReLU

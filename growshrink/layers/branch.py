@@ -30,7 +30,7 @@ class Branch(nn.Module, ABC):
     biased: ClassVar[bool] = True
     #: The parameter that is zero in a silent branch (with the bias beside it), by name: the last factor of every path.
     outermost: ClassVar[str] = "norm.weight"
-    #: What it adds is a convolution with a kernel for each image, `kernels(x)`: summed with the layer's own before it runs.
+    #: It convolves with a kernel for each image, `kernels(x)`, which is summed with the layer's own before that runs.
     per_image: ClassVar[bool] = False
     #: It acts on single channels: `grow` attaches it to the batch norm behind the layer, where there is one.
     behind_norm: ClassVar[bool] = False

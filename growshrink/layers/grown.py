@@ -95,12 +95,14 @@ class GrownConv2d(Grown, nn.Conv2d):
     @torch.jit.unused
     def _joined(self, x: Tensor) -> Tensor:
         """The layer with the kernels for each image that are part of its own."""
+        joined = [cast(Branch, branch) for branch in self.branches if branch.joined and not branch.skipped]
+        if not joined:
+            return self._conv_forward(x, self.weight, self.bias)
         kernel, bias = self.weight, self.bias
-        for branch in self.branches:
-            if branch.joined and not branch.skipped:
-                own_kernel, own_bias = cast(Branch, branch).kernels(x)
-                kernel = kernel + own_kernel
-                bias = own_bias if bias is None else bias if own_bias is None else bias + own_bias
+        for branch in joined:
+            own_kernel, own_bias = branch.kernels(x)
+            kernel = kernel + own_kernel
+            bias = own_bias if bias is None else bias if own_bias is None else bias + own_bias
         return convolve(self, x, kernel, bias)
 
 

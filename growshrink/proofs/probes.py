@@ -36,7 +36,7 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
                     flip = torch.rand(module.weight.shape, generator=generator) < 0.2
                     module.weight.mul_(torch.where(flip, -1.0, 1.0).to(module.weight))
             elif isinstance(module, Fading):
-                uniform_(module.mean, 0.2, 1.5)
+                uniform_(module.mean, -1.0, 3.0)
         for module in model.modules():
             if isinstance(module, Branch):
                 last = dict(module.named_parameters()).get(module.outermost)  # none in a norm without parameters

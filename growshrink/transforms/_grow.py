@@ -69,8 +69,8 @@ def grow(
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         guide: Of the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
-            all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None makes
-            DeepMoE's shallow one.
+            all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None
+            makes DeepMoE's shallow one.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own.
 
@@ -288,7 +288,11 @@ class _Eligibility:
 def _candidates(model: nn.Module) -> dict[str, Growable]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
-        id(m) for grown in model.modules() if isinstance(grown, (Mergeable, Guide)) for m in grown.modules() if m is not grown
+        id(m)
+        for grown in model.modules()
+        if isinstance(grown, (Mergeable, Guide))
+        for m in grown.modules()
+        if m is not grown
     }
     return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
 
@@ -325,8 +329,9 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
             raise GrowError(f"the callable given as where chose none of {len(asked)} layers.")
-    else:  # names of norms that carry branches (a log of growth has them) stand for their layers
-        before = {norm: name for name in candidates if (norm := eligibility.flow.norm_after(name)[0])}
+    else:  # a log of growth has the names of norms, which stand for their layers
+        behind = any(Branch.kinds[kind].behind_norm for spec in specs for kind in spec.kinds)
+        before = {norm: name for name in candidates if behind and (norm := eligibility.flow.norm_after(name)[0])}
         chosen = list(dict.fromkeys(before.get(name, name) for name in where))
         for name in chosen:
             if name not in candidates:
