@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.convmap import ConvMap
-from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors
+from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors, several
 from growshrink.errors import GrowError, GrowShrinkError
-from growshrink.layers.branch import Branch
 
 #: Numbers that a guide says of an image.
 EMBEDDING = 64
 
 
 class Guided(Modulated, kind=""):
-    """Base of the branches whose numbers a `Guide` gives, from its embedding of the images, by one linear layer."""
+    """Base of the branches whose numbers a `Guide` gives, from its embedding of the images."""
 
     #: Of the images that the model runs on; the model's pre-hook puts it here.
     embedding: Tensor | None = None
@@ -27,13 +27,13 @@ class Guided(Modulated, kind=""):
     def coefficients(self, source: Tensor) -> Tensor:
         """See `Modulated.coefficients`; GrowShrinkError where no guide has run and lam is not 0."""
         if self.embedding is not None:
-            return self.fade(self.gate(self.embedding))
-        if self.fade.lam != 0:
-            raise GrowShrinkError(
-                f"a branch of kind {self.kind!r} has no embedding: the guide runs when the model itself is called, "
-                "not a part or a method of it such as forward_features."
-            )
-        return self.constant(source.dtype)
+            return self.fade(self.gate(self.embedding[..., None, None]))
+        if self.fade.lam == 0:
+            return self.constant(source.dtype)
+        raise GrowShrinkError(
+            f"a branch of kind {self.kind!r} has no embedding: the guide runs when the model itself is called, not a "
+            "part or a method of it such as forward_features."
+        )
 
 
 class GuidedRows(Guided, RowFactors, kind="guided"):
@@ -46,65 +46,26 @@ class GuidedRows(Guided, RowFactors, kind="guided"):
     SPARSITY = 0.001
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        super().__init__(conv, ratio, conv.out_channels, start=0.5)
-        self.read = nn.Linear(EMBEDDING, conv.out_channels, bias=False)
+        super().__init__(conv, ratio, nn.Linear(EMBEDDING, conv.out_channels, bias=False), conv.out_channels)
 
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        gates = torch.relu(self.read(source))
-        self.seen = gates if self.training else None
-        return gates
+    def squash(self, z: Tensor) -> Tensor:
+        """ReLU."""
+        self.seen = torch.relu(z)
+        return self.seen
 
-    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor | None:
-        """See `Branch.penalty`."""
-        return None if self.seen is None else self.SPARSITY * self.fade.lam * self.seen.float().sum(1).mean()
-
-
-class GuidedShift(Guided, kind="guided_shift"):
-    """Behind the output: plus W e. Source: DetachNet's "plus"."""
-
-    biased = True
-    behind_norm = True
-
-    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        super().__init__(conv, ratio, conv.out_channels, start=0.0)
-        self.read = nn.Linear(EMBEDDING, conv.out_channels)
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return self.read(source)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
-        c = self.coefficients(x)
-        return (self.scale.to(c.dtype) * c)[..., None, None].to(y.dtype).expand(y.shape)
-
-    def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
-        c = self.constant(kernel.kernel.dtype)
-        shift = self.scale.to(c.dtype) * c
-        return ConvMap(
-            torch.zeros_like(kernel.kernel),
-            shift,
-            kernel.stride,
-            kernel.padding,
-            kernel.dilation,
-            kernel.groups,
-            kernel.padding_mode,
-        )
+    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
+        """See `Modulated.penalty`."""
+        return self.SPARSITY * self.seen.float().sum(1).mean()
 
 
 class GuidedKernel(Guided, KernelFactors, kind="guided_kernel"):
-    """In parallel: as `condconv`, routed by the guide. Source: DetachNet's "convolve"."""
+    """In parallel: kernels and biases mixed by sigmoid(W e): DetachNet's "convolve" and "plus"."""
+
+    biased = True
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        num = max(1, round(ratio))
-        super().__init__(conv, ratio, num, start=0.5)
-        self.read = nn.Linear(EMBEDDING, num)
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return torch.sigmoid(self.read(source))
+        super().__init__(conv, ratio, nn.Linear(EMBEDDING, several(ratio)), several(ratio))
+        self.bias = nn.Parameter(torch.zeros(several(ratio), conv.out_channels))
 
 
 class Guide(nn.Module):
@@ -112,34 +73,33 @@ class Guide(nn.Module):
 
     Args:
         net: Maps images to vectors; None is DeepMoE's shallow net, four strided 3x3.
-        input_size: `(C, H, W)` of an image.
+        size: `(C, H, W)` of an image.
         classes: For the classification loss of the shallow net; 0 for none.
     """
 
-    #: Weight of the classification loss.
-    CLASSIFY = 1.0
+    seen: Any = None
+    net: nn.Module
+    project: nn.Module
 
-    def __init__(self, net: nn.Module | None, input_size: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, net: nn.Module | None, size: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        self.seen: Any = None
+        self.project, self.classify = nn.Identity(), nn.Linear(EMBEDDING, classes) if net is None and classes else None
         if net is None:
-            widths = (input_size[0], 16, 32, 64, EMBEDDING)
             layers: list[nn.Module] = []
-            for inputs, outputs in zip(widths, widths[1:], strict=False):
+            for inputs, outputs in zip((size[0], 16, 32, 64), (16, 32, 64, EMBEDDING), strict=True):
                 conv = nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
                 layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
-            self.net: nn.Module = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            self.project: nn.Module = nn.Identity()
-            self.classify = nn.Linear(EMBEDDING, classes) if classes else None
+            self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
             return
+        self.net = copy.deepcopy(net)
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            out = copy.deepcopy(net).eval()(torch.zeros(2, *input_size, device=device))
+            out = copy.deepcopy(net).eval()(torch.zeros(2, *size, device=device))
         if not isinstance(out, Tensor) or out.dim() != 2:
             raise GrowError(
                 "guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0."
             )
-        self.net, self.project, self.classify = copy.deepcopy(net), nn.Linear(out.shape[1], EMBEDDING), None
+        self.project = nn.Linear(out.shape[1], EMBEDDING)
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
@@ -147,12 +107,7 @@ class Guide(nn.Module):
         self.seen = self.classify(embedding) if self.classify is not None and self.training else None
         return embedding
 
-    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor | None:
-        """The classification loss of the last forward pass in train mode."""
-        return None if self.seen is None else self.CLASSIFY * F.cross_entropy(self.seen.float(), target)
-
-    def __getstate__(self) -> dict[str, Any]:  # no tensors of a graph
-        return {**self.__dict__, "seen": None}
+    __getstate__ = Modulated.__getstate__
 
 
 class RunGuide:
@@ -163,54 +118,48 @@ class RunGuide:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Run the guide."""
-        embedding = model.guide(args[0])
+        embedding = model.get_submodule("guide")(args[0])
         for branch in self.branches:
             branch.embedding = embedding
 
 
-def guide_of(model: nn.Module) -> tuple[Guide, RunGuide] | None:
-    """The guide of a model and its hook, if it has one."""
-    guide = model._modules.get("guide")
+def attach_guide(
+    model: nn.Module, new: Iterable[nn.Module], guide: nn.Module | str | None, size: tuple[int, int, int]
+) -> None:
+    """Let the guide of a model, or else a new one, feed its guided branches and those among `new`.
+
+    Raises:
+        GrowError: The model has a guide already, or something else by this name; there is nothing to guide.
+    """
     hook = next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, RunGuide)), None)
-    return (guide, hook) if isinstance(guide, Guide) and hook is not None else None
-
-
-def attach_guide(model: nn.Module, guide: Guide) -> None:
-    """Let `guide` be the submodule `guide` of a model without one, and run before it."""
-    like = next(p for p in model.parameters())
-    model.guide = guide.to(like).train(model.training)
-    model.register_forward_pre_hook(RunGuide())
-
-
-def connect_guide(model: nn.Module) -> None:
-    """Tell the hook of a model which branches there are."""
-    if (found := guide_of(model)) is not None:
-        found[1].branches = [module for module in model.modules() if isinstance(module, Guided)]
+    branches = [module for module in (*model.modules(), *new) if isinstance(module, Guided)]
+    if guide is not None and (hook is not None or not branches):
+        raise GrowError("guide: for branches of the kinds guided and guided_kernel, in a model without a guide.")
+    if branches and hook is None:
+        if hasattr(model, "guide"):
+            raise GrowError("guide: the model has something of this name already.")
+        if isinstance(guide, str):
+            guide = timm.create_model(guide, num_classes=0, in_chans=size[0])
+        classes = getattr(model, "num_classes", 0)
+        built = Guide(guide, size, classes if isinstance(classes, int) else 0)
+        model.guide = built.to(branches[0].scale).train(model.training)
+        model.register_forward_pre_hook(hook := RunGuide())
+    if hook is not None:
+        hook.branches = branches
 
 
 def remove_guide(model: nn.Module) -> None:
     """Take the guide off, where there is one."""
-    if (found := guide_of(model)) is not None:
-        del model.guide
-        for key, hook in list(model._forward_pre_hooks.items()):
-            if hook is found[1]:
-                del model._forward_pre_hooks[key]
-
-
-def penalised(model: nn.Module) -> list[Branch | Guide]:
-    """What of a model may add to the loss."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, Guide) or (isinstance(module, Branch) and type(module).penalty is not Branch.penalty)
-    ]
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, RunGuide):
+            del model._forward_pre_hooks[key], model.guide
 
 
 def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) -> Tensor:
     """What gates add to the loss, for the last forward pass of a grown net in train mode; 0 where they add nothing.
 
-    Balance of experts (`moe`), sparsity of gates and classification by the guide (`guided`), sparsity and similarity
-    of masks (`manidp`): each times its weight, an attribute of the branch, and times lam. Each pass counts once.
+    Balance of experts (`moe`), sparsity of gates (`guided`), sparsity and similarity of masks (`manidp`): each times
+    its weight, an attribute of the branch, and lam; and DeepMoE's classification by its guide. A pass counts once.
 
     Args:
         model: A grown net.
@@ -223,9 +172,11 @@ def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) ->
     >>> loss = torch.nn.functional.cross_entropy(logits, labels) + gs.penalties(net, labels, logits)
     """
     total = torch.zeros((), device=target.device)
-    for module in penalised(model):
-        if not (isinstance(module, Branch) and module.skipped):
-            term = module.penalty(target, logits)
-            total = total if term is None else total + term
-        module.seen = None
+    for module in model.modules():
+        if isinstance(module, (Modulated, Guide)) and module.seen is not None:
+            if isinstance(module, Guide):
+                total = total + F.cross_entropy(module.seen.float(), target)
+            elif not module.skipped and module.training:
+                total = total + module.fade.lam * module.penalty(target, logits)
+            module.seen = None
     return total

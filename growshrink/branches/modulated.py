@@ -1,16 +1,15 @@
 """Branches of numbers from data: K(x) = K0 + sum over a of c_a(x) D_a, with c fading to its mean (`Fading`).
 
-A kind says where its numbers come from (`gate`) and, where it mixes kernels, how (`mix`); the same function of the
-numbers gives what each image gets and what is merged, so the two cannot drift apart. Every kind ends in `scale`, one
-trained factor a row: 1 is the published formula and start, 0 is silent.
+A kind says where its numbers come from and, where it mixes kernels, how; the same function of the numbers gives what
+each image gets and what is merged. Every kind ends in `scale`, a trained factor a row: 1 is the published start.
 """
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from growshrink.branches.geometry import like
 from growshrink.errors import GrowError
 from growshrink.layers.activations import Fading
 from growshrink.layers.branch import Branch
-from growshrink.layers.per_image import convolve
+from growshrink.layers.grown import convolve
 
 
 class Modulated(Branch, kind=""):
@@ -31,26 +30,27 @@ class Modulated(Branch, kind=""):
     Args:
         conv: What the branch is for.
         ratio: As for every branch; the number of kernels where a kind has several.
-        size: A, numbers for each image.
-        start: What their mean starts at.
+        router: Global average pool `(N, C)`, of the input where kernels are mixed, else of the output -> `(N, A)`.
+        size: A.
+        start: What the mean of the numbers starts at.
     """
 
     biased = False
     outermost = "scale"
+    #: Makes numbers of what the router gives.
+    squash: Callable[[Tensor], Tensor] = staticmethod(torch.sigmoid)
     #: What `penalty` needs of the last forward pass in train mode, until it has been asked.
     seen: Any = None
-    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
-        scale: nn.Parameter
-        fade: Fading
+    router: Any
 
-    def __init__(self, conv: nn.Conv2d, ratio: float, size: int, start: float) -> None:
+    def __init__(self, conv: nn.Conv2d, ratio: float, router: nn.Module, size: int, start: float = 0.5) -> None:
         super().__init__(conv, ratio)
+        self.router, self.fade = router, Fading(size, start)
         self.scale = nn.Parameter(torch.ones(conv.out_channels))
-        self.fade = Fading(size, start)
 
-    @abstractmethod
     def gate(self, source: Tensor) -> Tensor:
-        """The numbers, `(N, A)`, of maps `(N, C, H, W)`: the layer's input where kernels are mixed, else its output."""
+        """Numbers `(N, A)` of maps `(N, C, H, W)`."""
+        return self.squash(self.router(source.mean((2, 3))))
 
     def coefficients(self, source: Tensor) -> Tensor:
         """The numbers at the present lam, `(N, A)`, or `(A,)` where they are the same for every image."""
@@ -59,6 +59,10 @@ class Modulated(Branch, kind=""):
     def constant(self, dtype: torch.dtype) -> Tensor:
         """The numbers at lam = 0, `(A,)`; AlgebraError at any other lam."""
         return self.fade.constant(dtype)
+
+    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
+        """What `seen` adds to the loss, 0-dim; see `growshrink.penalties`."""
+        raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:  # copies and files get no tensors of a graph
         return {key: value for key, value in self.__dict__.items() if key not in ("seen", "embedding")}
@@ -74,7 +78,7 @@ class RowFactors(Modulated, kind=""):
     behind_norm = True
 
     def added(self, c: Tensor) -> Tensor:
-        """`(..., O) -> (..., O)`: the factors, less the 1 that is there without the branch."""
+        """Factors `(..., O)`, less the 1 that is there without the branch."""
         return self.scale.to(c.dtype) * (c - 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -87,27 +91,21 @@ class RowFactors(Modulated, kind=""):
 
 
 class KernelFactors(Modulated, kind=""):
-    """Base of the branches that mix kernels, and sum them with the layer's own in one grouped convolution.
+    """Base of the branches that mix kernels, summed with the layer's own in one grouped convolution.
 
-    Args:
-        conv: What the branch is for.
-        ratio: As for every branch.
-        num: E, the kernels that are mixed, each with a start as if it were alone.
-        size: A, numbers for each image; None is E.
-        start: What their mean starts at.
+    Args: as `Modulated`, and `num`, E, the kernels that are mixed, each with a start as if it were alone.
     """
 
     per_image = True
-    if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
-        conv: nn.Conv2d
-        bias: nn.Parameter | None  # (E, O)
+    bias: nn.Parameter | None
 
-    def __init__(self, conv: nn.Conv2d, ratio: float, num: int, start: float, size: int | None = None) -> None:
-        super().__init__(conv, ratio, size or num, start)
+    def __init__(
+        self, conv: nn.Conv2d, ratio: float, router: nn.Module, num: int, size: int = 0, start: float = 0.5
+    ) -> None:
+        super().__init__(conv, ratio, router, size or num, start)
         self.conv = like(conv, out_channels=num * conv.out_channels)  # kernel after kernel
-        self.register_parameter("bias", None)
-        with torch.no_grad():
-            self.conv.weight.mul_(math.sqrt(num))
+        self.conv.weight.data.mul_(math.sqrt(num))
+        self.register_parameter("bias", None)  # (E, O)
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         """The kernel `(..., O, I, H, W)` of numbers `(..., A)`."""
@@ -131,9 +129,8 @@ class KernelFactors(Modulated, kind=""):
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """See `Branch.as_convmap`."""
         own, bias = self.weigh(self.constant(kernel.kernel.dtype))
-        zero = own.new_zeros(len(own))
         own_map = ConvMap.from_conv2d(self.conv, own.dtype)
-        return replace(own_map, kernel=own, bias=zero if bias is None else bias, biased=bias is not None)
+        return replace(own_map, kernel=own, bias=own.new_zeros(len(own)) if bias is None else bias, biased=self.biased)
 
 
 class SqueezeExcite(RowFactors, kind="se"):
@@ -142,39 +139,31 @@ class SqueezeExcite(RowFactors, kind="se"):
     Source: Squeeze-and-Excitation (Hu et al., arXiv:1709.01507, eq. 2 to 4).
     """
 
-    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        super().__init__(conv, ratio, conv.out_channels, start=0.5)
-        self.squeeze = two_layers(conv.out_channels, max(8, conv.out_channels // 16), conv.out_channels)
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return torch.sigmoid(self.squeeze(averaged_pixels(source)))
+    def __init__(self, conv: nn.Conv2d, ratio: float, start: float = 0.5) -> None:
+        outputs = conv.out_channels
+        router = two_layers(outputs, max(8, outputs // 16), outputs)
+        super().__init__(conv, ratio, router, outputs, start)
 
 
-class StaticRecalibration(RowFactors, kind="asr"):
+class StaticRecalibration(SqueezeExcite, kind="asr"):
     """As `se`, fed with a learnt vector in place of data: the control of what the data are worth. It has no lam.
 
     Source: ASR (arXiv:2304.06345, section 3).
     """
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        super().__init__(conv, ratio, size=0, start=0.0)
+        super().__init__(conv, ratio)
         del self.fade
-        self.squeeze = two_layers(conv.out_channels, max(8, conv.out_channels // 16), conv.out_channels)
         self.vector = nn.Parameter(torch.full((conv.out_channels,), 0.1))
-
-    def gate(self, source: Tensor) -> Tensor:
-        """The numbers, `(O,)`, whatever the source."""
-        return torch.sigmoid(self.squeeze(self.vector))
 
     def coefficients(self, source: Tensor) -> Tensor:
         """See `Modulated.coefficients`."""
-        return self.gate(source)
+        return self.constant(self.vector.dtype)
 
     def constant(self, dtype: torch.dtype) -> Tensor:
         """See `Modulated.constant`; at any lam."""
-        squeeze = {name: parameter.to(dtype) for name, parameter in self.squeeze.named_parameters()}
-        return torch.sigmoid(functional_call(self.squeeze, squeeze, (self.vector.to(dtype),)))
+        router = {name: parameter.to(dtype) for name, parameter in self.router.named_parameters()}
+        return torch.sigmoid(functional_call(self.router, router, (self.vector.to(dtype),)))
 
 
 class CondConv(KernelFactors, kind="condconv"):
@@ -184,13 +173,7 @@ class CondConv(KernelFactors, kind="condconv"):
     """
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        num = max(1, round(ratio))
-        super().__init__(conv, ratio, num, start=0.5)
-        self.route = nn.Linear(conv.in_channels, num)
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return torch.sigmoid(self.route(averaged_pixels(source)))
+        super().__init__(conv, ratio, nn.Linear(conv.in_channels, several(ratio)), several(ratio))
 
 
 class DynamicConv(KernelFactors, kind="dynamic_conv"):
@@ -202,16 +185,12 @@ class DynamicConv(KernelFactors, kind="dynamic_conv"):
     """
 
     biased = True
+    squash = staticmethod(lambda z: z.softmax(-1))
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        num = max(1, round(ratio))
-        super().__init__(conv, ratio, num, start=1 / num)
-        self.attention = two_layers(conv.in_channels, max(4, conv.in_channels // 4), num)
+        inputs, num = conv.in_channels, several(ratio)
+        super().__init__(conv, ratio, two_layers(inputs, max(4, inputs // 4), num), num, start=1 / num)
         self.bias = nn.Parameter(torch.zeros(num, conv.out_channels))
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return self.attention(averaged_pixels(source)).softmax(-1)
 
 
 class DyNet(KernelFactors, kind="dynet"):
@@ -221,18 +200,12 @@ class DyNet(KernelFactors, kind="dynet"):
     """
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        num = max(1, round(ratio))
-        super().__init__(conv, ratio, num, start=0.5, size=num * conv.out_channels)
-        self.predict = nn.Linear(conv.in_channels, num * conv.out_channels)
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return torch.sigmoid(self.predict(averaged_pixels(source)))
+        size = several(ratio) * conv.out_channels
+        super().__init__(conv, ratio, nn.Linear(conv.in_channels, size), several(ratio), size)
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         """See `KernelFactors.mix`."""
-        c_EO = c.unflatten(-1, (len(kernels_EOIHW), -1))
-        return torch.einsum("...eo,eoihw->...oihw", c_EO, kernels_EOIHW)
+        return torch.einsum("...eo,eoihw->...oihw", c.unflatten(-1, (len(kernels_EOIHW), -1)), kernels_EOIHW)
 
 
 class WeightNet(KernelFactors, kind="weightnet"):
@@ -244,23 +217,16 @@ class WeightNet(KernelFactors, kind="weightnet"):
     """
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        slices = 2 if conv.weight[0].numel() % 2 == 0 else 1
-        super().__init__(conv, ratio, 1, start=0.5, size=slices * conv.out_channels)
+        size = conv.out_channels * (1 + (conv.weight[0].numel() % 2 == 0))
         reduced = max(16, conv.in_channels // 16)
-        self.predict = nn.Sequential(
-            nn.Linear(conv.in_channels, reduced), nn.Linear(reduced, slices * conv.out_channels)
+        super().__init__(
+            conv, ratio, nn.Sequential(nn.Linear(conv.in_channels, reduced), nn.Linear(reduced, size)), 1, size
         )
-
-    def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
-        return torch.sigmoid(self.predict(averaged_pixels(source)))
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         """See `KernelFactors.mix`."""
-        shape = kernels_EOIHW.shape[1:]
-        c_OS1 = c.unflatten(-1, (shape[0], -1)).unsqueeze(-1)
-        rows_OSL = kernels_EOIHW[0].reshape(*c_OS1.shape[-3:-1], -1)
-        return (c_OS1 * rows_OSL).flatten(-2).unflatten(-1, shape[1:])
+        slices_AL = kernels_EOIHW.reshape(c.shape[-1], -1)
+        return (c.unsqueeze(-1) * slices_AL).flatten(-2).unflatten(-1, kernels_EOIHW.shape[1:])
 
 
 class MixtureOfExperts(KernelFactors, kind="moe"):
@@ -273,38 +239,30 @@ class MixtureOfExperts(KernelFactors, kind="moe"):
     CHOSEN, BALANCE = 2, 0.01
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        num = max(1, round(ratio))
-        super().__init__(conv, ratio, num, start=1 / num)
-        self.route = nn.Linear(conv.in_channels, num, bias=False)
-        self.noise = nn.Linear(conv.in_channels, num, bias=False)
-        nn.init.zeros_(self.route.weight)
-        nn.init.zeros_(self.noise.weight)
+        num = several(ratio)
+        super().__init__(conv, ratio, nn.Linear(conv.in_channels, 2 * num, bias=False), num, start=1 / num)
+        nn.init.zeros_(self.router.weight)  # scores, and what spreads their noise
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        source = averaged_pixels(source)
-        clean = scores = self.route(source)
-        num, chosen = clean.shape[1], min(self.CHOSEN, clean.shape[1])
-        if self.training:
-            spread = F.softplus(self.noise(source))
-            scores = clean + torch.randn_like(clean) * spread
-        top, index = scores.topk(min(chosen + 1, num), 1)
+        clean, spread = self.router(source.mean((2, 3))).chunk(2, 1)
+        spread, chosen = F.softplus(spread), min(self.CHOSEN, clean.shape[1])
+        scores = clean + torch.randn_like(clean) * spread if self.training else clean
+        top, index = scores.topk(min(chosen + 1, clean.shape[1]), 1)
         gates = torch.full_like(scores, -torch.inf).scatter(1, index[:, :chosen], top[:, :chosen]).softmax(1)
-        if self.training:
-            balance = variation(gates.sum(0))
-            if chosen < num:  # the smooth number of images an expert gets
-                least = torch.where(scores > top[:, chosen:], top[:, chosen:], top[:, chosen - 1 : chosen])
-                balance = balance + variation(torch.special.ndtr((clean - least) / spread).sum(0))
-            self.seen = balance
+        if self.training:  # the load is the smooth number of images that an expert gets
+            least = torch.where(scores > top[:, -1:], top[:, -1:], top[:, chosen - 1 : chosen])
+            load = torch.special.ndtr((clean - least) / spread) if chosen < clean.shape[1] else gates
+            self.seen = gates.sum(0), load.sum(0)
         return gates
 
-    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor | None:
-        """See `Branch.penalty`."""
-        return None if self.seen is None else self.BALANCE * self.fade.lam * self.seen
+    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
+        """See `Modulated.penalty`: the squared coefficients of variation of importance and load."""
+        return self.BALANCE * sum(v.var(unbiased=False) / (v.mean().square() + 1e-10) for v in self.seen)
 
 
-class ManifoldPruning(RowFactors, kind="manidp"):
-    """Behind the output y: y times relu(W2 relu(W1 GAP(y))), 0 where it is below a threshold that half the channels pass.
+class ManifoldPruning(SqueezeExcite, kind="manidp"):
+    """Behind the output y: y relu(W2 relu(W1 GAP(y))), 0 where it is below a threshold that half the channels pass.
 
     Here the gate reads the layer's output, behind whose norm it acts (in the paper its input); the threshold is taken
     of the running means; the share kept is constant; an easy image is one of half the batch's mean loss.
@@ -316,37 +274,25 @@ class ManifoldPruning(RowFactors, kind="manidp"):
     KEPT, SPARSITY, SIMILARITY = 0.5, 0.005, 1.0
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
-        super().__init__(conv, ratio, conv.out_channels, start=1.0)
-        self.squeeze = two_layers(conv.out_channels, max(8, conv.out_channels // 16), conv.out_channels)
-        nn.init.ones_(self.squeeze[2].bias)  # type: ignore[arg-type]
+        super().__init__(conv, ratio, start=1.0)
+        nn.init.ones_(self.router[2].bias)
 
     def gate(self, source: Tensor) -> Tensor:
         """See `Modulated.gate`."""
-        features = averaged_pixels(source)
-        mask = torch.relu(self.squeeze(features)).clamp(max=1000)
-        least = self.fade.mean.topk(max(1, round(self.KEPT * mask.shape[1]))).values[-1]
-        mask = mask * (mask >= least)
-        if self.training:
-            self.seen = features, mask
+        features = source.mean((2, 3))
+        mask = torch.relu(self.router(features)).clamp(max=1000)
+        mask = mask * (mask >= self.fade.mean.topk(max(1, round(self.KEPT * mask.shape[1]))).values[-1])
+        self.seen = (features, mask) if self.training else None
         return mask
 
-    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor | None:
-        """See `Branch.penalty`; the L1 norm is eased only where `logits` are given."""
-        if self.seen is None:
-            return None
+    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
+        """See `Modulated.penalty`; the L1 norm is eased only where `logits` are given."""
         features, mask = (value.float() for value in self.seen)
-        share: Tensor | float = 1.0
-        if logits is not None:
-            losses = F.cross_entropy(logits.detach().float(), target, reduction="none")
-            share = torch.relu(1 - 2 * losses / losses.mean())
+        losses = torch.zeros(()) if logits is None else F.cross_entropy(logits.float(), target, reduction="none")
+        share = torch.relu(1 - 2 * losses / losses.mean().clamp_min(1e-10)).detach()
         alike = [F.normalize(value, dim=1) @ F.normalize(value, dim=1).T for value in (mask, features)]
-        sparsity = self.SPARSITY * (mask.mean(1) * share).mean()
-        return self.fade.lam * (sparsity + self.SIMILARITY * (alike[0] - alike[1]).square().mean())
-
-
-def averaged_pixels(x: Tensor) -> Tensor:
-    """`(N, C, H, W) -> (N, C)`, the global average pool."""
-    return x.mean((2, 3))
+        sparsity = self.SPARSITY * (mask.mean(1) * share.to(mask)).mean()
+        return sparsity + self.SIMILARITY * (alike[0] - alike[1]).square().mean()
 
 
 def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -354,6 +300,6 @@ def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
 
-def variation(x: Tensor) -> Tensor:
-    """Squared coefficient of variation."""
-    return x.var(unbiased=False) / (x.mean().square() + 1e-10)
+def several(ratio: float) -> int:
+    """How many kernels a ratio asks for."""
+    return max(1, round(ratio))

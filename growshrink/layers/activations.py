@@ -120,14 +120,8 @@ class Fading(Vanishing):
         self, size: int, start: float = 0.0, lam: float = 1.0, device: torch.device | str | None = None
     ) -> None:
         super().__init__(lam, device)
-        self.start = start
         self.mean: Tensor
         self.register_buffer("mean", torch.full((size,), start, dtype=torch.float32, device=device))
-
-    def reset_parameters(self) -> None:
-        """Back to lam 1, the mean to its start."""
-        super().reset_parameters()
-        self.mean.fill_(self.start)
 
     def forward(self, g: Tensor) -> Tensor:
         """`(N, size)` -> the same shape and dtype."""

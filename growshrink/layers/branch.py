@@ -84,10 +84,6 @@ class Branch(nn.Module, ABC):
         """Kernels `(N, O, I // groups, kh, kw)` and biases `(N, O)` of a branch that is `per_image`."""
         raise NotImplementedError
 
-    def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor | None:
-        """What its last forward pass adds to the loss, 0-dim; see `growshrink.penalties`."""
-        return None
-
     def make_linear_(self, scale: float, trained: str) -> None:
         """Take the branch's norms and activations away and freeze factors, until what it adds is linear in its weights.
 

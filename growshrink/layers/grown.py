@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import check_model
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
-from growshrink.layers.per_image import convolve
 
 
 class Grown(Mergeable):
@@ -118,6 +118,31 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
     def padded(self, x: Tensor) -> Tensor:
         """See `Grown.padded`."""
         return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve in the geometry of `conv` with a kernel `(..., O, I // groups, kh, kw)` and bias `(..., O)` per image.
+
+    Images are groups of one convolution. ONNX fixes their number, so exported it is a product of unfolded images.
+    """
+    if kernel.dim() == 4:
+        return conv._conv_forward(x, kernel, bias)
+    images, rows = kernel.shape[:2]
+    bias = None if bias is None else bias.expand(images, rows)
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    if torch.compiler.is_exporting():
+        k, d, s = conv.kernel_size, conv.dilation, conv.stride
+        size = [(x.shape[i + 2] + 2 * padding[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in (0, 1)]
+        columns = F.unfold(x, k, d, padding, s).unflatten(1, (conv.groups, -1))
+        y = (kernel.flatten(2).unflatten(1, (conv.groups, -1)) @ columns).flatten(1, 2).unflatten(2, size)
+        return y if bias is None else y + bias[:, :, None, None]
+    flat = None if bias is None else bias.flatten()
+    x = x.reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(x, kernel.flatten(0, 1), flat, conv.stride, padding, conv.dilation, images * conv.groups)
+    return y.reshape(images, rows, *y.shape[2:])
 
 
 def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from timm.layers import BatchNormAct2d, register_notrace_module
 from torch import Tensor, nn
 
@@ -10,14 +12,14 @@ from growshrink.layers.grown import Grown
 
 
 @register_notrace_module
-class GrownNorm2d(Grown, nn.BatchNorm2d):
+class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
     """A batch norm with branches: `y = bn(x); for each branch: y = y + branch(x, y)`.
 
     A row that is 0 in front of a norm comes out as `beta - gamma * mean / std`, behind it as 0. At lam = 0 the factors
     go into gamma and beta. Never constructed: an `nn.BatchNorm2d` becomes one in place; see `GrownConv2d`.
     """
 
-    plain_class = nn.BatchNorm2d
+    plain_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
 
     def as_conv(self) -> nn.Conv2d:
         """See `Grown.as_conv`."""
@@ -31,9 +33,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):
                 y = y + branch(x, y)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, H, W)` -> the same shape."""
-        return self.on_images(x)
+    forward = on_images  # type: ignore[assignment]
 
     def values_of(self, total: ConvMap) -> tuple[Tensor, Tensor]:
         """See `Grown.values_of`: gamma and beta, with the statistics as they are."""
@@ -44,7 +44,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):
 
 
 @register_notrace_module
-class GrownNormAct2d(GrownNorm2d, BatchNormAct2d):
+class GrownNormAct2d(GrownNorm2d, BatchNormAct2d):  # type: ignore[misc]
     """timm's `BatchNormAct2d`, grown: the branches act between the norm and the activation."""
 
     plain_class = BatchNormAct2d

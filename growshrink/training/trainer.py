@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
-from growshrink.branches.guide import penalised, penalties
+from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import set_lambda
@@ -102,7 +102,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.gradient_maps: GradientMaps | None = None
         self._detach_maps: Callable[[], None] | None = None
-        self._penalised = bool(penalised(model))
+        self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
 
@@ -237,7 +237,7 @@ class Trainer:
             if name not in reset and (state := kept.get(id(parameter))):
                 self.optimizer.state[parameter] = state
         self._lam, self._ema_has_lam = None, True
-        self._penalised = bool(penalised(self.model))
+        self._gated = any(isinstance(module, Modulated) for module in self.model.modules())
         self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -263,7 +263,7 @@ class Trainer:
         if teacher is not None:
             learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
             loss = (1 - teacher.weight) * loss + teacher.weight * learnt
-        return loss + penalties(self.model, labels_N, logits) if self._penalised else loss
+        return loss + penalties(self.model, labels_N, logits) if self._gated else loss
 
     def _autocast(self, images_NCHW: Tensor) -> AbstractContextManager[None]:
         return torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp)

@@ -7,15 +7,15 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-import timm
 import torch
 from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
-from growshrink.branches.guide import Guide, Guided, attach_guide, connect_guide, guide_of, remove_guide
+from growshrink.branches.guide import Guide, attach_guide, remove_guide
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, grown_modules
@@ -94,13 +94,11 @@ def grow(
             position = len(planned) + (len(layer.branches) if isinstance(layer, Grown) else 0)
             branch_seed = _branch_seed(seed, carrier, position)
             planned.append(spec.build(_as_conv(layer), ratio=ratio, init=init, generator_seed=branch_seed))
-    guided = any(isinstance(branch, Guided) for branches in attachments.values() for branch in branches)
-    built = _guide_for(model, guide, guided, seed, eligibility.flow.input_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_branch_seed(seed, "guide", 0))
+        attach_guide(model, chain.from_iterable(attachments.values()), guide, eligibility.flow.input_size)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         attach(model.get_submodule(name), branches)
-    if built is not None:
-        attach_guide(model, built)
-    connect_guide(model)
     guard_hooks(model, eligibility.flow)
     return model
 
@@ -123,24 +121,6 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     unguard_hooks(model)
     remove_guide(model)
     return model
-
-
-def _guide_for(
-    model: nn.Module, guide: nn.Module | str | None, guided: bool, seed: int, size: InputSize
-) -> Guide | None:
-    """The guide that branches to be attached need and `model` does not have."""
-    if not guided or (guide is None and guide_of(model) is not None):
-        if guide is not None:
-            raise GrowError("guide: only branches of the kinds guided, guided_shift and guided_kernel are fed by one.")
-        return None
-    if hasattr(model, "guide"):
-        raise GrowError("guide: the model has an attribute of this name, a guide of its own perhaps; fuse or drop it.")
-    classes = getattr(model, "num_classes", 0)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(_branch_seed(seed, "guide", 0))
-        if isinstance(guide, str):
-            guide = timm.create_model(guide, num_classes=0, in_chans=size[0])
-        return Guide(guide, size, classes if isinstance(classes, int) else 0)
 
 
 @dataclass(frozen=True)
@@ -248,9 +228,9 @@ class _Eligibility:
     def carrier_of(self, name: str, spec: BranchSpec) -> str:
         """What carries the branch of a layer: the layer, or the norm behind it, for a branch that acts there."""
         norm = self.flow.norm_after(name)[0] if Branch.kinds[spec.kind].behind_norm else None
-        found = None if norm is None or norm in self.shared else self.modules[norm]
+        found = self.modules[norm] if norm is not None and norm not in self.shared else None
         fits = isinstance(found, GrownNorm2d) or type(found) in (nn.BatchNorm2d, BatchNormAct2d)
-        return norm if norm and fits and found is not None and found.weight is not None else name
+        return str(norm) if fits and found is not None and found.weight is not None else name
 
     def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
@@ -301,6 +281,7 @@ def _as_conv(layer: nn.Module) -> nn.Conv2d:
     """What branches are built for."""
     if isinstance(layer, nn.BatchNorm2d):
         return norm_as_conv(layer)
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
 
 

@@ -113,7 +113,7 @@ def test_silent_branches_add_exactly_0(kind, lam, train):
     assert bool((loud(x, conv(x)) != 0).any()) == (kind != "lora")  # whose paper starts it silent
     # one factor, the outermost, is what silences; no inner one is 0
     zero = [n for n, p in branch.named_parameters() if not n.endswith("bias") and bool((p == 0).all())]
-    routes = ["route.weight", "noise.weight"] if kind == "moe" else []  # by which experts start alike, in the paper
+    routes = ["router.weight"] if kind == "moe" else []  # by which experts start alike, in the paper
     assert zero == [branch.outermost, *routes]
 
 

