@@ -85,6 +85,11 @@ def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
     return tuple(Round(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
 
 
+def _faded(about: str, *branch: str, **values: Any) -> Arm:
+    shares = {"hold": 0.55, "vanish": 0.3, "settle": 0.1}
+    return Arm(about=about, rounds=_one(**{"branch": branch, "ratio": 4.0, "init": "paper", **shares, **values}))
+
+
 PLAIN = "plain"
 ARMS: Mapping[str, Arm] = {
     PLAIN: Arm(about="the plain net, one long run", base=1.0),
@@ -170,5 +175,27 @@ ARMS: Mapping[str, Arm] = {
         about="the grown net itself on the same budget: what there is to be kept, on the val split",
         rounds=_one(hold=0.98, teacher=Teacher("peak"), **_REWIND),
         shrinks=False,
+    ),
+    "asr": _linear(
+        "channel attention fed with a learnt vector: the control that never sees data (arXiv:2304.06345)", "asr"
+    ),
+    "se-fade": _faded("squeeze and excitation, fading to its mean (after arXiv:1709.01507)", "se"),
+    "condconv-fade": _faded(
+        "4 kernels mixed by image, fading to their mean mixture (after arXiv:1904.04971)", "condconv"
+    ),
+    "dynamic-conv-fade": _faded(
+        "4 kernels mixed by attention, lam rising in place of a temperature (after arXiv:1912.03458)",
+        "dynamic_conv",
+        rise=0.1,
+    ),
+    "weightnet-fade": _faded("slices of rows scaled by image, fading (after arXiv:2007.11823)", "weightnet"),
+    "detach": _faded(
+        "a large net feeds scales and kernels of every layer, and is taken off (DetachNet)",
+        "guided",
+        "guided_kernel",
+        guide="reducenet56",
+    ),
+    "deepmoe-fade": _faded(
+        "a shallow net gates every channel, sparsely, and is taken off (after arXiv:1806.01531)", "guided"
     ),
 }

@@ -54,6 +54,13 @@ CASES["online"] = {
     "model": {"dropout": 0.3},
     "config": CONFIG,
 }
+CASES["fading"] = {
+    "plan": two_rounds(
+        (("dynamic_conv", "se", "guided"), ("moe", "guided", "guided_kernel")), guide="test_resnet", rise=0.1
+    ),
+    "model": {},
+    "config": CONFIG,
+}
 TIMES = ("seconds", "images_per_second")
 
 
@@ -106,7 +113,7 @@ def starts(plan):
     return [phase.start for phase in lay_out(plan, 4).all]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop")))
+@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop", "fading")))
 def test_killed_again_and_again(tmp_path, undisturbed, case):
     """In every phase of both rounds, at its first update (right after a surgery) and later."""
     expected = undisturbed(case)
