@@ -142,6 +142,9 @@ def attach_guide(
             guide = timm.create_model(guide, num_classes=0, in_chans=size[0])
         classes = getattr(model, "num_classes", 0)
         built = Guide(guide, size, classes if isinstance(classes, int) else 0)
+        kernels = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+        if any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels):
+            built.to(memory_format=torch.channels_last)
         model.guide = built.to(branches[0].scale).train(model.training)
         model.register_forward_pre_hook(hook := RunGuide())
     if hook is not None:
