@@ -18,16 +18,29 @@ from growshrink.errors import GrowError, GrowShrinkError
 EMBEDDING = 64
 
 
+class RunGuide:
+    """Hook before and behind a model with a guide: holds the embedding of its images while it runs; copied with it."""
+
+    def __init__(self, embedding: Tensor | None = None) -> None:
+        self.embedding = embedding
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        """Run the guide, before the model; forget what it said, behind."""
+        self.embedding = model.get_submodule("guide")(args[0]) if output is None else None
+
+    def __getstate__(self) -> dict[str, Any]:  # no tensors of a graph
+        return {"embedding": None}
+
+
 class Guided(Modulated, kind=""):
     """Base of the branches whose numbers a `Guide` gives, from its embedding of the images."""
 
-    #: Of the images that the model runs on; the model's pre-hook puts it here.
-    embedding: Tensor | None = None
+    guide: RunGuide | None = None
 
     def coefficients(self, source: Tensor) -> Tensor:
         """See `Modulated.coefficients`; GrowShrinkError where no guide has run and lam is not 0."""
-        if self.embedding is not None:
-            return self.fade(self.gate(self.embedding[..., None, None]))
+        if self.guide is not None and self.guide.embedding is not None:
+            return self.fade(self.gate(self.guide.embedding[..., None, None]))
         if self.fade.lam == 0:
             return self.constant(source.dtype)
         raise GrowShrinkError(
@@ -50,8 +63,10 @@ class GuidedRows(Guided, RowFactors, kind="guided"):
 
     def squash(self, z: Tensor) -> Tensor:
         """ReLU."""
-        self.seen = torch.relu(z)
-        return self.seen
+        gates = torch.relu(z)
+        if self.training:
+            self.seen = gates
+        return gates
 
     def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
         """See `Modulated.penalty`."""
@@ -104,23 +119,11 @@ class Guide(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
         embedding = self.project(self.net(images))
-        self.seen = self.classify(embedding) if self.classify is not None and self.training else None
+        if self.classify is not None and self.training:
+            self.seen = self.classify(embedding)
         return embedding
 
     __getstate__ = Modulated.__getstate__
-
-
-class RunGuide:
-    """Forward pre-hook of a model with a guide: hands the embedding of its images to the branches; copied with it."""
-
-    def __init__(self) -> None:
-        self.branches: list[Guided] = []
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """Run the guide."""
-        embedding = model.get_submodule("guide")(args[0])
-        for branch in self.branches:
-            branch.embedding = embedding
 
 
 def attach_guide(
@@ -146,16 +149,19 @@ def attach_guide(
         if any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels):
             built.to(memory_format=torch.channels_last)
         model.guide = built.to(branches[0].scale).train(model.training)
-        model.register_forward_pre_hook(hook := RunGuide())
-    if hook is not None:
-        hook.branches = branches
+        hook = RunGuide()
+        model.register_forward_pre_hook(hook)
+        model.register_forward_hook(hook)
+    for branch in branches:
+        branch.guide = hook
 
 
 def remove_guide(model: nn.Module) -> None:
     """Take the guide off, where there is one."""
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, RunGuide):
-            del model._forward_pre_hooks[key], model.guide
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, RunGuide)]:
+            del hooks[key]
+            model._modules.pop("guide", None)
 
 
 def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) -> Tensor:

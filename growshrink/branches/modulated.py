@@ -65,7 +65,7 @@ class Modulated(Branch, kind=""):
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:  # copies and files get no tensors of a graph
-        return {key: value for key, value in self.__dict__.items() if key not in ("seen", "embedding")}
+        return {key: value for key, value in self.__dict__.items() if key != "seen"}
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise GrowError(f"a branch of kind {self.kind!r} is no TorchScript: growshrink.fuse comes before TorchScript.")
@@ -282,7 +282,8 @@ class ManifoldPruning(SqueezeExcite, kind="manidp"):
         features = source.mean((2, 3))
         mask = torch.relu(self.router(features)).clamp(max=1000)
         mask = mask * (mask >= self.fade.mean.topk(max(1, round(self.KEPT * mask.shape[1]))).values[-1])
-        self.seen = (features, mask) if self.training else None
+        if self.training:
+            self.seen = features, mask
         return mask
 
     def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:

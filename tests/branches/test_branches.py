@@ -6,7 +6,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec, Guided, middle_width
-from growshrink.branches.guide import EMBEDDING
+from growshrink.branches.guide import EMBEDDING, RunGuide
 from growshrink.errors import GrowError
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.mapping import convmap_of
@@ -67,7 +67,7 @@ def conv_of(options, dtype=torch.float64):
 def build(kind, conv, init="paper", ratio=2.0, seed=0):
     branch = BranchSpec(kind=kind).build(conv, ratio=ratio, init=init, generator_seed=seed)
     if isinstance(branch, Guided):  # whose model gives it what its guide says
-        branch.embedding = images(EMBEDDING).to(conv.weight.device, conv.weight.dtype)
+        branch.guide = RunGuide(images(EMBEDDING).to(conv.weight.device, conv.weight.dtype))
     return branch
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec, KernelFactors, Modulated
-from growshrink.branches.guide import EMBEDDING, Guided
+from growshrink.branches.guide import EMBEDDING, Guided, RunGuide
 from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.layers.grown_linear import TokenConv2d
 from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
@@ -108,11 +108,11 @@ def manidp(branch, x, y):
 
 
 def guided(branch, x, y):
-    return rows(branch, torch.relu(branch.router.weight @ branch.embedding[0]), y)
+    return rows(branch, torch.relu(branch.router.weight @ branch.guide.embedding[0]), y)
 
 
 def guided_kernel(branch, x, y):
-    c = faded(branch, torch.sigmoid(branch.router.weight @ branch.embedding[0] + branch.router.bias))
+    c = faded(branch, torch.sigmoid(branch.router.weight @ branch.guide.embedding[0] + branch.router.bias))
     kernel = sum(a * w for a, w in zip(c, experts(branch), strict=True))
     return convolved(branch, kernel, x, sum(a * b for a, b in zip(c, branch.bias, strict=True)))
 
@@ -144,7 +144,7 @@ def of(kind, layer, lam=0.5):
         if kind in ("moe", "dynamic_conv", "guided_kernel"):  # what starts at 0
             for parameter in branch.router.parameters() if kind == "moe" else [branch.bias]:
                 parameter.normal_(std=0.3)
-    branch.embedding = images(EMBEDDING, n=3, dtype=torch.float64)
+    branch.guide = RunGuide(images(EMBEDDING, n=3, dtype=torch.float64))
     gs.set_lambda(branch, lam)
     return branch.eval()
 
@@ -153,7 +153,7 @@ def one_by_one(branch, x, y):
     parts = []
     for n in range(len(x)):
         alone = copy.copy(branch)
-        alone.__dict__ = {**branch.__dict__, "embedding": branch.embedding[n : n + 1]}
+        alone.__dict__ = {**branch.__dict__, "guide": RunGuide(branch.guide.embedding[n : n + 1])}
         parts.append(TWINS[branch.kind](alone, x[n : n + 1], y[n : n + 1]))
     return torch.cat(parts)
 
@@ -172,7 +172,7 @@ def test_against_the_formula_image_by_image(kind, options):
         attach(conv, [branch])
         assert conv.branches[0].joined == isinstance(branch, KernelFactors)
         assert rel(conv(x), y + expected) < TINY and rel(y, y + expected) > 0.05
-        branch.embedding = None  # as in a copy
+        branch.guide = None  # as where it runs alone
         gs.set_lambda(conv, 0.0)
         assert rel(conv.as_convmap()(x), conv(x)) < TINY
 
