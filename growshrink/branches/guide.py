@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors, several
-from growshrink.errors import GrowError, GrowShrinkError
+from growshrink.errors import GrowError, GrowShrinkError, check_model
 
 #: Numbers that a guide says of an image.
 EMBEDDING = 64
@@ -180,6 +180,7 @@ def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) ->
     >>> logits, labels = net(torch.randn(4, 3, 32, 32)), torch.arange(4)
     >>> loss = torch.nn.functional.cross_entropy(logits, labels) + gs.penalties(net, labels, logits)
     """
+    check_model(model)
     total = torch.zeros((), device=target.device)
     for module in model.modules():
         if isinstance(module, (Modulated, Guide)) and module.seen is not None:
