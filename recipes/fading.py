@@ -15,14 +15,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-import timm
 import torch
 import tyro
 from torch import nn
 
 import growshrink as gs
 from growshrink.analysis import channel_usage
+from growshrink.base.limits import Count, Ratio, Seed, Whole
 from growshrink.branches import Modulated
+from growshrink.branches.spec import BranchKind
+from growshrink.cli.forms import pick
+from growshrink.cli.options import DataOptions, ModelOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.datasets import load_data
@@ -34,35 +37,30 @@ from growshrink.training import TrainConfig, Trainer, evaluate
 class Args:
     """Options of fading."""
 
-    branch: Annotated[str, tyro.conf.Positional] = "se"
+    branch: Annotated[BranchKind, tyro.conf.Positional] = "se"
     """Kind of branch."""
-    data: str = "digits"
-    """Name of a data set that needs no files, or lies where growshrink looks for it."""
-    model: str = "reducenet20"
-    """A model of timm's."""
-    width: float = 0.25
-    """Of a ReduceNet."""
-    ratio: float = 4.0
+    data: DataOptions = pick(DataOptions(), "data", "data_dir")
+    model: ModelOptions = ModelOptions(model_kwargs=("width=0.25",))
+    ratio: Ratio = 4.0
     """Kernels that are mixed."""
-    epochs: int = 40
+    epochs: Count = 40
     """At lam = 1; half as many follow in which it falls, and rests."""
-    lr: float = 0.05
-    """Learning rate."""
-    seed: int = 0
+    training: TrainConfig = pick(TrainConfig(lr=0.05, ema_decay=0.0), "lr")
+    seed: Seed = 0
     """Of everything."""
-    random: int = 20
+    random: Whole = 20
     """Random nets to judge pruning by; 0 prunes nothing."""
 
 
 def main(args: Args) -> None:
     """Train and print."""
     torch.manual_seed(args.seed)
-    data = load_data(args.data, None, seed=args.seed)
+    data = load_data(args.data.data or "digits", args.data.data_dir, seed=args.seed)
     feed = MemoryFeed.of(data, batch_size=64, augment=NO_AUGMENT, seed=args.seed)
     size, classes = feed.input_size, len(data.classes)
-    net = timm.create_model(args.model, width=args.width, num_classes=classes, in_chans=size[0])
+    net, _ = args.model.create(num_classes=classes, in_chans=size[0])
     grown = gs.grow(net, args.branch, ratio=args.ratio, init="paper", input_size=size)
-    trainer = Trainer(grown, TrainConfig(lr=args.lr, ema_decay=0.0), feed.train)
+    trainer = Trainer(grown, args.training, feed.train)
     alive = args.epochs * feed.train.updates_per_epoch
     more = alive // 2
     rate = gs.schedules.cosine(1.0, 0.05, steps=alive + more)
