@@ -11,6 +11,7 @@ from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
 from growshrink.base.limits import Share, Whole
+from growshrink.branches import Branch, Modulated
 from growshrink.cycle import CyclePlan, Drop, FromBranches, FromPixels, MapSource, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
 
@@ -57,6 +58,12 @@ class Arm:
             seed=seed,
             gradients=self.gradients,
         )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its numbers from data would be taken over the channels of all seeds side by side."""
+        kinds = (Branch.kinds.get(kind, Branch) for entry in self.rounds for kind in entry.branch)
+        return any(issubclass(kind, Modulated) for kind in kinds)
 
     def model(self, plain: str) -> str:
         """Name of the model it starts with."""

@@ -18,7 +18,6 @@ from growshrink.base.config import check_fields, from_dict, to_dict
 from growshrink.base.limits import BatchSize, Count, Positive, Whole
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
-from growshrink.branches import Branch, Modulated
 from growshrink.cycle import lay_out, run_cycle
 from growshrink.cycle.costs import Costs
 from growshrink.cycle.records import RoundRecord
@@ -113,10 +112,8 @@ class Experiment:
         arm = self.arm(name)
         listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
         elementwise = self.config.optimizer in ELEMENTWISE and self.config.clip_grad is None
-        kinds = [kind for entry in arm.rounds for kind in entry.branch]
-        mixing = any(issubclass(Branch.kinds.get(kind, Branch), Modulated) for kind in kinds)  # channels of all seeds
         return (
-            arm.shrinks and elementwise and not listens and not mixing and arm.gradients is None
+            arm.shrinks and elementwise and not listens and arm.gradients is None and not arm.mixes
         )  # a peak is scored by run_cycle, which knows of one net only
 
     def to_json(self) -> dict[str, Any]:
