@@ -59,12 +59,6 @@ class Arm:
             gradients=self.gradients,
         )
 
-    @property
-    def mixes(self) -> bool:
-        """Whether its numbers from data would be taken over the channels of all seeds side by side."""
-        kinds = (Branch.kinds.get(kind, Branch) for entry in self.rounds for kind in entry.branch)
-        return any(issubclass(kind, Modulated) for kind in kinds)
-
     def model(self, plain: str) -> str:
         """Name of the model it starts with."""
         return f"{plain}_x{self.expansion}" if self.expansion else plain
@@ -73,6 +67,12 @@ class Arm:
     def from_dict(values: Mapping[str, Any]) -> Arm:
         """Read from a plan file; PlanError for unknown keys and values that cannot be."""
         return from_dict(Arm, values, "an arm of the plan")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its numbers from data would be taken over the channels of all seeds side by side."""
+        kinds = {kind for entry in self.rounds for kind in entry.branch} & Branch.kinds.keys()
+        return any(issubclass(Branch.kinds[kind], Modulated) for kind in kinds)
 
 
 def _one(**values: Any) -> tuple[Round, ...]:
