@@ -114,7 +114,7 @@ BAD = {
     + each(lambda d: gs.depth.merge_runs(plain(), if_costlier=d), ("maybe", None, 3))
     + each(lambda w: gs.depth.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.depth.nonaffine_modules(m, input_size=SIZE), NO_NETS),
-    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv1d(1, 1, 1))),
+    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.LayerNorm(1), nn.Conv1d(1, 1, 1))),
     "PureBottleneck": each(lambda v: gs.layers.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.layers.PureBottleneck(4, 4, 4, groups=3)],
     "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)
@@ -123,6 +123,7 @@ BAD = {
                      "every": (0, -1, 0.5, "x")}.items() for v in vs],
     "choose_width": each(lambda m: gs.choose_width(m, [], lambda n: 0.0), NO_NETS),
     "sort_channels": each(gs.sort_channels, NO_NETS),
+    "penalties": each(lambda m: gs.penalties(m, images(1)), NO_NETS),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
     "compile_gradients": each(gs.compile_gradients, NO_NETS) + [lambda: gs.compile_gradients(plain())],

@@ -6,4 +6,5 @@ from growshrink.analysis._angle import angle as angle
 from growshrink.analysis._angle import supernet_table as supernet_table
 from growshrink.analysis._rank import Ranking as Ranking
 from growshrink.analysis._rank import rank as rank
+from growshrink.analysis.channels import channel_usage as channel_usage
 from growshrink.analysis.prune import random_prune as random_prune

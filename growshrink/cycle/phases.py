@@ -285,6 +285,7 @@ class Hold(_Grown):
                 init=plan.init,
                 seed=seed,
                 input_size=run.size,
+                guide=plan.guide,
             )
         run.same_on_all_ranks()
         run.changed(change)

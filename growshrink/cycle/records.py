@@ -51,12 +51,14 @@ class Grew(Change, kind="grow"):
     names: list[str] = field(default_factory=list)
     init: str = "silent"
     seed: int = 0
+    guide: str | None = None
     shapes: dict[str, list[int]] = field(default_factory=dict)
 
     def grow(self, model: nn.Module, input_size: InputSize) -> None:
         """Grow a plain net in place, by exact names, so that nothing is decided twice."""
         specs = [BranchSpec(kind=kind, ratio=self.ratio) for kind in self.branches]
-        grow(model, specs, where=self.names, init=self.init, seed=self.seed, inplace=True, input_size=input_size)
+        options = {"where": self.names, "init": self.init, "seed": self.seed, "guide": self.guide}
+        grow(model, specs, **options, inplace=True, input_size=input_size)  # type: ignore[arg-type]
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
         """See `Change.apply`; RunError where the shapes are not those of then."""

@@ -11,7 +11,7 @@ from torch import nn
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.plan import Round
 from growshrink.cycle.teaching import Lessons
-from growshrink.schedules import Schedule, hold_then_vanish
+from growshrink.schedules import Schedule, hold_then_vanish, linear
 from growshrink.supernet import NetAugTask
 from growshrink.supernet.cost import StepCost
 from growshrink.training.distil import TeacherNet
@@ -57,7 +57,8 @@ class RoundSpan:
         if self.plan.linear or not self.plan.branch:
             return 0.0
         hold, vanish = self.hold_stop - self.start, self.vanish_stop - self.hold_stop
-        return hold_then_vanish(hold, vanish)(update - self.start)
+        rise = linear(0.0, 1.0, steps=round(self.plan.rise * (self.stop - self.start)))
+        return min(rise(update - self.start), hold_then_vanish(hold, vanish)(update - self.start))
 
     def sampling(self, net: nn.Module, lam: Schedule, **values: Any) -> NetAugTask:
         """What samples the widths of a grown net in training; `values` are arguments of `NetAug.task`."""

@@ -126,7 +126,7 @@ class Experiment:
         config = arm.trained(self.config, self.config.lr)
         elementwise = config.optimizer in ELEMENTWISE and config.clip_grad is None
         return (
-            arm.shrinks and elementwise and not listens and arm.gradients is None
+            arm.shrinks and elementwise and not listens and arm.gradients is None and not arm.mixes
         )  # a peak is scored by run_cycle, which knows of one net only
 
     def to_json(self) -> dict[str, Any]:

@@ -108,10 +108,16 @@ def export(
         if options.pt2:
             doing("torch.export")
             programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
+            if source.dynamic is not None:
+                file = artefacts.DYNAMIC_PT2_FILE
+                programs[file] = artefacts.write_pt2(source.dynamic, source, folder, file)
         if options.onnx:
             doing("ONNX")
             with artefacts.quiet():
                 programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
+                if source.dynamic is not None:
+                    file = artefacts.DYNAMIC_ONNX_FILE
+                    programs[file] = artefacts.write_onnx(source.dynamic, source, folder, threads=threads, file=file)
         doing("checks")
         report: dict[str, Any] = {
             "source": _about(source),
@@ -161,7 +167,7 @@ def _about(source: Source) -> dict[str, Any]:
 
 
 def _cost(source: Source, folded: nn.Module) -> dict[str, Any]:
-    nets = {"grown net": source.grown, "plain net": source.plain, "folded net": folded}
+    nets = {"grown net": source.grown, "dynamic net": source.dynamic, "plain net": source.plain, "folded net": folded}
     return {name: asdict(profile(net, source.input_size)) for name, net in nets.items() if net is not None}
 
 
@@ -178,6 +184,8 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
     nets: dict[str, Function] = {"plain net": source.plain, **functions}
     if source.grown is not None:
         nets = {"grown net": source.grown, **nets}
+    if source.dynamic is not None:
+        nets["dynamic net"] = source.dynamic
     calls = {name: partial(net, x) for name, net in nets.items()}
     with torch.inference_mode():
         times = interleaved_timings(calls, rounds=options.rounds, progress=options.progress)

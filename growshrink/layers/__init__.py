@@ -1,5 +1,6 @@
 """What a grown net is made of: vanishing activations, bottlenecks, branches, grown and online layers, widths."""
 
+from growshrink.layers.activations import Fading as Fading
 from growshrink.layers.activations import VanishingReLU as VanishingReLU
 from growshrink.layers.bottleneck import PureBottleneck as PureBottleneck
 from growshrink.layers.branch import Branch as Branch

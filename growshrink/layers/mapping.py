@@ -45,10 +45,7 @@ def convmap_of(
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return ConvMap.from_bn(module, dtype)  # type: ignore[arg-type]
         if isinstance(module, VanishingReLU) and "linear_map" in vars(type(module)):
-            # a training step must not wait for a device, nor a compiled graph break, to read what is known
-            if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):
-                if (lam := float(module.lam)) != 0.0:
-                    raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+            module.check_vanished()
             return module.linear_map(channels, dtype)
         if type(module) is nn.AvgPool2d:
             return ConvMap.from_avg_pool(module, channels, dtype, device)

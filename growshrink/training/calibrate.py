@@ -42,7 +42,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Tensor], *, leave: Collecti
     model.eval()
     try:
         for norm in norms:
-            norm.train()
+            norm.training = True  # not train(): what a grown norm carries stays in eval mode
             norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
             mean, var, count = _statistics(norm)
             count.zero_()

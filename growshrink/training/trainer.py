@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
+from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import set_lambda
@@ -108,6 +109,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.gradient_maps: GradientMaps | None = None
         self._detach_maps: Callable[[], None] | None = None
+        self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
 
@@ -159,8 +161,9 @@ class Trainer:
             Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
             this one completes it.
         """
-        if self.config.mixup and (teacher is not None or task is not None):
-            raise PlanError(f"mixup={self.config.mixup!r}: not with a teacher or with sampled widths; set it to 0.")
+        if self.config.mixup and (teacher is not None or task is not None or self._gated):
+            what = "not with a teacher, with sampled widths or with branches whose numbers come from data"
+            raise PlanError(f"mixup={self.config.mixup!r}: {what}; set it to 0.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
@@ -244,6 +247,7 @@ class Trainer:
             if name not in reset and (state := kept.get(id(parameter))):
                 self.optimizer.state[parameter] = state
         self._lam, self._ema_has_lam = None, True
+        self._gated = any(isinstance(module, Modulated) for module in self.model.modules())
         self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -274,10 +278,10 @@ class Trainer:
         if share < 1:
             others = F.cross_entropy(logits.float(), others_N, label_smoothing=self.config.label_smoothing)
             loss = share * loss + (1 - share) * others
-        if teacher is None:
-            return loss
-        learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
-        return (1 - teacher.weight) * loss + teacher.weight * learnt
+        if teacher is not None:
+            learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
+            loss = (1 - teacher.weight) * loss + teacher.weight * learnt
+        return loss + penalties(self.model, labels_N, logits) if self._gated else loss
 
     def _autocast(self, images_NCHW: Tensor) -> AbstractContextManager[None]:
         return torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp)

@@ -16,6 +16,7 @@ from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, InputSizes, shared_parameters, trace
 from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch
+from growshrink.branches.guide import remove_guide
 from growshrink.errors import AlgebraError, FuseError
 from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
@@ -215,6 +216,7 @@ def _outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     unguard_hooks(model)
+    remove_guide(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
@@ -222,6 +224,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
         else:
             assert isinstance(module, PureBottleneck)
             replace_module(model, name, _conv_for(module, merge.map))
+    for merge in merges.values():  # when norms are merged, which took their statistics as they were
         if merge.norm is not None:
             running_mean = model.get_submodule(merge.norm).running_mean
             assert isinstance(running_mean, Tensor)

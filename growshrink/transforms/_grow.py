@@ -7,18 +7,22 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+import torch
+from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, InputSizes, shared_parameters, trace
 from growshrink.base.ties import tied_copies
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
+from growshrink.branches.guide import Guide, attach_guide, remove_guide
 from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.grown_linear import TokenConv2d
+from growshrink.layers.grown_norm import GrownNorm2d, norm_as_conv
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import GROWN_CLASSES, attach, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
@@ -41,6 +45,7 @@ def grow(
     where: WhereToGrow = None,
     init: str = "silent",
     seed: int = 0,
+    guide: nn.Module | str | None = None,
     inplace: bool = False,
     input_size: InputSizes | None = None,
 ) -> nn.Module:
@@ -51,7 +56,10 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", parts, yours)
+            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac",
+            "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv", "dynamic_conv", "dynet",
+            "weightnet", "moe", "manidp", "guided", "guided_shift", "guided_kernel"; see `growshrink.penalties`), the
+            parts below, your own)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
@@ -63,6 +71,9 @@ def grow(
             each branch, a gamma where it ends in a norm, starts at 0. "paper" starts the branches as their papers do,
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
+        guide: Of the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
+            all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None
+            makes DeepMoE's shallow one.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
             another size; None takes the model's own.
@@ -82,14 +93,18 @@ def grow(
     layers = _candidates(model)
     attachments: dict[str, list[Branch]] = {}
     for name in names:
-        layer, conv = layers[name], _as_conv(layers[name])
-        present = len(layer.branches) if isinstance(layer, Grown) else 0
-        attachments[name] = [
-            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
-            for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
-        ]
+        for spec in _fitting(specs, _as_conv(layers[name]))[0]:
+            carrier = eligibility.carrier_of(name, spec)
+            layer = model.get_submodule(carrier)
+            planned = attachments.setdefault(carrier, [])
+            position = len(planned) + (len(layer.branches) if isinstance(layer, Grown) else 0)
+            branch_seed = _branch_seed(seed, carrier, position)
+            planned.append(spec.build(_as_conv(layer), ratio=ratio, init=init, generator_seed=branch_seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_branch_seed(seed, "guide", 0))
+        attach_guide(model, chain.from_iterable(attachments.values()), guide, eligibility.flow.input_size)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
-        attach(layers[name], branches)
+        attach(model.get_submodule(name), branches)
     name_equilibria(model)
     guard_hooks(model, eligibility.flow)
     return model
@@ -111,6 +126,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         assert isinstance(module, Grown)
         to_plain(module)
     unguard_hooks(model)
+    remove_guide(model)
     return model
 
 
@@ -169,7 +185,8 @@ def growth_report(
     carried = {} if specs else {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
-        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
+        norm = eligibility.modules.get(eligibility.flow.norm_after(name)[0] or "")
+        kinds = tuple(str(b.kind) for carrier in (module, norm) if isinstance(carrier, Grown) for b in carrier.branches)
         reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
@@ -209,10 +226,18 @@ class _Eligibility:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
+        self.modules = dict(model.named_modules())
         layers = _candidates(model)
         first = next((n for n, layer in layers.items() if isinstance(layer, nn.Conv2d)), next(iter(layers), None))
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
+
+    def carrier_of(self, name: str, spec: BranchSpec) -> str:
+        """What carries the branch of a layer: the layer, or the norm behind it, for a branch that acts there."""
+        norm = self.flow.norm_after(name)[0] if spec.branch_class.behind_norm else None
+        found = self.modules[norm] if norm is not None and norm not in self.shared else None
+        fits = isinstance(found, GrownNorm2d) or type(found) in (nn.BatchNorm2d, BatchNormAct2d)
+        return str(norm) if fits and found is not None and found.weight is not None else name
 
     def reason_against(self, name: str, layer: Growable, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
@@ -255,13 +280,20 @@ class _Eligibility:
 def _candidates(model: nn.Module) -> dict[str, Growable]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
-        id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
+        id(m)
+        for grown in model.modules()
+        if isinstance(grown, (Mergeable, Guide))
+        for m in grown.modules()
+        if m is not grown
     }
     return {n: m for n, m in model.named_modules() if isinstance(m, Growable) and id(m) not in inside}
 
 
-def _as_conv(layer: Growable) -> nn.Conv2d:
+def _as_conv(layer: nn.Module) -> nn.Conv2d:
     """What branches are built for."""
+    if isinstance(layer, nn.BatchNorm2d):
+        return norm_as_conv(layer)
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     return TokenConv2d.of(layer) if isinstance(layer, nn.Linear) else layer
 
 
@@ -290,8 +322,10 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
             raise GrowError(f"the callable given as where chose none of {len(asked)} layers.")
-    else:
-        chosen = list(dict.fromkeys(where))
+    else:  # a log of growth has the names of norms, which stand for their layers
+        behind = any(Branch.kinds[kind].behind_norm for spec in specs for kind in spec.kinds)
+        before = {norm: name for name in candidates if behind and (norm := eligibility.flow.norm_after(name)[0])}
+        chosen = list(dict.fromkeys(before.get(name, name) for name in where))
         for name in chosen:
             if name not in candidates:
                 known = did_you_mean(name, candidates)

@@ -28,7 +28,7 @@ BEFORE = {
 BEHIND = {"recipes/timm_train.py": ["timm-scripts/train.py"]}
 CLASSES = {"tools/fuzz.py architectures": "Architectures", "tools/fuzz.py files": "Files"}
 PROGRAMS = (
-    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "grow_cycle", "netaug", "one_layer")),
+    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "fading", "grow_cycle", "netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "timm_train")),
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
     *(
@@ -55,6 +55,7 @@ FINE = {
     "label_smoothing": {"0": "none"},
     "mixup": {"0": "none"},
     "ema_decay": {"0": "no average"},
+    "fading.random": {"0": "nothing is pruned"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
     "export.turns": {"0": "not timed"},
     "netaug.turns": {"0": "not timed"},

@@ -59,6 +59,13 @@ CASES["implicit"] = {
     "model": {},
     "config": TrainConfig(optimizer="adamw", lr=0.003),
 }
+CASES["fading"] = {
+    "plan": two_rounds(
+        (("dynamic_conv", "se", "guided"), ("moe", "guided", "guided_kernel")), guide="test_resnet", rise=0.1
+    ),
+    "model": {},
+    "config": CONFIG,
+}
 TIMES = ("seconds", "images_per_second")
 
 
@@ -111,7 +118,7 @@ def starts(plan):
     return [phase.start for phase in lay_out(plan, 4).all]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop")))
+@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop", "fading")))
 def test_killed_again_and_again(tmp_path, undisturbed, case):
     """In every phase of both rounds, at its first update (right after a surgery) and later."""
     expected = undisturbed(case)

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import growshrink as gs
 from growshrink.algebra.dataflow import trace
-from growshrink.branches import Branch, BranchSpec
+from growshrink.branches import Branch, BranchSpec, Modulated
 from growshrink.errors import GrowError
 from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.layers.grown_linear import GrownLinear, TokenConv2d
@@ -117,6 +117,10 @@ TWINS = {
     "nest": nest,
     "implicit": implicit,
     "insert": insert,
+    "dirac": lambda path, x, y: path.weight.weight.flatten() * x,
+    "dirac_kernel": lambda branch, x, y: (
+        branch.scale[0] * x + x @ (branch.scale[1] * F.normalize(matrix(branch.conv), dim=0))
+    ),
 }
 LEFT_ALONE = {
     "vertical": "its 1x1 kernel has no row and column that cross",
@@ -138,7 +142,10 @@ def grown_linear(*kinds, lam=0.0, inputs=6, outputs=6, bias=True):
 
 def test_every_kind_has_a_twin_or_a_reason():
     library = {kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")}
-    assert set(TWINS) | set(LEFT_ALONE) == library
+    modulated = {
+        kind for kind in library if issubclass(Branch.kinds[kind], Modulated)
+    }  # tests/branches/test_modulated.py
+    assert set(TWINS) | set(LEFT_ALONE) == library - modulated
     conv = TokenConv2d.of(nn.Linear(6, 6))
     assert {kind: Branch.kinds[kind].reason_against(conv) for kind in LEFT_ALONE} == LEFT_ALONE
     assert Branch.kinds["identity"].reason_against(TokenConv2d.of(nn.Linear(6, 5)))
