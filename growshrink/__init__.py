@@ -22,6 +22,7 @@ from growshrink.analysis import random_prune as random_prune
 from growshrink.analysis import rank as rank
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
+from growshrink.branches import penalties as penalties
 from growshrink.cycle import CyclePlan as CyclePlan
 from growshrink.cycle import Round as Round
 from growshrink.cycle import run_cycle as run_cycle
@@ -52,6 +53,7 @@ from growshrink.transforms import grow as grow
 from growshrink.transforms import growth_report as growth_report
 from growshrink.transforms import load_grown as load_grown
 from growshrink.transforms import save_grown as save_grown
+from growshrink.transforms import unroll as unroll
 
 try:
     __version__ = _version("growshrink")

@@ -95,6 +95,10 @@ class DivergedError(RunError):
     """A run whose loss or weights are no longer finite."""
 
 
+class EquilibriumError(GrowShrinkError):
+    """An equilibrium has no finite solution, or there is none to unroll."""
+
+
 class AnalysisError(GrowShrinkError):
     """A ranking, a pruning or a statistic is asked of data that cannot answer it."""
 

@@ -5,6 +5,7 @@
     python recipes/compare.py --list                                                 the arms there are
     python recipes/compare.py --table docs/evidence/digits-ablation                  rebuild a table from its runs
     python recipes/compare.py --table                                                all tables in docs/evidence/
+    python recipes/compare.py --curve DIR DIR --out OUT                              one net at several budgets
 
 A plan file names data, net, budget, seeds and arms (see recipes/plans/). Learning rates are tuned first, if the plan
 says so: the same trials for every arm, judged on a part of the training set. A finished run is a line of runs.jsonl in
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from curve import write_curve
 from growshrink.base.limits import InFolder, Threads
 from growshrink.base.reading import read_json
 from growshrink.cli.options import ExperimentOptions
@@ -33,6 +35,7 @@ from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.comparison import ArmComparison, chosen_lr, trials_of
+from growshrink.evidence.deployed import add_int8
 from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
 from growshrink.evidence.record import PLAN_FILE, Job, read_plan, read_runs
 from growshrink.evidence.scan import ScanPlan
@@ -51,10 +54,15 @@ class Args(ExperimentOptions):
     """Runs at a time, each in a process with its share of the cores."""
     stack: bool = True
     """Train all seeds of an arm side by side, as one net with grouped convolutions."""
+    quantised: bool = True
+    """Quantise the finished nets too, where ONNX is installed, for the int8 column (3 s a seed on CIFAR-10)."""
     list: bool = False
     """Only print the arms."""
     table: tuple[InFolder, ...] | None = None
     """Train nothing: only rebuild the tables in these folders, of scans too; without a folder all in docs/evidence/."""
+
+    curve: tuple[InFolder, ...] | None = None
+    """Train nothing: write curve.md and curve.png into --out, from folders of one net at several budgets."""
 
 
 def main(args: Args) -> None:
@@ -62,6 +70,12 @@ def main(args: Args) -> None:
     if args.list:
         for name, arm in ARMS.items():
             print(f"{name:16s} {arm.about}")
+        return
+    if args.curve is not None:
+        if args.experiment is not None or args.running.out is None or not args.curve:
+            raise RunError("--curve takes folders of results, --out OUT and no plan file.")
+        write_curve(args.curve, args.running.out)
+        print(f"Read {args.running.out / 'curve.md'}")
         return
     if args.table is not None:
         if args.experiment is not None:
@@ -76,7 +90,17 @@ def main(args: Args) -> None:
     records = read_runs(out)
     lr = chosen_lr(experiment.comparison, records)
     train(args, experiment, jobs_of(experiment, lr, records, stack=args.stack), out, "training")
+    if args.quantised:
+        quantise(experiment, out, args.data.data_dir)
     rebuild(out)
+
+
+def quantise(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
+    """Add what lines lack of int8, of runs whose folders are still there."""
+    try:
+        add_int8(experiment, out, data_dir)
+    except RunError as error:
+        print(f"No int8: {error}")
 
 
 def rebuild(out: Path) -> None:

@@ -3,6 +3,8 @@
     python recipes/grow_cycle.py                                    digits, two rounds, well under 3 minutes on 2 cores
     python recipes/grow_cycle.py --data cifar10 --data-dir D --model reducenet20 --epochs 60 --amp
     python recipes/grow_cycle.py --data D --model mobilenetv3_small_050 --branches bottleneck insert+bottleneck
+    python recipes/grow_cycle.py --teacher wider,share=0.1,weight=0.9,asked=0.15 --base 0 --rounds 1 --branches none
+                                                                    taught by the same net twice as wide, trained first
     python recipes/grow_cycle.py --arm orepa-online --epochs 200    a recipe of the experiment's (docs/evidence)
     python recipes/grow_cycle.py --widths lazy --exit choose        with middle widths sampled, as NetAug does
     torchrun --nproc-per-node 2 --max-restarts 3 recipes/grow_cycle.py --resume --out DIR ...      on several processes,
@@ -29,6 +31,8 @@ from growshrink.cli.program import run_program
 from growshrink.errors import PlanError
 from growshrink.evidence.arms import ARMS
 
+#: What is grown in a round in which another net teaches a plain one.
+NOTHING = "none"
 #: What all rounds have alike.
 COMMON = tuple(entry.name for entry in fields(gs.Round) if entry.name not in ("epochs", "branch"))
 
@@ -95,7 +99,9 @@ def make_plan(args: Args) -> gs.CyclePlan:
     base = epochs * args.base if number else epochs
     rounds = tuple(
         replace(
-            args.rounds, epochs=(epochs - base) / number, branch=tuple(branches[min(n, len(branches) - 1)].split("+"))
+            args.rounds,
+            epochs=(epochs - base) / number,
+            branch=() if (names := branches[min(n, len(branches) - 1)]) == NOTHING else tuple(names.split("+")),
         )
         for n in range(number)
     )

@@ -115,7 +115,7 @@ BAD = {
     + each(lambda d: gs.depth.merge_runs(plain(), if_costlier=d), ("maybe", None, 3))
     + each(lambda w: gs.depth.merge_runs(plain(), where=w), ("nothing", "(", [["x", "y"]], 3)),
     "nonaffine_modules": each(lambda m: gs.depth.nonaffine_modules(m, input_size=SIZE), NO_NETS),
-    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.BatchNorm2d(1), nn.Conv3d(1, 1, 1))),
+    "attach": each(lambda layer: gs.layers.attach(layer, []), (*NO_NETS, nn.LayerNorm(1), nn.Conv3d(1, 1, 1))),
     "PureBottleneck": each(lambda v: gs.layers.PureBottleneck(4, v, 4), (-1, None, "4", NAN))
     + [lambda: gs.layers.PureBottleneck(4, 4, 4, groups=3)],
     "NetAugTask": each(gs.NetAugTask, (*NO_NETS, plain()), verbose=False)
@@ -130,6 +130,7 @@ BAD = {
     "branch_parameters": each(gs.branch_parameters, NO_NETS),
     "LambdaScheduler": each(lambda m: gs.LambdaScheduler(m, lambda update: 1.0), (*NO_NETS, plain()))
     + each(lambda s: gs.LambdaScheduler(grown(), s), (None, 3, "cosine", lambda update: 2.0, lambda update: None)),
+    "penalties": each(lambda m: gs.penalties(m, images(1)), NO_NETS),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
     "compile_gradients": each(gs.compile_gradients, NO_NETS) + [lambda: gs.compile_gradients(plain())],

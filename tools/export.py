@@ -6,6 +6,8 @@
     python tools/export.py grown.safetensors --model resnet18 --branches bottleneck --ratio 4
     python tools/export.py last.pth.tar --model resnet18 --no-merge     leaves the branches out, NetAug's way
 
+    python tools/export.py grown.pth --model resnet18 --branches se --dynamic   kept dynamic beside merged at lam = 0
+
 Grown nets are merged first, which takes a lam of 0. Writes CHECKPOINT/export (or CHECKPOINT-export), numbered if taken:
 report.md (read this), report.json and ranges.png (will int8 hurt?), model.safetensors and config.json (the plain net,
 for timm.create_model("local-dir:FOLDER", pretrained=True)), and its inference form, batch norms folded, as
@@ -41,7 +43,7 @@ class Args:
     checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or a file with weights."""
     files: ExportOptions = pick(ExportOptions(), "onnx", "pt2", "int8", "calibration")
-    source: Recipe = pick(Recipe(), "merge", "mean", "std")
+    source: Recipe = pick(Recipe(), "merge", "dynamic", "mean", "std")
     model: ModelOptions = ModelOptions(model=None)
     grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
     rounds: gs.Round = pick(gs.Round(epochs=1), "ratio")

@@ -2,6 +2,7 @@
 
     python tools/step_cost.py                               every mode on reducenet20 grown with ratio 4, and _x4
     python tools/step_cost.py resnet18 --ratio 2 --pixels 64 --batch-size 16
+    python tools/step_cost.py reducenet20 resnet18 --branches se condconv moe --ratio 4     of branches, at full width
     python tools/step_cost.py --strict                      exit 1 if the default mode costs more than 1.5 plain steps
 
 A plain step trains the plain net. The two take turns and each pair of turns gives a ratio (see benchmark.py); a mode
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import timm
@@ -19,6 +21,7 @@ import torch
 
 import growshrink as gs
 from growshrink.cli.forms import pick
+from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.proofs._profile import training_macs
@@ -49,6 +52,7 @@ class Args(TimedArgs):
 
     nets: NetOptions = NetOptions(models=("reducenet20", "reducenet20_x4"))
     rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
+    grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
 
 
 def main(args: Args) -> int:
@@ -60,8 +64,10 @@ def main(args: Args) -> int:
     before, missed = load(), False
     print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")
     for name in nets.models:
-        for mode, options in MODES.items():
-            macs, row = measure(bench, args, name, mode, options)
+        rows: Mapping[str, Mapping[str, Any]] = {kind: {} for kind in args.grow.branches} or MODES
+        for mode, options in rows.items():
+            of = branch_cost if args.grow.branches else measure
+            macs, row = of(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
             print(f"{name:16s} {mode:22s} {macs:6.2f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}", flush=True)
     settings = f"batch {nets.batch_size}, {nets.pixels} pixels"
@@ -69,6 +75,23 @@ def main(args: Args) -> int:
     if missed:
         print(f"MISSED: the default mode is to cost at most {DEFAULT_AT_MOST} plain steps in MACs.")
     return int(args.pairs.strict and missed)
+
+
+def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping[str, Any]) -> tuple[float, Any]:
+    """MACs of an update of a net grown with one kind of branch over the plain net's, and the paired times."""
+    size, batch = (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size
+    plain = timm.create_model(name, num_classes=10)
+    grown = gs.grow(plain, kind, ratio=args.rounds.ratio, init="paper", input_size=size)
+    images = torch.randn(batch, *size).contiguous(memory_format=torch.channels_last)
+    batches = OneBatch((images, torch.randint(10, (batch,))), batch)
+    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), batches) for net in (grown, plain)]
+    one = gs.schedules.constant(1.0)
+
+    def advance(trainer: Trainer) -> None:
+        trainer.train(trainer.update + 1, learning_rate=one, lam=one)
+
+    row = bench.compare(f"{name}: {kind}", *(partial(advance, trainer) for trainer in trainers), at_least=0.0)
+    return training_macs(grown, size, batch) / training_macs(plain, size, batch), row
 
 
 def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> tuple[float, Any]:

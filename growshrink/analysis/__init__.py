@@ -6,6 +6,7 @@ from growshrink.analysis._angle import angle as angle
 from growshrink.analysis._angle import supernet_table as supernet_table
 from growshrink.analysis._rank import Ranking as Ranking
 from growshrink.analysis._rank import rank as rank
+from growshrink.analysis.channels import channel_usage as channel_usage
 from growshrink.analysis.layers import Layer as Layer
 from growshrink.analysis.layers import Side as Side
 from growshrink.analysis.layers import read_width_table as read_width_table

@@ -21,7 +21,9 @@ from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import output_positions
 from growshrink.base.copying import copy_net
+from growshrink.branches import RowFactors
 from growshrink.errors import AnalysisError, check_model, did_you_mean
+from growshrink.layers.grown import Grown, grown_modules
 from growshrink.proofs._profile import profile
 
 #: Importances of Torch-Pruning by the name they have here, with their arguments.
@@ -137,6 +139,19 @@ class ChannelSpace:
             for name, values in found.items()
         }
 
+    def from_modules(self, values: Mapping[str, Floats]) -> dict[str, Floats]:
+        """How important each channel is, by group, from values of the output channels of modules (`channel_usage`)."""
+        found: dict[str, Floats] = {}
+        for name, group in self._groups.items():
+            known = [
+                np.array([values[module][list(entries)].mean() for entries in entries_of_channels])
+                for dependency, module, entries_of_channels in group.places
+                if module in values and "in_channels" not in dependency.handler.__name__
+            ]
+            mean = np.mean(known, axis=0) if known else np.ones(group.channels)
+            found[name] = mean / max(mean.mean(), 1e-12)
+        return found
+
     def _find(self) -> list[_Group]:
         tp = _torch_pruning()
         try:
@@ -225,6 +240,17 @@ class ChannelSpace:
         whole = profile(self.model, self.inputs)
         params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
         return (whole.params - int(params[0]), whole.macs - int(macs[0])), terms
+
+
+def channel_usage(grown: nn.Module) -> dict[str, Floats]:
+    """Mean factor of each output channel, by name of the layer or norm that carries gates ("guided", "manidp", ...)."""
+    usage: dict[str, Floats] = {}
+    for name, module in grown_modules(grown).items():
+        for branch in module.branches if isinstance(module, Grown) else ():
+            if isinstance(branch, RowFactors):
+                mean = branch.fade.mean if hasattr(branch, "fade") else branch.constant(torch.float32)
+                usage[name] = (1 + branch.added(mean.float())).abs().double().detach().cpu().numpy()
+    return usage
 
 
 def _torch_pruning() -> Any:

@@ -178,7 +178,7 @@ def random_prune(
     *,
     macs: float = 0.5,
     tolerance: float = 0.05,
-    criterion: str = "random",
+    criterion: str | Mapping[str, Floats] = "random",
     seed: int = 0,
     least: float = 0.1,
     round_to: int = 1,
@@ -196,7 +196,9 @@ def random_prune(
         macs: MACs of the pruned net, over those of the full one.
         tolerance: Relative, of that.
         criterion: "random" draws the widths of all layers, then the channels; "l1", "l2", "bn_scale", "fpgm" and
-            "taylor" keep what is more important than one threshold, common to all layers.
+            "taylor" keep what is more important than one threshold, common to all layers; so does a mapping from
+            names of modules to the importance of their output channels, such as `growshrink.analysis.channel_usage` of
+            the grown net that `model` was fused from.
         seed: Seed for "random".
         least: Smallest share of its channels that a layer keeps.
         round_to: Widths are multiples of this.
@@ -208,12 +210,15 @@ def random_prune(
         AnalysisError: Torch-Pruning (the extra `prune`) is not there or cannot trace the net; nothing meets the budget.
     """
     known = ("random", *CRITERIA)
-    if criterion not in known:
+    if isinstance(criterion, str) and criterion not in known:
         raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
     space = ChannelSpace(model, given_inputs(input_size, example_inputs), least=least, round_to=round_to)
     budget = Budget(macs, tolerance)
     if criterion != "random":
-        importance = space.importance(criterion, batch)
+        if isinstance(criterion, str):
+            importance = space.importance(criterion, batch)
+        else:
+            importance = space.from_modules(criterion)
         return space.cut(best_channels(importance, allocate(space, importance, budget)))
     draws = draw_widths(space, budget, 1, seed=seed)
     return space.cut(random_channels(space, width_of(space, draws.index[0]), seed))

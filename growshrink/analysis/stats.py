@@ -300,6 +300,20 @@ def paired(a: ArrayLike, b: ArrayLike, confidence: float = CONFIDENCE) -> Paired
     return Paired(Estimate(mean, mean - half, mean + half), float(p), effect, n)
 
 
+def detectable(sd: float, n: int, power: float = 0.8, confidence: float = CONFIDENCE) -> float:
+    """The mean difference that `paired` tells from 0 with this power, for the sd of n differences; NaN if n < 2.
+
+    Source: the noncentral t distribution (Cohen, Statistical Power Analysis, 1988, section 2.2).
+
+    >>> [round(detectable(sd, n), 2) for sd, n in ((0.3, 10), (0.4, 16), (0.3, 3))]
+    [0.3, 0.3, 0.98]
+    """
+    if n < 2:
+        return math.nan
+    bound = scipy.stats.t.ppf((1 + confidence) / 2, n - 1)
+    return float(scipy.special.nctdtrinc(n - 1, 1 - power, bound)) * sd / math.sqrt(n)
+
+
 def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE) -> list[tuple[Estimate, float]]:
     r"""Difference of each row of `values` to the row `control`, with Student's interval and p: columns are blocks.
 

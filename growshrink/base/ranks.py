@@ -69,10 +69,11 @@ def average_(tensors: Iterable[Tensor]) -> None:
 
 @torch.no_grad()
 def average_update_(model: nn.Module, loss: Tensor) -> None:
-    """Average what the ranks' images have led to, in place: gradients, batch norm statistics, and the loss."""
+    """Average what the ranks' images have led to, in place: gradients, batch norm and other statistics, the loss."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
     statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]
+    statistics += [getattr(module, name) for module in model.modules() for name in getattr(module, "averaged", ())]
     average_([loss, *gradients, *(statistic for statistic in statistics if statistic is not None)])
 
 

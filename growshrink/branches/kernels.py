@@ -63,6 +63,30 @@ class Mixture(Kernels, kind="mixture"):
         return (kernels_EOIHW * self.mix.to(dtype).view(-1, 1, 1, 1, 1)).sum(0)
 
 
+class DiracKernel(Kernels, kind="dirac_kernel"):
+    """In parallel: diag(a) delta + diag(b) W / |W|, delta the kernel of the identity, |W| the norm of each filter.
+
+    Source: DiracNet (Zagoruyko and Komodakis, arXiv:1706.00388, eq. 3), a = 1 and b = 0.1 at the start.
+    """
+
+    outermost = "scale"
+    make_linear_ = Branch.make_linear_
+    reason_against = classmethod(lambda cls, conv: even_sides(conv))
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        self.conv = like(conv)
+        self.scale = nn.Parameter(torch.tensor([1.0, 0.1])[:, None].repeat(1, conv.out_channels))
+
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        """See `Kernels.kernel`."""
+        kernel_OIHW = self.conv.weight.to(dtype)
+        delta = nn.init.dirac_(torch.empty_like(kernel_OIHW, requires_grad=False), self.conv.groups)
+        norm_O111 = kernel_OIHW.flatten(1).norm(dim=1)[:, None, None, None]
+        own, learnt = self.scale.to(dtype)[:, :, None, None, None].unbind()
+        return own * delta + learnt * kernel_OIHW / norm_O111
+
+
 class Orepa(Kernels, kind="orepa"):
     """In parallel: kxk, 1x1, 1x1-kxk and 1x1-average pool with a scale per path and channel, no norms, one kernel.
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from growshrink.algebra.taps import Pair
 from growshrink.branches.base import Chain
-from growshrink.branches.geometry import even_sides, like, padding_of
+from growshrink.branches.geometry import even_sides, like, padding_of, scaled_identity
 
 
 class Copy(Chain, kind="copy"):
@@ -83,6 +83,21 @@ class Identity(Chain, kind="identity"):
         if max(_margin(conv, (1, 1))) > 0:
             return "it pads by more than half its kernel, so its output is larger than its input"
         return ""
+
+
+class Dirac(Chain, kind="dirac"):
+    """In parallel: a_o x, the identity with a factor for each channel and without a norm, where `identity` fits.
+
+    Source: DiracNet (Zagoruyko and Komodakis, arXiv:1706.00388, eq. 3).
+    """
+
+    biased = False
+    outermost = "path.weight.weight"
+    reason_against = Identity.reason_against
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        vertical, horizontal = _margin(conv, (1, 1))
+        super().__init__(conv, ratio, crop=(-vertical, -horizontal), weight=scaled_identity(conv.out_channels, 1.0))
 
 
 class Vertical(_Small, kind="vertical"):

@@ -31,6 +31,8 @@ from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
 _PICKED = "picked"
+#: Field that takes what is no field, in the compact form.
+_MORE = "kwargs"
 #: A comma that does not stand in brackets.
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")
 
@@ -173,10 +175,13 @@ def read_pairs(pairs: Iterable[str], what: str) -> dict[str, Any]:
 
 
 def _from_compact(cls: Any, text: str, what: str) -> Any:
-    pairs = _COMMA.split(text)
+    pairs, names = _COMMA.split(text), [entry.name for entry in fields(cls)] if is_dataclass(cls) else []
     if "=" not in pairs[0]:
-        pairs[0] = f"{KIND if 'kinds' in vars(cls) else fields(cls)[0].name}={pairs[0]}"
-    return from_dict(cls, read_pairs(pairs, what), what)
+        pairs[0] = f"{KIND if 'kinds' in vars(cls) else names[0]}={pairs[0]}"
+    values = read_pairs(pairs, what)
+    if _MORE in names and (more := {key: values.pop(key) for key in [*values] if key not in names}):
+        values[_MORE] = more
+    return from_dict(cls, values, what)
 
 
 def _alternatives(cls: Any) -> list[str]:
@@ -187,7 +192,8 @@ def _alternatives(cls: Any) -> list[str]:
         if kind is None:
             first = entries.pop(0).name
             kind = "|".join(_known_names(field_types(each)[first])) or first.upper()
-        found.append("".join([kind, *(f"[,{entry.name}={entry.default}]" for entry in entries)]))
+        shown_as = {entry.name: f"{entry.name}={entry.default}" for entry in entries} | {_MORE: "ARGUMENT=..."}
+        found.append("".join([kind, *(f"[,{shown_as[entry.name]}]" for entry in entries)]))
     return found
 
 

@@ -52,7 +52,7 @@ from growshrink.training.trainer import TrainConfig
 
 ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, timm.is_model)]
 DataName = Annotated[str, OneOf("no such data set, nor is it a folder", tuple(SOURCES), lambda name: _is_data(name))]
-BranchName = Annotated[str, OneOf("no such branch", lambda: [*Branch.kinds, *PRESETS], joined=True)]
+BranchName = Annotated[str, OneOf("no such branch", lambda: ["none", *Branch.kinds, *PRESETS], joined=True)]
 """A+B for both."""
 
 
@@ -164,7 +164,8 @@ class GrowOptions:
     rounds: Whole = 2
     """How many times to grow and fuse."""
     branches: tuple[BranchName, ...] = ("bottleneck", "insert")
-    """Kinds or presets: bottleneck, insert, nest, dbb, expandnet, lora, ...; A+B attaches both."""
+    """Kinds or presets: bottleneck, insert, nest, dbb, expandnet, lora, ...; A+B attaches both, none (where another net
+    teaches) nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ class Costs:
         first: The net the run begins with.
         plain: The plain net.
         grown: Of each round, in order.
-        teachers: Of the rounds that another net teaches, by number; what is not trained has no cost of training.
+        teachers: Of the rounds that another net teaches, by number.
         input_size: `(C, H, W)`.
         batch_size: Images per update.
     """
@@ -76,12 +76,7 @@ class Costs:
                     net = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
                     made[key] = NetCost.of(net, input_size)
             self.grown.append(made[key])
-        self.teachers = {
-            number: NetCost.of(net, input_size)
-            if plan.rounds[number - 1].trains_teacher
-            else NetCost(net, 0, profile(net, input_size).macs)
-            for number, net in (teachers or {}).items()
-        }
+        self.teachers = {number: NetCost.of(net, input_size) for number, net in (teachers or {}).items()}
 
     def online(self, grown: NetCost, lam: float) -> int:
         """MACs of an image in an update in which the branches that are linear at `lam` run merged."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from growshrink.cycle.control import LamControl, LoopSpan
 from growshrink.cycle.costs import Costs
@@ -18,7 +18,7 @@ from growshrink.cycle.plan import SLACK, CyclePlan, Round
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.teaching import Lessons
 from growshrink.errors import PlanError
-from growshrink.schedules import Schedule, constant, cosine, join, rewarm
+from growshrink.schedules import Schedule, constant, cosine, rewarm
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
@@ -91,25 +91,20 @@ class Phases:
         A phase with a rate of its own has a cosine of its own, and that of the plain net stands still.
         """
         changes = [update for phase in self.all for update in phase.warmups] + list(self.restarts)
-        anneals = [(phase.anneal[0], phase.stop, phase.anneal[1]) for phase in self.all if phase.anneal is not None]
         apart = [phase for phase in self.all if phase.own_rate]
         own = cosine(1.0, 0.0, steps=self.total - sum(phase.stop - phase.start for phase in apart))
 
-        def later(done: int, step: int) -> float:
-            return own(done + step)
+        def cosines(update: int) -> float:
+            phase = self.at(update)
+            if phase.own_rate:
+                return cosine(1.0, 0.0, steps=phase.stop - phase.start)(update - phase.start)
+            return own(update - sum(each.stop - each.start for each in apart if each.stop <= update))
 
-        lives, cuts, elsewhere = [own], list[int](), 0
-        for phase in apart:
-            length = phase.stop - phase.start
-            elsewhere += length
-            lives += [cosine(1.0, 0.0, steps=length), partial(later, phase.stop - elsewhere)]
-            cuts += [phase.start, phase.stop]
-        envelope = rewarm(join(lives, cuts), changes, self.rewarm)
-        flat = constant(1.0)
+        envelope = rewarm(cosines, changes, self.rewarm)
 
         def schedule(update: int) -> float:
-            start, _, anneal = next((a for a in anneals if a[0] <= update < a[1]), (0, 0, flat))
-            return envelope(update) * anneal(update - start)
+            begin, factor = self.at(update).anneal or (update, constant(1.0))
+            return envelope(update) * (factor(update - begin) if update >= begin else 1.0)
 
         return schedule
 
@@ -145,7 +140,7 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
 
 def _span(entry: Round, number: int, seed: int, begin: int, updates_per_epoch: int) -> RoundSpan:
     total = _updates(entry.epochs, updates_per_epoch)
-    prepare = _prepared(entry, number, total)
+    prepare = max(1, round(entry.teacher.share * total)) if entry.teacher is not None and entry.teacher.share else 0
     start, stop = begin + prepare, begin + total
     hold, vanish, settle = _grown_updates(entry, number, total - prepare)
     hold_stop, lessons = start + hold, None
@@ -157,20 +152,9 @@ def _span(entry: Round, number: int, seed: int, begin: int, updates_per_epoch: i
     return RoundSpan(number, entry, seed, begin, start, hold_stop, hold_stop + vanish, grown_stop, stop, lessons)
 
 
-def _prepared(entry: Round, number: int, total: int) -> int:
-    """Updates that train the teacher of a round."""
-    if not entry.trains_teacher:
-        return 0
-    assert entry.teacher is not None
-    updates = max(1, round(entry.teacher.share * total))
-    if updates >= total:
-        raise PlanError(f"round {number} has {total} updates: too few for a teacher. Give it more epochs.")
-    return updates
-
-
 def _grown_updates(entry: Round, number: int, total: int) -> tuple[int, int, int]:
     """Updates of hold, vanish and settle, of `total` with the tail."""
-    if not entry.branch:
+    if not entry.branch and total > 0:
         return 0, 0, 0
     # Sums are rounded, and down: three shares rounded up one by one may exceed the round.
     hold, alive, grown = (

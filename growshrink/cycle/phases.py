@@ -12,7 +12,7 @@ from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.gradients import MapSource
-from growshrink.cycle.records import Grew, RoundRecord, Size, Taught, Top1, plain_net, shapes_of
+from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
 from growshrink.cycle.running import Run
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.surgery import collapse_net, gradients, grow_nets
@@ -44,6 +44,10 @@ class Phase(ABC):
     grown: ClassVar[bool] = False
     #: Whether another net is trained than the run's.
     apart: ClassVar[bool] = False
+    #: Whether the learning rate has a cosine of its own here, which the rest of the run does not count.
+    own_rate: ClassVar[bool] = False
+    #: Whether what is trained is new, or changed, at the start.
+    rewarms: ClassVar[bool] = True
 
     start: int
     stop: int
@@ -57,7 +61,7 @@ class Phase(ABC):
     @property
     def warmups(self) -> tuple[int, ...]:
         """Updates from which on the learning rate is led back up."""
-        return ()
+        return (self.start,) if self.rewarms else ()
 
     @property
     def anneal(self) -> tuple[int, Schedule] | None:
@@ -65,14 +69,10 @@ class Phase(ABC):
         return None
 
     @property
-    def own_rate(self) -> bool:
-        """Whether the learning rate has a cosine of its own here, which the rest of the run does not count."""
-        return False
-
-    @property
     def lessons(self) -> Lessons | None:
-        """When a teacher is asked."""
-        return None if self.span is None else self.span.lessons
+        """When a teacher is asked; None where it comes afterwards."""
+        lessons = None if self.span is None else self.span.lessons
+        return None if lessons is None or lessons.start > self.start else lessons
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -112,7 +112,10 @@ class Phase(ABC):
             return
 
         def make() -> Augmentation:
-            task = span.sampling(run.trainer.model, run, teacher)
+            smoothing = run.config.label_smoothing
+            task = span.sampling(
+                run.trainer.model, run.lam, label_smoothing=smoothing, teacher=teacher, input_size=run.size
+            )
             return Augmentation(run.trainer, task, (span.start, span.grown_stop), run.size)
 
         run.augment((span.number, teacher is not None), make)
@@ -162,11 +165,6 @@ class Base(Phase):
         if run.trainer.update in self.looks:
             self.enter(run)
 
-    @property
-    def warmups(self) -> tuple[int, ...]:
-        """See `Phase.warmups`."""
-        return (self.start,)
-
     def macs(self, costs: Costs) -> int:
         """See `Phase.macs`."""
         training = (self.stop - self.start) * costs.first.train
@@ -204,22 +202,7 @@ class Prepare(_InRound):
 
     name = "prepare"
     advice = "a lower lr, or clip_grad=1"
-    apart = True
-
-    @property
-    def warmups(self) -> tuple[int, ...]:
-        """See `Phase.warmups`."""
-        return (self.start,)
-
-    @property
-    def own_rate(self) -> bool:
-        """See `Phase.own_rate`."""
-        return True
-
-    @property
-    def lessons(self) -> Lessons | None:
-        """None: the teacher has no teacher."""
-        return None
+    apart = own_rate = True
 
     def enter(self, run: Run) -> None:
         """Put the teacher in the place of the run's net, which is remembered."""
@@ -228,9 +211,8 @@ class Prepare(_InRound):
 
     def leave(self, run: Run) -> None:
         """Let it teach, and go on with the run's net as it was."""
-        net = run.trainer.best
-        broadcast_nets_([net])
-        run.set_teacher(net, of_the_run=False)
+        broadcast_nets_(run.trainer.nets)
+        run.set_teacher(run.trainer.best, of_the_run=False)
         run.go_back()
 
     def macs(self, costs: Costs) -> int:
@@ -267,19 +249,14 @@ class Hold(_Grown):
     @property
     def warmups(self) -> tuple[int, ...]:
         """See `Phase.warmups`."""
-        return (self.start, self.stop) if self.span.plan.teaches_peak else (self.start,)
+        return (self.start, self.stop) if self.anneal else (self.start,)
 
     @property
     def anneal(self) -> tuple[int, Schedule] | None:
         """See `Phase.anneal`."""
         length = round(PEAK_ANNEAL * (self.stop - self.start))
-        return (self.stop - length, cosine(1.0, 0.0, steps=length)) if self.span.plan.teaches_peak else None
-
-    @property
-    def lessons(self) -> Lessons | None:
-        """None where the teacher comes afterwards."""
-        lessons = self.span.lessons
-        return None if lessons is None or lessons.start > self.start else lessons
+        anneals = self.span.plan.teaches_peak and not self.own_rate
+        return (self.stop - length, cosine(1.0, 0.0, steps=length)) if anneals else None
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -291,8 +268,7 @@ class Hold(_Grown):
         span, plan = self.span, self.span.plan
         before = run.top1()
         built_grown = bool(grown_modules(run.trainer.model))
-        take_given(run, span)
-        if plan.teacher is not None and plan.teacher.is_start:
+        if plan.teacher is not None and plan.teacher.of == "previous":
             run.set_teacher(run.trainer.best)
         if plan.exit.may_go_back:
             run.remember()
@@ -309,12 +285,13 @@ class Hold(_Grown):
                 init=plan.init,
                 seed=seed,
                 input_size=run.size,
+                guide=plan.guide,
             )
         run.same_on_all_ranks()
         run.changed(change)
         if plan.widths is not None:
             run.save_supernet("init")
-        run.state.rounds.append(record_of(run, span, before, built_grown))
+        begin_record(run, span, before, built_grown=built_grown)
         if plan.online:
             merge_linear(run, self)
 
@@ -341,21 +318,7 @@ class PrepareGrown(Hold):
     """A teacher is trained: the grown net, which the plain net does not come out of."""
 
     name = "prepare"
-
-    @property
-    def warmups(self) -> tuple[int, ...]:
-        """See `Phase.warmups`."""
-        return (self.start,)
-
-    @property
-    def anneal(self) -> tuple[int, Schedule] | None:
-        """None: its learning rate falls to 0 over the phase as it is."""
-        return None
-
-    @property
-    def own_rate(self) -> bool:
-        """See `Phase.own_rate`."""
-        return True
+    own_rate = True
 
 
 @dataclass(frozen=True)
@@ -363,6 +326,7 @@ class Vanish(_Grown):
     """The branches' activations fade: lam falls to 0."""
 
     name = "vanish"
+    rewarms = False
 
 
 @dataclass(frozen=True)
@@ -370,6 +334,7 @@ class Settle(_Grown):
     """The branches are linear, and the statistics of norms catch up."""
 
     name = "settle"
+    rewarms = False
 
     def enter(self, run: Run) -> None:
         """Merge the branches for training, where the round asks for it and it has not been done."""
@@ -384,21 +349,14 @@ class Tail(_InRound):
     name = "tail"
     advice = "a lower lr, clip_grad=1, or more updates of rewarm after the fuse"
 
-    @property
-    def warmups(self) -> tuple[int, ...]:
-        """See `Phase.warmups`."""
-        return (self.start,)
-
     def enter(self, run: Run) -> None:
         """Begin the round, where nothing was grown in it."""
         if self.start == self.span.start:
-            take_given(run, self.span)
-            run.state.rounds.append(record_of(run, self.span, run.top1(), built_grown=False))
+            begin_record(run, self.span, run.top1())
 
     def macs(self, costs: Costs) -> int:
         """See `Phase.macs`."""
-        plain = costs.plain if self.round > 1 or self.start > self.span.start else costs.first
-        return (self.stop - self.start) * plain.train + self.answers(costs)
+        return (self.stop - self.start) * costs.plain.train + self.answers(costs)
 
 
 def merge_linear(run: Run, phase: Phase) -> None:
@@ -408,50 +366,35 @@ def merge_linear(run: Run, phase: Phase) -> None:
         run.changed(change)
 
 
-def take_given(run: Run, span: RoundSpan) -> None:
-    """Let the round's teacher teach, where it is another net that is not trained in the run."""
-    teacher = span.plan.teacher
-    if teacher is not None and teacher.is_net and not teacher.share:
-        run.set_teacher(run.placed(copy.deepcopy(run.teachers[span.number])), of_the_run=False)
+def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool = False) -> None:
+    """Begin the record of a round after the growth, and its lessons where another net teaches that is not trained.
 
-
-def record_of(run: Run, span: RoundSpan, before: float, built_grown: bool) -> RoundRecord:
-    """Begin the record of a round, after the growth; `before` is the top-1 of the net that it begins with."""
-    plan, size, model = span.plan, run.size, run.trainer.model
-    plain = plain_net(run.initial, size)
+    `before` is the top-1 of the net that the round begins with.
+    """
+    plan, size, model, plain = span.plan, run.size, run.trainer.model, plain_net(run.initial, run.size)
     then, now = profile(model if built_grown else plain, size), profile(model, size)
-    taught = _taught(run, span)
-    return RoundRecord(
+    record = RoundRecord(
         number=span.number,
         branch=["born grown"] if built_grown else list(plan.branch),
         ratio=plan.ratio,
         widths=None if plan.widths is None else plan.widths.mode,
         teacher=None if plan.teacher is None else plan.teacher.of,
-        taught=taught,
         num_grown=len(grown_modules(model)),
         num_skipped=len(growth_report(model, input_size=size).skipped) if plan.branch else 0,
         params=Size(plain=then.params, grown=now.params),
         macs=Size(plain=then.macs, grown=now.macs),
         plain_step_macs=training_macs(plain, size),
         tail_share=span.tail_share,
-        macs_before=run.state.macs_spent - (0 if taught is None else taught.training_macs),
+        macs_before=run.state.macs_spent,
         top1=Top1(before=None if built_grown else before),
     )
-
-
-def _taught(run: Run, span: RoundSpan) -> Taught | None:
-    """Who teaches a round, and what that costs, where it is another net."""
-    if span.lessons is None or not span.lessons.teacher.is_net:
-        return None
-    net, updates = run.teaching.net, span.start - span.begin
-    assert net is not None
-    size = profile(net, run.size)
-    step = training_macs(run.teachers[span.number], run.size) if updates else 0
-    return Taught(
-        params=size.params,
-        macs=size.macs,
-        updates=updates,
-        training_macs=updates * run.images_per_update * step,
-        answers_macs=span.lessons.number * run.images_per_update * size.macs,
-        top1=run.top1(net),
-    )
+    if (net := run.teachers.get(span.number)) is not None:
+        assert span.lessons is not None
+        if run.teaching.net is None:
+            run.set_teacher(run.placed(copy.deepcopy(net)), of_the_run=False)
+        record.teacher_updates = updates = span.start - span.begin
+        record.teacher_macs = updates * run.images_per_update * training_macs(net, size)
+        record.macs_before -= record.teacher_macs
+        record.answers_macs = span.lessons.number * run.images_per_update * profile(net, size).macs
+        record.teacher_top1 = run.top1(run.teaching.net)
+    run.state.rounds.append(record)

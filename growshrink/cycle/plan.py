@@ -37,7 +37,10 @@ class Round:
             exactly.
         init: How branches are born: "silent", or as in the "paper" they come from, which changes what the net computes
             and is meant for a round at the very start; see `grow`.
+        guide: Model of timm's that feeds branches of the kinds "guided" and "guided_kernel"; None is a shallow net.
         linear: The activations are not there from the start: lam is 0 throughout.
+        rise: Share of the round, at the start of the hold, in which lam rises from 0 (for attention over kernels what a
+            large temperature at first is).
         hold: Share of the round with the branches' activations alive (lam = 1).
         vanish: Share of the round in which lam falls to 0.
         settle: Share of the round at lam = 0 before the exit; at least 50 updates whatever the share, where the exit
@@ -58,7 +61,9 @@ class Round:
     ratio: Ratio = 2.0
     where: Regex | None = None
     init: Annotated[str, OneOf("no such start", INITS)] = "silent"
+    guide: str | None = None
     linear: bool = False
+    rise: Share = 0.0
     hold: SomeOrAll = 0.20
     vanish: Share = 0.15
     settle: Share = 0.08
@@ -81,6 +86,8 @@ class Round:
             raise PlanError(f"control={self.control!r}: times the vanishing of activations, and vanish is 0.")
         if self.controlled and self.linear:
             raise PlanError(f"linear=True: there is no activation whose end a control={self.control!r} could time.")
+        if self.rise > (0.0 if self.controlled or self.linear else self.hold):
+            raise PlanError(f"rise={self.rise!r}: a part of the hold, without linear=True and control={CLOSED_LOOP!r}.")
         self._check_widths()
         if self.exit.rewinds and (self.vanish or self.settle or self.widths or not self.teaches_peak):
             raise PlanError(
@@ -96,11 +103,6 @@ class Round:
     def teaches_peak(self) -> bool:
         """Whether the teacher is the round's own peak."""
         return self.teacher is not None and self.teacher.is_peak
-
-    @property
-    def trains_teacher(self) -> bool:
-        """Whether another net is trained first, to be the teacher."""
-        return self.teacher is not None and self.teacher.share > 0
 
     def _check_shares(self) -> None:
         if self.exit.linear and not self.vanish:

@@ -51,12 +51,14 @@ class Grew(Change, kind="grow"):
     names: list[str] = field(default_factory=list)
     init: str = "silent"
     seed: int = 0
+    guide: str | None = None
     shapes: dict[str, list[int]] = field(default_factory=dict)
 
     def grow(self, model: nn.Module, input_size: InputSize) -> None:
         """Grow a plain net in place, by exact names, so that nothing is decided twice."""
         specs = [BranchSpec(kind=kind, ratio=self.ratio) for kind in self.branches]
-        grow(model, specs, where=self.names, init=self.init, seed=self.seed, inplace=True, input_size=input_size)
+        options = {"where": self.names, "init": self.init, "seed": self.seed, "guide": self.guide}
+        grow(model, specs, **options, inplace=True, input_size=input_size)  # type: ignore[arg-type]
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
         """See `Change.apply`; RunError where the shapes are not those of then."""
@@ -264,27 +266,6 @@ class LeftBy:
     candidates: list[TriedWidth] = field(default_factory=list)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Taught:
-    """Another net that taught a round.
-
-    Attributes:
-        params: Its parameters.
-        macs: MACs of an image forward.
-        updates: In how many updates it was trained in the run; 0 where it was given.
-        training_macs: Training MACs of these.
-        answers_macs: MACs of its answers.
-        top1: Its own on the val split.
-    """
-
-    params: int
-    macs: int
-    updates: int
-    training_macs: int
-    answers_macs: int
-    top1: float
-
-
 @dataclass(kw_only=True)
 class RoundRecord:
     """What became of a round.
@@ -293,7 +274,6 @@ class RoundRecord:
         branch: Kinds that were attached; "born grown" where the net had its own.
         widths: Mode of the sampling, or None.
         teacher: Who taught, or None.
-        taught: More of a teacher that is another net than the run's.
         num_grown: Layers that carry branches.
         num_skipped: Layers that were left alone.
         macs: MACs of an image forward.
@@ -303,6 +283,10 @@ class RoundRecord:
         effect: As in `Merged`, like the next four; None where nothing was merged.
         undone: Whether the round was undone; None where it could not be.
         training_macs: Training MACs of the round, teachers included.
+        teacher_updates: In how many updates another net was trained that taught; 0 where it was given.
+        teacher_macs: Training MACs of these.
+        answers_macs: MACs of its answers, where another net taught.
+        teacher_top1: Its own on the val split.
     """
 
     number: int
@@ -318,7 +302,6 @@ class RoundRecord:
     tail_share: float
     macs_before: int
     top1: Top1
-    taught: Taught | None = None
     gradients_at_update_2: Gradients | None = None
     gradients_at_peak: Gradients | None = None
     left_by: LeftBy | None = None
@@ -330,6 +313,10 @@ class RoundRecord:
     retention: float | None = None
     undone: bool | None = None
     training_macs: int = 0
+    teacher_updates: int = 0
+    teacher_macs: int = 0
+    answers_macs: int = 0
+    teacher_top1: float | None = None
 
     def take(self, merged: Merged) -> None:
         """Record what merging came to."""

@@ -108,6 +108,7 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
             if r.undone
         ),
         *_sampled_widths(result.rounds),
+        *_teachers(result),
         *_gradients(result.rounds),
         *_proof(result.rounds),
         *_use(model, data),
@@ -156,7 +157,7 @@ def _proof(rounds: Sequence[RoundRecord]) -> list[str]:
         *(
             f"- Round {r.number} merged nothing: its grown net taught the plain net from before the growth."
             for r in rounds
-            if r.max_rel is None
+            if r.max_rel is None and r.branch
         ),
         *(
             "- max_rel is the larger of two: of the net as trained, and of a copy with random norms, where no mistake "
@@ -201,6 +202,23 @@ def _sampled_widths(rounds: Sequence[RoundRecord]) -> list[str]:
             *(f"    - {tried.top1:.2f} % fused at width: {_width_name(tried.width)}" for tried in left.candidates),
         ]
     return ["## Sampled widths", "", *lines, ""] if lines else []
+
+
+def _teachers(result: CycleResult) -> list[str]:
+    """The section of the rounds that another net taught."""
+    lines = [
+        f"- Round {r.number} was taught by *{r.teacher}*, val {r.teacher_top1:.2f} %: "
+        + (
+            f"trained here in {r.teacher_updates} updates, "
+            if r.teacher_updates
+            else "given, its training not counted, "
+        )
+        + f"{r.teacher_macs / result.training_macs:.0%} of the run's MACs; its answers another "
+        f"{r.answers_macs / result.training_macs:.0%}."
+        for r in result.rounds
+        if r.teacher_top1 is not None
+    ]
+    return ["## Teachers", "", *lines, ""] if lines else []
 
 
 def _width_name(width: str | Mapping[str, int]) -> str:

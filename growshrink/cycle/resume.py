@@ -98,7 +98,8 @@ def _check_log(state: RunState, plan: CyclePlan) -> None:
     for change in state.log:
         if isinstance(change, Grew) and change.names:
             wanted = plan.rounds[change.round - 1]
-            if change.branches != list(wanted.branch) or change.ratio != wanted.ratio:
+            grown = [*change.branches, change.ratio, change.guide]
+            if grown != [*wanted.branch, wanted.ratio, wanted.guide]:
                 raise RunError(
                     f"its round {change.round} has grown {change.branches!r} of ratio {change.ratio!r}, "
                     "which is not in the plan."

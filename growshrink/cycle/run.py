@@ -23,7 +23,7 @@ from growshrink.cycle.result import CycleResult
 from growshrink.cycle.resume import identity_of, restore
 from growshrink.cycle.running import Run
 from growshrink.cycle.saving import Saving
-from growshrink.cycle.teachers import fingerprint, teacher_nets
+from growshrink.cycle.teachers import fingerprints, teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
@@ -96,11 +96,11 @@ def run_cycle(
     check_model_fits(model, feed)
     rehearse(model, plan, feed.input_size)
     nets = teacher_nets(plan, feed, (about or {}).get("model", {}), teachers)
-    if given := {n: fingerprint(net) for n, net in nets.items() if not plan.rounds[n - 1].trains_teacher}:
-        own["teachers"] = {str(number): digest for number, digest in given.items()}
+    own |= {"teachers": digests} if (digests := fingerprints(plan, nets)) else {}
     with _claimed(out_dir, resume) as folder:
-        run = _begin(model, feed, plan, phases, config, folder, saving, {**(about or {}), **own}, progress, tensorboard)
-        run.teachers = nets
+        how: dict[str, Any] = {"progress": progress, "tensorboard": tensorboard, "saving": saving, "config": config}
+        told = {**(about or {}), **own}
+        run = _begin(plan, phases, told, initial=model, feed=feed, folder=folder, teachers=nets, **how)
         return _execute(run, phases, plan, (about or {}).get("command", " ".join(sys.argv)))
 
 
@@ -130,33 +130,17 @@ def _claimed(out_dir: str | Path | RunFolder, resume: bool) -> Iterator[RunFolde
         yield folder
 
 
-def _begin(
-    model: nn.Module,
-    feed: Feed,
-    plan: CyclePlan,
-    phases: Phases,
-    config: TrainConfig,
-    folder: RunFolder,
-    saving: Saving,
-    about: Mapping[str, Any],
-    progress: bool,
-    tensorboard: bool,
-) -> Run:
+def _begin(plan: CyclePlan, phases: Phases, about: Mapping[str, Any], **parts: Any) -> Run:
+    """Make a run of a plan; `parts` are fields of `Run`."""
     about = {key: value for key, value in about.items() if key != "command"}
     return Run(
-        initial=model,
-        feed=feed,
-        config=config,
-        folder=folder,
-        saving=saving,
-        progress=progress,
-        tensorboard=tensorboard,
+        **parts,
         learning_rate=phases.learning_rate,
         lam=phases.lam_control(),
         model_about=about.get("model", {}),
         num_rounds=len(plan.rounds),
         total=phases.total,
-        identity=identity_of(feed, plan, phases.total, config, about),
+        identity=identity_of(parts["feed"], plan, phases.total, parts["config"], about),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from growshrink.base.limits import Positive, Share
 from growshrink.base.reading import clean_keys, read_json
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import DropError, FuseError, RunError
+from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.supernet.files import about_weights, load_supernet
@@ -35,6 +37,7 @@ class Source:
     Attributes:
         plain: The net to deploy, as `timm.create_model(name, **kwargs)` makes it, in eval mode on the CPU.
         grown: The net it was merged from, in eval mode; None if it was plain already, or branches were dropped.
+        dynamic: A grown net as it is, with numbers that depend on the data; `plain` then has their means.
         mean: Per channel, of images in [0, 1], like `std`.
         classes: Their names in the order of the outputs.
         data: Name of the data set it was trained on.
@@ -46,6 +49,7 @@ class Source:
     kwargs: Mapping[str, Any]
     input_size: InputSize
     grown: nn.Module | None = None
+    dynamic: nn.Module | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     classes: tuple[str, ...] = ()
@@ -67,6 +71,7 @@ class Recipe:
         branches: What a grown state_dict was grown with, as for `growshrink.grow`.
         ratio: The ratio it was grown with.
         merge: Merge the branches of a grown net; else leave them out (NetAug's base net).
+        dynamic: Write a grown net as it is, too, whatever its lam; merged is what it would be at lam = 0.
         image_size: Pixels, where the file does not say it.
         mean: Per channel, of images in [0, 1], where the file does not say it; by default the model's own.
         std: Per channel, in the same unit.
@@ -77,6 +82,7 @@ class Recipe:
     branches: Sequence[str] = ()
     ratio: float = 2.0
     merge: bool = True
+    dynamic: bool = False
     image_size: int | None = None
     mean: tuple[Share, ...] = ()
     std: tuple[Positive, ...] = ()
@@ -171,6 +177,9 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
     """The source of a grown net: what is left of it, in a fresh net of the plain architecture."""
     known["input_size"] = _input_size(known["input_size"], recipe)
     grown = grown.eval()
+    if recipe.dynamic:
+        known["dynamic"] = copy.deepcopy(grown)
+        set_lambda(grown, 0.0)
     try:
         left = fuse(grown, input_size=known["input_size"]) if recipe.merge else drop(grown)
     except DropError as error:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.plan import Round
-from growshrink.cycle.running import Run
 from growshrink.cycle.teaching import Lessons
-from growshrink.schedules import Schedule, hold_then_vanish
+from growshrink.schedules import Schedule, hold_then_vanish, linear
 from growshrink.supernet import NetAugTask
 from growshrink.supernet.cost import StepCost
 from growshrink.training.distil import TeacherNet
@@ -58,32 +57,17 @@ class RoundSpan:
         if self.plan.linear or not self.plan.branch:
             return 0.0
         hold, vanish = self.hold_stop - self.start, self.vanish_stop - self.hold_stop
-        return hold_then_vanish(hold, vanish)(update - self.start)
+        rise = linear(0.0, 1.0, steps=round(self.plan.rise * (self.stop - self.start)))
+        return min(rise(update - self.start), hold_then_vanish(hold, vanish)(update - self.start))
 
-    def sampling(self, net: nn.Module, run: Run, teacher: TeacherNet | None) -> NetAugTask:
-        """What samples the widths of a grown net in training."""
-        return self._task(net, run.lam, run.config.label_smoothing, teacher, run.size)
+    def sampling(self, net: nn.Module, lam: Schedule, **values: Any) -> NetAugTask:
+        """What samples the widths of a grown net in training; `values` are arguments of `NetAug.task`."""
+        assert self.plan.widths is not None
+        fading = lam if self.plan.exit.fades else None
+        return self.plan.widths.task(net, lam=fading, seed=self.seed + self.number, **values)
 
     def sampling_costs(self, costs: Costs, grown: NetCost, teacher: NetCost | None) -> StepCost:
         """What its updates cost."""
         taught = TeacherNet(copy_net(teacher.net), 0.5, 1.0) if teacher is not None else None  # it is frozen
-        task = self._task(copy_net(grown.net), self.lam, 0.0, taught, costs.input_size)
-        return StepCost(task, costs.input_size)
-
-    def _task(
-        self,
-        net: nn.Module,
-        lam: Schedule,
-        label_smoothing: float,
-        teacher: TeacherNet | None,
-        input_size: InputSize,
-    ) -> NetAugTask:
-        assert self.plan.widths is not None
-        return self.plan.widths.task(
-            net,
-            lam=lam if self.plan.exit.fades else None,
-            seed=self.seed + self.number,
-            label_smoothing=label_smoothing,
-            teacher=teacher,
-            input_size=input_size,
-        )
+        values: dict[str, Any] = {"label_smoothing": 0.0, "teacher": taught, "input_size": costs.input_size}
+        return StepCost(self.sampling(copy_net(grown.net), self.lam, **values), costs.input_size)

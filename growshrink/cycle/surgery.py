@@ -33,6 +33,7 @@ def grow_nets(
     init: str,
     seed: int,
     input_size: InputSize,
+    guide: str | None = None,
 ) -> Grew:
     """Grow model and average alike, and recreate the optimizer; returns what the growth log needs.
 
@@ -45,9 +46,20 @@ def grow_nets(
         init: How branches start.
         seed: Of the branches' weights.
         input_size: `(C, H, W)`.
+        guide: A name of timm's.
     """
     model = trainer.model
-    grow(model, branch, ratio=ratio, where=where, init=init, seed=seed, inplace=True, input_size=input_size)
+    grow(
+        model,
+        branch,
+        ratio=ratio,
+        where=where,
+        init=init,
+        seed=seed,
+        guide=guide,
+        inplace=True,
+        input_size=input_size,
+    )
     names = list(grown_modules(model))  # it was plain before
     change = Grew(
         update=trainer.update,
@@ -57,6 +69,7 @@ def grow_nets(
         names=names,
         init=init,
         seed=seed,
+        guide=guide,
         shapes=shapes_of(model),
     )
     if trainer.ema is not None:

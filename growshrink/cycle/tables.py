@@ -8,7 +8,7 @@ from growshrink.cycle.records import RoundRecord
 
 _COLUMNS = (
     ("round", lambda r: str(r.number)),
-    ("branches", lambda r: ", ".join(r.branch) + f" in {r.num_grown} layers"),
+    ("branches", lambda r: f"{', '.join(r.branch)} in {r.num_grown} layers" if r.branch else "none"),
     ("before", lambda r: _percent(r.top1.before)),
     ("peak", lambda r: _percent(r.top1.peak)),
     ("vanished", lambda r: _percent(r.top1.vanished)),
@@ -56,7 +56,7 @@ def rounds_table(rounds: Sequence[RoundRecord], *, markdown: bool) -> str:
 def _retention(record: RoundRecord) -> str:
     if record.retention is not None:
         return f"{record.retention:.2f}"
-    return "-" if record.top1.before is None else "no gain"
+    return "-" if record.top1.before is None or not record.branch else "no gain"
 
 
 def _percent(value: float | None) -> str:

@@ -75,11 +75,6 @@ class Teacher(Checked):
         return self.of == "peak"
 
     @property
-    def is_start(self) -> bool:
-        """Whether it is the net that the round begins with."""
-        return self.of == "previous"
-
-    @property
     def is_net(self) -> bool:
         """Whether it is another net than the run's."""
         return self.of not in OWN

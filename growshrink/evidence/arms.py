@@ -11,6 +11,7 @@ from typing import Any
 
 from growshrink.base.config import check_fields, from_dict
 from growshrink.base.limits import Positive, Share, Whole
+from growshrink.branches import Branch, Modulated
 from growshrink.cycle import CyclePlan, Drop, FromBranches, FromPixels, MapSource, NetAug, Rewind, Round, Teacher
 from growshrink.errors import PlanError
 from growshrink.training.trainer import TrainConfig
@@ -32,6 +33,9 @@ class Arm:
         base: Share of the epochs before the first round.
         rounds: `epochs` of each is its share of the epochs; they and `base` sum to 1.
         restarts: Shares of the run at which the learning rate is led back up without a change of structure.
+        model_kwargs: Arguments of its net over the experiment's; they are not to change what the net costs.
+        init: "FOLDER/ARM", where it starts from another experiment's plain net, the classifier excepted: the
+            experiment's folder, beside this one's, and the arm (see `load_start_`); "" for fresh weights.
         expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
         config: What it trains with in place of the experiment's `TrainConfig`, by name.
@@ -44,6 +48,8 @@ class Arm:
     base: Share = 0.0
     rounds: tuple[Round, ...] = ()
     restarts: tuple[Share, ...] = ()
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    init: str = ""
     expansion: Whole = 0
     shrinks: bool = True
     gradients: MapSource | None = None
@@ -67,15 +73,13 @@ class Arm:
     def plan(self, epochs: float, seed: int, given: str | None = None) -> CyclePlan:
         """Plan of a run of so many epochs; `given` is where the teacher "given" is found, with {seed} for the seed."""
         path = (given or GIVEN).replace("{seed}", str(seed))
-
-        def teacher(of: Teacher | None) -> Teacher | None:
-            return replace(of, of=path) if of is not None and of.of == GIVEN else of
-
+        taught = [
+            of and replace(of, of=path if of.of == GIVEN else of.of) for of in (each.teacher for each in self.rounds)
+        ]
+        rounds = zip(self.rounds, taught, strict=True)
         return CyclePlan(
             base_epochs=self.base * epochs,
-            rounds=tuple(
-                replace(entry, epochs=entry.epochs * epochs, teacher=teacher(entry.teacher)) for entry in self.rounds
-            ),
+            rounds=tuple(replace(entry, epochs=entry.epochs * epochs, teacher=who) for entry, who in rounds),
             restarts=tuple(share * epochs for share in self.restarts),
             seed=seed,
             gradients=self.gradients,
@@ -94,6 +98,12 @@ class Arm:
         """Read from a plan file; PlanError for unknown keys and values that cannot be."""
         return from_dict(Arm, values, "an arm of the plan")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether its numbers from data would be taken over the channels of all seeds side by side."""
+        kinds = {kind for entry in self.rounds for kind in entry.branch} & Branch.kinds.keys()
+        return any(issubclass(Branch.kinds[kind], Modulated) for kind in kinds)
+
 
 def _one(**values: Any) -> tuple[Round, ...]:
     return (Round(**{"epochs": 1.0, "ratio": 2.0, **values}),)
@@ -110,6 +120,11 @@ def _mapped(gradients: MapSource, about: str) -> Arm:
 def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
     branches = (("bottleneck",), ("insert", "bottleneck"), ("insert", "bottleneck"))
     return tuple(Round(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
+
+
+def _faded(about: str, *branch: str, **values: Any) -> Arm:
+    shares = {"hold": 0.55, "vanish": 0.3, "settle": 0.1}
+    return Arm(about=about, rounds=_one(**{"branch": branch, "ratio": 4.0, "init": "paper", **shares, **values}))
 
 
 PLAIN = "plain"
@@ -221,5 +236,31 @@ ARMS: Mapping[str, Arm] = {
         about="the grown net itself on the same budget: what there is to be kept, on the val split",
         rounds=_one(hold=0.98, teacher=Teacher("peak"), **_REWIND),
         shrinks=False,
+    ),
+    "implicit": Arm(
+        about="one-round, the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
+        rounds=_one(branch=("implicit",), hold=0.40, vanish=0.25, settle=0.05),
+    ),
+    "asr": _linear(
+        "channel attention fed with a learnt vector: the control that never sees data (arXiv:2304.06345)", "asr"
+    ),
+    "se-fade": _faded("squeeze and excitation, fading to its mean (after arXiv:1709.01507)", "se"),
+    "condconv-fade": _faded(
+        "4 kernels mixed by image, fading to their mean mixture (after arXiv:1904.04971)", "condconv"
+    ),
+    "dynamic-conv-fade": _faded(
+        "4 kernels mixed by attention, lam rising in place of a temperature (after arXiv:1912.03458)",
+        "dynamic_conv",
+        rise=0.1,
+    ),
+    "weightnet-fade": _faded("slices of rows scaled by image, fading (after arXiv:2007.11823)", "weightnet"),
+    "detach": _faded(
+        "a large net feeds scales and kernels of every layer, and is taken off (DetachNet)",
+        "guided",
+        "guided_kernel",
+        guide="reducenet56",
+    ),
+    "deepmoe-fade": _faded(
+        "a shallow net gates every channel, sparsely, and is taken off (after arXiv:1806.01531)", "guided"
     ),
 }

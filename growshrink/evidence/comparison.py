@@ -37,6 +37,7 @@ class ArmComparison(Checked):
     lr: float
     tuning: Tuning | None
     images: int | None = None
+    predictions: tuple[str, ...] = ()
 
     @staticmethod
     def from_plan(plan: Mapping[str, Any]) -> ArmComparison:

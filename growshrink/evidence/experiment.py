@@ -41,6 +41,7 @@ from growshrink.evidence.record import (
     read_runs,
 )
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
+from growshrink.evidence.weights import load_start_
 from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
@@ -125,7 +126,7 @@ class Experiment:
         config = arm.trained(self.config, self.config.lr)
         elementwise = config.optimizer in ELEMENTWISE and config.clip_grad is None
         return (
-            arm.shrinks and elementwise and not listens and arm.gradients is None
+            arm.shrinks and elementwise and not listens and arm.gradients is None and not arm.mixes
         )  # a peak is scored by run_cycle, which knows of one net only
 
     def to_json(self) -> dict[str, Any]:
@@ -184,31 +185,23 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
-        net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds)
+        net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds, out)
         count, batch_size = len(feeds), feed.train.batch_size
         budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
         budget *= training_macs(plain, feeds[0].input_size)
-        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers)
+        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers=teachers)
         plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
+        model = _about_net(experiment, arm.model(experiment.model), feed, **arm.model_kwargs)
         about = {
             "command": shlex.join(sys.argv),
-            **({"model": _about_net(experiment, arm, feed)} if count == 1 else {}),
+            **({"model": model} if count == 1 else {}),
             "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
             "job": to_dict(job),
         }
+        how: dict[str, Any] = {"device": where, "progress": progress, "about": about}
         torch.manual_seed(job.seeds[0])
         try:
-            result = run_cycle(
-                net,
-                feed,
-                plan,
-                out_dir=folder,
-                config=config,
-                device=where,
-                progress=progress,
-                about=about,
-                teachers=teachers,
-            )
+            result = run_cycle(net, feed, plan, out_dir=folder, config=config, teachers=teachers, **how)
         except DivergedError as error:
             if job.kind != "trial":
                 raise
@@ -218,7 +211,8 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         spent = result.training_macs / count
         if not abs(spent / budget - 1) <= TOLERANCE:
             raise PlanError(f"{job.name}: cost {spent:.3e} MACs of a budget of {budget:.3e}.")
-        trained = [result.model] if count == 1 else unstack_net(result.model, plain.to(where), count)
+        like = plain_of(experiment, job.arm, feeds[0], job.seeds[0]).to(where)
+        trained = [result.model] if count == 1 else unstack_net(result.model, like, count)
         scores = tuple(
             _score(one, own, seed, arm, result.rounds) for one, own, seed in zip(trained, feeds, job.seeds, strict=True)
         )
@@ -229,13 +223,18 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
 
 
 def _side_by_side(
-    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int]
+    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int], out: Path
 ) -> tuple[nn.Module, Feed, dict[int, nn.Module]]:
     """Make the nets of all seeds, their feeds and their teachers into one of each."""
     name, size = arm.model(experiment.model), feeds[0].input_size
-    nets = [_net(experiment, name, feed, seed) for feed, seed in zip(feeds, seeds, strict=True)]
+    nets = [_net(experiment, name, feed, seed, **arm.model_kwargs) for feed, seed in zip(feeds, seeds, strict=True)]
+    if arm.init:
+        for net, seed in zip(nets, seeds, strict=True):
+            load_start_(net, arm.init, seed, out)
     teachers = [
-        teacher_nets(arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, arm, feed))
+        teacher_nets(
+            arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, name, feed, **arm.model_kwargs)
+        )
         for feed, seed in zip(feeds, seeds, strict=True)
     ]
     if len(nets) == 1:
@@ -251,21 +250,15 @@ def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
     return RunRecord(job=job, about=arm.about, **found, **kept)
 
 
-def matched_epochs(
-    arm: Arm,
-    net: nn.Module,
-    feed: Feed,
-    budget: float,
-    seed: int = 0,
-    teachers: Mapping[int, nn.Module] | None = None,
-) -> float:
+def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0, **nets: Any) -> float:
     """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
 
-    Sampled widths, and so their cost, depend on the `seed`. PlanError if the budget is too small for the arm's phases.
+    Sampled widths, and so their cost, depend on the `seed`; `nets` are the `teachers` of `Costs`. PlanError if the
+    budget is too small for the arm's phases.
     """
     updates_per_epoch = feed.train.updates_per_epoch
     epochs = budget / (feed.train.batch_size * updates_per_epoch * training_macs(net, feed.input_size))
-    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, teachers)
+    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, **nets)
     off: dict[float, float] = {}
     for _ in range(12):
         ratio = lay_out(arm.plan(epochs, seed), updates_per_epoch, built_grown=arm.expansion > 0).macs(costs) / budget
@@ -288,32 +281,33 @@ def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[Rou
     return SeedScore(seed=seed, val=evaluate(net, feed.val).top1, test=test.top1, loss=test.loss)
 
 
-def _net(experiment: Experiment, name: str, feed: Feed, seed: int) -> nn.Module:
+def plain_of(experiment: Experiment, arm: str, feed: Feed | DataSet, seed: int) -> nn.Module:
+    """Make the net that an arm of the experiment arrives at, with fresh weights."""
+    return _net(experiment, experiment.model, feed, seed, **experiment.arm(arm).model_kwargs)
+
+
+def _net(experiment: Experiment, name: str, feed: Feed | DataSet, seed: int, **overrides: Any) -> nn.Module:
     torch.manual_seed(seed)
-    return timm.create_model(name, **_net_kwargs(experiment, feed))
+    return timm.create_model(name, **_about_net(experiment, name, feed, **overrides)["kwargs"])
 
 
-def _net_kwargs(experiment: Experiment, feed: Feed) -> dict[str, Any]:
-    return {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs}
-
-
-def _about_net(experiment: Experiment, arm: Arm, feed: Feed) -> dict[str, Any]:
-    """How to make the net of an arm again, and its plain form."""
-    kwargs = _net_kwargs(experiment, feed)
-    return {
-        "name": arm.model(experiment.model),
-        "kwargs": kwargs,
-        "plain_name": experiment.model,
-        "plain_kwargs": kwargs,
-    }
+def _about_net(experiment: Experiment, name: str, feed: Feed | DataSet, **overrides: Any) -> dict[str, Any]:
+    """How to make a net of the experiment again, and its plain form."""
+    kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs, **overrides}
+    return {"name": name, "kwargs": kwargs, "plain_name": experiment.model, "plain_kwargs": kwargs}
 
 
 def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
     """The batches of one seed; decoded data sets are kept."""
-    data = _data(experiment.data, data_dir, seed, experiment.pool, experiment.images)
+    data = data_of(experiment, seed, data_dir)
     crop = data.input_size[1] // 8 if experiment.crop is None else experiment.crop
     augment = Augment(crop=crop, flip=experiment.flip)
     return MemoryFeed.of(data, batch_size=experiment.batch_size, augment=augment, seed=seed, device=device)
+
+
+def data_of(experiment: Experiment, seed: int, data_dir: Path | None) -> DataSet:
+    """Load the images of one seed; decoded data sets are kept."""
+    return _data(experiment.data, data_dir, seed, experiment.pool, experiment.images)
 
 
 @lru_cache(maxsize=8)

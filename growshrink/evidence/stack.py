@@ -9,7 +9,7 @@ keeps runs apart that listen to the loss or to the val split, which would be a m
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,11 +72,17 @@ def stack_nets(nets: Sequence[nn.Module], input_size: InputSize) -> nn.Module:
 def unstack_net(stack: nn.Module, like: nn.Module, count: int) -> list[nn.Module]:
     """The nets in a stack, each a copy of `like` (of the architecture that the stack has now) with its own values."""
     nets = [copy.deepcopy(like) for _ in range(count)]
-    state = stack.state_dict()
-    for index, net in enumerate(nets):
-        own = {key: state[key].chunk(count)[index] if state[key].ndim else state[key] for key in net.state_dict()}
+    for net, own in zip(nets, unstack_state(stack.state_dict(), count), strict=True):
         net.load_state_dict(own, strict=True)
     return nets
+
+
+def unstack_state(state: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The state_dict of each of the nets in that of their stack; what has no dimension is the same for all."""
+    return [
+        {key: value.chunk(count)[index] if value.ndim else value for key, value in state.items()}
+        for index in range(count)
+    ]
 
 
 class _StackedLinear(nn.Module):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from growshrink.analysis.stats import Estimate, blocked, holm, paired
+from growshrink.analysis.stats import Estimate, blocked, detectable, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.comparison import ArmComparison, chosen_lr, runs_of
@@ -17,6 +17,10 @@ from growshrink.evidence.record import RunRecord, SeedScore
 
 #: Of corrected p values.
 LEVEL = 0.05
+_INT8_LEGEND = (
+    " int8: test top-1 of the deployed net after the exporter's static quantisation (256 training images), one scale "
+    "per layer / per output channel."
+)
 _LEGEND = (
     "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
     "included: those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward "
@@ -24,7 +28,8 @@ _LEGEND = (
     "split having had no part in any choice; difference to plain with the same seed (weights, val split, order of "
     "images), its 95 % interval by Student's t, and the same with the noise estimated from all arms together "
     "(pooled). p: of the pooled test, corrected for "
-    "the number of arms (Holm). Epochs: of all updates, a teacher's included. *: the end of the learning rates "
+    "the number of arms (Holm). Sees: the true difference that so many seeds tell from 0 with a chance of 80 %, by the "
+    "spread of their differences. Epochs: of all updates, a teacher's included. *: the end of the learning rates "
     "that were tried. *val*: on the val split."
 )
 
@@ -40,6 +45,8 @@ class TableRow:
         pooled: The same difference, its interval by the noise of all arms together (`blocked`): much narrower, if they
             are all as noisy. None unless all seeds of plain are there.
         p: That of `pooled`, corrected for the number of arms (Holm).
+        sees: The true difference to plain that its seeds tell from 0 with a chance of 80 %; NaN for fewer than 2.
+        int8: Mean test top-1 in int8, one scale per layer and per output channel; None where it was not taken.
         cost: Training MACs over the budget.
         seconds: Of training a net, over plain's; NaN where they were not trained in the same way.
         edge: Its learning rate is the largest or the smallest that was tried.
@@ -54,6 +61,8 @@ class TableRow:
     difference: Estimate | None
     pooled: Estimate | None
     p: float | None
+    sees: float
+    int8: tuple[float, float] | None
     epochs: float
     cost: float
     seconds: float
@@ -89,6 +98,8 @@ def rows_of(comparison: ArmComparison, records: Sequence[RunRecord]) -> list[Tab
                 difference=difference,
                 pooled=pooled[arm][0] if arm in pooled else None,
                 p=corrected.get(arm),
+                sees=_sees(*pairs[arm]) if arm in compared else float("nan"),
+                int8=int8_top1(list(own.values())),
                 epochs=first.spent.epochs,
                 cost=first.spent.macs / first.spent.budget,
                 seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds and alike else float("nan"),
@@ -124,13 +135,15 @@ def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) 
     seeds = ", ".join(map(str, comparison.seeds))
     side = f", {comparison.pool} x {comparison.pool} pixels averaged into one" if comparison.pool > 1 else ""
     kwargs = ", ".join(f"{key}={value}" for key, value in comparison.model_kwargs.items())
+    quantised = any(row.int8 for row in rows)
     lines = [
         f"# {comparison.model}{f' ({kwargs})' if kwargs else ''} on {comparison.data}{side}",
         "",
-        _LEGEND.format(budget=comparison.budget, seeds=seeds),
+        _LEGEND.format(budget=comparison.budget, seeds=seeds) + _INT8_LEGEND * quantised,
         "",
-        "| arm | top-1 (sd) | less plain | t interval | pooled | p | seeds | lr | epochs | cost | seconds / plain |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| arm | top-1 (sd) | less plain | t interval | pooled | p | sees | seeds | lr | epochs | cost | "
+        "seconds / plain |" + " int8 |" * quantised,
+        "|---|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * quantised,
     ]
     for row in rows:
         value = interval = pooled = p = "-"
@@ -138,14 +151,17 @@ def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) 
             value, interval = f"{found.value:+.2f}", f"{found.low:+.2f} .. {found.high:+.2f}"
         if row.pooled is not None:
             pooled, p = f"{row.pooled.low:+.2f} .. {row.pooled.high:+.2f}", f"{row.p:.2g}"
-        sd = "-" if row.sd != row.sd else f"{row.sd:.2f}"
+        int8 = " / ".join(f"{each:.2f}" for each in row.int8) if row.int8 else "-"
         lines.append(
-            f"| {row.arm} | {row.top1:.2f} ({sd}){' val' * row.on_val} | {value} | {interval} | {pooled} | "
-            f"{p} | {row.seeds} | {row.lr:g}{'*' * row.edge} | {row.epochs:.1f} | {row.cost:.3f} | "
-            f"{'-' if row.seconds != row.seconds else f'{row.seconds:.2f}'} |"
+            f"| {row.arm} | {row.top1:.2f} ({_number(row.sd)}){' val' * row.on_val} | {value} | {interval} | {pooled} "
+            f"| {p} | {_number(row.sees)} | {row.seeds} | {row.lr:g}{'*' * row.edge} | {row.epochs:.1f} "
+            f"| {row.cost:.3f} | {_number(row.seconds)} |" + f" {int8} |" * quantised
         )
     lines += ["", "## Verdicts", ""]
     lines += [f"- **{row.arm}**: {row.verdict}. {row.about[0].upper()}{row.about[1:]}." for row in rows]
+    if comparison.predictions:
+        lines += ["", "## Predicted", "", "Written before the first run.", ""]
+        lines += [f"- {prediction}" for prediction in comparison.predictions]
     lines += ["", "![accuracy over cost](curves.png)", "", "## Made by", "", f"`{command}`", ""]
     return "\n".join(lines)
 
@@ -232,6 +248,21 @@ def _pooled(scores: Mapping[str, Mapping[int, SeedScore]]) -> dict[str, tuple[Es
         return {}
     found = blocked([_values(scores[arm], seeds)[1] for arm in arms], control=arms.index(PLAIN))
     return {arm: entry for arm, entry in zip(arms, found, strict=True) if arm != PLAIN}
+
+
+def _sees(values: Sequence[float], of_plain: Sequence[float]) -> float:
+    return detectable(statistics.stdev([a - b for a, b in zip(values, of_plain, strict=True)]), len(values))
+
+
+def int8_top1(scores: Sequence[SeedScore]) -> tuple[float, float] | None:
+    """Mean top-1 in int8, one scale per layer and per output channel; None unless all seeds have it."""
+    pairs = [(score.int8_tensor, score.int8_channel) for score in scores]
+    tensor, channel = ([value for value in column if value is not None] for column in zip(*pairs, strict=True))
+    return (statistics.mean(tensor), statistics.mean(channel)) if len(channel) == len(pairs) else None
+
+
+def _number(value: float) -> str:
+    return "-" if value != value else f"{value:.2f}"
 
 
 def _seconds(runs: Sequence[RunRecord]) -> float:

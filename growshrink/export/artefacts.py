@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ TIMM_FILE = "model.safetensors"
 FOLDED_FILE = "folded.safetensors"
 PT2_FILE = "folded.pt2"
 ONNX_FILE = "folded.onnx"
+DYNAMIC_PT2_FILE, DYNAMIC_ONNX_FILE = "dynamic.pt2", "dynamic.onnx"
 ONNX_INPUT = "images"
 
 Function = Callable[[Tensor], Tensor]
@@ -61,21 +64,21 @@ def write_folded(source: Source, folder: Path) -> nn.Module:
     return read
 
 
-def write_pt2(folded: nn.Module, source: Source, folder: Path) -> Function:
+def write_pt2(folded: nn.Module, source: Source, folder: Path, file: str = PT2_FILE) -> Function:
     """folded.pt2: a `torch.export` program with any batch size; torch alone runs it, on the CPU and elsewhere."""
-    path = folder / PT2_FILE
+    path = folder / file
     batch = torch.zeros(2, *source.input_size)  # a batch of one would be taken for a constant
     program = torch.export.export(folded, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     torch.export.save(program, path)
     return torch.export.load(path).module()
 
 
-def write_onnx(folded: nn.Module, source: Source, folder: Path, *, threads: int) -> Function:
+def write_onnx(folded: nn.Module, source: Source, folder: Path, *, threads: int, file: str = ONNX_FILE) -> Function:
     """folded.onnx: input `images` (batch, C, H, W), any batch size, output `logits`; runs in onnxruntime."""
     require_onnx()
     import onnx
 
-    path = folder / ONNX_FILE
+    path = folder / file
     with warnings.catch_warnings():  # the exporter warns about its own internals
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -112,6 +115,16 @@ def require_onnx() -> None:
     except ImportError as error:
         advice = "pip install growshrink[onnx], or leave it out (--no-onnx)."
         raise RunError(f"ONNX needs {error.name}: {advice}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the chatter that exporter and quantiser log about themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _contiguous(net: nn.Module) -> dict[str, Tensor]:

@@ -59,11 +59,12 @@ def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function
         add("folded", "plain", "float64", compare(exact, folded_exactly, **size))
     add("folded", "plain", "float32", compare(source.plain, folded, dtype=torch.float32, **size))
     for name, program in programs.items():
+        dynamic = source.dynamic if name.startswith("dynamic") else None
         for number in BATCH_SIZES:
             x = random_images(source.input_size, number, torch.float32, seed)
             with torch.no_grad():
-                found = Comparison.of(source.plain(x), program(x))
-            add(f"{name}, batch of {number}", "plain", "float32", found)
+                found = Comparison.of((dynamic or source.plain)(x), program(x))
+            add(f"{name}, batch of {number}", "dynamic" if dynamic else "plain", "float32", found)
     return result
 
 

@@ -33,7 +33,7 @@ def summary(report: Mapping[str, Any]) -> str:
         rows = [row for row in checks if row["net"].startswith(f"{name}, ")]
         sizes = ", ".join(row["net"].rpartition(" ")[2] for row in rows)
         worst = max(row["max_rel"] for row in rows)
-        lines[f"{name} against plain"] = f"{worst:.1e} (float32, worst of batches of {sizes})"
+        lines[f"{name} against {rows[0]['against']}"] = f"{worst:.1e} (float32, worst of batches of {sizes})"
     cost = report["cost"].items()
     lines["an image"] = ", ".join(f"{name} {row['macs']:,} MACs, {row['params']:,} parameters" for name, row in cost)
     if "latency" in report:
@@ -146,6 +146,11 @@ def _files(report: Mapping[str, Any]) -> list[str]:
             "import onnxruntime\nnet = onnxruntime.InferenceSession('FOLDER/folded.onnx')\n"
             "logits = net.run(None, {'images': images})[0]",
         ),
+        "dynamic.pt2": (
+            "the grown net as it is, numbers from data included, any batch size (needs torch alone)",
+            "# as folded.pt2",
+        ),
+        "dynamic.onnx": ("the same for ONNX runtimes, kernels of images as matrix products", "# as folded.onnx"),
         "int8.onnx": ("the same in int8 (QDQ)", "# as folded.onnx"),
     }
     lines = []

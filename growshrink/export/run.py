@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -110,10 +108,16 @@ def export(
         if options.pt2:
             doing("torch.export")
             programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
+            if source.dynamic is not None:
+                file = artefacts.DYNAMIC_PT2_FILE
+                programs[file] = artefacts.write_pt2(source.dynamic, source, folder, file)
         if options.onnx:
             doing("ONNX")
-            with _quiet():
+            with artefacts.quiet():
                 programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
+                if source.dynamic is not None:
+                    file = artefacts.DYNAMIC_ONNX_FILE
+                    programs[file] = artefacts.write_onnx(source.dynamic, source, folder, threads=threads, file=file)
         doing("checks")
         report: dict[str, Any] = {
             "source": _about(source),
@@ -127,7 +131,7 @@ def export(
             quantised = folder / int8.INT8_FILE
             images = int8.calibration_images(source, data, options.calibration, options.seed)
             reduced = int8.needs_reduced_range()
-            with _quiet():
+            with artefacts.quiet():
                 int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
             program = programs[int8.INT8_FILE] = artefacts.onnx_function(quantised, threads=threads)
             doing("accuracy")
@@ -163,7 +167,7 @@ def _about(source: Source) -> dict[str, Any]:
 
 
 def _cost(source: Source, folded: nn.Module) -> dict[str, Any]:
-    nets = {"grown net": source.grown, "plain net": source.plain, "folded net": folded}
+    nets = {"grown net": source.grown, "dynamic net": source.dynamic, "plain net": source.plain, "folded net": folded}
     return {name: asdict(profile(net, source.input_size)) for name, net in nets.items() if net is not None}
 
 
@@ -180,6 +184,8 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
     nets: dict[str, Function] = {"plain net": source.plain, **functions}
     if source.grown is not None:
         nets = {"grown net": source.grown, **nets}
+    if source.dynamic is not None:
+        nets["dynamic net"] = source.dynamic
     calls = {name: partial(net, x) for name, net in nets.items()}
     with torch.inference_mode():
         times = interleaved_timings(calls, rounds=options.rounds, progress=options.progress)
@@ -190,13 +196,3 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
         "ms": times,
         "over_plain": {name: ms / times["plain net"] for name, ms in times.items()},
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the chatter that exporter and quantiser log about themselves."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

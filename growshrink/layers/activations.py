@@ -1,4 +1,4 @@
-"""The vanishing ReLU: an activation that training turns into the identity."""
+"""What training makes linear: the vanishing ReLU becomes the identity, fading numbers their mean."""
 
 from __future__ import annotations
 
@@ -9,27 +9,19 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.errors import GrowShrinkError, check_model
+from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import AlgebraError, GrowShrinkError, check_model
 
 
-@register_notrace_module  # stays a module in timm's fx feature extractors, where set_lambda then finds it
-class VanishingReLU(nn.Module):
-    r"""ReLU whose negative side fades in as `lam` falls from 1 to 0.
-
-    .. math:: f(x) = x \text{ if } x > 0 \text{ else } (1 - \lambda) x
-
-    `lam = 1` is ReLU (of finite values; -inf gives NaN), `lam = 0` is the identity bit for bit (infinities, NaN and
-    signed zeros included). The same function as `lam * relu(x) + (1 - lam) * x`, without the `0 * inf` that form has
-    at `lam = 0` and without its in-place trap (`relu_` would overwrite the `x` of the second term).
+class Vanishing(nn.Module):
+    """Something that does not merge and fades, as `lam` falls from 1 to 0, into something that does.
 
     `lam` is a 0-dim float32 buffer: it travels with the state_dict and across devices, `torch.compile` does not
-    recompile when it changes, and a cast of the model to another dtype leaves it float32.
+    recompile when it changes, and a cast of the model to another dtype leaves it (and other buffers) float32.
 
     Args:
         lam: Initial value, in [0, 1].
         device: Where the buffer is made.
-
-    Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
     """
 
     #: `lam` is 0 and stays so: a map may be taken of it without reading it (see growshrink.collapse_online).
@@ -41,8 +33,43 @@ class VanishingReLU(nn.Module):
         self.register_buffer("lam", torch.full((), check_lambda(lam), dtype=torch.float32, device=device))
 
     def reset_parameters(self) -> None:
-        """Back to ReLU (what a fresh module is)."""
+        """Back to full strength (what a fresh module has)."""
         self.lam.fill_(1.0)
+
+    @torch.jit.unused
+    def check_vanished(self) -> None:
+        """AlgebraError unless lam is 0."""
+        # a training step must not wait for a device, nor a compiled graph break, to read what is known
+        if not (self.held and (self.lam.device.type != "cpu" or torch.compiler.is_compiling())):
+            if (lam := float(self.lam)) != 0.0:
+                raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
+
+    def extra_repr(self) -> str:
+        """`lam=...` in the printed model."""
+        return "lam=meta" if self.lam.is_meta else f"lam={float(self.lam):g}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Vanishing:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != torch.float32:  # model.half() must not round it
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+@register_notrace_module  # stays a module in timm's fx feature extractors, where set_lambda then finds it
+class VanishingReLU(Vanishing):
+    r"""ReLU whose negative side fades in as `lam` falls from 1 to 0.
+
+    .. math:: f(x) = x \text{ if } x > 0 \text{ else } (1 - \lambda) x
+
+    `lam = 1` is ReLU (of finite values; -inf gives NaN), `lam = 0` is the identity bit for bit (infinities, NaN and
+    signed zeros included). The same function as `lam * relu(x) + (1 - lam) * x`, without the `0 * inf` that form has
+    at `lam = 0` and without its in-place trap (`relu_` would overwrite the `x` of the second term).
+
+    Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape and dtype."""
@@ -51,6 +78,10 @@ class VanishingReLU(nn.Module):
                 return F.leaky_relu(x, 1.0 - float(self.lam))
         # The cast comes first: in the other order torch.fx would bake lam into its graph as a constant.
         return F.prelu(x, (1 - self.lam.to(x.dtype)).reshape(1))
+
+    def linear_map(self, channels: int, dtype: torch.dtype) -> ConvMap:
+        """What it is at `lam = 0`, on so many channels."""
+        return ConvMap.identity(channels, dtype, self.lam.device)
 
     @torch.jit.unused
     def _lam_is_free_to_read(self, x: Tensor) -> bool:
@@ -63,16 +94,51 @@ class VanishingReLU(nn.Module):
             and not torch.jit.is_tracing()
         )
 
-    def extra_repr(self) -> str:
-        """`lam=...` in the printed model."""
-        return "lam=meta" if self.lam.is_meta else f"lam={float(self.lam):g}"
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VanishingReLU:
-        before = self.lam
-        super()._apply(fn, recurse)
-        if self.lam.dtype != torch.float32:  # model.half() moves lam but must not round it
-            self.lam = before.to(self.lam.device)
-        return self
+@register_notrace_module
+class Fading(Vanishing):
+    r"""Numbers that depend on the data, fading to their running mean as `lam` falls from 1 to 0.
+
+    .. math:: c = m + \lambda (g - m)
+
+    `lam = 1` is g and `lam = 0` is m, bit for bit (of finite g). m is the constant nearest to g in least squares. It
+    follows the batches while the module trains and lam is above 0, and rests from then on; ranks average it as they do
+    the statistics of batch norms.
+
+    Args:
+        size: Numbers for each image.
+        start: What m starts at.
+        lam: Initial value, in [0, 1].
+        device: Where the buffers are made.
+
+    >>> fade = Fading(2, start=0.5, lam=0.0)
+    >>> fade(torch.tensor([[0.0, 3.0]])).tolist()
+    [[0.5, 0.5]]
+    """
+
+    #: Share of a batch in the running mean, as batch norms have it.
+    MOMENTUM = 0.1
+    #: Buffers that ranks average in every update; see `growshrink.base.ranks`.
+    averaged = ("mean",)
+
+    def __init__(
+        self, size: int, start: float = 0.0, lam: float = 1.0, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__(lam, device)
+        self.mean: Tensor
+        self.register_buffer("mean", torch.full((size,), start, dtype=torch.float32, device=device))
+
+    def forward(self, g: Tensor) -> Tensor:
+        """`(N, size)` -> the same shape and dtype."""
+        if self.training:
+            with torch.no_grad():
+                self.mean.lerp_(g.detach().float().mean(0), self.MOMENTUM * (self.lam > 0))
+        return torch.lerp(self.mean.to(g.dtype).expand_as(g), g, self.lam.to(g.dtype))
+
+    def constant(self, dtype: torch.dtype) -> Tensor:
+        """What it is for every image, `(size,)`; AlgebraError unless lam is 0."""
+        self.check_vanished()
+        return self.mean.to(dtype)
 
 
 def check_lambda(value: float) -> float:
@@ -82,11 +148,11 @@ def check_lambda(value: float) -> float:
     return float(value)
 
 
-def vanishing(model: nn.Module) -> Iterator[tuple[str, VanishingReLU]]:
+def vanishing(model: nn.Module) -> Iterator[tuple[str, Vanishing]]:
     """The vanishing activations of a model with their dotted names."""
     check_model(model)
     for name, module in model.named_modules():
-        if isinstance(module, VanishingReLU):
+        if isinstance(module, Vanishing):
             yield name, module
 
 

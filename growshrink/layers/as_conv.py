@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
+from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.taps import adjoint
 
 #: Layers with one kernel and one bias, which a convolution of images is or can be.
@@ -20,10 +23,13 @@ def as_conv(layer: nn.Module) -> nn.Conv2d:
 
     A linear layer is a 1x1 on the image of its tokens, an `nn.Conv1d` a 1xk on an image of one row, and an
     `nn.ConvTranspose2d` has stride 1 on the input with zeros between its pixels and around them (see
-    `GrownConvTranspose2d`). Its mode and trainability are the layer's.
+    `GrownConvTranspose2d`). A batch norm in eval mode is a depthwise 1x1. Mode and trainability are the layer's.
     """
     if isinstance(layer, nn.Conv2d):
         return layer
+    if isinstance(layer, nn.BatchNorm2d):
+        affine = ConvMap.from_bn(layer).to_conv2d(dtype=layer.weight.dtype)
+        return affine.train(layer.training).requires_grad_(layer.weight.requires_grad)
     assert isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose2d))
     if isinstance(layer, nn.Linear):
         conv: nn.Conv2d = TokenConv2d(layer.in_features, layer.out_features, 1, device="meta")
@@ -43,9 +49,14 @@ def as_conv(layer: nn.Module) -> nn.Conv2d:
 def write_kernel_(layer: nn.Module, kernel_OIHW: Tensor) -> None:
     """Give a layer the kernel of a convolution shaped like `as_conv(layer)`, in its own layout and dtype."""
     assert isinstance(layer, WeightLayer)
+    layer.weight.copy_(own_layout(layer, kernel_OIHW))
+
+
+def own_layout(layer: nn.Module, kernel_OIHW: Tensor) -> Tensor:
+    """The kernel of a convolution shaped like `as_conv(layer)` as the layer's weight has it."""
     if isinstance(layer, nn.ConvTranspose2d):
         kernel_OIHW = adjoint(kernel_OIHW, layer.groups)
-    layer.weight.copy_(kernel_OIHW.reshape(layer.weight.shape))
+    return kernel_OIHW.reshape(cast(Tensor, layer.weight).shape)
 
 
 def _kernel(layer: nn.Linear | nn.Conv1d | nn.ConvTranspose2d) -> Tensor:

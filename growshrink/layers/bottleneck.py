@@ -107,16 +107,17 @@ class PureBottleneck(Mergeable):
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
         channels = self.conv.out_channels
-        first, norm, act, last = (
-            convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "act", "pointwise")
+        first, norm, last = (
+            convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "pointwise")
         )
+        act = convmap_of(self.act, "act", self.width, dtype)
         if self.width != channels:
             groups = self.conv.groups
-            first, norm, act = (
+            first, norm = (
                 replace(m, kernel=prefix(m.kernel, self.width, groups), bias=prefix(m.bias, self.width, groups))
-                for m in (first, norm, act)
+                for m in (first, norm)
             )
-            norm, act = (replace(m, groups=self.width) for m in (norm, act))
+            norm = replace(norm, groups=self.width)
             last = replace(last, kernel=last.kernel[:, : self.width // groups])
         return compose([first, norm, act, last])
 

@@ -33,6 +33,10 @@ class Branch(nn.Module, ABC):
     biased: ClassVar[bool] = True
     #: The parameter that is zero in a silent branch (with the bias beside it), by name: the last factor of every path.
     outermost: ClassVar[str] = "norm.weight"
+    #: It convolves with a kernel for each image, `kernels(x)`, which is summed with the layer's own before that runs.
+    per_image: ClassVar[bool] = False
+    #: It acts on single channels: `grow` attaches it to the batch norm behind the layer, where there is one.
+    behind_norm: ClassVar[bool] = False
 
     def __init_subclass__(cls, kind: str, published: bool = False, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,6 +59,7 @@ class Branch(nn.Module, ABC):
         self.linear = False  # in what it trains; see make_linear_
         self.skipped = False  # width 0: the convolution runs without this branch; see growshrink.set_width
         self.spec: object = None  # what it was built from; see growshrink.save_grown
+        self.joined = False  # its kernels are part of its convolution's; see growshrink.layers.swaps.attach
         self.merged = False  # it runs as part of its convolution's kernel; see growshrink.collapse_online
 
     @classmethod
@@ -81,6 +86,10 @@ class Branch(nn.Module, ABC):
         Args:
             kernel: The map of the convolution so far (x to y); its dtype is the one to compute in.
         """
+
+    def kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Kernels `(N, O, I // groups, kh, kw)` and biases `(N, O)` of a branch that is `per_image`."""
+        raise NotImplementedError
 
     def make_linear_(self, scale: float, trained: str) -> None:
         """Take the branch's norms and activations away and freeze factors, until what it adds is linear in its weights.

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import FuseError, check_model
-from growshrink.layers.as_conv import as_conv, write_kernel_
+from growshrink.layers.as_conv import as_conv, own_layout
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
@@ -58,6 +59,10 @@ class Grown(Mergeable):
         """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
         return self(x)
 
+    def values_of(self, total: ConvMap) -> tuple[Tensor, Tensor]:
+        """Weight and bias with which the layer without branches computes a map in its own geometry."""
+        return own_layout(self, total.kernel), total.bias
+
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The map from `padded(x)` to the output, at its active width; AlgebraError if a branch is not affine."""
         total = ConvMap.from_conv2d(self.as_conv(), dtype)
@@ -72,14 +77,15 @@ class Grown(Mergeable):
 
         `growshrink.fuse` is the better exit: it moves the bias into the batch norm that follows and keeps the keys.
         """
-        fused = self.as_convmap().fit(self.as_conv())
+        weight, bias = self.values_of(self.as_convmap().fit(self.as_conv()))
         plain = self.plain_class.__new__(self.plain_class)
         plain.__dict__.update(copy.deepcopy(self.__dict__, {id(self): plain}))
         del plain.branches
         assert isinstance(plain.weight, Tensor)
-        write_kernel_(plain, fused.kernel)
-        if self.bias is not None or bool((fused.bias != 0).any()):
-            plain.bias = nn.Parameter(fused.bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+        if self.bias is not None or bool((bias != 0).any()):
+            plain.bias = nn.Parameter(bias.detach().to(plain.weight), requires_grad=plain.weight.requires_grad)
         return plain
 
 
@@ -97,11 +103,24 @@ class GrownConv2d(Grown, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`, the shape the plain convolution gives."""
         x = self.padded(input)
-        y = self._conv_forward(x, self.weight, self.bias)
+        y = self._conv_forward(x, self.weight, self.bias) if torch.jit.is_scripting() else self._joined(x)
         for branch in self.branches:
-            if not branch.skipped:
+            if not (branch.skipped or branch.joined):
                 y = y + branch(x, y)
         return y
+
+    @torch.jit.unused
+    def _joined(self, x: Tensor) -> Tensor:
+        """The layer with the kernels for each image that are part of its own."""
+        joined = [cast(Branch, branch) for branch in self.branches if branch.joined and not branch.skipped]
+        if not joined:
+            return self._conv_forward(x, self.weight, self.bias)
+        kernel, bias = self.weight, self.bias
+        for branch in joined:
+            own_kernel, own_bias = branch.kernels(x)
+            kernel = kernel + own_kernel
+            bias = own_bias if bias is None else bias if own_bias is None else bias + own_bias
+        return convolve(self, x, kernel, bias)
 
 
 @register_notrace_module  # as its parent is: the sizes it computes with are not to be traced
@@ -116,6 +135,31 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
     def padded(self, x: Tensor) -> Tensor:
         """See `Grown.padded`."""
         return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """Convolve in the geometry of `conv` with a kernel `(..., O, I // groups, kh, kw)` and bias `(..., O)` per image.
+
+    Images are groups of one convolution. ONNX fixes their number, so exported it is a product of unfolded images.
+    """
+    if kernel.dim() == 4:
+        return conv._conv_forward(x, kernel, bias)
+    images, rows = kernel.shape[:2]
+    bias = None if bias is None else bias.expand(images, rows)
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        x, padding = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode), (0, 0)
+    if torch.compiler.is_exporting():
+        k, d, s = conv.kernel_size, conv.dilation, conv.stride
+        size = [(x.shape[i + 2] + 2 * padding[i] - d[i] * (k[i] - 1) - 1) // s[i] + 1 for i in (0, 1)]
+        columns = F.unfold(x, k, d, padding, s).unflatten(1, (conv.groups, -1))
+        y = (kernel.flatten(2).unflatten(1, (conv.groups, -1)) @ columns).flatten(1, 2).unflatten(2, size)
+        return y if bias is None else y + bias[:, :, None, None]
+    flat = None if bias is None else bias.flatten()
+    x = x.reshape(1, -1, *x.shape[2:])
+    y = F.conv2d(x, kernel.flatten(0, 1), flat, conv.stride, padding, conv.dilation, images * conv.groups)
+    return y.reshape(images, rows, *y.shape[2:])
 
 
 def grown_modules(model: nn.Module) -> dict[str, Grown | PureBottleneck]:

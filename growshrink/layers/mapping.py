@@ -36,7 +36,8 @@ def convmap_of(
 ) -> ConvMap:
     """The affine map of a module inside a branch; AlgebraError, with its `name`, if it is not affine.
 
-    Types are compared exactly: a subclass may compute something else. `channels` and `device` are those of the input,
+    Types are compared exactly: a subclass may compute something else (one of `VanishingReLU` has a `linear_map` of its
+    own, or none). `channels` and `device` are those of the input,
     for a module that does not know them.
     """
     with named(name):
@@ -46,12 +47,9 @@ def convmap_of(
             return ConvMap.from_conv2d(module, dtype)
         if type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d):
             return ConvMap.from_bn(module, dtype)
-        if type(module) is VanishingReLU:
-            # a training step must not wait for a device, nor a compiled graph break, to read what is known
-            if not (module.held and (module.lam.device.type != "cpu" or torch.compiler.is_compiling())):
-                if (lam := float(module.lam)) != 0.0:
-                    raise AlgebraError(f"lam is {lam!r}, not 0: the activation is still alive.")
-            return ConvMap.identity(channels, dtype, module.lam.device)
+        if isinstance(module, VanishingReLU) and "linear_map" in vars(type(module)):
+            module.check_vanished()
+            return module.linear_map(channels, dtype)
         if type(module) is nn.AvgPool2d:
             return ConvMap.from_avg_pool(module, channels, dtype, device)
         if type(module) is nn.Identity:

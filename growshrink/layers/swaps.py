@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
 
 from growshrink.base.copying import copy_net
@@ -19,6 +19,7 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear
+from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
 
 
@@ -38,6 +39,8 @@ TABLE = (
     Swap(nn.Linear, GrownLinear, None),
     Swap(nn.Conv1d, GrownConv1d, None),
     Swap(nn.ConvTranspose2d, GrownConvTranspose2d, None),
+    Swap(nn.BatchNorm2d, GrownNorm2d, None),
+    Swap(BatchNormAct2d, GrownNormAct2d, None),
     Swap(None, PureBottleneck, OnlineBottleneck),
 )
 GROWN_CLASSES = {row.plain: row.grown for row in TABLE if row.plain}
@@ -82,14 +85,19 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
     """Attach branches to a layer of a class in `GROWN_CLASSES`, or already grown; returns the same object."""
     if isinstance(layer, Grown):
         layer.branches.extend(branches)
-        return layer
-    plain = class_in_table(layer)
-    if plain is None:
-        known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
-        raise GrowError(f"a {type(layer).__name__} cannot carry branches, only {known}.")
-    layer.__class__ = _over(type(layer), GROWN_CLASSES[plain])
-    assert isinstance(layer, Grown)
-    layer.branches = nn.ModuleList(branches).train(layer.training)
+    else:
+        plain = class_in_table(layer)
+        if plain is None:
+            known = ", ".join(cls.__name__ for cls in GROWN_CLASSES)
+            raise GrowError(f"a {type(layer).__name__} cannot carry branches, only {known}.")
+        layer.__class__ = _over(type(layer), GROWN_CLASSES[plain])
+        assert isinstance(layer, Grown)
+        layer.branches = nn.ModuleList(branches).train(layer.training)
+    join = isinstance(layer, GrownConv2d)
+    for branch in layer.branches:
+        assert isinstance(branch, Branch)
+        join &= branch.parallel  # one that reads the output finds in it what came before, and nothing else
+        branch.joined = join and branch.per_image
     return layer
 
 

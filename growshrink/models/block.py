@@ -32,7 +32,7 @@ def block_conv(
 
 
 class Block(nn.Module):
-    """`conv` (3x3) -> `bn` (+ identity where the shape allows) -> ReLU unless `linear`.
+    """`conv` (3x3) -> `bn` (+ identity where the shape allows, unless `skip` is false) -> ReLU unless `linear`.
 
     An `expansion` of 0 makes `conv` an `nn.Conv2d`, E > 0 a `PureBottleneck` with E * `out_channels` middle channels.
     Where `padding` is not 1, the map grows or shrinks by `2 * (padding - 1)` pixels (before the stride), and the
@@ -47,13 +47,14 @@ class Block(nn.Module):
         expansion: int = 0,
         linear: bool = False,
         padding: int = 1,
+        skip: bool = True,
         **factory: Any,
     ) -> None:
         super().__init__()
         channels = in_channels, expansion * out_channels, out_channels
         self.conv = block_conv(channels, 3, stride, padding, **factory)
         self.bn = nn.BatchNorm2d(out_channels, **factory)
-        self.skip = stride == 1 and in_channels == out_channels
+        self.skip = skip and stride == 1 and in_channels == out_channels
         self.margin = padding - 1
         self.act = nn.Identity() if linear else nn.ReLU(inplace=True)
 

@@ -57,6 +57,7 @@ class ReduceNet(StagedNet):
         pad: `"each"`: a pixel in every conv. `"front"`: all padding of a stage in its first conv, so that the convs of
             a stage can be merged into one, exactly; skips are padded or cropped to fit. Or the lengths of runs of
             blocks per stage, each run padded in front: `((3,), (1, 2), (3,))`.
+        skip: Identities beside the convs; without them the net is a plain chain, of as many MACs.
         in_chans: Channels of the images.
         device: Where the tensors are made.
         dtype: Type of the parameters; `lam` is float32 always.
@@ -79,6 +80,7 @@ class ReduceNet(StagedNet):
         expansion: int = 0,
         linear: bool = False,
         pad: str | Runs = "each",
+        skip: bool = True,
         in_chans: int = 3,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -96,7 +98,7 @@ class ReduceNet(StagedNet):
                 for position in range(length):
                     step = 1 if blocks else stride  # only the first block of a stage strides
                     padding = 0 if position else front_padding(step, length)
-                    blocks.append(Block(in_channels, out_channels, step, expansion, linear, padding, **factory))
+                    blocks.append(Block(in_channels, out_channels, step, expansion, linear, padding, skip, **factory))
                     in_channels = out_channels
             stages.append(blocks)
         super().__init__(stem, stages, channels, (stem_stride, *strides), in_chans=in_chans, **factory, **head)

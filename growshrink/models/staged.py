@@ -14,9 +14,6 @@ from timm.models import build_model_with_cfg, checkpoint_seq, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from growshrink.layers.activations import VanishingReLU
-from growshrink.layers.bottleneck import PureBottleneck
-
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.
 
 
@@ -69,8 +66,8 @@ class StagedNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, (PureBottleneck, nn.BatchNorm2d, nn.Linear, VanishingReLU)):
-                module.reset_parameters()
+            elif callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
                 return  # a bottleneck has reset its children
             for child in module.children():
                 init(child)

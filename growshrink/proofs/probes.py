@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.errors import EquivalenceError, check_size
+from growshrink.layers.activations import Fading
 from growshrink.layers.branch import Branch
 
 
@@ -15,7 +16,7 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
     """Random affine parameters and statistics, in place, for every batch norm of `model`.
 
     Nothing is near its default and nothing explodes with depth; a fifth of the gammas are negative. Branches without a
-    norm that are silent get a last factor of order 0.3.
+    norm that are (nearly) silent get a last factor of order 0.3, numbers that fade random means.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -34,10 +35,12 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
                 if module.weight is not None:
                     flip = torch.rand(module.weight.shape, generator=generator) < 0.2
                     module.weight.mul_(torch.where(flip, -1.0, 1.0).to(module.weight))
+            elif isinstance(module, Fading):
+                uniform_(module.mean, -1.0, 3.0)
         for module in model.modules():
             if isinstance(module, Branch):
                 last = dict(module.named_parameters()).get(module.outermost)  # none in a norm without parameters
-                if last is not None and not last.any():
+                if last is not None and last.abs().max() < 0.1:  # little learnt proves little
                     uniform_(last, -0.3, 0.3)
 
 

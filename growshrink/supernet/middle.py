@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from growshrink.branches import Bottleneck
 from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.equilibrium import ImplicitReLU
 from growshrink.layers.grown import GrownConv2d
 
 
@@ -59,4 +60,6 @@ def axes(body: PureBottleneck) -> Iterator[Axis]:
         for name in ("weight", "bias", "running_mean", "running_var"):
             if hasattr(norm, name):  # a bottleneck without norms has an identity there
                 yield Axis(norm, name, 0, groups)
+    if isinstance(body.act, ImplicitReLU):
+        yield from (Axis(body.act.recurrence, "weight", dim, groups) for dim in (0, 1))
     yield Axis(body.pointwise, "weight", 1, groups)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.branches import Modulated, penalties
 from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.online import no_autocast
@@ -145,6 +146,7 @@ class NetAugTask(ClassificationTask):
         self.chain = UnitChain(model, input_size) if mode == "suffix" else None
         slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
+        self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._keeper: FrozenSlices | None = None
         self._ddp: list[DistributedDataParallel] = []  # in a list: not a submodule, or the model would be there twice
         self._lam: float | None = None
@@ -330,7 +332,7 @@ class NetAugTask(ClassificationTask):
                 if other is not None and weight:
                     learnt = distillation_loss(logits, at_least_float32(other), temperature)
                     loss = torch.lerp(loss, learnt, weight)
-            return loss
+            return loss + penalties(self.trainable_module, target, logits) if self._gated else loss
 
         run = StepRun(self._net, passes, x, loss_of, alpha * self.every * share, share, backward)
         if self.inplace_distil:

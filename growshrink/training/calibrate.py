@@ -49,7 +49,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
     model.eval()
     try:
         for norm in norms:
-            norm.train()
+            norm.training = True  # not train(): what a grown norm carries stays in eval mode
             norm.track_running_stats = True  # an eval pass reads what there is, whether it is tracked or not
             norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
             mean, var, count = _statistics(norm)

@@ -14,7 +14,7 @@ from growshrink.layers.branch import Branch
 from growshrink.layers.swaps import left_net
 
 #: They keep state elsewhere than with each parameter.
-_NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb, LBFGS)
+NOT_PER_PARAMETER = (Adahessian, Adan, Kron, Lamb, LBFGS)
 
 
 class Synced(NamedTuple):
@@ -51,7 +51,7 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
     check_model(model)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
-    if isinstance(optimizer, _NOT_PER_PARAMETER):
+    if isinstance(optimizer, NOT_PER_PARAMETER):
         kind = type(optimizer).__name__
         raise GrowShrinkError(f"{kind} keeps state that is no single parameter's: make a new one after the change.")
     named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}

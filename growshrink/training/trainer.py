@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Annotated, Any, Protocol
 
+import numpy as np
 import torch
+from timm import optim
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import NotAll, NotNegative, Positive
+from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
 from growshrink.base.ranks import average_update_
+from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import set_lambda, was_grown
@@ -23,8 +27,9 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
-from growshrink.training.optimizers import OptimizerName, make_optimizer
-from growshrink.training.sync import sync_optimizer
+from growshrink.training.sync import NOT_PER_PARAMETER, sync_optimizer
+
+OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", optim.list_optimizers)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,14 @@ class TrainConfig:
 
     Attributes:
         optimizer: Any optimizer of timm's that keeps its state parameter by parameter (not lamb, adan, kron,
-            adahessian); see `make_optimizer`.
+            adahessian). Of Muon's family (muon, nmuon, ...; decoupled decay, a good rate is a tenth of SGD's) the first
+            and the last layer get the fallback, AdamW or NAdamW, as vectors do and as its author advises (Jordan et
+            al., https://kellerjordan.github.io/posts/muon/).
         lr: Peak learning rate.
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
+        mixup: Alpha of the Beta distribution that mixes each image and its label with another's (Zhang et al.,
+            arXiv:1710.09412); one share a batch, drawn by the update. 0 for none; needs updates without a teacher.
         label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
@@ -49,6 +58,7 @@ class TrainConfig:
     weight_decay: NotNegative = 5e-4
     momentum: NotAll = 0.9
     label_smoothing: NotAll = 0.0
+    mixup: NotNegative = 0.0
     ema_decay: NotAll = 0.998
     clip_grad: Positive | None = None
     amp: bool = False
@@ -94,6 +104,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.gradient_maps: GradientMaps | None = None
         self._detach_maps: Callable[[], None] | None = None
+        self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
 
@@ -145,6 +156,9 @@ class Trainer:
             Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
             this one completes it.
         """
+        if self.config.mixup and (teacher is not None or task is not None or self._gated):
+            what = "not with a teacher, with sampled widths or with branches whose numbers come from data"
+            raise PlanError(f"mixup={self.config.mixup!r}: {what}; set it to 0.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
@@ -225,6 +239,7 @@ class Trainer:
             if name in reset:
                 self.optimizer.state.pop(parameter, None)
         self._lam, self._ema_has_lam = None, True
+        self._gated = any(isinstance(module, Modulated) for module in self.model.modules())
         self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
@@ -242,15 +257,23 @@ class Trainer:
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
     def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: TeacherNet | None, question: int = 0) -> Tensor:
+        others_N, share = labels_N, 1.0
+        if self.config.mixup:  # labels may be those of several nets side by side, in turn
+            share = float(np.random.default_rng(self.update).beta(self.config.mixup, self.config.mixup))
+            others_N = labels_N.unflatten(0, (len(images_NCHW), -1)).flip(0).flatten()
+            images_NCHW = share * images_NCHW + (1 - share) * images_NCHW.flip(0)
         with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
             if teacher is not None:
                 target = teacher.answer(question, images_NCHW)
         loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
-        if teacher is None:
-            return loss
-        learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
-        return (1 - teacher.weight) * loss + teacher.weight * learnt
+        if share < 1:
+            others = F.cross_entropy(logits.float(), others_N, label_smoothing=self.config.label_smoothing)
+            loss = share * loss + (1 - share) * others
+        if teacher is not None:
+            learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
+            loss = (1 - teacher.weight) * loss + teacher.weight * learnt
+        return loss + penalties(self.model, labels_N, logits) if self._gated else loss
 
     def _autocast(self, images_NCHW: Tensor) -> AbstractContextManager[None]:
         return torch.autocast(images_NCHW.device.type, dtype=torch.bfloat16, enabled=self.config.amp)
@@ -267,8 +290,21 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        rates = {"lr": config.lr, "weight_decay": config.weight_decay, "momentum": config.momentum}
-        return make_optimizer(self.model, config.optimizer, **rates)
+        try:
+            kind = optim.get_optimizer_class(config.optimizer, bind_defaults=False)
+            if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
+                raise PlanError(
+                    f"optimizer={config.optimizer!r}: keeps state that does not belong to single parameters, and "
+                    "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
+                )
+            values: dict[str, Any] = {key: getattr(config, key) for key in ("lr", "weight_decay", "momentum")}
+            if isinstance(kind, type) and issubclass(kind, optim.Muon):
+                values["param_group_fn"] = partial(_muon_groups, weight_decay=config.weight_decay)
+            return optim.create_optimizer_v2(self.model, opt=config.optimizer, **values)
+        except PlanError:
+            raise
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise PlanError(f"optimizer={config.optimizer!r}: {error}") from error
 
 
 def _beside(parameter: nn.Parameter, value: Any) -> Any:
@@ -278,3 +314,19 @@ def _beside(parameter: nn.Parameter, value: Any) -> Any:
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)  # with its memory format
     return value.to(parameter.device)
+
+
+def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of timm, those of the first and the last layer apart."""
+    layers = list[str]()
+    for name, module in model.named_modules():
+        within = layers and name.startswith(f"{layers[-1]}.")  # a layer's branches belong to it
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not within:
+            layers.append(name)
+    ends = {id(p) for name in {*layers[:1], *layers[-1:]} for p in model.get_submodule(name).parameters()}
+    found = []
+    for group in optim.param_groups_weight_decay(model, weight_decay):
+        for fallback in (False, True):
+            if chosen := [p for p in group["params"] if (id(p) in ends) == fallback]:
+                found.append({**group, "params": chosen, **({"use_fallback": True} if fallback else {})})
+    return found

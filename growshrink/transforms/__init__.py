@@ -1,4 +1,4 @@
-"""Model -> model: grow, drop, fuse, fold."""
+"""Model -> model: grow, drop, fuse, fold, unroll."""
 
 from growshrink.transforms._files import load_grown as load_grown
 from growshrink.transforms._files import save_grown as save_grown
@@ -14,3 +14,4 @@ from growshrink.transforms._grow import growth_report as growth_report
 from growshrink.transforms._online import CollapseReport as CollapseReport
 from growshrink.transforms._online import collapse_online as collapse_online
 from growshrink.transforms._online import collapse_report as collapse_report
+from growshrink.transforms._unroll import unroll as unroll

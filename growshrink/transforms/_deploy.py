@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, shared_parameters
 from growshrink.errors import FuseError
-from growshrink.layers.as_conv import write_kernel_
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import to_plain
@@ -43,8 +42,9 @@ class MergeFirst:
         found = ((name, m) for name, m in grown_modules(self.owner).items() if isinstance(m, Grown))
         shared = shared_parameters(self.owner)
         merges = [self._plan(name, layer, shared) for name, layer in found]
-        for layer, total, norm in merges:
+        for layer, total, _ in merges:
             write_map(layer, total)
+        for _, total, norm in merges:  # when norms are merged, which took their statistics as they were
             if norm is not None:
                 mean = norm.get_buffer("running_mean")
                 mean.copy_(mean.double() - total.bias)
@@ -95,9 +95,10 @@ def unguard_hooks(model: nn.Module) -> None:
 
 def write_map(layer: Grown, total: ConvMap) -> None:
     """Make a grown layer the plain one that computes `total`, but for a bias where it has none of its own."""
-    write_kernel_(layer, total.kernel)
+    weight, bias = layer.values_of(total)
+    layer.weight.copy_(weight)
     if layer.bias is not None:
-        layer.bias.copy_(total.bias)
+        layer.bias.copy_(bias)
     to_plain(layer)
 
 
@@ -106,8 +107,8 @@ def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | N
     """FuseError where values overflow in the net's own dtype; a warning where rounding takes what the branches add."""
     targets: list[tuple[Tensor, Tensor]] = [(next(module.parameters()), total.kernel.cpu())]
     if isinstance(module, Grown):
-        targets = [(module.as_conv().weight, total.kernel.cpu())]
-        targets += [] if module.bias is None else [(module.bias, total.bias.cpu())]
+        weight, bias = module.values_of(total)
+        targets = [(module.weight, weight.cpu())] + [(module.bias, bias.cpu())] * (module.bias is not None)
     if norm is not None:
         mean = norm.get_buffer("running_mean")
         targets.append((mean, mean.double().cpu() - total.bias.cpu()))

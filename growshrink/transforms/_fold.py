@@ -15,7 +15,7 @@ from growshrink.algebra.dataflow import FROZEN_NORMS, Flow, shared_parameters, t
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
 from growshrink.errors import FuseError
-from growshrink.layers.as_conv import as_conv, write_kernel_
+from growshrink.layers.as_conv import WeightLayer, as_conv, write_kernel_
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.swaps import class_in_table
 from growshrink.transforms._fuse import check_unchanged, replace_module
@@ -88,7 +88,8 @@ def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
     shared = shared_parameters(model)
     pairs = {}
     for name, layer in model.named_modules():
-        if class_in_table(layer) is None or name in shared or layer._parameters.get("weight") is None:
+        grows = isinstance(layer, WeightLayer) and class_in_table(layer) is not None
+        if not grows or name in shared or layer._parameters.get("weight") is None:
             continue  # the last: its weight is computed by a hook (pruning, weight norm) and cannot be written to
         found, _ = flow.norm_after(name)
         norm = None if found is None or found in shared else model.get_submodule(found)

@@ -20,6 +20,7 @@ from growshrink.base.copying import copy_net
 from growshrink.base.reading import reason
 from growshrink.base.seeding import same_noise
 from growshrink.branches import Branch
+from growshrink.branches.guide import remove_guide
 from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
 from growshrink.layers.activations import NEVER_GROWN, vanishing, was_grown
 from growshrink.layers.bottleneck import PureBottleneck
@@ -285,6 +286,7 @@ def _outputs(model: nn.Module, x: Arguments) -> Any:
 @torch.no_grad()
 def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
     unguard_hooks(model)
+    remove_guide(model)
     for name, merge in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
@@ -293,6 +295,7 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
             assert isinstance(module, PureBottleneck)
             mark_left(module)
             replace_module(model, name, _conv_for(module, merge.map))
+    for merge in merges.values():  # when norms are merged, which took their statistics as they were
         if merge.norm is not None:
             running_mean = model.get_submodule(merge.norm).running_mean
             assert isinstance(running_mean, Tensor)

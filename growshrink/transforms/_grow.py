@@ -7,18 +7,23 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from timm.layers import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+import torch
+from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
+from growshrink.branches.guide import Guide, attach_guide, remove_guide
 from growshrink.errors import DropError, GrowError, check_model, did_you_mean
 from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.grown import Grown, computed_parameter, grown_modules
+from growshrink.layers.grown_norm import GrownNorm2d
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import attach, class_in_table, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
@@ -46,6 +51,7 @@ def grow(
     init: str = "silent",
     seed: int = 0,
     trainable: bool | None = True,
+    guide: nn.Module | str | None = None,
     inplace: bool = False,
     input_size: InputLike = None,
     example_inputs: ExampleInputs | None = None,
@@ -58,7 +64,10 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", the parts below, your own)
+            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac",
+            "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv", "dynamic_conv", "dynet",
+            "weightnet", "moe", "manidp", "guided", "guided_shift", "guided_kernel"; see `growshrink.penalties`), the
+            parts below, your own)
             and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
@@ -71,6 +80,9 @@ def grow(
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         trainable: Whether the branches train, on a frozen net too; None: each as the kernel it is on.
+        guide: Of the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
+            all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None
+            makes DeepMoE's shallow one.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.
         input_size: `(C, H, W)` the data flow is observed with, or several, where the model takes another path at
             another size; None takes the model's own, or guesses.
@@ -94,17 +106,22 @@ def grow(
     layers = _candidates(model)
     attachments: dict[str, list[Branch]] = {}
     for name in names:
-        layer, conv = layers[name], as_conv(layers[name])
-        present = len(layer.branches) if isinstance(layer, Grown) else 0
-        attachments[name] = [
-            spec.build(conv, ratio=ratio, init=init, generator_seed=_branch_seed(seed, name, position))
-            for position, spec in enumerate(_fitting(specs, conv)[0], start=present)
-        ]
+        for spec in _fitting(specs, as_conv(layers[name]))[0]:
+            carrier = eligibility.carrier_of(name, spec)
+            layer = model.get_submodule(carrier)
+            planned = attachments.setdefault(carrier, [])
+            position = len(planned) + (len(layer.branches) if isinstance(layer, Grown) else 0)
+            branch_seed = _branch_seed(seed, carrier, position)
+            planned.append(spec.build(as_conv(layer), ratio=ratio, init=init, generator_seed=branch_seed))
     rehearse_exit(model, names, eligibility.flow)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_branch_seed(seed, "guide", 0))
+        attach_guide(model, chain.from_iterable(attachments.values()), guide, eligibility.flow)
     for name, branches in attachments.items():  # everything is built: nothing below can fail
         for made in () if trainable is None else branches:
             made.requires_grad_(bool(trainable))
-        attach(layers[name], branches)
+        attach(model.get_submodule(name), branches)
+    name_equilibria(model)
     guard_hooks(model, eligibility.flow)
     _logger.info("%d layers grown; %d of %d parameters train", len(names), *_count_parameters(model)[::-1])
     return model
@@ -126,6 +143,7 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         assert isinstance(module, Grown)
         to_plain(module)
     unguard_hooks(model)
+    remove_guide(model)
     vars(model)["was_grown"] = True
     return model
 
@@ -196,7 +214,8 @@ def growth_report(
     carried = {} if specs else {module.kind: type(module) for module in model.modules() if isinstance(module, Branch)}
     rows = []
     for name, module in _candidates(model).items():
-        kinds = tuple(str(b.kind) for b in module.branches) if isinstance(module, Grown) else ()
+        norm = eligibility.modules.get(eligibility.flow.norm_after(name)[0] or "")
+        kinds = tuple(str(b.kind) for carrier in (module, norm) if isinstance(carrier, Grown) for b in carrier.branches)
         reason = eligibility.reason_against(name, module, specs)
         left_out: dict[str, str] = {}
         if not reason:
@@ -243,11 +262,19 @@ class _Eligibility:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
         self.shared = shared_parameters(model)
+        self.modules = dict(model.named_modules())
         layers = _candidates(model)
         convs = (n for n, layer in layers.items() if not isinstance(layer, nn.Linear))
         first = next(convs, next(iter(layers), None))
         self.stem = _as_tuple(cfg.get("first_conv")) or _as_tuple(first)
         self.classifier = _as_tuple(cfg.get("classifier"))
+
+    def carrier_of(self, name: str, spec: BranchSpec) -> str:
+        """What carries the branch of a layer: the layer, or the norm behind it, for a branch that acts there."""
+        norm = self.flow.norm_after(name)[0] if spec.branch_class.behind_norm else None
+        found = self.modules[norm] if norm is not None and norm not in self.shared else None
+        fits = isinstance(found, GrownNorm2d) or type(found) in (nn.BatchNorm2d, BatchNormAct2d)
+        return str(norm) if fits and found is not None and found.weight is not None else name
 
     def reason_against(self, name: str, layer: WeightLayer, specs: Sequence[BranchSpec]) -> str:
         """Empty if `layer` can be grown (with `specs`, where any are given), else the reason why not."""
@@ -295,7 +322,11 @@ class _Eligibility:
 def _candidates(model: nn.Module) -> dict[str, WeightLayer]:
     """Every convolution and linear layer that is not itself part of a branch or of a PureBottleneck."""
     inside = {
-        id(m) for grown in model.modules() if isinstance(grown, Mergeable) for m in grown.modules() if m is not grown
+        id(m)
+        for grown in model.modules()
+        if isinstance(grown, (Mergeable, Guide))
+        for m in grown.modules()
+        if m is not grown
     }
     return {n: m for n, m in model.named_modules() if isinstance(m, WeightLayer) and id(m) not in inside}
 
@@ -326,8 +357,10 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
         chosen = [name for name, layer in asked.items() if where(name, layer)]
         if not chosen:
             raise GrowError(f"the callable given as where chose none of {len(asked)} layers.")
-    else:
-        chosen = list(dict.fromkeys(where))
+    else:  # a log of growth has the names of norms, which stand for their layers
+        behind = any(Branch.kinds[kind].behind_norm for spec in specs for kind in spec.kinds)
+        before = {norm: name for name in candidates if behind and (norm := eligibility.flow.norm_after(name)[0])}
+        chosen = list(dict.fromkeys(before.get(name, name) for name in where))
         for name in chosen:
             if name not in candidates:
                 known = did_you_mean(name, candidates)

@@ -118,6 +118,24 @@ def test_criteria_are_what_they_say(plain):
         space.importance("l3")
 
 
+def test_channels_that_gates_use_little_go_first(plain):
+    grown = gs.grow(plain, ["manidp", "se"], where=["b"], input_size=SIZE)
+    assert set(gs.analysis.channel_usage(grown)) == {"b"}, "no norm is behind it"
+    grown = gs.grow(nets.randomized(nets.ConvNet()), ["guided", "condconv"], where=["conv"], input_size=SIZE)
+    branch = grown.bn.branches[0]
+    branch.fade.mean[:] = torch.tensor([0.0, 2.0, 0.1, 1.0, 0.2, 3.0, 0.3, 1.5])
+    branch.scale.data.fill_(1.0)
+    gs.set_lambda(grown, 0.0)
+    usage = gs.analysis.channel_usage(grown)
+    assert usage["bn"] == pytest.approx(branch.fade.mean.double().numpy())
+    fused = gs.fuse(grown, input_size=SIZE)
+    small = gs.random_prune(fused, criterion=usage, macs=0.5, tolerance=0.5, input_size=SIZE)
+    kept = {float(v) for v in small.bn.running_mean} if small.bn.num_features < 8 else set()
+    assert small.bn.num_features < 8 and kept <= {float(v) for v in fused.bn.running_mean}
+    gone = set(range(8)) - {int((fused.bn.running_mean == v).nonzero()[0]) for v in kept}
+    assert gone <= {0, 2, 4, 6, 3} and 0 in gone
+
+
 def test_random_channels_are_uniform_and_groups_are_independent(plain):
     space = ChannelSpace(plain, SIZE)
     counts = {"a": np.zeros(12), "b": np.zeros(6)}

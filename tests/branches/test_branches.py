@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.branches import Branch, BranchSpec, middle_width
+from growshrink.branches import Branch, BranchSpec, Guided, middle_width
+from growshrink.branches.guide import EMBEDDING, RunGuide
 from growshrink.errors import GrowError
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.mapping import convmap_of
@@ -64,7 +65,10 @@ def conv_of(options, dtype=torch.float64):
 
 
 def build(kind, conv, init="paper", ratio=2.0, seed=0):
-    return BranchSpec(kind=kind).build(conv, ratio=ratio, init=init, generator_seed=seed)
+    branch = BranchSpec(kind=kind).build(conv, ratio=ratio, init=init, generator_seed=seed)
+    if isinstance(branch, Guided):  # whose model gives it what its guide says
+        branch.guide = RunGuide(images(EMBEDDING).to(conv.weight.device, conv.weight.dtype))
+    return branch
 
 
 def test_own_kind_is_a_preset():
@@ -109,7 +113,8 @@ def test_silent_branches_add_exactly_0(kind, lam, train):
     assert bool((loud(x, conv(x)) != 0).any()) == (kind != "lora")  # whose paper starts it silent
     # one factor, the outermost, is what silences; no inner one is 0
     zero = [n for n, p in branch.named_parameters() if not n.endswith("bias") and bool((p == 0).all())]
-    assert zero == [branch.outermost]
+    routes = ["router.weight"] if kind == "moe" else []  # by which experts start alike, in the paper
+    assert zero == [branch.outermost, *routes]
 
 
 def test_weights_depend_on_the_seed_alone():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.branches import PRESETS, Branch, BranchSpec
+from growshrink.branches import PRESETS, Branch, BranchSpec, Modulated
 from growshrink.errors import GrowError
 from growshrink.layers.grown import grown_modules
 from growshrink.transforms import branch_specs
@@ -108,6 +108,18 @@ def orepa(branch, x, k, s, p, g):
     return sum(scale.view(1, -1, 1, 1) * path for scale, path in zip(branch.scale, paths, strict=True))
 
 
+def dirac(path, x, k, s, p, g):
+    assert (p, s) == (k // 2, 1)
+    return path.weight.weight.view(1, -1, 1, 1) * x
+
+
+def dirac_kernel(branch, x, k, s, p, g):
+    a, b = branch.scale.view(2, 1, -1, 1, 1)
+    kernels = branch.conv.weight.unbind()
+    normalised = torch.stack([w / w.square().sum().sqrt() for w in kernels])
+    return a * x[:, :, ::s, ::s] + b * F.conv2d(x, normalised, stride=s, padding=p, groups=g)
+
+
 TWINS = [
     copy,
     pointwise,
@@ -121,9 +133,11 @@ TWINS = [
     lora,
     mixture,
     orepa,
+    dirac,
+    dirac_kernel,
 ]
 TWINS = {twin.__name__: twin for twin in TWINS}
-NAMES = [*PRESETS, "expandnet", "expandnet_stack", "lora", "mixture", "orepa"]
+NAMES = [*PRESETS, "expandnet", "expandnet_stack", "lora", "mixture", "orepa", "dirac", "dirac_kernel"]
 GEOMETRIES = [
     {},
     {"stride": 2},
@@ -135,7 +149,10 @@ GEOMETRIES = [
 
 def test_every_literature_kind_has_a_twin():
     library = {kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")}
-    assert library - {"bottleneck", "insert", "nest"} == set(TWINS)
+    modulated = {
+        kind for kind in library if issubclass(Branch.kinds[kind], Modulated)
+    }  # tests/branches/test_modulated.py
+    assert library - modulated - {"bottleneck", "insert", "nest", "implicit"} == set(TWINS)
     assert not set(PRESETS) & set(Branch.kinds)
     assert all(Branch.kinds[kind].parallel for kind in TWINS)
 
@@ -146,6 +163,10 @@ def test_against_the_paper(name, options):
     plain = randomized(ConvNet(**options)).double().eval()
     if name == "expandnet_stack" and "kernel_size" not in options:
         with pytest.raises(GrowError, match="no expandnet_stack: a stack of 3x3 makes 5x5"):
+            gs.grow(plain, name)
+        return
+    if name == "dirac" and plain.conv.stride != (1, 1):
+        with pytest.raises(GrowError, match="no dirac: its stride"):
             gs.grow(plain, name)
         return
     grown = randomized(gs.grow(plain, name, ratio=1.5, init="paper", where=["conv"]), seed=3)
@@ -202,7 +223,7 @@ def test_the_starts_of_the_papers():
             if isinstance(module, nn.BatchNorm2d):
                 assert bool((module.weight == 1).all() and (module.bias == 0).all())
         for name, kernel in branch.named_parameters():
-            if kernel.dim() == 4 and name != "path.up.weight":
+            if kernel.dim() == 4 and name not in ("path.up.weight", "path.weight.weight"):
                 assert float(kernel.detach().std()) > 0.01, (kind, name)
     x = images(8, 5, 5)
     for first in (built["pointwise_conv"].path.pointwise, built["orepa"].before):
@@ -263,8 +284,9 @@ def test_reasons(options, against):
     conv = nn.Conv2d(8, options.get("out_channels", 8), **{k: v for k, v in options.items() if k != "out_channels"})
     for kind in (*TWINS, "bottleneck", "insert", "nest"):
         reason = Branch.kinds[kind].reason_against(conv)
-        assert bool(reason) == (kind in against), (kind, reason)
-        assert re.search(against.get(kind, ""), reason)
+        alike = {"dirac": "identity", "dirac_kernel": "orepa"}.get(kind, kind)
+        assert bool(reason) == (alike in against), (kind, reason)
+        assert re.search(against.get(alike, ""), reason)
 
 
 def test_an_exact_name_that_a_kind_does_not_fit_is_refused():
@@ -319,7 +341,7 @@ def test_a_branch_that_adds_no_bias_needs_no_norm_behind_it():
     plain = randomized(ConvNet(norm=False, kernel_size=5, padding=2)).double().eval()
     x = images(*SIZE, dtype=torch.float64)
     unbiased = [kind for kind in TWINS if not Branch.kinds[kind].biased]
-    assert unbiased == ["expandnet", "expandnet_stack", "lora", "mixture", "orepa"]
+    assert unbiased == ["expandnet", "expandnet_stack", "lora", "mixture", "orepa", "dirac", "dirac_kernel"]
     for kind in unbiased:
         assert not gs.growth_report(plain, kind).skipped.get("conv")
         grown = randomized(gs.grow(plain, kind, init="paper", where=["conv"]))

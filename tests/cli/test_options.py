@@ -15,26 +15,27 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {"recipes/curve.py", "tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
+    "tools/why.py": ["folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
 }
 BEHIND = {"recipes/timm_train.py": ["timm-scripts/train.py"]}
 CLASSES = {"tools/fuzz.py architectures": "Architectures", "tools/fuzz.py files": "Files"}
 PROGRAMS = (
-    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "grow_cycle", "netaug", "one_layer")),
+    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "fading", "grow_cycle", "netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "timm_train")),
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
     *(
         f"tools/{name}.py"
         for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
     ),
-    *(f"tools/{name}.py" for name in ("soak", "step_cost")),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: In the default run.
@@ -52,7 +53,9 @@ FINE = {
     "cutout": {"0": "none"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
+    "mixup": {"0": "none"},
     "ema_decay": {"0": "no average"},
+    "fading.random": {"0": "nothing is pruned"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
     "export.turns": {"0": "not timed"},
     "netaug.turns": {"0": "not timed"},

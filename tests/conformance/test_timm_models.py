@@ -20,7 +20,7 @@ import timm
 import growshrink.models
 
 TIMM = "1.0.31"  # what a first-class model is differs from version to version, and so does the number of tests
-NUM_MODELS = 39
+NUM_MODELS = 41
 TESTS = {
     "test_model_backward",
     "test_model_backward_fx",
@@ -78,7 +78,7 @@ def run_timm_tests(source: Path, folder: Path) -> tuple[Path, subprocess.Complet
         "PYTHONPATH": os.pathsep.join(str(p) for p in paths if p),
     }
     own_config = ["-c", "pyproject.toml", "--rootdir", str(folder)]
-    select = ["tests/test_models.py", "-k", "reducenet or vanillanet"]
+    select = ["tests/test_models.py", "-k", "reducenet or vanillanet or mdeq"]
     # TorchScript is deprecated and says so at every call.
     options = ["-p", "no:cacheprovider", "-W", "ignore", "-n", "2", "-q", f"--junitxml={report}"]
     command = [sys.executable, "-m", "pytest", *own_config, *select, *options]
@@ -88,7 +88,7 @@ def run_timm_tests(source: Path, folder: Path) -> tuple[Path, subprocess.Complet
 def outcomes(report: Path) -> dict[str, dict[str, str]]:
     """`{model: {test function: "passed", "failure", "error" or "skipped"}}` of a JUnit report."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
-    pattern = re.compile(r"(\w+)\[(?:\d+-)?((?:reducenet|vanillanet)\w+)(?:\.untrained)?(?:-\d+)?\]")
+    pattern = re.compile(r"(\w+)\[(?:\d+-)?((?:reducenet|vanillanet|mdeq)\w+)(?:\.untrained)?(?:-\d+)?\]")
     for case in ElementTree.parse(report).iter("testcase"):
         match = pattern.fullmatch(case.get("name", ""))
         assert match, f"a test that is not about one of our models: {case.get('name')}"
@@ -107,7 +107,7 @@ def test_timms_own_tests_pass(tmp_path: Path) -> None:
     bad = {f"{m}: {t}": o for m, tests in found.items() for t, o in tests.items() if o != "passed"}
     assert not bad, f"{bad}\n{process.stdout[-10000:]}"
     assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
-    models = set(timm.list_models(["reducenet*", "vanillanet*"]))
+    models = set(timm.list_models(["reducenet*", "vanillanet*", "mdeq*"]))
     assert len(models) == NUM_MODELS and found.keys() == models
     for model, tests in found.items():
         assert tests.keys() == TESTS, model

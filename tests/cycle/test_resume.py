@@ -9,7 +9,7 @@ import torch
 from small import CONFIG, Feed, Interrupt, shorten_settle, small, two_rounds
 
 import growshrink as gs
-from growshrink.cycle import Drop, Rewind, Teacher, lay_out
+from growshrink.cycle import Drop, NetAug, Rewind, Teacher, lay_out
 from growshrink.data.batches import Augment
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
@@ -52,6 +52,18 @@ CASES["online"] = {
         (("pointwise_conv", "expandnet", "insert"), ("bottleneck",)), online=True, teacher=Teacher("peak")
     ),
     "model": {"dropout": 0.3},
+    "config": CONFIG,
+}
+CASES["implicit"] = {
+    "plan": two_rounds((("implicit",), ("insert", "implicit")), widths=NetAug("netaug")),
+    "model": {},
+    "config": TrainConfig(optimizer="adamw", lr=0.003),
+}
+CASES["fading"] = {
+    "plan": two_rounds(
+        (("dynamic_conv", "se", "guided"), ("moe", "guided", "guided_kernel")), guide="test_resnet", rise=0.1
+    ),
+    "model": {},
     "config": CONFIG,
 }
 TIMES = ("seconds", "images_per_second")
@@ -106,7 +118,7 @@ def starts(plan):
     return [phase.start for phase in lay_out(plan, 4).all]
 
 
-@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop")))
+@pytest.mark.parametrize("case", sampled(CASES, ("peak", "closed loop", "fading")))
 def test_killed_again_and_again(tmp_path, undisturbed, case):
     """In every phase of both rounds, at its first update (right after a surgery) and later."""
     expected = undisturbed(case)

@@ -167,6 +167,7 @@ def test_training_macs_are_what_a_count_by_hand_gives(tmp_path, of):
         ((("bottleneck", "insert"), ("nest", "insert")), {"bias": True}),
         ((("bottleneck",), ("insert",)), {"bias": True, "norm": False}),
         ((("bottleneck",),), {"dropout": 0.5}),
+        ((("condconv", "bottleneck", "se"), ("moe", "guided")), {"bias": True}),
     ],
     ids=str,
 )

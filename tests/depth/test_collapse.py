@@ -11,7 +11,7 @@ from growshrink.models.block import Block
 from nets import images, net, randomized, rel, untouched
 from sampled import sampled
 
-NAMES = sorted(timm.list_models("reducenet*"))
+NAMES = sorted(timm.list_models("reducenet*", exclude_filters="*_deq"))
 
 
 def linear_net(name="reducenet20", **kwargs):

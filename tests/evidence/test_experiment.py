@@ -4,17 +4,28 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from records import record_of
+from safetensors.torch import save_file
 
 from growshrink.analysis.stats import Estimate
 from growshrink.cycle import lay_out
+from growshrink.cycle.costs import Costs
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.comparison import ArmComparison, Tuning, chosen_lr, trials_of
-from growshrink.evidence.experiment import TOLERANCE, Experiment, jobs_of, matched_epochs, run_job
+from growshrink.evidence.experiment import (
+    TOLERANCE,
+    Experiment,
+    _side_by_side,
+    feed_of,
+    jobs_of,
+    matched_epochs,
+    run_job,
+)
 from growshrink.evidence.record import RUNS_FILE, read_runs
 from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
@@ -38,19 +49,64 @@ TINY = Experiment(
 )
 
 
-@pytest.mark.parametrize("name", sampled(ARMS, (PLAIN, "cycles-2-peak", "drop-layers")))
+def teachers_of(arm):
+    """The net twice as wide, where another net is to teach."""
+    others = [n for n, entry in enumerate(arm.rounds, 1) if entry.teacher is not None and entry.teacher.is_net]
+    return {number: net(in_chans=1, width=0.5) for number in others}
+
+
+@pytest.mark.parametrize("name", sampled(ARMS, (PLAIN, "cycles-2-peak", "drop-layers", "distil-wide")))
 def test_every_arm_fits_its_budget(name):
     data = load_data("digits")
     feed = MemoryFeed.of(data, batch_size=64, augment=Augment(crop=0, flip=False))
     arm = ARMS[name]
-    model = net(arm.model("reducenet20"), in_chans=1)
+    model, teachers = net(arm.model("reducenet20"), in_chans=1), teachers_of(arm)
     plain = net(in_chans=1)
     updates = 90 * feed.train.updates_per_epoch
     budget = updates * feed.train.batch_size * training_macs(plain, feed.input_size)
-    epochs = matched_epochs(arm, model, feed, budget)
+    epochs = matched_epochs(arm, model, feed, budget, teachers=teachers)
     assert epochs == pytest.approx(90) if not (arm.rounds or arm.gradients) else 0 < epochs <= 90
-    phases = lay_out(arm.plan(epochs, 0), feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
+    plan = arm.plan(epochs, 0)
+    phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=arm.expansion > 0)
     assert phases.total > 0 and arm.about
+    if any(entry.teacher is not None and entry.teacher.of == "wider" for entry in arm.rounds):
+        costs = Costs(model, plan, feed.train, feed.input_size, teachers)
+        share = sum(phase.macs(costs) for phase in phases.all if phase.apart) / (phases.macs(costs) / 64)
+        assert share == pytest.approx(0.25, abs=0.01)  # of the MACs; the arm says it in updates
+
+
+def test_an_arm_has_an_optimizer_of_its_own_and_is_then_stacked_or_not_by_it():
+    experiment = Experiment(data="digits", arms=("plain", "plain-muon", "distil-wide"), config=TrainConfig(lr=0.2))
+    muon = experiment.arm("plain-muon").trained(experiment.config, 0.4)
+    assert (muon.optimizer, muon.lr, muon.momentum) == ("nmuon", pytest.approx(0.04), 0.95)
+    assert experiment.arm("plain").trained(experiment.config, 0.4) == replace(experiment.config, lr=0.4)
+    assert [experiment.stackable(name) for name in experiment.arms] == [True, False, True]
+    own = Arm(about="x", base=1.0, config={"clip_grad": 1.0})
+    assert not replace(experiment, own_arms={"own": own}, arms=("plain", "own")).stackable("own")
+
+
+def test_teachers_side_by_side_say_what_each_says(tmp_path):
+    """Wider ones are made for each seed, given ones are read from a folder of each seed."""
+    experiment = replace(
+        TINY, arms=("plain", "distil-wide", "distil-given"), given=str(tmp_path / "{seed}.safetensors")
+    )
+    feeds = [feed_of(experiment, seed, None, torch.device("cpu")) for seed in (0, 1)]
+    for seed in (0, 1):
+        header = {"plain_name": "reducenet20", "plain_kwargs": {"width": 0.25, "in_chans": 1, "num_classes": 10}}
+        given = net(in_chans=1, width=0.25, seed=seed + 5).state_dict()
+        parts = {key: json.dumps(list(getattr(feeds[0], key))) for key in ("classes", "input_size", "mean", "std")}
+        save_file(given, tmp_path / f"{seed}.safetensors", {"about": json.dumps(header), **parts})
+    for name in ("distil-wide", "distil-given"):
+        arm = experiment.arm(name)
+        stack = _side_by_side(experiment, arm, feeds, (0, 1))[2][1]
+        apart = [_side_by_side(experiment, arm, [feed], (seed,))[2][1] for seed, feed in enumerate(feeds)]
+        images = [torch.randn(3, *feeds[0].input_size) for _ in feeds]
+        with torch.no_grad():
+            expected = torch.stack([each.eval()(x) for each, x in zip(apart, images, strict=True)], 1).flatten(0, 1)
+            found = stack.eval()(torch.cat(images, 1))
+        assert not torch.allclose(expected[::2], expected[1::2])
+        torch.testing.assert_close(found, expected)
+        assert arm.plan(1.0, 1, experiment.given).rounds[0].teacher.of in ("wider", str(tmp_path / "1.safetensors"))
 
 
 def test_a_budget_that_no_length_meets_is_refused():
@@ -160,6 +216,9 @@ def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
         ({"data": "digits", "tuning": {"lrs": [0.1]}}, "lrs"),
         ({"data": "digits", "config": {"learning_rate": 1}}, "learning_rate"),
         ({"data": "digits", "own_arms": {"x": {"base": 0.5}}}, "sum to 0.5, not 1"),
+        ({"data": "digits", "own_arms": {"x": {"base": 1.0, "config": {"momentun": 1}}}}, "did you mean momentum"),
+        ({"data": "digits", "own_arms": {"x": {"base": 1.0, "config": {"lr": 1}}}}, "the learning rate is the exp"),
+        ({"data": "digits", "arms": ["plain", "distil-given"]}, "given: arm 'distil-given' needs the path"),
         ({"data": "digits", "own_arms": {"x": {"base": 1.0, "why": 1}}}, "why"),
         ({}, "data"),
     ],

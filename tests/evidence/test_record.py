@@ -9,7 +9,7 @@ from records import record_of
 
 from growshrink.cycle.records import Row
 from growshrink.errors import RunError
-from growshrink.evidence.record import RUNS_FILE, History, Job, RunRecord, append_run, read_plan, read_runs
+from growshrink.evidence.record import RUNS_FILE, History, Job, RunRecord, append_run, read_plan, read_runs, replace_run
 
 JOB = Job(arm="plain", seeds=(0, 1), lr=0.1, budget=3.0)
 ROW = {
@@ -53,6 +53,23 @@ def test_a_last_line_without_its_end_is_ended(tmp_path):
     (tmp_path / RUNS_FILE).write_text(record_of(JOB).to_line().rstrip("\n"))
     append_run(tmp_path, record_of(replace(JOB, seeds=(2,))))
     assert len(read_runs(tmp_path)) == 2
+
+
+def test_a_line_is_replaced_and_the_others_keep_their_bytes(tmp_path):
+    other = replace(JOB, seeds=(2,))
+    for job in (JOB, other, replace(JOB, seeds=(3,))):
+        append_run(tmp_path, record_of(job))
+    spaced = (tmp_path / RUNS_FILE).read_bytes().replace(b'"format":1', b'"format": 1')
+    (tmp_path / RUNS_FILE).write_bytes(spaced)
+    replace_run(tmp_path, record_of(other, val=5.0))
+    lines, old = (tmp_path / RUNS_FILE).read_bytes().splitlines(), spaced.splitlines()
+    assert [lines[0], lines[2]] == [old[0], old[2]] and len(lines) == 3
+    assert [record.val for record in read_runs(tmp_path)] == [90.0, 5.0, 90.0]
+
+
+def test_lines_without_int8_are_read():
+    line = record_of(JOB).to_line().replace(',"int8_tensor":null,"int8_channel":null', "")
+    assert "int8" not in line and RunRecord.from_line(line) == record_of(JOB)
 
 
 def _without(*keys):

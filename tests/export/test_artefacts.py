@@ -16,6 +16,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import growshrink as gs
+from growshrink.cycle.source import Recipe, read_source
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, checks, export, int8
@@ -136,6 +137,24 @@ def test_an_artefact_that_computes_something_else_is_found(exported):
     assert [(row["net"], row["dtype"]) for row in rows if not row["ok"]] == [("folded", "float32")]
     rows = checks.exactness(replace(source, plain=wrong), gs.fold(wrong, input_size=SIZE), {}, seed=0)["checks"]
     assert [(row["net"], row["dtype"]) for row in rows if not row["ok"]] == [("fused", "float32")]
+
+
+def test_a_net_that_stays_dynamic(tmp_path):
+    """The grown net itself in both forms, at any batch size, beside the plain one with the means of its numbers."""
+    grown = randomized(gs.grow(net("test_resnet"), ["condconv", "weightnet", "guided"], input_size=SIZE)).eval()
+    weights = tmp_path / "grown.pt"
+    torch.save(grown.state_dict(), weights)
+    branches = ("condconv", "weightnet", "guided")
+    source = read_source(weights, Recipe(name="test_resnet", branches=branches, dynamic=True, image_size=32))
+    x = images(*SIZE, n=3)
+    assert rel(source.dynamic(x), grown(x)) < 1e-6 and rel(source.plain(x), grown(x)) > 1e-3
+    report = export(source, tmp_path, ExportOptions(rounds=2))
+    assert report["ok"], report["exactness"]["checks"]
+    rows = [row for row in report["exactness"]["checks"] if row["against"] == "dynamic"]
+    assert {row["net"].partition(",")[0] for row in rows} == {"dynamic.pt2", "dynamic.onnx"} and len(rows) == 8
+    assert report["cost"]["dynamic net"]["macs"] > report["cost"]["plain net"]["macs"]
+    assert {"dynamic net", "dynamic.onnx", "dynamic.pt2"} <= set(report["latency"]["over_plain"])
+    assert "dynamic.onnx**" in (tmp_path / "report.md").read_text()
 
 
 def test_tf_same_convolutions(tmp_path):

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -144,10 +145,13 @@ def _check_silent(before: nn.Module, after: nn.Module, outcome: Outcome, what: s
     for training in (False, True):
         nets = [copy.deepcopy(net).train(training) for net in (before, after)]
         outputs = [net(x.clone()) for net in nets]
-        if not torch.equal(*outputs):
+        # kernels of images make it a grouped convolution, which may round otherwise
+        joined = any(isinstance(m, Branch) and m.joined for net in nets for m in net.modules())
+        same = partial(torch.allclose, rtol=1e-9, atol=1e-9) if joined else torch.equal
+        if not same(*outputs):
             outcome.wrong.append(f"{what} silently, but the output is another, training={training}")
         states = [net.state_dict() for net in nets]
-        if any(not torch.equal(value, states[1][key]) for key, value in states[0].items()):
+        if any(not same(value, states[1][key]) for key, value in states[0].items()):
             outcome.wrong.append(f"{what} silently, but the plain net's tensors are others, training={training}")
 
 
@@ -229,7 +233,9 @@ def _check_fused(random: Random, plain: RandomNet, grown: nn.Module, outcome: Ou
         _check_fold(fused, x, outcome)
     if random.random() < 0.2:
         _check_width(random, grown, x, outcome)
-    _check_by_hand(grown, fused, random.choice(names), x, outcome)
+    names = [name for name in names if isinstance(grown.get_submodule(name), GrownConv2d)]  # norms: test_modulated.py
+    if names:
+        _check_by_hand(grown, fused, random.choice(names), x, outcome)
 
 
 def _check_fold(fused: nn.Module, x: Tensor, outcome: Outcome) -> None:

@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 
 import growshrink as gs
 from growshrink.algebra.dataflow import trace
-from growshrink.branches import Branch, BranchSpec
+from growshrink.branches import Branch, BranchSpec, Modulated
 from growshrink.errors import GrowError
 from growshrink.layers.as_conv import as_conv
 from growshrink.layers.grown import GrownConv2d, grown_modules
@@ -93,6 +93,14 @@ def nest(branch, x, y):
     return bn(branch.norm, vanishing(body.act, mid) @ matrix(body.pointwise))
 
 
+def implicit(branch, x, y):
+    body = branch.body
+    h = u = bn(body.bn, x @ matrix(body.conv))
+    for _ in range(80):  # A has norm 0.5
+        h = vanishing(body.act, h @ matrix(body.act.recurrence) + u)
+    return bn(branch.norm, h @ matrix(body.pointwise))
+
+
 def insert(branch, x, y):
     return bn(branch.norm, vanishing(branch.act, y) @ matrix(branch.pointwise))
 
@@ -108,7 +116,12 @@ TWINS = {
     "orepa": orepa,
     "bottleneck": bottleneck,
     "nest": nest,
+    "implicit": implicit,
     "insert": insert,
+    "dirac": lambda path, x, y: path.weight.weight.flatten() * x,
+    "dirac_kernel": lambda branch, x, y: (
+        branch.scale[0] * x + x @ (branch.scale[1] * F.normalize(matrix(branch.conv), dim=0))
+    ),
 }
 LEFT_ALONE = {
     "vertical": "its 1x1 kernel has no row and column that cross",
@@ -130,7 +143,10 @@ def grown_linear(*kinds, lam=0.0, inputs=6, outputs=6, bias=True):
 
 def test_every_kind_has_a_twin_or_a_reason():
     library = {kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")}
-    assert set(TWINS) | set(LEFT_ALONE) == library
+    modulated = {
+        kind for kind in library if issubclass(Branch.kinds[kind], Modulated)
+    }  # tests/branches/test_modulated.py
+    assert set(TWINS) | set(LEFT_ALONE) == library - modulated
     conv = as_conv(nn.Linear(6, 6))
     assert {kind: Branch.kinds[kind].reason_against(conv) for kind in LEFT_ALONE} == LEFT_ALONE
     assert Branch.kinds["identity"].reason_against(as_conv(nn.Linear(6, 5)))

@@ -16,7 +16,8 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.models import reducenet
 from growshrink.models.block import Block
 from growshrink.models.reducenet import ReduceNet
-from growshrink.transforms import fold, fuse
+from growshrink.proofs._profile import training_macs
+from growshrink.transforms import fold, fuse, grow
 
 CIFAR = (20, 32, 44, 56, 110)
 PHOTO = (18, 34)
@@ -60,9 +61,11 @@ def rel(a, b):
 
 def test_registered_names():
     assert len(NAMES) == 33
-    assert sorted(timm.list_models("reducenet*")) == NAMES
+    assert sorted(timm.list_models("reducenet*", exclude_filters="*_deq")) == NAMES
     assert set(timm.list_models(module="reducenet")) == set(NAMES)
-    assert set(timm.list_models("reducenet*", include_tags=True)) == {f"{n}.untrained" for n in NAMES}
+    assert set(timm.list_models("reducenet*", exclude_filters="*_deq*", include_tags=True)) == {
+        f"{n}.untrained" for n in NAMES
+    }
     assert timm.list_pretrained("reducenet*") == []
 
 
@@ -413,6 +416,27 @@ def test_init_weights_restores_everything(name):
 def test_convs_start_as_kaiming_fan_out():
     weight = timm.create_model("reducenet20", width=4).stages[2][1].conv.weight
     assert weight.std().item() == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["reducenet20", "reducenet56", "reducenet18"])
+def test_without_skips_it_is_a_chain_of_the_same_keys_and_cost(name):
+    plain, chain = (small(name, width=0.125, skip=skip) for skip in (True, False))
+    assert not any(block.skip for stage in chain.stages for block in stage)
+    assert {k: v.shape for k, v in plain.state_dict().items()} == {k: v.shape for k, v in chain.state_dict().items()}
+    assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), chain.state_dict().values(), strict=True))
+    assert training_macs(plain, (3, 32, 32)) == training_macs(chain, (3, 32, 32))
+
+
+@torch.no_grad()
+def test_without_skips_an_identity_is_grown_that_merges():
+    chain = randomize_norms(small(skip=False)).double().eval()
+    size, x = (3, 16, 16), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    folded = fold(chain, input_size=size)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert rel(folded(x), chain(x)) < 1e-12
+    grown = randomize_norms(grow(chain, "identity", init="paper", input_size=size))
+    assert rel(grown(x), chain(x)) > 1e-3
+    assert rel(fuse(grown, input_size=size)(x), grown(x)) < 1e-12
 
 
 # --- fold_skip ---

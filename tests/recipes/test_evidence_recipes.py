@@ -37,7 +37,7 @@ FILES = ("README.md", "curves.png", "plan.json", "runs.jsonl", "table.json")
 
 def compare(folder, *args, **values):
     (folder / "plan.json").write_text(json.dumps({**PLAN, **values}))
-    return run("recipes/compare.py", folder / "plan.json", "--out", folder / "out", "--quiet", *args)
+    return run("recipes/compare.py", folder / "plan.json", "--out", folder / "out", "--quiet", "--no-quantised", *args)
 
 
 @pytest.mark.exhaustive
@@ -63,7 +63,7 @@ def test_an_experiment_is_extended_from_its_two_files_alone(tmp_path, capsys):
     capsys.readouterr()
     plan = tmp_path / "more.json"
     plan.write_text(json.dumps({**PLAN, "arms": ["plain", "short"]}))
-    assert run("recipes/compare.py", plan, "--out", moved, "--quiet") == 0
+    assert run("recipes/compare.py", plan, "--out", moved, "--quiet", "--no-quantised") == 0
     assert re.findall(r"run \d of \d, (\S+)", capsys.readouterr().out) == [
         "plain/budget-6-lr-0.05-seeds-1",
         "short/budget-6-lr-0.05-seeds-0-1",

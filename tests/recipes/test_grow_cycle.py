@@ -224,7 +224,10 @@ def test_help_explains_every_option(capsys):
     groups = [name for name in ("data", "model", "training", "rounds", "running") if f" {name} options " in out]
     assert len(groups) == 5
     squeezed = "".join(out.replace("│", "").split())
-    assert "fuse[,accept_within=None]|drop" in squeezed and "peak|previous[,weight=0.5][,asked=1.0]" in squeezed
+    assert (
+        "fuse[,accept_within=None]|drop" in squeezed
+        and "peak|previous|wider|given[,weight=0.5][,asked=1.0]" in squeezed
+    )
 
 
 BAD = {

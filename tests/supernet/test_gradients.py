@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.schedules.functions import constant
 from nets import Batches, net, randomized
-from supernet.twins import SIZE, Narrow, added, assert_same, gradients, grads_of, grown, nest, soft_loss, x4
+from supernet.twins import SIZE, Narrow, added, assert_same, gradients, grads_of, grown, implicit, nest, soft_loss, x4
 
 
 def model_of(make, lam=0.6):
@@ -90,6 +90,7 @@ CASES = [
     )
     if not (mode == "suffix" and make is nest) and not (reduction == "mean" and (mode == "single" or make is not x4))
 ]
+CASES += [("netaug", implicit, "sum", "backward")]
 
 
 @pytest.mark.filterwarnings("ignore:NetAugTask. weights")

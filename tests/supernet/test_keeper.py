@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from nets import Batches, ConvNet, net, randomized
-from supernet.twins import SIZE, Narrow, grown, nest, x4
+from supernet.twins import SIZE, Narrow, grown, implicit, nest, x4
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
@@ -68,7 +68,14 @@ def used_by(model, widths):
 
 @pytest.mark.parametrize(
     ("name", "make"),
-    [*((name, x4) for name in OPTIMIZERS), ("sgd", grown), ("adamw", grown), ("sgd", nest), ("adamw", nest)],
+    [
+        *((name, x4) for name in OPTIMIZERS),
+        ("sgd", grown),
+        ("adamw", grown),
+        ("sgd", nest),
+        ("adamw", nest),
+        ("adamw", implicit),
+    ],
 )
 def test_what_was_not_drawn_stays_bit_for_bit(name, make):
     model = model_of(make)

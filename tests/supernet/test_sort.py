@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from nets import Batches, ConvNet, images, net, randomized, rel, untouched
-from supernet.twins import Narrow
+from supernet.twins import Narrow, implicit
 
 SIZE = (3, 8, 8)
 INNER = "conv.branches.0.body.conv.branches.0.body"
@@ -18,6 +18,7 @@ MODELS = {
     "groups": lambda: gs.grow(ConvNet(groups=4), ratio=3, init="paper", input_size=SIZE),
     "depthwise": lambda: gs.grow(ConvNet(groups=8), ratio=3, init="paper", input_size=SIZE),
     "nest": lambda: gs.grow(ConvNet(groups=2), "nest", init="paper", input_size=SIZE),
+    "implicit": implicit,
 }
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, weight_decay=0.01),

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.branches import Branch
+from growshrink.layers import ImplicitReLU
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.swaps import to_plain
@@ -27,6 +28,10 @@ def grown():
 
 def nest():
     return gs.grow(ConvNet(groups=2), ["bottleneck", "nest"], init="paper", input_size=SIZE)
+
+
+def implicit():
+    return gs.grow(ConvNet(groups=2), "implicit", init="paper", input_size=SIZE)
 
 
 class Narrow:
@@ -85,6 +90,9 @@ class Narrow:
         for key in ("weight", "bias", "running_mean", "running_var"):
             self._cut(body.bn, key, rows)
         self._cut(body.pointwise, "weight", None, torch.arange(width // groups))
+        if isinstance(body.act, ImplicitReLU):
+            self._cut(body.act.recurrence, "weight", rows, torch.arange(width // groups))
+            body.act.recurrence.in_channels = body.act.recurrence.out_channels = width
         body.width = body.conv.out_channels = body.bn.num_features = body.pointwise.in_channels = width
 
     def _remove(self, conv, name, skipped):

@@ -27,6 +27,14 @@ def test_every_mode_is_counted_and_timed():
     assert "load average" in result.stdout
 
 
+@pytest.mark.exhaustive
+def test_branches_are_counted_and_timed():
+    result = run("step_cost.py", "--quick", "--quiet", "--batch-size", 4, "reducenet20", "--branches", "se", "condconv")
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = {m[1]: float(m[2]) for m in re.finditer(r"^reducenet20 +(\w+) +([\d.]+) ", result.stdout, re.M)}
+    assert rows.keys() == {"se", "condconv"} and 1.0 <= rows["se"] < rows["condconv"] < 1.2
+
+
 def test_the_trial_of_modes_appends_and_goes_on(tmp_path):
     out = tmp_path / "modes.jsonl"
     options = ("--epochs", 0.4, "--model-kwargs", "width=0.25", "--ratio", 1, "--file", out, "--quiet")

@@ -1,6 +1,8 @@
 import copy
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
+from growshrink.evidence.stack import stack_nets
 from growshrink.schedules.functions import constant, linear
 from growshrink.training import TeacherNet, TrainConfig, Trainer, calibrate_bn
 from nets import Batches, net, randomized
@@ -188,7 +191,7 @@ def test_the_gradient_is_clipped_to_its_norm():
     assert moved == pytest.approx(0.05 * 1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadamw", "lion", "rmsprop", "muon", "adafactorbv", "madgrad"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nadamw", "lion", "rmsprop", "nmuon", "adafactorbv", "madgrad"])
 def test_the_state_of_an_optimizer_goes_out_and_in_again(optimizer):
     kwargs = {"optimizer": optimizer, "lr": 0.01}
     straight, first = trainer(**kwargs), trainer(**kwargs)
@@ -211,6 +214,25 @@ def test_the_state_of_an_optimizer_goes_out_and_in_again(optimizer):
     second.train(5, **FLAT)
     assert equal_states(straight.model.state_dict(), second.model.state_dict())
     assert equal_states(straight.ema.state_dict(), second.ema.state_dict())
+
+
+@pytest.mark.parametrize("grown", [False, True])
+def test_muon_leaves_the_first_and_the_last_layer_to_its_fallback(grown):
+    made = trainer(optimizer="nmuon", weight_decay=0.1, ema_decay=0.0)
+    if grown:
+        gs.grow(made.model, ratio=1.0, inplace=True, input_size=SIZE)
+        made.structure_changed()
+    made.train(1, **FLAT)
+    decays = {id(p): group["weight_decay"] for group in made.optimizer.param_groups for p in group["params"]}
+    layers = [name for name, module in net().named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    ends = tuple(f"{name}." for name in (layers[0], layers[-1]))
+    matrices = {name: p for name, p in made.model.named_parameters() if p.ndim > 1}
+    assert sum(name.startswith(ends) for name in matrices) >= 2 and set(decays) == {
+        id(p) for p in made.model.parameters()
+    }
+    for name, parameter in made.model.named_parameters():
+        assert made.optimizer.state[parameter]["use_muon"] == (parameter.ndim > 1 and not name.startswith(ends)), name
+        assert decays[id(parameter)] == (0.1 if parameter.ndim > 1 else 0.0), name
 
 
 def test_an_optimizer_state_of_another_structure_is_refused():
@@ -330,3 +352,33 @@ class Again:
 
     def batch(self, update):
         return self.batches.batch(self.order[update])
+
+
+def test_mixup_is_the_cross_entropy_with_mixed_labels():
+    """Against labels as distributions, mixed as the images are."""
+    run = trainer(mixup=0.4, label_smoothing=0.1, ema_decay=0.0)
+    images_NCHW, labels_N = run.batches.batch(0)
+    expected = net()
+    share = np.random.default_rng(0).beta(0.4, 0.4)
+    targets_NK = share * F.one_hot(labels_N, 10) + (1 - share) * F.one_hot(labels_N.flip(0), 10)
+    logits_NK = expected.train()(share * images_NCHW + (1 - share) * images_NCHW.flip(0))
+    loss = F.cross_entropy(logits_NK, targets_NK, label_smoothing=0.1).detach()
+    assert 0.01 < share < 0.99
+    torch.testing.assert_close(run.train(1, **FLAT), loss)
+    assert float(trainer(label_smoothing=0.1).train(1, **FLAT)) != pytest.approx(float(loss), rel=1e-3)
+
+
+def test_mixup_of_nets_side_by_side_is_mixup_of_each():
+    nets, losses, batches = [net(seed=seed) for seed in (0, 1)], [], [Batches().batch(update) for update in (5, 6)]
+    images, labels = zip(*batches, strict=True)
+    together = torch.cat(images, 1), torch.stack(labels, 1).flatten()
+    for model, batch in zip([stack_nets(nets, SIZE), *nets], [together, *batches], strict=True):
+        run = trainer(model, mixup=0.4, ema_decay=0.0)
+        run.batches = SimpleNamespace(batch=lambda update, batch=batch: batch)
+        losses.append(run.train(1, **FLAT))
+    torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)
+
+
+def test_mixup_refuses_a_teacher_whose_answers_are_of_other_images():
+    with pytest.raises(PlanError, match="mixup=0.4: not with a teacher"):
+        trainer(mixup=0.4).train(1, teacher=TeacherNet(net(seed=1), weight=0.5, temperature=1.0), **FLAT)
