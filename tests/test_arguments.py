@@ -154,6 +154,7 @@ BAD = {
     + each(lambda s: gs.grow(plain(), input_size=s), ((3, 16), (1, 16, 16), (3, -1, 16), "x", 3)),
     "save_grown": each(lambda m: gs.save_grown(m, "never"), (*NO_NETS, plain(), net("reducenet20_x2"))),
     "load_grown": [lambda: gs.load_grown(plain(), "never"), lambda: gs.load_grown(plain(), __file__)],
+    "unroll": each(gs.unroll, (*NO_NETS, plain()), steps=2) + each(lambda n: gs.unroll(plain(), n), (0, -1, 2.0, None)),
     "growth_report": each(gs.growth_report, NO_NETS)
     + each(lambda b: gs.growth_report(plain(), b), ("bottlneck", [], 3)),
     "WidthSpace": each(gs.layers.WidthSpace.from_json, ("", "{}", "[]", "null", None, 3, "[" * 10**5))

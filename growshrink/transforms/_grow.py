@@ -16,7 +16,7 @@ from torch import nn
 from growshrink.algebra.dataflow import Flow, shared_parameters, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
-from growshrink.branches import Branch, BranchSpec, check_ratio, format_skipped
+from growshrink.branches import Branch, BranchSpec, Modulated, check_ratio, format_skipped
 from growshrink.branches.guide import Guide, attach_guide, remove_guide
 from growshrink.errors import DropError, GrowError, check_model, did_you_mean
 from growshrink.layers.as_conv import WeightLayer, as_conv
@@ -304,6 +304,8 @@ class _Eligibility:
         parts, reason = _fitting(specs, as_conv(layer))
         if reason:
             return reason
+        if small and any(issubclass(part.branch_class, Modulated) for part in parts):
+            return "it is seen on one token, and its numbers would be of the batch, not of an image"
         later = parts if isinstance(layer, Grown) else parts[1:]
         if any(part.published and not part.branch_class.parallel for part in later):
             return "a published block begins with the norm or scale of the kernel, and other branches come before it"

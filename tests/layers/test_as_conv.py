@@ -9,6 +9,7 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec
+from growshrink.branches.guide import Guided
 from growshrink.errors import GradientError
 from growshrink.layers.as_conv import as_conv, write_kernel_
 from growshrink.layers.grown import grown_modules
@@ -17,7 +18,11 @@ from mlperf_tiny import NETS
 from nets import images, randomized, rel, untouched
 from sampled import exhaustive, sampled
 
-KINDS = [kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")]
+KINDS = [
+    kind
+    for kind, cls in Branch.kinds.items()
+    if cls.__module__.startswith("growshrink.") and not issubclass(cls, Guided)  # which are fed by their model
+]
 LAYERS = {
     "sequence": (lambda: nn.Conv1d(8, 8, 3, padding=1), (8, 15)),
     "sequence, strided": (
