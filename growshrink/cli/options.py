@@ -74,8 +74,12 @@ class DataOptions(BatchOptions):
     """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
     image_size: Pixels | None = None
     """Resize the images of a folder to this many pixels."""
+    skip_damaged: bool = False
+    """Leave out images of a folder that cannot be decoded, and name them."""
+    cache: bool = True
+    """Keep the decoded images of a folder in ~/.cache/growshrink/images; it may be removed at any time."""
     stream: bool = False
-    """Decode a folder that does not fit into memory as it is needed, with timm's loader (needs --image-size)."""
+    """Decode a folder that does not fit into memory as it is needed, with timm's loader, which skips damaged images."""
     val_fraction: NotAll = 0.1
     """Share of the training images that choices are made by (rounds, subnets); the test set takes no part in them."""
     crop: Whole | None = None
@@ -96,12 +100,14 @@ class DataOptions(BatchOptions):
         common |= {"rank": this_rank(), "world_size": num_ranks()}
         fraction = self.val_fraction
         if self.stream:
-            if self.image_size is None:
-                raise RunError("--stream needs --image-size.")
             folder = self.data_dir or Path(self.name)
             return stream_data(folder, image_size=self.image_size, val_fraction=fraction, **common)
-        size = self.image_size
-        data = load_data(self.name, self.data_dir, val_fraction=fraction, seed=seed, image_size=size, progress=progress)
+        reading: dict[str, Any] = {"image_size": self.image_size, "val_fraction": fraction, "seed": seed}
+        reading |= {"skip_damaged": self.skip_damaged, "use_cache": self.cache, "progress": progress}
+        data = load_data(self.name, self.data_dir, **reading)
+        if not this_rank():
+            for note in data.notes:
+                print(f"data: {note}.", file=sys.stderr)
         crop = data.input_size[1] // 8 if self.crop is None else self.crop
         flip = self.name != "digits" if self.flip is None else self.flip
         return MemoryFeed.of(data, augment=Augment(crop=crop, flip=flip, cutout=self.cutout), **common)

@@ -6,7 +6,7 @@ import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def stream_data(
     data_dir: str | Path,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
@@ -77,14 +77,15 @@ def stream_data(
     with a warning, which is timm's way. Images are RGB.
 
     `val_fraction` and `seed` are those of `load_data`, the other arguments those of `TrainBatches`; `image_size` is a
-    side in pixels, `num_workers` 0 decodes in this process, and `loader_options` go to `timm.data.create_loader`:
+    side in pixels, None that of the images where all are equal squares, `num_workers` 0 decodes in this process, and
+    `loader_options` go to `timm.data.create_loader`:
     `train_crop_mode="rkrc"` or `color_jitter=0.0`, say.
 
     Raises:
         DataError: Wrong layout, no images, differing classes, or an argument out of range.
     """
     root = Path(data_dir).expanduser()
-    if image_size < 1 or not 0.0 <= val_fraction < 1.0:
+    if image_size is not None and image_size < 1 or not 0.0 <= val_fraction < 1.0:
         raise DataError(
             f"stream_data needs image_size >= 1 and 0 <= val_fraction < 1, got {image_size=}, {val_fraction=}."
         )
@@ -99,6 +100,7 @@ def stream_data(
         odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())
         raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
 
+    image_size = image_size or _side((train, test), root)
     size, target = (3, image_size, image_size), torch.device(device)
     options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
     options |= {"crop_pct": 1.0, "interpolation": "bicubic", **loader_options}  # at test as load_data's image_size
@@ -127,6 +129,20 @@ def stream_data(
         input_size=size,
         fingerprint=_fingerprint((train, test), picked),
     )
+
+
+def _side(parts: Sequence[ImageDataset], root: Path) -> int:
+    """The side in pixels of all images, by their headers; DataError where they are no equal squares."""
+    found = set[tuple[int, int]]()
+    for file in (file for part in parts for file, _ in part.reader.samples):
+        with suppress(Exception), Image.open(file) as image:
+            found.add(image.size)
+        if len(found) > 1 or any(width != height for width, height in found):
+            sizes = ", ".join(f"{width}x{height}" for width, height in sorted(found))
+            raise DataError(f"{root}: images are no equal squares ({sizes}); pass image_size (--image-size).")
+    if not found:
+        raise DataError(f"{root}: no image can be read.")
+    return found.pop()[0]
 
 
 def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
