@@ -142,7 +142,7 @@ def cost_of_a_step(args: Args, feed: Feed, path: Path, about: Mapping[str, Any])
 
 def place(net: nn.Module, args: Args) -> nn.Module:
     """Where and how the run had it."""
-    return net.to(args.running.device).to(memory_format=torch.channels_last)
+    return net.to(args.running.torch_device()).to(memory_format=torch.channels_last)
 
 
 def text(summary: Mapping[str, Any]) -> str:

@@ -70,7 +70,7 @@ def main(args: Args) -> None:
         for number, (own, job) in enumerate(runs, start=1):
             if job not in {record.job for record in read_runs(out)}:
                 print(f"run {number} of {len(runs)}: {job.name}", flush=True)
-                run_job(own, job, out, data_dir=data_dir, device=running.device, progress=not running.quiet)
+                run_job(own, job, out, data_dir=data_dir, device=running.device_name, progress=not running.quiet)
         finished = {record.job: record for record in read_runs(out)}
         return [finished[job] for _, job in runs]
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the plain net on disk, report.json, report.md and curves.png."""
+"""What a run leaves behind: the plain net on disk, report.json, report.md and pictures."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from torch import nn
 
 from growshrink.base.config import to_dict
 from growshrink.base.ranks import run_on_rank0, this_rank
-from growshrink.base.writing import save_picture, write_atomic, write_json
+from growshrink.base.writing import write_atomic, write_json
 from growshrink.cycle.layout import Phases
+from growshrink.cycle.pictures import draw_curves, draw_mistakes
 from growshrink.cycle.records import RoundRecord, plain_net
 from growshrink.cycle.result import PLAIN_FILE, CycleResult
 from growshrink.cycle.running import Run
-from growshrink.cycle.tables import GLOSSARY, rounds_table
+from growshrink.cycle.tables import glossary, rounds_table
 from growshrink.data.feed import Feed
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.proofs import assert_equivalent, profile
 from growshrink.proofs._profile import training_macs
-from growshrink.training import evaluate
+from growshrink.training._evaluate import judge
 
 
 def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleResult:
     """Score the net of a run that has come to its end, write everything down, and mark the run as finished."""
     best, size, state = run.trainer.best.eval(), run.size, run.state
     plain = plain_net(run.initial, size)
+    worst = 12 if getattr(run.feed, "nets", 1) == 1 else 0
+    judged = run_on_rank0(lambda: judge(best, run.feed.test, worst))
     result = CycleResult(
         out_dir=run.folder.path,
         model=best,
@@ -38,7 +41,8 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         growth_log=state.log,
         phases=phases,
         val=run.score(),
-        final=run_on_rank0(lambda: evaluate(best, run.feed.test)),
+        judged=judged,
+        classes=run.feed.classes,
         plain=profile(plain, size),
         deployed=profile(best, size),
         training_macs=state.macs_spent,
@@ -50,7 +54,8 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         save_plain(result, plain, run.feed)
         write_json(result.out_dir / "report.json", result.to_dict())
         write_json(result.out_dir / "growth_log.json", {"entries": to_dict(state.log)})
-        write_atomic(result.out_dir / "report.md", _markdown(result, draw_curves(result)).encode())
+        pictures = ["curves.png", "mistakes.png"][: 1 + draw_mistakes(result)] if draw_curves(result) else []
+        write_atomic(result.out_dir / "report.md", _markdown(result, pictures).encode())
     run.folder.write_marker("finished", about)
     return result
 
@@ -62,13 +67,8 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
         RunError: Keys, shapes or outputs are not the plain net's.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in result.model.state_dict().items()}
-    metadata = {
-        "about": json.dumps(result.model_about),
-        "classes": json.dumps(list(feed.classes)),
-        "input_size": json.dumps(list(feed.input_size)),
-        "mean": json.dumps(list(feed.mean)),
-        "std": json.dumps(list(feed.std)),
-    }
+    about = {key: list(getattr(feed, key)) for key in ("classes", "input_size", "mean", "std")}
+    metadata = {"run": json.dumps({"about": result.model_about, **about}, sort_keys=True)}  # safetensors keeps no order
     path = result.out_dir / PLAIN_FILE
     write_atomic(path, save(state, metadata))
     read = load_file(path)
@@ -80,41 +80,44 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
     assert all(torch.equal(read[key], value) for key, value in state.items()), path
 
 
-def _markdown(result: CycleResult, drawn: bool) -> str:
+def _markdown(result: CycleResult, pictures: Sequence[str]) -> str:
     data, model, final, deployed = result.about["data"], result.model_about, result.final, result.deployed
     same = "exactly the plain net's" if deployed == result.plain else "NOT the plain net's"
+    rounds = result.rounds
+    kib = {key: f"{value / 1024:,.1f}" for key, value in deployed.memory.items()}
     lines = [
         f"# {model['name']} on {data['name']}",
         "",
         f"**Test top-1 {final.top1:.2f} %** (loss {final.loss:.4f}; the test set was read once, at the end), "
-        f"val {result.val.top1:.2f} %.",
+        f"val {result.val.top1:.2f} %. Balanced accuracy {final.balanced:.2f} %, macro F1 {final.macro_f1:.2f} %.",
         f"Deployed: {deployed.params:,} parameters, {deployed.macs:,} MACs an image, {same}.",
+        f"On a microcontroller: {kib['flash_float32']} KiB of flash in float32, {kib['flash_int8']} in int8; at least "
+        f"{kib['ram_float32']} KiB of RAM for activations in float32, {kib['ram_int8']} in int8.",
         f"Training cost {result.training_macs:.3e} MACs, {result.cost:.2f} times "
         f"that of as many updates of the plain net; {result.seconds:.0f} s.",
         "",
-        "## Rounds",
-        "",
-        rounds_table(result.rounds, markdown=True),
-        "",
-        f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
-        f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
-        "",
-        *(f"- *{word}*: {meaning}." for word, meaning in GLOSSARY.items()),
-        "",
-        *(
-            f"- Round {r.number} was **undone**: fused {r.top1.fused:.2f} against {r.top1.before:.2f} "
-            "before. The net from before it was restored, so the proof below is of a net that is gone.\n"
-            for r in result.rounds
-            if r.undone
-        ),
-        *_sampled_widths(result.rounds),
-        *_gradients(result.rounds),
-        *_proof(result.rounds),
-        *_use(model, data),
     ]
-    if drawn:
-        lines += ["![curves](curves.png)", ""]
-    lines += ["## Made by", "", f"`{result.about.get('command', ' '.join(sys.argv))}`", "", "```json"]
+    if rounds:
+        lines += ["## Rounds", "", rounds_table(rounds, markdown=True), ""]
+        lines += [
+            f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
+            f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
+            "",
+            *(f"- *{word}*: {meaning}." for word, meaning in glossary(rounds)),
+            "",
+            *(
+                f"- Round {r.number} was **undone**: fused {r.top1.fused:.2f} against {r.top1.before:.2f} "
+                "before. The net from before it was restored, so the proof below is of a net that is gone.\n"
+                for r in rounds
+                if r.undone
+            ),
+        ]
+    lines += [*_sampled_widths(rounds), *_gradients(rounds), *_proof(rounds)]
+    for picture in pictures:
+        lines += [f"![{picture.partition('.')[0]}]({picture})", ""]
+    lines += _use(model, data)
+    command = result.about.get("command", " ".join(sys.argv))
+    lines += ["## Made by", "", f"`{command}`", "", "```json"]
     lines += [json.dumps(dict(result.about), indent=2), "```", ""]
     return "\n".join(lines)
 
@@ -129,23 +132,19 @@ def _gradients(rounds: Sequence[RoundRecord]) -> list[str]:
             for moment, found in moments
             if found is not None
         ]
+    if not lines:
+        return []
     last = (
         "- The bias of a branch's last norm is among them; where a batch norm follows, that norm subtracts it and "
         "its gradient is rounding noise."
     )
-    return [
-        "## Did the new parameters learn?",
-        "",
-        *lines,
-        last if rounds else "- No round: the net was never grown.",
-        "",
-    ]
+    return ["## Did the new parameters learn?", "", *lines, last, ""]
 
 
 def _proof(rounds: Sequence[RoundRecord]) -> list[str]:
     merged = [record for record in rounds if record.max_rel is not None]
     return [
-        "## Proof",
+        "## Proof" if merged else "## The file",
         "",
         *(
             f"- Round {r.number}: fused against grown, max_rel {r.max_rel:.1e} in float64, "
@@ -154,7 +153,8 @@ def _proof(rounds: Sequence[RoundRecord]) -> list[str]:
             for r in merged
         ),
         *(
-            f"- Round {r.number} merged nothing: its grown net taught the plain net from before the growth."
+            f"- Round {r.number} merged nothing, so there is nothing to prove: its branches were cut off, or its grown "
+            "net taught the plain net from before the growth."
             for r in rounds
             if r.max_rel is None
         ),
@@ -209,67 +209,3 @@ def _width_name(width: str | Mapping[str, int]) -> str:
 
 def _rounded(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:.4f}' for value in values)})"
-
-
-def draw_curves(result: CycleResult) -> bool:
-    """Draw curves.png: accuracy, loss, lam and learning rate, cost, over the updates; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(9, 10), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(4, 1, sharex=True)
-    rows, phases = result.history, result.phases
-    _draw_scores(result, axes[0], axes[1])
-    _draw_schedules(result, axes[2])
-    cost = axes[3]
-    cost.plot(
-        [0, *(row.update for row in rows)], [0, *(row.training_macs for row in rows)], color="C4", label="this run"
-    )
-    cost.plot([0, phases.total], [0, result.plain_training_macs], "--", color="0.6", label="plain net, as many updates")
-    cost.set_ylabel("training MACs")
-    cost.set_xlabel("optimizer updates (shaded: grown)")
-    cost.set_xlim(0, phases.total)
-    for axis in axes:
-        for span in phases.spans:
-            axis.axvspan(span.start, span.grown_stop, color="0.93", linewidth=0, zorder=0)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False)
-    figure.suptitle(
-        f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final.top1:.2f} %"
-    )
-    save_picture(figure, result.out_dir / "curves.png")
-    return True
-
-
-def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
-    rows = result.history
-    updates, top1 = [row.update for row in rows], [row.val_top1 for row in rows]
-    accuracy.plot(updates, top1, color="C0")
-    interesting = [row.val_top1 for row in rows if row.round] or top1  # the climb from chance would hide the rest
-    margin = 0.08 * (max(top1) - min(interesting)) or 1.0
-    accuracy.set_ylim(min(interesting) - margin, max(top1) + margin)
-    accuracy.set_ylabel("val top-1 (%)")
-    for change in result.growth_log:
-        place = (change.update, 1.0)
-        accuracy.annotate(f"{change.kind} {change.round}", place, xycoords=("data", "axes fraction"), va="bottom")
-    teachers = any(record.teacher is not None for record in result.rounds)
-    loss.plot(updates, [row.train_loss for row in rows], color="C1", label="training" + " (and teacher)" * teachers)
-    loss.plot(updates, [row.val_loss for row in rows], color="C0", label="val")
-    loss.set_yscale("log")
-    loss.set_ylabel("loss")
-
-
-def _draw_schedules(result: CycleResult, axis: Any) -> None:
-    phases = result.phases
-    every = range(phases.total)  # rows are too far apart to show a re-warm
-    axis.plot(every, [phases.learning_rate(update) for update in every], color="C2", label="learning rate / peak")
-    for span in phases.spans:
-        lams: dict[int, float] = {update: span.lam(update) for update in range(span.start, span.grown_stop)}
-        if span.plan.controlled:  # what lam was is in the rows alone
-            own = [row for row in result.history if row.round == span.number]
-            lams = {row.update - 1: row.lam for row in own if row.lam is not None}
-        axis.plot(list(lams), list(lams.values()), color="C3", label="lam" if span.number == 1 else None)
-    axis.set_ylabel("lam, learning rate")

@@ -138,7 +138,7 @@ _NOTES = {
 }
 
 
-class _Decoded(NamedTuple):
+class Decoded(NamedTuple):
     """An image, uint8 (H, W, C), and which of `_NOTES` hold for it."""
 
     pixels: np.ndarray
@@ -147,7 +147,7 @@ class _Decoded(NamedTuple):
 
 def _decode_all(paths: list[str], root: Path, image_size: int | None, progress: bool) -> tuple[Tensor, dict[str, Any]]:
     """All images, black where damaged, and what was noted: numbers by `_NOTES`, and words by index under "damaged"."""
-    attempts = (_decode(path, image_size, grey=True) for path in paths)
+    attempts = (decode_image(path, image_size, grey=True) for path in paths)
     first = next((image.pixels for image in attempts if not isinstance(image, str)), np.empty((1, 1, 1)))
     height, width = first.shape[:2]
     for channels in sorted({first.shape[2], 3}):
@@ -174,9 +174,9 @@ def _decode_into(
     _, height, width, channels = images.shape
     counts, damaged, sizes, coloured = Counter[str](), dict[int, str](), list[str](), False
 
-    def task(start: int) -> list[tuple[int, _Decoded | str]]:
+    def task(start: int) -> list[tuple[int, Decoded | str]]:
         indices = range(start, min(start + _FILES_A_TASK, len(paths)))
-        found = [(index, _decode(paths[index], image_size, grey=channels == 1)) for index in indices]
+        found = [(index, decode_image(paths[index], image_size, grey=channels == 1)) for index in indices]
         for index, image in found:
             if not isinstance(image, str) and image.pixels.shape == images.shape[1:]:
                 images[index] = image.pixels
@@ -197,7 +197,7 @@ def _decode_into(
     return {**counts, "damaged": {str(index): words for index, words in sorted(damaged.items())}}, sizes, coloured
 
 
-def _decode(path: str, image_size: int | None, grey: bool) -> _Decoded | str:
+def decode_image(path: str, image_size: int | None, grey: bool) -> Decoded | str:
     """The image with one channel if `grey` and it is grey, else with three; for a damaged one what is wrong with it."""
     try:
         with Image.open(path) as file:
@@ -224,7 +224,7 @@ def _decode(path: str, image_size: int | None, grey: bool) -> _Decoded | str:
             array = np.asarray(image)
     except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
         return f"{type(error).__name__}: {error}"
-    return _Decoded(array.reshape(*array.shape[:2], -1), tuple(notes))
+    return Decoded(array.reshape(*array.shape[:2], -1), tuple(notes))
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from growshrink.base.seeding import generator
+from growshrink.base.seeding import generator, own_randomness
 from growshrink.base.stopping import shield_worker
 from growshrink.data.batches import Batch, Order
 from growshrink.data.datasets import stratified
@@ -166,7 +164,7 @@ class StreamTrainBatches:
         """See `TrainBatches.batch`; cheap only for the update after the last one asked for."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
-        with _own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
+        with own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
             if update != self._next:
                 self._batches = iter(self._open_at(update))
             images, labels = next(self._batches)
@@ -186,14 +184,14 @@ class StreamEvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches as `eval_batches` yields them."""
-        with _own_randomness(0):
+        with own_randomness(0):
             batches = iter(self._open_loader())
         for images, labels in batches:
             yield _placed(images, labels, self._device)
 
 
 def _start_worker(worker: Any) -> int:
-    """Called by timm in each worker, for a seed, which `_own_randomness` makes irrelevant."""
+    """Called by timm in each worker, for a seed, which `own_randomness` makes irrelevant."""
     shield_worker()
     return 0
 
@@ -250,22 +248,7 @@ class _Endless(IterableDataset[tuple[Any, int]]):
             positions = self.order.indices(update).tolist()
             (seeds,) = self.order.draw(update, (2**32,))
             for position, seed in zip(positions, seeds.tolist(), strict=True):
-                with _own_randomness(seed):
+                with own_randomness(seed):
                     item = self.part[position]
                 yield item
             update += step
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Seeds the three global generators that timm's transforms draw from, and puts them back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -128,6 +128,16 @@ ARMS: Mapping[str, Arm] = {
     "orepa-online": _linear(
         "paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)", "orepa", online=True
     ),
+    "small": _linear(
+        "for few images: silent orepa branches, trained as one kernel, which cost next to nothing and change nothing "
+        "at first",
+        "orepa",
+        init="silent",
+        online=True,
+    ),
+    "long": _linear(
+        "for long runs: orepa-online, so far the best of those that grow after 60 epochs", "orepa", online=True
+    ),
     "expandnet": _linear("1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", "expandnet"),
     "one-round": Arm(
         about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",

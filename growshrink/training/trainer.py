@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from timm.optim import Adahessian, Adan, Lamb, create_optimizer_v2, get_optimizer_class, list_optimizers
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
+from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
 from growshrink.base.ranks import average_update_
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
@@ -47,6 +48,12 @@ class TrainConfig:
         label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
+        layer_decay: Factor on the learning rate from each layer to the one before it, the head having the whole rate
+            (timm's rule); 1 trains all alike.
+        freeze: Regular expression; parameters whose dotted names begin with it are not trained (running statistics
+            of norms are).
+        class_weights: Weight of each class in the loss, in the order of the labels; none for equal ones.
+        metric: What rounds are judged by, a field of `Score`.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower
             elsewhere. Scores are always taken in float32.
     """
@@ -58,7 +65,11 @@ class TrainConfig:
     label_smoothing: NotAll = 0.0
     ema_decay: NotAll = 0.998
     clip_grad: Positive | None = None
-    amp: bool = False
+    layer_decay: SomeOrAll = 1.0
+    freeze: Regex | None = None
+    class_weights: Annotated[tuple[NotNegative, ...], NoOption()] = ()
+    metric: Annotated[Literal["top1", "balanced", "macro_f1"], NoOption()] = "top1"
+    amp: Annotated[bool, NoOption()] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -94,6 +105,8 @@ class Trainer:
     def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
         self.model = model.train()
         self.config = config
+        weights = config.class_weights
+        self._class_weights = torch.tensor(weights, device=next(model.parameters()).device) if weights else None
         self.batches = batches
         self.update = 0
         self.cut_short: tuple[int, Tensor] | None = None
@@ -152,6 +165,8 @@ class Trainer:
             Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
             this one completes it.
         """
+        if task is not None and self.config.class_weights:
+            raise PlanError("class_weights: not with sampled widths, whose losses are computed elsewhere.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
@@ -256,7 +271,8 @@ class Trainer:
             logits = self.model(images_NCHW)
             if teacher is not None:
                 target = teacher.answer(question, images_NCHW)
-        loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
+        smoothing, weights = self.config.label_smoothing, self._class_weights
+        loss = F.cross_entropy(logits.float(), labels_N, weight=weights, label_smoothing=smoothing)
         if teacher is None:
             return loss
         learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
@@ -276,6 +292,10 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
+        if config.freeze is not None:
+            for name, parameter in self.model.named_parameters():
+                if re.match(config.freeze, name):
+                    parameter.requires_grad_(False)
         try:
             kind = get_optimizer_class(config.optimizer, bind_defaults=False)
             if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
@@ -289,6 +309,7 @@ class Trainer:
                 lr=config.lr,
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
+                layer_decay=config.layer_decay if config.layer_decay < 1 else None,
             )
         except PlanError:
             raise

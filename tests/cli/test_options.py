@@ -15,12 +15,20 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {
+    "recipes/starting.py",
+    "recipes/telling.py",
+    "tools/import_cost.py",
+    "tools/inputs.py",
+    "tools/loaders.py",
+    "tools/paired.py",
+}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
+    "tools/predict.py": ["CHECKPOINT", "folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
 }
@@ -32,7 +40,16 @@ PROGRAMS = (
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
     *(
         f"tools/{name}.py"
-        for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
+        for name in (
+            "exactness",
+            "experiment_speed",
+            "export",
+            "kills",
+            "netaug_modes",
+            "online_cost",
+            "predict",
+            "random_prune",
+        )
     ),
     *(f"tools/{name}.py" for name in ("soak", "step_cost")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
@@ -50,6 +67,8 @@ FINE = {
     "soak.file": {"missing": "it is made", "missing/below": "both are made"},
     "crop": {"0": "none"},
     "cutout": {"0": "none"},
+    **{name: {"0": "off"} for name in ("resized_crop", "jitter", "randaugment", "mixup", "cutmix")},
+    "images": {"folder": "searched for images"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
     "ema_decay": {"0": "no average"},
@@ -68,7 +87,7 @@ FINE = {
     "mean": {"0": "black"},
 }
 #: What is misspelt about words that are not names.
-MISSPELT = {"where": "("}
+MISSPELT = {"where": "(", "freeze": "("}
 
 
 def options_of(program):

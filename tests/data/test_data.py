@@ -481,10 +481,12 @@ def test_images_of_any_kind(tmp_path: Path, name: str) -> None:
 
 def test_decoded_images_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, kept, decoded = tmp_path / "pets", tmp_path / "cache", []
-    paths, real = list(write_folder(root)), folders._decode
+    paths, real = list(write_folder(root)), folders.decode_image
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
     monkeypatch.setattr(folders, "WORTH", 0.0)
-    monkeypatch.setattr(folders, "_decode", lambda *args, **kwargs: decoded.append(args[0]) or real(*args, **kwargs))
+    monkeypatch.setattr(
+        folders, "decode_image", lambda *args, **kwargs: decoded.append(args[0]) or real(*args, **kwargs)
+    )
 
     def fresh(**options: object) -> tuple[bool, data.DataSet]:
         decoded.clear()
