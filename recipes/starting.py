@@ -109,7 +109,7 @@ def start_from(model: nn.Module, path: Path, classes: Sequence[str] = ()) -> lis
             new_head = True
         elif found is not None and found.shape == value.shape:
             loaded[key] = found
-        elif found is not None and key.startswith(stems) and found.shape[2:] == value.shape[2:] and found.ndim > 2:
+        elif found is not None and key.startswith(stems) and found.ndim > 2 and found[:, 0].shape == value[:, 0].shape:
             loaded[key] = found.mean(1, keepdim=True).expand_as(value) * (found.shape[1] / value.shape[1])
             notes.append(f"{key} took {found.shape[1]} channels, and takes {value.shape[1]} now")
         else:

@@ -333,14 +333,14 @@ class Again:
 
 
 def test_layers_before_the_head_learn_less_and_frozen_ones_nothing_grown_or_not():
-    ours = trainer(net("test_resnet"), freeze="conv1|layer1", layer_decay=0.5)
+    ours = trainer(net("test_resnet"), freeze="conv1", layer_decay=0.5)
     gs.grow(ours.model, "bottleneck", inplace=True, input_size=SIZE)
     gs.grow(ours.ema, "bottleneck", inplace=True, input_size=SIZE)
     ours.structure_changed()
     before = {name: parameter.clone() for name, parameter in ours.model.named_parameters()}
     ours.train(2, **FLAT)
     frozen = {name for name, parameter in ours.model.named_parameters() if torch.equal(parameter, before[name])}
-    assert {name for name in before if name.startswith(("conv1", "layer1"))} <= frozen
+    assert {name for name in before if name.startswith("conv1")} <= frozen
     assert "fc.weight" not in frozen and "layer4.0.conv1.weight" not in frozen
     scale = {id(p): group["lr_scale"] for group in ours.optimizer.param_groups for p in group["params"]}
     scales = {name: scale[id(p)] for name, p in ours.model.named_parameters() if p.requires_grad}
