@@ -39,7 +39,7 @@ class Args(ExperimentOptions):
     """Options of scan; the model of the experiment must be a ReduceNet, its budget and arms are not used."""
 
     bound: Annotated[str, OneOf("no such bound", BOUNDS)] = "macs"
-    """What is bounded, of the plain net: MACs or milliseconds an image, or parameters."""
+    """What is bounded, of the plain net: MACs or milliseconds an image, parameters, or bytes of RAM or flash."""
     at_most: Operations = 1e6
     """The bound."""
     channels: tuple[Multiplier, ...] = (0.125, 0.25, 0.375, 0.5)
