@@ -51,7 +51,7 @@ PROGRAMS = (
             "random_prune",
         )
     ),
-    *(f"tools/{name}.py" for name in ("soak", "step_cost")),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost", "subset")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: In the default run.
