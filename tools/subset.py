@@ -3,8 +3,7 @@
     python tools/subset.py --data cifar10 --data-dir D --classes cat dog ship --each 300 --out data/cifar3
     python tools/subset.py --data fashion-mnist --each 150 --out data/fashion1500
 
-Writes OUT/train/CLASS/*.png and OUT/test/CLASS/*.png: the first `--each` training images of each class, and as many test
-images, as far as there are.
+Writes OUT/train/CLASS/*.png and OUT/test/CLASS/*.png: the first `--each` images of each class and part.
 """
 
 from __future__ import annotations

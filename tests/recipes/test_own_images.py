@@ -20,7 +20,6 @@ import growshrink as gs
 from growshrink.cli.program import read_options
 from growshrink.errors import RunError
 from program import args_of, run
-from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 RECIPE, PREDICT = ROOT / "recipes" / "grow_cycle.py", ROOT / "tools" / "predict.py"
@@ -137,7 +136,8 @@ def test_equal_runs_leave_equal_bytes_and_a_stopped_one_says_why(pets, tmp_path,
     assert marker["stopped"] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("branches", sampled(["insert", "bottleneck"], ["insert"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("branches", ["insert", "bottleneck"])
 def test_a_net_trained_on_other_images_is_taken_up_grown_and_fused(pets, finished, tmp_path, branches, capsys):
     others = write_images(tmp_path / "others", ("ant", "bee"), seed=7)
     out = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_a_net_trained_on_other_images_is_taken_up_grown_and_fused(pets, finishe
     options = [word for word in QUICK if word not in ("--lr", "0.05")]
     assert run(RECIPE, "--data", others, "--out", out, *options, *grown, "--init", finished) == 0
     err = capsys.readouterr().err
-    assert "the head (fc) is new, for 2 classes" in err and "layer decay 0.85" in err
+    assert "the head (head.fc) is new, for 2 classes" in err and "layer decay 0.85" in err
     about = json.loads((out / "run.json").read_text())
     assert (
         about["config"]["lr"] < 0.02
