@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from starting import StartOptions, images_folder, least_epochs, updates_per_epoch
-from telling import PAGE, tell_story
+from telling import PAGE, draw_mistakes, tell_story
 from torch import nn
 
 import growshrink as gs
@@ -127,6 +127,7 @@ def main(args: Args) -> None:
         torch.manual_seed(args.running.seed)
         result = args.run_cycle(plan, folder, feed, model, **run)
         if this_rank() == 0:
+            draw_mistakes(result)
             tell(result, tell_story(folder.path, feed.data.notes if isinstance(feed, MemoryFeed) else ()))
 
 

@@ -16,10 +16,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from growshrink.base.reading import parse_json, read_bytes, read_json
 from growshrink.base.writing import save_picture, write_atomic
+from growshrink.cycle import CycleResult
 
 PAGE = "report.html"
+#: Classes at most that a confusion matrix is labelled with.
+MOST_LABELS = 40
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ def tell_story(folder: Path, notes: Sequence[str] = ()) -> list[str]:
     story = ["", "## What it means", "", *(f"- {sentence}" for sentence in said), "", *baselines(told)]
     if draw_beside(told):
         story += ["![beside](beside.png)", ""]
+    if (folder / "mistakes.png").exists():
+        story += ["![mistakes](mistakes.png)", ""]
     steps = next_steps(folder, told.report["about"].get("command", ""))
     text = "\n".join([head, *story, f"## {rest.rstrip()}", "", *steps])
     write_atomic(folder / "report.md", text.encode())
@@ -145,15 +152,8 @@ def _on_growing(told: Told) -> list[str]:
 
 def draw_beside(told: Told) -> bool:
     """Draw beside.png, both runs over their compute; False without another run, or matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    if told.baseline is None or (figure := _figure(9, 4)) is None:
         return False
-    if told.baseline is None:
-        return False
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for name, run, style in (("this run", told, "-"), ("plain net, for the same compute", told.baseline, "--")):
         axis.plot([row["training_macs"] for row in run.rows], [row["val_top1"] for row in run.rows], style, label=name)
@@ -162,6 +162,48 @@ def draw_beside(told: Told) -> bool:
     axis.legend(frameon=False)
     save_picture(figure, told.folder / "beside.png")
     return True
+
+
+def draw_mistakes(result: CycleResult) -> bool:
+    """Draw mistakes.png: the confusion matrix, and the images with the highest losses; False without matplotlib."""
+    judged, classes = result.judged, result.classes
+    if not len(judged.worst) or (figure := _figure(11, 12)) is None:
+        return False
+    above, below = figure.subfigures(2, 1, height_ratios=(5, 4))
+    axis, table = above.subplots(), judged.confusion
+    shares = table / table.sum(1, keepdim=True).clamp(min=1)
+    axis.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axis.set_title("Test images by class (row) and what the net takes them for (column)")
+    if len(classes) <= MOST_LABELS:
+        size = 10 if len(classes) <= 12 else 6
+        axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=size)
+        axis.set_yticks(range(len(classes)), classes, fontsize=size)
+        for row, column in table.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, int(table[row, column]), ha="center", va="center", fontsize=size, color=colour)
+    mean, std = (torch.tensor(result.about["data"][key])[:, None, None] for key in ("mean", "std"))
+    below.suptitle("The test images with the highest losses: what they are, and what the net takes them for")
+    places = below.subplots(2, 6).flatten()
+    for place in places:
+        place.axis("off")
+    for place, image, label, guess in zip(places, judged.worst, judged.labels, judged.taken_for, strict=False):
+        pixels = (image * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+        place.imshow(pixels if pixels.shape[2] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
+        place.set_title(f"{classes[label]}\nas {classes[guess]}", fontsize=8, color="C2" if label == guess else "C3")
+    save_picture(figure, result.out_dir / "mistakes.png")
+    return True
+
+
+def _figure(width: float, height: float) -> Any:
+    """A figure of matplotlib's without a screen, or None without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def next_steps(folder: Path, command: str) -> list[str]:

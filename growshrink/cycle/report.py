@@ -13,9 +13,8 @@ from torch import nn
 
 from growshrink.base.config import to_dict
 from growshrink.base.ranks import run_on_rank0, this_rank
-from growshrink.base.writing import write_atomic, write_json
+from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cycle.layout import Phases
-from growshrink.cycle.pictures import draw_curves, draw_mistakes
 from growshrink.cycle.records import RoundRecord, plain_net
 from growshrink.cycle.result import PLAIN_FILE, CycleResult
 from growshrink.cycle.running import Run
@@ -54,8 +53,7 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         save_plain(result, plain, run.feed)
         write_json(result.out_dir / "report.json", result.to_dict())
         write_json(result.out_dir / "growth_log.json", {"entries": to_dict(state.log)})
-        pictures = ["curves.png", "mistakes.png"][: 1 + draw_mistakes(result)] if draw_curves(result) else []
-        write_atomic(result.out_dir / "report.md", _markdown(result, pictures).encode())
+        write_atomic(result.out_dir / "report.md", _markdown(result, draw_curves(result)).encode())
     run.folder.write_marker("finished", about)
     return result
 
@@ -80,7 +78,7 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
     assert all(torch.equal(read[key], value) for key, value in state.items()), path
 
 
-def _markdown(result: CycleResult, pictures: Sequence[str]) -> str:
+def _markdown(result: CycleResult, drawn: bool) -> str:
     data, model, final, deployed = result.about["data"], result.model_about, result.final, result.deployed
     same = "exactly the plain net's" if deployed == result.plain else "NOT the plain net's"
     rounds = result.rounds
@@ -113,8 +111,8 @@ def _markdown(result: CycleResult, pictures: Sequence[str]) -> str:
             ),
         ]
     lines += [*_sampled_widths(rounds), *_gradients(rounds), *_proof(rounds)]
-    for picture in pictures:
-        lines += [f"![{picture.partition('.')[0]}]({picture})", ""]
+    if drawn:
+        lines += ["![curves](curves.png)", ""]
     lines += _use(model, data)
     command = result.about.get("command", " ".join(sys.argv))
     lines += ["## Made by", "", f"`{command}`", "", "```json"]
@@ -209,3 +207,67 @@ def _width_name(width: str | Mapping[str, int]) -> str:
 
 def _rounded(values: Sequence[float]) -> str:
     return f"({', '.join(f'{value:.4f}' for value in values)})"
+
+
+def draw_curves(result: CycleResult) -> bool:
+    """Draw curves.png: accuracy, loss, lam and learning rate, cost, over the updates; False without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(4, 1, sharex=True)
+    rows, phases = result.history, result.phases
+    _draw_scores(result, axes[0], axes[1])
+    _draw_schedules(result, axes[2])
+    cost = axes[3]
+    cost.plot(
+        [0, *(row.update for row in rows)], [0, *(row.training_macs for row in rows)], color="C4", label="this run"
+    )
+    cost.plot([0, phases.total], [0, result.plain_training_macs], "--", color="0.6", label="plain net, as many updates")
+    cost.set_ylabel("training MACs")
+    cost.set_xlabel("optimizer updates (shaded: grown)")
+    cost.set_xlim(0, phases.total)
+    for axis in axes:
+        for span in phases.spans:
+            axis.axvspan(span.start, span.grown_stop, color="0.93", linewidth=0, zorder=0)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False)
+    figure.suptitle(
+        f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final.top1:.2f} %"
+    )
+    save_picture(figure, result.out_dir / "curves.png")
+    return True
+
+
+def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
+    rows = result.history
+    updates, top1 = [row.update for row in rows], [row.val_top1 for row in rows]
+    accuracy.plot(updates, top1, color="C0")
+    interesting = [row.val_top1 for row in rows if row.round] or top1  # the climb from chance would hide the rest
+    margin = 0.08 * (max(top1) - min(interesting)) or 1.0
+    accuracy.set_ylim(min(interesting) - margin, max(top1) + margin)
+    accuracy.set_ylabel("val top-1 (%)")
+    for change in result.growth_log:
+        place = (change.update, 1.0)
+        accuracy.annotate(f"{change.kind} {change.round}", place, xycoords=("data", "axes fraction"), va="bottom")
+    teachers = any(record.teacher is not None for record in result.rounds)
+    loss.plot(updates, [row.train_loss for row in rows], color="C1", label="training" + " (and teacher)" * teachers)
+    loss.plot(updates, [row.val_loss for row in rows], color="C0", label="val")
+    loss.set_yscale("log")
+    loss.set_ylabel("loss")
+
+
+def _draw_schedules(result: CycleResult, axis: Any) -> None:
+    phases = result.phases
+    every = range(phases.total)  # rows are too far apart to show a re-warm
+    axis.plot(every, [phases.learning_rate(update) for update in every], color="C2", label="learning rate / peak")
+    for span in phases.spans:
+        lams: dict[int, float] = {update: span.lam(update) for update in range(span.start, span.grown_stop)}
+        if span.plan.controlled:  # what lam was is in the rows alone
+            own = [row for row in result.history if row.round == span.number]
+            lams = {row.update - 1: row.lam for row in own if row.lam is not None}
+        axis.plot(list(lams), list(lams.values()), color="C3", label="lam" if span.number == 1 else None)
+    axis.set_ylabel("lam, learning rate")

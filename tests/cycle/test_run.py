@@ -43,7 +43,6 @@ FILES = [
     "curves.png",
     "growth_log.json",
     "log.jsonl",
-    "mistakes.png",
     "plain.safetensors",
     "report.json",
     "report.md",
