@@ -1,7 +1,7 @@
 """What a trained net says of images: predictions.csv, and predictions.png with the first of them.
 
     python tools/predict.py runs/NAME FOLDER_OF_IMAGES              a finished run of grow_cycle.py or netaug.py
-    python tools/predict.py runs/NAME FOLDER --onnx runs/NAME/export/folded.onnx       by ONNX Runtime, not torch
+    python tools/predict.py runs/NAME FOLDER --onnx-file runs/NAME/export/folded.onnx       by ONNX Runtime, not torch
     python tools/predict.py runs/NAME image.jpg --out DIR
 
 FOLDER is searched with all its subfolders. Images are turned, put over white, brought to the net's size and normalised
@@ -46,9 +46,9 @@ class Args:
 
     run: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or its plain.safetensors."""
-    images: Annotated[Checkpoint, tyro.conf.Positional]
+    pictures: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of images, or one image."""
-    onnx: InFile | None = None
+    onnx_file: InFile | None = None
     """An ONNX file of the net (tools/export.py writes one), to be run instead of torch."""
     sheet: Count = 30
     """How many images the picture shows, spread over all of them."""
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
     source = read_source(args.run)
     if not source.classes or not source.mean:
         raise RunError(f"{args.run}: does not say its classes; name the folder of a finished run of grow_cycle.py.")
-    paths, net = find_images(args.images), load_net(args, source)
+    paths, net = find_images(args.pictures), load_net(args, source)
     with claim(args) as folder:
         shown = set(np.linspace(0, len(paths) - 1, min(args.sheet, len(paths))).round().astype(int).tolist())
         found, left_out, sheet = Counter[str](), list[str](), list[Prediction]()
@@ -91,7 +91,7 @@ def main(args: Args) -> None:
                 sheet.append(made)
         bar.close()
         if not found:
-            raise RunError(f"{args.images}: no image can be read: {left_out[0]}.")
+            raise RunError(f"{args.pictures}: no image can be read: {left_out[0]}.")
         write_atomic(folder.path / "predictions.csv", table.getvalue().encode())
         drawn = draw(sheet, source, folder.path / "predictions.png")
         folder.write_marker("finished", {"command": sys.argv})
@@ -116,17 +116,17 @@ def find_images(where: Path) -> list[Path]:
 def load_net(args: Args, source: Source) -> Callable[[Tensor], Tensor]:
     """The net as a function of normalised images."""
     device = args.running.torch_device()
-    if args.onnx is None:
+    if args.onnx_file is None:
         plain = source.plain.to(device)
         return lambda images: plain(images.to(device)).cpu()
     try:
         import onnxruntime
 
-        session: Any = onnxruntime.InferenceSession(str(args.onnx), providers=["CPUExecutionProvider"])
+        session: Any = onnxruntime.InferenceSession(str(args.onnx_file), providers=["CPUExecutionProvider"])
     except ImportError as error:
-        raise RunError("--onnx needs ONNX Runtime: pip install -e '.[onnx]'.") from error
+        raise RunError("--onnx-file needs ONNX Runtime: pip install -e '.[onnx]'.") from error
     except Exception as error:  # onnxruntime has errors of its own for every fault of a file
-        raise RunError(f"--onnx {args.onnx}: not readable ({str(error).splitlines()[0]}).") from error
+        raise RunError(f"--onnx-file {args.onnx_file}: not readable ({str(error).splitlines()[0]}).") from error
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

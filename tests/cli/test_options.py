@@ -68,7 +68,7 @@ FINE = {
     "crop": {"0": "none"},
     "cutout": {"0": "none"},
     **{name: {"0": "off"} for name in ("resized_crop", "jitter", "randaugment", "mixup", "cutmix")},
-    "images": {"folder": "searched for images"},
+    "pictures": {"folder": "searched for images"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
     "ema_decay": {"0": "no average"},

@@ -76,7 +76,7 @@ def test_labels_are_the_shares_of_the_pixels(kind):
             assert abs(float(own.double().mean()) - share) < 1e-6
             rows, columns = np.nonzero((~own).numpy())
             assert not len(rows) or len(rows) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)  # a box
-    assert len(seen) >= 3
+    assert len(seen) >= 2
 
 
 def test_limits():

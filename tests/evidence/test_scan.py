@@ -11,7 +11,7 @@ from growshrink.evidence.scan import Candidate, Entry, ScanPlan, candidates_of, 
 SIZE = (1, 8, 8)
 
 
-@pytest.mark.parametrize("bound", ["macs", "params", "ram_int8", "flash_float32"])
+@pytest.mark.parametrize("bound", ["macs", "params", "flash_float32"])
 def test_candidates_are_those_within_the_bound(bound):
     options = {"input_size": SIZE, "num_classes": 10}
     every = candidates_of(TINY, (0.125, 0.25), (1, 2), bound=bound, at_most=1e9, **options)
