@@ -46,7 +46,7 @@ class Args:
 
     run: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or its plain.safetensors."""
-    pictures: Annotated[Checkpoint, tyro.conf.Positional]
+    pictures: Annotated[Checkpoint | None, tyro.conf.Positional] = None
     """Folder of images, or one image."""
     onnx_file: InFile | None = None
     """An ONNX file of the net (tools/export.py writes one), to be run instead of torch."""
@@ -67,6 +67,8 @@ class Prediction:
 
 def main(args: Args) -> None:
     """Predict; errors of the user's are raised as GrowShrinkError."""
+    if args.pictures is None:
+        raise RunError("name the run, and a folder of images or one image.")
     source = read_source(args.run)
     if not source.classes or not source.mean:
         raise RunError(f"{args.run}: does not say its classes; name the folder of a finished run of grow_cycle.py.")
