@@ -121,7 +121,7 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, wh
     """Do the jobs that are not finished, `workers` at a time."""
     finished = {record.job for record in read_runs(out)}
     missing = [job for job in jobs if job not in finished]
-    do = partial(run_job, experiment, out=out, data_dir=args.data.data_dir, device=args.running.device)
+    do = partial(run_job, experiment, out=out, data_dir=args.data.data_dir, device=args.running.device_name)
     if args.workers == 1 or len(missing) <= 1:
         for number, job in enumerate(missing, start=1):
             print(f"{what}: run {number} of {len(missing)}, {job.name}", flush=True)

@@ -1,7 +1,7 @@
 """NetAug: train a small net inside a family of wider nets that share its weights, and deploy the small one.
 
     python recipes/netaug.py                                          digits, about a minute on 2 cores
-    python recipes/netaug.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2 --amp
+    python recipes/netaug.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2
     python recipes/netaug.py --widths suffix,inplace_distil=0.5        other ways to draw the wider nets; see --help
     python recipes/netaug.py --exit choose                            branches go linear, the best width is merged
     python recipes/netaug.py --model reducenet20_x4 --exit choose     a net that is grown at birth has no other exit
@@ -142,7 +142,7 @@ def cost_of_a_step(args: Args, feed: Feed, path: Path, about: Mapping[str, Any])
 
 def place(net: nn.Module, args: Args) -> nn.Module:
     """Where and how the run had it."""
-    return net.to(args.running.device).to(memory_format=torch.channels_last)
+    return net.to(args.running.torch_device()).to(memory_format=torch.channels_last)
 
 
 def text(summary: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ from growshrink.base.limits import Count, OneOf, Positive
 from growshrink.base.reading import load_weights, read_tensors
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import LengthOptions, StudyOptions, command
+from growshrink.cli.options import LengthOptions, RunOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
@@ -67,7 +67,8 @@ class Args(StudyOptions):
     """How many seeds learning rates are tuned on; none of them is measured."""
     budget: Budget = Budget()
     length: LengthOptions = pick(LengthOptions(epochs=10.0, seeds=5), "epochs", "seeds")
-    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay", "amp")
+    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
+    running: RunOptions = pick(RunOptions(amp="off"), "out", "seed", "device", "amp", "quiet")
 
 
 def main(args: Args) -> None:
@@ -116,7 +117,9 @@ def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -
         )
         position = f"run {len(results.done().keys() & by_key.keys()) + 1} of {len(keys)}, {key}"
         with args.bar(round((1 - start.begin) * num_updates(feed, start.epochs)), position) as advance:
-            record = run_arm(start, feed, replace(args.training, lr=lr), after_update=advance)
+            record = run_arm(
+                start, feed, replace(args.training, lr=lr, amp=args.running.amp == "on"), after_update=advance
+            )
         results.append({"key": key, "seed": seed, "arm": arm, "lr": lr, **record})
     return [results.done()[key] for key in keys]
 
@@ -129,7 +132,13 @@ def dense_net(args: Args, results: Results, feed: MemoryFeed, seed: int) -> tupl
 
     def make() -> dict[str, torch.Tensor]:
         with args.bar(updates, f"dense, seed {seed}") as advance:
-            made = train_dense(model, feed, epochs=epochs, config=args.training, after_update=advance)
+            made = train_dense(
+                model,
+                feed,
+                epochs=epochs,
+                config=replace(args.training, amp=args.running.amp == "on"),
+                after_update=advance,
+            )
         return {f"{moment}/{name}": t for moment in moments for name, t in getattr(made, moment).items()}
 
     path = results.made_once(seed, f"dense-{seed}.safetensors", make)

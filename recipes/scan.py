@@ -39,7 +39,7 @@ class Args(ExperimentOptions):
     """Options of scan; the model of the experiment must be a ReduceNet, its budget and arms are not used."""
 
     bound: Annotated[str, OneOf("no such bound", BOUNDS)] = "macs"
-    """What is bounded, of the plain net: MACs or milliseconds an image, or parameters."""
+    """What is bounded, of the plain net: MACs or milliseconds an image, parameters, or bytes of RAM or flash."""
     at_most: Operations = 1e6
     """The bound."""
     channels: tuple[Multiplier, ...] = (0.125, 0.25, 0.375, 0.5)
@@ -70,7 +70,7 @@ def main(args: Args) -> None:
         for number, (own, job) in enumerate(runs, start=1):
             if job not in {record.job for record in read_runs(out)}:
                 print(f"run {number} of {len(runs)}: {job.name}", flush=True)
-                run_job(own, job, out, data_dir=data_dir, device=running.device, progress=not running.quiet)
+                run_job(own, job, out, data_dir=data_dir, device=running.device_name, progress=not running.quiet)
         finished = {record.job: record for record in read_runs(out)}
         return [finished[job] for _, job in runs]
 

@@ -1,5 +1,9 @@
+import os
+
 import pytest
 import torch
+
+os.environ["GROWSHRINK_AMP"] = "off"  # else every run would time steps, and the machine decide what is trained
 
 # The workers of pytest-xdist share the cores; more threads than cores make every one of them slower.
 torch.set_num_threads(1)

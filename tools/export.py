@@ -47,7 +47,7 @@ class Args:
     model: ModelOptions = ModelOptions(model=None)
     grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
     rounds: gs.Round = pick(gs.Round(epochs=1), "ratio")
-    data: DataOptions = pick(DataOptions(data=None), "data", "data_dir", "image_size")
+    data: DataOptions = pick(DataOptions(data=None), "data", "data_dir", "image_size", "skip_damaged")
     timing: TimingOptions = pick(TimingOptions(turns=50), "turns", "latency_batch")
     running: RunOptions = pick(RunOptions(threads=1), "out", "seed", "threads", "quiet")
 
@@ -94,6 +94,7 @@ def load(args: Args, source: Source) -> DataSet | None:
         own.data_dir,
         val_fraction=0.0,
         image_size=own.image_size,
+        skip_damaged=own.skip_damaged,
         progress=not running.quiet,
         seed=running.seed,
     )

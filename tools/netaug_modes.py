@@ -13,7 +13,7 @@ import math
 import statistics
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,12 +66,12 @@ class Args:
     modes: tuple[Annotated[str, OneOf("no such arm", tuple(ARMS))], ...] = tuple(ARMS)
     """Which of the arms to run, in this order."""
     length: LengthOptions = pick(LengthOptions(epochs=20.0), "epochs", "seeds")
-    training: TrainConfig = pick(TrainConfig(lr=0.2), "lr", "amp")
+    training: TrainConfig = pick(TrainConfig(lr=0.2), "lr")
     data: DataOptions = pick(DataOptions(batch_size=128), "data", "data_dir", "batch_size")
     model: ModelOptions = ModelOptions(model_kwargs=("width=0.5",))
     rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
     output: FileOptions = FileOptions(file=Path("runs/netaug_modes.jsonl"))
-    running: RunOptions = pick(RunOptions(), "seed", "quiet")
+    running: RunOptions = pick(RunOptions(amp="off"), "seed", "amp", "quiet")
 
 
 def main(args: Args) -> None:
@@ -130,7 +130,7 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
         gs.grow(net, ratio=args.rounds.ratio, seed=seed, inplace=True, input_size=feed.input_size)
         gs.set_width(net, gs.width_space(net).base)  # before the trainer copies it for its average
     net = net.to(memory_format=torch.channels_last)
-    trainer = Trainer(net, args.training, feed.train)
+    trainer = Trainer(net, replace(args.training, amp=args.running.amp == "on"), feed.train)
     if not isinstance(options, float):
         task = gs.NetAugTask(net, seed=seed, verbose=False, input_size=feed.input_size, **options)
         task.attach(trainer.optimizer)

@@ -164,10 +164,15 @@ class DeviceName:
     def fault(self, value: str) -> str | None:
         """See `Limit`."""
         try:
-            torch.device(value)
+            torch.device("cpu" if value == "auto" else value)
         except RuntimeError as error:
             return f"not to be had here ({str(error).splitlines()[0]})."
         return None
+
+
+@dataclass(frozen=True)
+class NoOption:
+    """A mark in the type of a field that programs make no option of: they decide it themselves."""
 
 
 Count = Annotated[int, Interval(1)]

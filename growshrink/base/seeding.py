@@ -30,16 +30,17 @@ def generator(purpose: str, *numbers: int) -> torch.Generator:
 
 
 @contextmanager
-def same_noise(device: torch.device) -> Iterator[None]:
-    """Start every global random stream at the same place; afterwards they are where they were."""
-    python, numpys, cuda = random.getstate(), np.random.get_state(), [device] if device.type == "cuda" else []
+def own_randomness(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed every global random stream, of a CUDA `device` too; afterwards they are where they were."""
+    python, numpys = random.getstate(), np.random.get_state()
+    cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
         for index in cuda:
             with torch.cuda.device(index):
-                torch.cuda.manual_seed(0)
+                torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

@@ -65,3 +65,31 @@ def interleaved_timings(
             call()  # its weights and code are back in the caches
             times[name].append(1e3 * seconds_of(call, repeats[name], own_thread=own_thread))
     return {name: statistics.quantiles(values, n=10, method="inclusive")[0] for name, values in times.items()}
+
+
+def seconds_interleaved(
+    calls: Mapping[str, Call], *, device: torch.device, rounds: int = 5, at_most: float = 5.0
+) -> dict[str, float]:
+    """Time long calls, training steps say, to choose the fastest: median seconds of a warm call of each.
+
+    They take turns, so a slow spell of the machine meets all alike. A first call of each is left out (it may compile),
+    and no round begins after `at_most` seconds, except the first.
+    """
+
+    def timed(call: Call) -> float:
+        began = time.perf_counter()
+        call()
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize(device)
+        return time.perf_counter() - began
+
+    began = time.perf_counter()
+    for call in calls.values():
+        timed(call)
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds):
+        if number and time.perf_counter() - began > at_most:
+            break
+        for name, call in calls.items():
+            times[name].append(timed(call))
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from functools import cache, reduce
@@ -26,7 +27,7 @@ import docstring_parser
 import tyro
 
 from growshrink.base.config import KIND, fault, field_types, from_dict, to_dict
-from growshrink.base.limits import Limit, OneOf
+from growshrink.base.limits import Limit, NoOption, OneOf
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")
@@ -35,6 +36,12 @@ _PICKED = "picked"
 _MORE = "kwargs"
 #: A comma that does not stand in brackets.
 _COMMA = re.compile(r",(?![^(\[]*[)\]])")
+
+
+def given(*names: str) -> bool:
+    """Whether any of these options was typed on the command line of this process."""
+    typed = {word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") for word in sys.argv[1:]}
+    return not typed.isdisjoint(names)
 
 
 def pick(default: Any, *names: str) -> Any:
@@ -107,6 +114,7 @@ def parts_of(cls: type) -> dict[str, tuple[Any, dict[str, Option]]]:
             name: Option(name, _owner(type(part), name), hint, getattr(part, name), _class_of(hint))
             for name, hint in inner.items()
             if name in entry.metadata.get(_PICKED, inner)
+            and not any(isinstance(each, NoOption) for each in getattr(hint, "__metadata__", ()))
         }
         parts[entry.name] = part, options
     return parts

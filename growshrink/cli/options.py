@@ -7,9 +7,9 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import timm
 import torch
@@ -26,31 +26,36 @@ from growshrink.base.limits import (
     InFile,
     InFolder,
     NotAll,
+    NotNegative,
     OneOf,
     OutFolder,
     PartOf,
     Pixels,
     Positive,
     Seed,
+    Share,
     Threads,
     Whole,
 )
-from growshrink.base.ranks import num_ranks, this_rank
+from growshrink.base.ranks import num_ranks, run_on_rank0, this_rank
+from growshrink.base.reading import read_json
 from growshrink.branches.spec import PRESETS
 from growshrink.cli.forms import pick, plain_options, read_pairs
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import SOURCES, load_data
 from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.data.photo import Magnitude, PhotoAugment
 from growshrink.data.stream import stream_data
 from growshrink.errors import RunError
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
-from growshrink.runs.folder import RunFolder, claim_together
+from growshrink.runs.folder import MARKER, RunFolder, claim_together
+from growshrink.training.choosing import choose_amp
 from growshrink.training.trainer import TrainConfig
 
-ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, timm.is_model)]
+ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, lambda name: _is_model(name))]
 DataName = Annotated[str, OneOf("no such data set, nor is it a folder", tuple(SOURCES), lambda name: _is_data(name))]
 BranchName = Annotated[str, OneOf("no such branch", lambda: ["none", *Branch.kinds, *PRESETS], joined=True)]
 """A+B for both."""
@@ -74,8 +79,12 @@ class DataOptions(BatchOptions):
     """Where the data set lies (digits need none; fashion-mnist is looked for in Debian's package)."""
     image_size: Pixels | None = None
     """Resize the images of a folder to this many pixels."""
+    skip_damaged: bool = False
+    """Leave out images of a folder that cannot be decoded, and name them."""
+    cache: bool = True
+    """Keep the decoded images of a folder in ~/.cache/growshrink/images; it may be removed at any time."""
     stream: bool = False
-    """Decode a folder that does not fit into memory as it is needed, with timm's loader (needs --image-size)."""
+    """Decode a folder that does not fit into memory as it is needed, with timm's loader, which skips damaged images."""
     val_fraction: NotAll = 0.1
     """Share of the training images that choices are made by (rounds, subnets); the test set takes no part in them."""
     crop: Whole | None = None
@@ -84,6 +93,16 @@ class DataOptions(BatchOptions):
     """Mirror at random; by default except for digits."""
     cutout: Whole = 0
     """Side in pixels of a square blanked at random."""
+    resized_crop: Share = 0.0
+    """Crop at random, to at least this share of the area, and resize (photographs: 0.3); by default off."""
+    jitter: Share = 0.0
+    """Change brightness, contrast, saturation and hue at random, by up to this share (photographs: 0.2)."""
+    randaugment: Magnitude = 0
+    """Two random operations of RandAugment's, of this magnitude (9 is usual)."""
+    mixup: NotNegative = 0.0
+    """Blend each image with another; alpha of the share's Beta distribution (0.2 is usual)."""
+    cutmix: NotNegative = 0.0
+    """Paste a box of another image; alpha of the area's Beta distribution (1 is usual)."""
 
     @property
     def name(self) -> str:
@@ -95,16 +114,27 @@ class DataOptions(BatchOptions):
         common: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed, "device": device}
         common |= {"rank": this_rank(), "world_size": num_ranks()}
         fraction = self.val_fraction
+        photo = PhotoAugment(self.resized_crop, self.jitter, self.randaugment, self.mixup, self.cutmix)
         if self.stream:
-            if self.image_size is None:
-                raise RunError("--stream needs --image-size.")
-            folder = self.data_dir or Path(self.name)
-            return stream_data(folder, image_size=self.image_size, val_fraction=fraction, **common)
-        size = self.image_size
-        data = load_data(self.name, self.data_dir, val_fraction=fraction, seed=seed, image_size=size, progress=progress)
+            if photo.mixes:
+                raise RunError("--mixup, --cutmix: not with --stream.")
+            loader: dict[str, Any] = {"color_jitter": self.jitter} if self.jitter else {}
+            if self.resized_crop:
+                loader["scale"] = (self.resized_crop, 1.0)
+            if self.randaugment:
+                loader["auto_augment"] = f"rand-m{self.randaugment}"
+            where, size = self.data_dir or Path(self.name), self.image_size
+            return stream_data(where, image_size=size, val_fraction=fraction, **common, **loader)
+        reading: dict[str, Any] = {"image_size": self.image_size, "val_fraction": fraction, "seed": seed}
+        reading |= {"skip_damaged": self.skip_damaged, "use_cache": self.cache, "progress": progress}
+        data = load_data(self.name, self.data_dir, **reading)
+        if not this_rank():
+            for note in data.notes:
+                print(f"data: {note}.", file=sys.stderr)
         crop = data.input_size[1] // 8 if self.crop is None else self.crop
+        crop = 0 if self.crop is None and self.resized_crop else crop
         flip = self.name != "digits" if self.flip is None else self.flip
-        return MemoryFeed.of(data, augment=Augment(crop=crop, flip=flip, cutout=self.cutout), **common)
+        return MemoryFeed.of(data, augment=Augment(crop, flip, self.cutout, photo), **common)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +224,10 @@ class RunOptions:
     """How many checkpoints are kept, the newest."""
     seed: Seed = 0
     """Of all that is drawn at random: weights, branches, widths, order, augmentation."""
-    device: Device = "cpu"
-    """cpu, cuda, cuda:1, mps."""
+    device: Device = "auto"
+    """auto (a GPU of CUDA's if there is one, else the CPU), cpu, cuda, cuda:1, mps."""
+    amp: Literal["auto", "on", "off"] = "auto"
+    """Train in bfloat16 autocast; auto times a few steps at the start, and a resumed run keeps what was chosen."""
     threads: Threads | None = None
     """Of torch; by default as many as it chooses, the physical cores."""
     tensorboard: bool = False
@@ -215,10 +247,34 @@ class RunOptions:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
 
+    @property
+    def device_name(self) -> str:
+        """The device, chosen where it is to be."""
+        return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+
+    def decide_amp(self, model: nn.Module, feed: Feed, folder: RunFolder) -> bool:
+        """Whether to train in bfloat16: once for a run and for all its ranks.
+
+        The environment variable GROWSHRINK_AMP (on, off) stands for a measurement: machines differ.
+        """
+        if (choice := self.amp) == "auto":
+            choice = os.environ.get("GROWSHRINK_AMP", "auto")  # type: ignore[assignment]
+        if choice != "auto":
+            return choice == "on"
+
+        def decide() -> bool:
+            if not folder.fresh:
+                return bool(read_json(folder.path / MARKER).get("config", {}).get("amp", False))
+            on, sentence = choose_amp(model, feed.input_size, feed.train.batch_size, self.torch_device())
+            print(f"amp: {sentence}.", file=sys.stderr)
+            return on
+
+        return run_on_rank0(decide)
+
     def torch_device(self) -> torch.device:
         """Return the device, if it is there."""
         try:
-            device = torch.device(self.device)
+            device = torch.device(self.device_name)
             if device.type == "cuda" and device.index is None:  # torchrun's number of the process on this machine
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
                 torch.cuda.set_device(device)
@@ -230,6 +286,11 @@ class RunOptions:
 
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
+#: Of the data, what has to be the same for a run to be resumed.
+_OF_THE_DATA = (
+    *("image_size", "skip_damaged", "stream", "val_fraction", "crop", "flip", "cutout", "resized_crop"),
+    *("jitter", "randaugment", "mixup", "cutmix"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +306,7 @@ class Options:
     @property
     def title(self) -> str:
         """The data and the model, as the name of a folder."""
-        return f"{Path(self.data.name).resolve().name}-{self.model.name}".replace("/", "-")
+        return f"{Path(self.data.name).resolve().name}-{self.model.name}".replace("/", "-").replace(":", "-")
 
     def feed(self, seed: int | None = None) -> Feed:
         """Make batches of the data set, by default for --seed."""
@@ -259,16 +320,34 @@ class Options:
         return feed
 
     def run_cycle(
-        self, plan: CyclePlan, folder: RunFolder, feed: Feed, model: nn.Module, about: dict[str, Any]
+        self,
+        plan: CyclePlan,
+        folder: RunFolder,
+        feed: Feed,
+        model: nn.Module,
+        about: dict[str, Any],
+        config: TrainConfig | None = None,
+        **more: Any,
     ) -> CycleResult:
-        """Run a plan as the options have it; `about` says how to make the model again."""
-        running, names = self.running, ("image_size", "stream", "val_fraction", "crop", "flip", "cutout")
+        """Run a plan as the options have it.
+
+        Args:
+            plan: The rounds.
+            folder: Of the run.
+            feed: The batches.
+            model: The net.
+            about: How to make it again.
+            config: How to train, by default as the options say.
+            more: What else the run's record holds.
+        """
+        running = self.running
         running.set_threads()
-        options = {name: getattr(self.data, name) for name in names}
-        about = {"command": command(), "seed": running.seed, "model": about, "options": options}
+        config = config or replace(self.training, amp=running.decide_amp(model, feed, folder))
+        options = {name: getattr(self.data, name) for name in _OF_THE_DATA}
+        about = {"command": command(), "seed": running.seed, "model": about, "options": options, **more}
         keywords: dict[str, Any] = {name: getattr(running, name) for name in ("tensorboard", "save_every", "keep")}
         keywords |= {"device": running.torch_device(), "progress": not running.quiet, "about": about}
-        return run_cycle(model, feed, plan, out_dir=folder, config=self.training, **keywords)
+        return run_cycle(model, feed, plan, out_dir=folder, config=config, **keywords)
 
     def identity(self) -> dict[str, Any]:
         """Say what has to be the same for all processes that work on a run."""
@@ -335,3 +414,7 @@ def command() -> str:
 
 def _is_data(name: str) -> bool:
     return name in SOURCES or Path(name).expanduser().is_dir()
+
+
+def _is_model(name: str) -> bool:
+    return timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))

@@ -6,6 +6,7 @@ import errno
 import inspect
 import io
 import itertools
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TextIO, TypeVar, get_args
 
 import tyro
 
@@ -43,8 +44,23 @@ def run_program(
         doc: What --help says.
         go_on: How an interrupted run is continued, for the line.
     """
-    with guarded(go_on):
+    stream: Any = sys.stderr if sys.stderr.isatty() else PlainLines(sys.stderr)
+    with redirect_stderr(stream), guarded(go_on):
         sys.exit(main(read_options(args, doc)) or 0)
+
+
+class PlainLines:
+    """A stream into a file or a pipe, without codes that move a cursor; what overwrites a line begins a new one."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text as lines."""
+        return self._stream.write(re.sub(r"\r[ \r]*", "\n", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] | None = None) -> T:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the plain net on disk, report.json, report.md and curves.png."""
+"""What a run leaves behind: the plain net on disk, report.json, report.md and pictures."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ from growshrink.cycle.layout import Phases
 from growshrink.cycle.records import RoundRecord, plain_net
 from growshrink.cycle.result import PLAIN_FILE, CycleResult
 from growshrink.cycle.running import Run
-from growshrink.cycle.tables import GLOSSARY, rounds_table
+from growshrink.cycle.tables import glossary, rounds_table
 from growshrink.data.feed import Feed
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.proofs import assert_equivalent, profile
 from growshrink.proofs._profile import training_macs
-from growshrink.training import evaluate
+from growshrink.training._evaluate import judge
 
 
 def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleResult:
     """Score the net of a run that has come to its end, write everything down, and mark the run as finished."""
     best, size, state = run.trainer.best.eval(), run.size, run.state
     plain = plain_net(run.initial, size)
+    worst = 12 if getattr(run.feed, "nets", 1) == 1 else 0
+    judged = run_on_rank0(lambda: judge(best, run.feed.test, worst))
     result = CycleResult(
         out_dir=run.folder.path,
         model=best,
@@ -38,7 +40,8 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         growth_log=state.log,
         phases=phases,
         val=run.score(),
-        final=run_on_rank0(lambda: evaluate(best, run.feed.test)),
+        judged=judged,
+        classes=run.feed.classes,
         plain=profile(plain, size),
         deployed=profile(best, size),
         training_macs=state.macs_spent,
@@ -62,13 +65,8 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
         RunError: Keys, shapes or outputs are not the plain net's.
     """
     state = {key: value.detach().cpu().contiguous() for key, value in result.model.state_dict().items()}
-    metadata = {
-        "about": json.dumps(result.model_about),
-        "classes": json.dumps(list(feed.classes)),
-        "input_size": json.dumps(list(feed.input_size)),
-        "mean": json.dumps(list(feed.mean)),
-        "std": json.dumps(list(feed.std)),
-    }
+    about = {key: list(getattr(feed, key)) for key in ("classes", "input_size", "mean", "std")}
+    metadata = {"run": json.dumps({"about": result.model_about, **about}, sort_keys=True)}  # safetensors keeps no order
     path = result.out_dir / PLAIN_FILE
     write_atomic(path, save(state, metadata))
     read = load_file(path)
@@ -83,39 +81,41 @@ def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
 def _markdown(result: CycleResult, drawn: bool) -> str:
     data, model, final, deployed = result.about["data"], result.model_about, result.final, result.deployed
     same = "exactly the plain net's" if deployed == result.plain else "NOT the plain net's"
+    rounds = result.rounds
+    kib = {key: f"{value / 1024:,.1f}" for key, value in deployed.memory.items()}
     lines = [
         f"# {model['name']} on {data['name']}",
         "",
         f"**Test top-1 {final.top1:.2f} %** (loss {final.loss:.4f}; the test set was read once, at the end), "
-        f"val {result.val.top1:.2f} %.",
+        f"val {result.val.top1:.2f} %. Balanced accuracy {final.balanced:.2f} %, macro F1 {final.macro_f1:.2f} %.",
         f"Deployed: {deployed.params:,} parameters, {deployed.macs:,} MACs an image, {same}.",
+        f"On a microcontroller: {kib['flash_float32']} KiB of flash in float32, {kib['flash_int8']} in int8; at least "
+        f"{kib['ram_float32']} KiB of RAM for activations in float32, {kib['ram_int8']} in int8.",
         f"Training cost {result.training_macs:.3e} MACs, {result.cost:.2f} times "
         f"that of as many updates of the plain net; {result.seconds:.0f} s.",
         "",
-        "## Rounds",
-        "",
-        rounds_table(result.rounds, markdown=True),
-        "",
-        f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
-        f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
-        "",
-        *(f"- *{word}*: {meaning}." for word, meaning in GLOSSARY.items()),
-        "",
-        *(
-            f"- Round {r.number} was **undone**: fused {r.top1.fused:.2f} against {r.top1.before:.2f} "
-            "before. The net from before it was restored, so the proof below is of a net that is gone.\n"
-            for r in result.rounds
-            if r.undone
-        ),
-        *_sampled_widths(result.rounds),
-        *_teachers(result),
-        *_gradients(result.rounds),
-        *_proof(result.rounds),
-        *_use(model, data),
     ]
+    if rounds:
+        lines += ["## Rounds", "", rounds_table(rounds, markdown=True), ""]
+        lines += [
+            f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
+            f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
+            "",
+            *(f"- *{word}*: {meaning}." for word, meaning in glossary(rounds)),
+            "",
+            *(
+                f"- Round {r.number} was **undone**: fused {r.top1.fused:.2f} against {r.top1.before:.2f} "
+                "before. The net from before it was restored, so the proof below is of a net that is gone.\n"
+                for r in rounds
+                if r.undone
+            ),
+        ]
+    lines += [*_sampled_widths(rounds), *_teachers(result), *_gradients(rounds), *_proof(rounds)]
     if drawn:
         lines += ["![curves](curves.png)", ""]
-    lines += ["## Made by", "", f"`{result.about.get('command', ' '.join(sys.argv))}`", "", "```json"]
+    lines += _use(model, data)
+    command = result.about.get("command", " ".join(sys.argv))
+    lines += ["## Made by", "", f"`{command}`", "", "```json"]
     lines += [json.dumps(dict(result.about), indent=2), "```", ""]
     return "\n".join(lines)
 
@@ -130,23 +130,19 @@ def _gradients(rounds: Sequence[RoundRecord]) -> list[str]:
             for moment, found in moments
             if found is not None
         ]
+    if not lines:
+        return []
     last = (
         "- The bias of a branch's last norm is among them; where a batch norm follows, that norm subtracts it and "
         "its gradient is rounding noise."
     )
-    return [
-        "## Did the new parameters learn?",
-        "",
-        *lines,
-        last if rounds else "- No round: the net was never grown.",
-        "",
-    ]
+    return ["## Did the new parameters learn?", "", *lines, last, ""]
 
 
 def _proof(rounds: Sequence[RoundRecord]) -> list[str]:
     merged = [record for record in rounds if record.max_rel is not None]
     return [
-        "## Proof",
+        "## Proof" if merged else "## The file",
         "",
         *(
             f"- Round {r.number}: fused against grown, max_rel {r.max_rel:.1e} in float64, "
@@ -155,7 +151,8 @@ def _proof(rounds: Sequence[RoundRecord]) -> list[str]:
             for r in merged
         ),
         *(
-            f"- Round {r.number} merged nothing: its grown net taught the plain net from before the growth."
+            f"- Round {r.number} merged nothing, so there is nothing to prove: its branches were cut off, or its grown "
+            "net taught the plain net from before the growth."
             for r in rounds
             if r.max_rel is None and r.branch
         ),

@@ -15,6 +15,7 @@ from growshrink.cycle.records import Change, RoundRecord, Row
 from growshrink.cycle.tables import rounds_table
 from growshrink.proofs import Profile
 from growshrink.training import Score
+from growshrink.training._evaluate import Judgement
 
 PLAIN_FILE = "plain.safetensors"
 
@@ -31,7 +32,8 @@ class CycleResult:
         growth_log: Every change of structure.
         phases: The plan in updates.
         val: On the part of the training set that rounds are judged by.
-        final: On the test set, read once.
+        judged: On the test set, read once; `final` is its score.
+        classes: Their names.
         plain: MACs and parameters of the plain architecture.
         deployed: The same of the net that came out.
         training_macs: Spent, forward and backward, teachers included.
@@ -47,13 +49,19 @@ class CycleResult:
     growth_log: Sequence[Change]
     phases: Phases
     val: Score
-    final: Score
+    judged: Judgement
+    classes: tuple[str, ...]
     plain: Profile
     deployed: Profile
     training_macs: int
     plain_training_macs: int
     seconds: float
     about: Mapping[str, Any]
+
+    @property
+    def final(self) -> Score:
+        """On the test set."""
+        return self.judged.score
 
     @property
     def cost(self) -> float:
@@ -71,6 +79,8 @@ class CycleResult:
         return {
             "final": {**asdict(self.final), **asdict(self.deployed)},
             "val": asdict(self.val),
+            "confusion": self.judged.confusion.tolist(),
+            "classes": list(self.classes),
             "plain": asdict(self.plain),
             "rounds": to_dict(self.rounds),
             "training": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.environment import versions
 from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.base.stopping import Stopped
 from growshrink.cycle.layout import Phases, lay_out
 from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.records import plain_net
@@ -27,7 +28,7 @@ from growshrink.cycle.teachers import fingerprints, teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
-from growshrink.errors import PlanError, RunError, check_model
+from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.runs.folder import RunFolder, claim_together
 from growshrink.supernet import NetAugTask
@@ -153,18 +154,24 @@ def _execute(run: Run, phases: Phases, plan: CyclePlan, command: str) -> CycleRe
         else:
             run_on_rank0(lambda: run.folder.check_same(run.identity))
             restore(run, phases, plan)
+            run.folder.write_marker("running", record)  # without what it was stopped by
         if not run.trainer.update:
             broadcast_nets_(run.trainer.nets)
             if this_rank():  # a dropout of its own
                 torch.manual_seed(torch.initial_seed() + this_rank())
-        for phase in phases.all[run.phase :]:
-            if run.trainer.update == phase.start:
-                phase.enter(run)
-            phase.train(run)
-            phase.leave(run)
-            run.phase += 1
-            run.checkpoint()
-        return leave_result(run, phases, record)
+        try:
+            for phase in phases.all[run.phase :]:
+                if run.trainer.update == phase.start:
+                    phase.enter(run)
+                phase.train(run)
+                phase.leave(run)
+                run.phase += 1
+                run.checkpoint()
+            return leave_result(run, phases, record)
+        except (Stopped, GrowShrinkError) as end:
+            with suppress(GrowShrinkError):  # of a full disk, say
+                run.folder.write_marker("running", {**record, "stopped": str(end)})
+            raise
 
 
 def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:

@@ -151,8 +151,8 @@ class Run:
         return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val))
 
     def top1(self, model: nn.Module | None = None) -> float:
-        """See `score`."""
-        return self.score(model).top1
+        """What the config's metric makes of `score`, in percent."""
+        return float(getattr(self.score(model), self.config.metric))
 
     def macs(self, lessons: Lessons | None, start: int, stop: int) -> int:
         """MACs of an image in each of these updates: forward and backward of the present graph, teacher's forward."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import check_fields
 from growshrink.base.limits import Positive, Share
-from growshrink.base.reading import clean_keys, read_json
+from growshrink.base.reading import clean_keys, parse_json, read_json
 from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.layers.activations import set_lambda
@@ -117,7 +116,7 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         path = path / PLAIN_FILE
     if not path.is_file():
         raise RunError(f"{path}: no such file or folder.")
-    tensors, header = _read(path)
+    tensors, header = read_weights(path)
     kind = header.get("format", "")
     if kind.startswith("growshrink-checkpoint"):
         raise RunError(f"{path}: a checkpoint to resume from. Resume its run (--resume) and export its folder.")
@@ -217,8 +216,12 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str
     model.load_state_dict(tensors)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, and the metadata where there are any."""
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a safetensors file or a checkpoint of timm's (the averaged ones), and the metadata if there are any.
+
+    Raises:
+        RunError: It is no such file, or damaged.
+    """
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -232,18 +235,27 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
+def run_of(header: Mapping[str, str]) -> dict[str, Any]:
+    """What a run wrote beside its weights: about, classes, input_size, mean, std; ValueError if it is damaged."""
+    if "run" in header or "about" not in header:
+        found: dict[str, Any] = parse_json(header.get("run", "{}"))
+        return found
+    return {key: parse_json(text) for key, text in header.items()}  # before 0.3 each had a key of its own
+
+
 def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
     """What a file says of its model; empty where it says nothing."""
     try:
-        return dict(json.loads(header.get("about", "{}")))
-    except (TypeError, ValueError) as error:
+        return dict(run_of(header).get("about", {}))
+    except (TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: its metadata is damaged ({error}).") from error
 
 
 def _of_the_header(path: Path, header: Mapping[str, str], about: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """What `cycle.result.save_plain` wrote beside the weights."""
     try:
-        known = {key: tuple(json.loads(header[key])) for key in ("input_size", "mean", "std", "classes")}
+        run = run_of(header)
+        known = {key: tuple(run[key]) for key in ("input_size", "mean", "std", "classes")}
         size = _input_size(known["input_size"], recipe)
         return {**known, "input_size": size, "name": about["plain_name"], "kwargs": dict(about["plain_kwargs"])}
     except (KeyError, TypeError, ValueError) as error:

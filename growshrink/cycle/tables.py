@@ -23,7 +23,7 @@ _COLUMNS = (
     ("training MACs", lambda r: f"{r.training_macs:.2e}"),
 )
 
-GLOSSARY = {
+_GLOSSARY = {
     "before": "the net as the round found it",
     "peak": "grown, activations alive",
     "vanished": "grown, lam = 0",
@@ -40,9 +40,16 @@ GLOSSARY = {
 }
 
 
+def glossary(rounds: Sequence[RoundRecord]) -> list[tuple[str, str]]:
+    """What the columns of `rounds_table` mean, those that it has."""
+    cells = dict(_COLUMNS)
+    return [(name, text) for name, text in _GLOSSARY.items() if any(cells[name](record) != "-" for record in rounds)]
+
+
 def rounds_table(rounds: Sequence[RoundRecord], *, markdown: bool) -> str:
-    """The rounds as an aligned table."""
-    rows = [[title for title, _ in _COLUMNS], *([cell(record) for _, cell in _COLUMNS] for record in rounds)]
+    """The rounds as an aligned table, without columns that have nothing in them."""
+    shown = [each for each in _COLUMNS if any(each[1](record) != "-" for record in rounds)]
+    rows = [[title for title, _ in shown], *([cell(record) for _, cell in shown] for record in rounds)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [" | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows]
     if markdown:

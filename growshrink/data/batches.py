@@ -19,10 +19,12 @@ from torch import Tensor
 
 from growshrink.base.seeding import generator
 from growshrink.data.datasets import Split
+from growshrink.data.photo import PhotoAugment
 from growshrink.errors import DataError
 
 Batch = tuple[Tensor, Tensor]
-"""Normalised images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,)."""
+"""Normalised images, float32 (N, C, H, W) in channels_last memory format, and labels, int64 (N,); mixed ones are shares
+of the classes, float32 (N, K)."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Augment:
         flip: Mirror left to right with probability 1/2.
         cutout: Side in pixels of a square that is blanked, its centre anywhere in the image; 0 is off. Cutout (DeVries
             and Taylor, arXiv:1708.04552).
+        photo: What else is done to photographs, after these.
     """
 
     crop: int = 4
     flip: bool = True
     cutout: int = 0
+    photo: PhotoAugment = PhotoAugment()  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         if self.crop < 0 or self.cutout < 0:
@@ -100,9 +104,9 @@ class Order:
             self._permutation = epoch, torch.randperm(self._num_images, generator=random)
         return self._permutation[1][step * self._all : (step + 1) * self._all][self._share]
 
-    def draw(self, update: int, limits: Sequence[int]) -> list[Tensor]:
-        """One int64 (batch_size,) of uniform draws from `range(limit)` for each limit."""
-        random = generator("augment", self._seed, update)
+    def draw(self, update: int, limits: Sequence[int], what: str = "augment") -> list[Tensor]:
+        """One int64 (batch_size,) of uniform draws from `range(limit)` for each limit; `what` names the stream."""
+        random = generator(what, self._seed, update)
         return [torch.randint(limit, (self._all,), generator=random)[self._share] for limit in limits]
 
 
@@ -136,11 +140,14 @@ class TrainBatches:
         self.batch_size = batch_size
         self.updates_per_epoch = self._order.updates_per_epoch
         self.augment = augment
+        if augment.photo.mixes and batch_size % 2:
+            raise DataError(f"mixup and cutmix need an even batch size, got {batch_size=}.")
         self._device = torch.device(device)
         count, height, width, channels = split.images.shape
         self._shape = height, width, channels
         self._normalise = _Normalise(self._shape, mean, std, self._device)
         self._labels = split.labels.to(self._device)
+        self._num_classes = int(split.labels.max()) + 1
 
         fill = fill_colour(mean).to(self._device)
         padded = split.images.to(self._device).contiguous()
@@ -182,7 +189,12 @@ class TrainBatches:
             flat = images.view(-1, height, width * channels)
             difference = flat.bitwise_xor(self._fill)
             flat ^= difference.bitwise_and_(rows[:, :, None] & columns[:, None, :])
-        return self._normalise(images), self._labels.index_select(0, image)
+        labels, photo = self._labels.index_select(0, image), self.augment.photo
+        if photo == PhotoAugment():
+            return self._normalise(images), labels
+        seeds = self._order.draw(update, (2**32,), "photo")[0].tolist()
+        images = self._normalise(photo.change(images, seeds))
+        return photo.mix(images, labels, self._num_classes, seeds[0]) if photo.mixes else (images, labels)
 
 
 def eval_batches(

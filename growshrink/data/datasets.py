@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from growshrink.base.seeding import generator
 from growshrink.data import formats
-from growshrink.data.folders import load_folder
+from growshrink.data.folders import Folder, load_folder
 from growshrink.errors import DataError, did_you_mean
 
 FASHION_CLASSES = (
@@ -53,6 +53,7 @@ class DataSet:
         classes: The class names, in the order of the labels.
         mean: Mean of `train`, per channel, where 1.0 is the brightest value.
         std: Standard deviation, likewise; at least 1/255, so that a constant channel can be divided by it.
+        notes: What was done to images, or left out, sentence by sentence.
     """
 
     name: str
@@ -62,6 +63,7 @@ class DataSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -75,8 +77,8 @@ class DataSet:
         return channels, height, width
 
 
-#: A data set as its files have it, before a val split is taken: train, test, class names.
-_Raw = tuple[formats.Arrays, formats.Arrays, tuple[str, ...]]
+#: A data set as its files have it, before a val split is taken: train, test, class names, and perhaps notes.
+_Raw = tuple[formats.Arrays, formats.Arrays, tuple[str, ...]] | Folder
 
 
 def load_data(
@@ -87,6 +89,8 @@ def load_data(
     seed: int = 0,
     image_size: int | None = None,
     progress: bool = True,
+    skip_damaged: bool = False,
+    use_cache: bool = True,
 ) -> DataSet:
     """A data set, decoded into memory.
 
@@ -106,6 +110,8 @@ def load_data(
         image_size: Side in pixels to which the images of class folders are brought: the shorter side is resized
             (bicubic), then the centre is cut out. None takes them as they are.
         progress: Show a progress bar where decoding takes longer than two seconds.
+        skip_damaged: Leave out images of a folder that cannot be decoded, and name them in `notes`.
+        use_cache: Keep the decoded images of a folder, see `growshrink.data.cache`.
 
     Raises:
         DataError: Unknown name, missing or damaged files, or more images than fit into memory.
@@ -116,12 +122,14 @@ def load_data(
         raise DataError(f"load_data needs image_size >= 1 pixel, got {image_size=}.")
     root = None if data_dir is None else Path(data_dir).expanduser()
 
-    folder = partial(load_folder, image_size=image_size, progress=progress)
+    folder = partial(
+        load_folder, image_size=image_size, progress=progress, skip_damaged=skip_damaged, use_cache=use_cache
+    )
     label, path = name, Path(name).expanduser()
     if name in SOURCES:
-        (images, labels), test, classes = SOURCES[name](root, folder)
+        (images, labels), test, classes, *notes = SOURCES[name](root, folder)
     elif path.is_dir():
-        (images, labels), test, classes = folder(path)
+        (images, labels), test, classes, *notes = folder(path)
         label = path.resolve().name
     else:
         raise DataError(
@@ -133,7 +141,7 @@ def load_data(
         raise DataError(f"load_data: {name} has {height}x{width} images; {image_size=} works for class folders only.")
     rest, picked = stratified(labels, val_fraction, generator("val split", seed))
     train, val = (Split(images[part], labels[part]) for part in (rest, picked))
-    return DataSet(label, train, val, Split(*test), classes, *channel_statistics(train.images))
+    return DataSet(label, train, val, Split(*test), classes, *channel_statistics(train.images), *notes)
 
 
 def stratified(labels: Tensor, fraction: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -240,10 +248,10 @@ def _cifar(num_classes: int, root: Path | None, folder: Callable[[Path], _Raw]) 
         if formats.has_cifar_binary(base, num_classes):
             return formats.read_cifar_binary(base, num_classes)
     if (root / "train").is_dir():
-        train, test, classes = folder(root)
-        if len(classes) != num_classes:
-            raise DataError(f"{name} in {root}: {len(classes)} class folders, not {num_classes}; is it a 'folder'?")
-        return train, test, classes
+        found = folder(root)
+        if len(found[2]) != num_classes:
+            raise DataError(f"{name} in {root}: {len(found[2])} class folders, not {num_classes}; is it a 'folder'?")
+        return found
     for base in (root, root.parent):
         if (base / pickled).is_dir() and (base == root or root.name == pickled):
             return formats.read_cifar_pickled(base, num_classes)

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from growshrink.data.cache import WORTH, DecodeCache
 from growshrink.data.memory import check_fits
 from growshrink.errors import DataError
 
 LAYOUT = "train/CLASS/*.png and test/CLASS/*.png (or val/ or validation/ in place of test/; jpg and others too)"
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"))
+#: Formats of Pillow's that are read by other programs or are no images.
+_NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 
 #: Pixels of an image at most: a file of a few bytes may claim any number.
 MOST_PIXELS = 1 << 26
@@ -35,7 +40,7 @@ def find_parts(root: Path) -> tuple[Path, Path]:
     return train, test
 
 
-def _list_parts(root: Path) -> tuple[tuple[list[Path], Tensor], tuple[list[Path], Tensor], tuple[str, ...]]:
+def _list_parts(root: Path) -> tuple[tuple[list[str], Tensor], tuple[list[str], Tensor], tuple[str, ...]]:
     """(train, test, class names) of a folder; classes are sorted by name, hidden files and folders are skipped."""
     parts = find_parts(root)
     train, test = ({d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."} for part in parts)
@@ -47,100 +52,187 @@ def _list_parts(root: Path) -> tuple[tuple[list[Path], Tensor], tuple[list[Path]
     return _list(train, classes), _list(test, classes), classes
 
 
-def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[str], Tensor]:
     """The image files of one part of a folder, class after class, sorted by name, and their labels, int64 (N,)."""
-    paths: list[Path] = []
+    paths = list[str]()  # of 60,000 files, pathlib's take a second
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(folders[name]) as entries:
-            names = sorted(e.name for e in entries if e.name[0] != "." and Path(e.name).suffix.lower() in SUFFIXES)
+            names = sorted(
+                e.name for e in entries if e.name[0] != "." and os.path.splitext(e.name)[1].lower() in suffixes()
+            )
         if not names:
-            raise DataError(f"{folders[name]} has no images ({', '.join(sorted(SUFFIXES))}).")
-        paths += [folders[name] / file for file in names]
+            raise DataError(f"{folders[name]} has no images (.jpg, .png, or another format that Pillow opens).")
+        paths += [os.path.join(folders[name], file) for file in names]
         labels += [label] * len(names)
     return paths, torch.tensor(labels)
 
 
-def load_folder(
-    root: Path, *, image_size: int | None = None, progress: bool = True
-) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[str, ...]]:
-    """((train images, labels), (test images, labels), class names) of a folder, see `find_parts` for its layout.
+@cache
+def suffixes() -> frozenset[str]:
+    """The file name endings of all that Pillow opens, plug-ins included."""
+    known = Image.registered_extensions()
+    return frozenset(end for end, kind in known.items() if kind in Image.OPEN and kind not in _NO_IMAGES)
 
-    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is 8-bit greyscale (PIL's mode L), else 3.
+
+class Folder(NamedTuple):
+    """A folder of images: (images, labels) of both parts, class names, and what the user should hear about them."""
+
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def class_counts(root: Path) -> Tensor:
+    """Number of training images of each class, by the names of the files alone: int64 (K,)."""
+    (_, labels), _, classes = _list_parts(root)
+    return labels.bincount(minlength=len(classes))
+
+
+def load_folder(
+    root: Path,
+    *,
+    image_size: int | None = None,
+    progress: bool = True,
+    skip_damaged: bool = False,
+    use_cache: bool = True,
+) -> Folder:
+    """Decode a folder, see `find_parts` for its layout; what took over a second is kept (`growshrink.data.cache`).
+
+    Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is greyscale, else 3. 16-bit images are
+    rounded to 8 bits, transparent ones are put over white, and rotations noted by cameras are applied. `skip_damaged`
+    leaves out what cannot be decoded instead of raising DataError.
     """
     (train, train_labels), (test, test_labels), classes = _list_parts(root)
-    images = _decode_all([*train, *test], root, image_size, progress)
-    return (images[: len(train)], train_labels), (images[len(train) :], test_labels), classes
+    paths = [*train, *test]
+    entry = DecodeCache(root, paths, image_size)
+    found = entry.read() if use_cache else None
+    if found is None:
+        began = time.perf_counter()
+        found = _decode_all(paths, root, image_size, progress)
+        if use_cache and time.perf_counter() - began > WORTH:
+            entry.write(*found)
+    images, about = found
+    notes = [f"{about[key]} images {words}" for key, words in _NOTES.items() if about.get(key)]
+    labels, first = torch.cat([train_labels, test_labels]), len(train)
+    if damaged := {int(index): words for index, words in about["damaged"].items()}:
+        told = f"{len(damaged)} of {len(paths)} images are damaged"
+        if not skip_damaged or len(damaged) == len(paths):
+            advice = "" if skip_damaged else "; skip_damaged (--skip-damaged) leaves them out"
+            raise DataError(f"{root}: {told}: {_some([*damaged.values()])}{advice}.")
+        notes.append(f"{told} and left out: {', '.join(damaged.values())}")
+        good = torch.tensor([index for index in range(len(paths)) if index not in damaged])
+        images, labels, first = images[good], labels[good], int((good < first).sum())
+        for part, name in ((labels[:first], "training"), (labels[first:], "test")):
+            if empty := sorted(set(range(len(classes))) - set(part.tolist())):
+                raise DataError(f"{root}: no {name} image of {classes[empty[0]]} can be read.")
+    return Folder((images[:first], labels[:first]), (images[first:], labels[first:]), classes, tuple(notes))
 
 
-#: Why an image could not be stored, and the words for it.
-_Problem = tuple[Literal["damaged", "size", "colour"], str]
+#: What is done to images, and the words for it.
+_NOTES = {
+    "white": "with transparency were put over a white background",
+    "turned": "were turned as their EXIF orientation says",
+    "deep": "with 16 bits a channel were rounded to 8",
+}
 
 
-def _decode_all(paths: list[Path], root: Path, image_size: int | None, progress: bool) -> Tensor:
-    attempts = (_decode(path, image_size, grey=True) for path in paths)
-    first = next((image for image in attempts if not isinstance(image, str)), np.empty((1, 1, 1)))
+class Decoded(NamedTuple):
+    """An image, uint8 (H, W, C), and which of `_NOTES` hold for it."""
+
+    pixels: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+def _decode_all(paths: list[str], root: Path, image_size: int | None, progress: bool) -> tuple[Tensor, dict[str, Any]]:
+    """All images, black where damaged, and what was noted: numbers by `_NOTES`, and words by index under "damaged"."""
+    attempts = (decode_image(path, image_size, grey=True) for path in paths)
+    first = next((image.pixels for image in attempts if not isinstance(image, str)), np.empty((1, 1, 1)))
     height, width = first.shape[:2]
     for channels in sorted({first.shape[2], 3}):
         check_fits(len(paths) * height * width * channels, str(root))
-        images = np.empty((len(paths), height, width, channels), dtype=np.uint8)
-        problems = _decode_into(images, paths, image_size, progress)
-        if not any(kind == "colour" for kind, _ in problems):
+        images = np.zeros((len(paths), height, width, channels), dtype=np.uint8)
+        about, sizes, coloured = _decode_into(images, paths, image_size, progress)
+        if not coloured:
             break  # else: the first image was grey, a later one is not; decode all again into three channels
-    damaged, sizes = ([words for kind, words in problems if kind == wanted] for wanted in ("damaged", "size"))
-    if damaged:
-        raise DataError(f"{root}: {len(damaged)} of {len(paths)} images are damaged: {_some(damaged)}.")
     if sizes:
-        first_size = f"{paths[0]} is {width}x{height}"
-        raise DataError(f"{root}: images differ in size; {first_size}, but {_some(sizes)}; pass image_size.")
-    return torch.from_numpy(images)
+        first_size = f"the first is {width}x{height}"
+        raise DataError(
+            f"{root}: images differ in size; {first_size}, but {_some(sizes)}; pass image_size (--image-size)."
+        )
+    return torch.from_numpy(images), about
 
 
-def _decode_into(images: np.ndarray, paths: list[Path], image_size: int | None, progress: bool) -> list[_Problem]:
-    """Fills uint8 `images` (N, H, W, C) where it can; returns a problem for each one that it could not fill."""
+def _decode_into(
+    images: np.ndarray, paths: list[str], image_size: int | None, progress: bool
+) -> tuple[dict[str, Any], list[str], bool]:
+    """Fill uint8 `images` (N, H, W, C) where possible: what was noted, those of another size, whether some has colour.
+
+    Stops early at a coloured image where `images` has one channel.
+    """
     _, height, width, channels = images.shape
+    counts, damaged, sizes, coloured = Counter[str](), dict[int, str](), list[str](), False
 
-    def task(start: int) -> list[_Problem]:
-        problems: list[_Problem] = []
-        for index in range(start, min(start + _FILES_A_TASK, len(paths))):
-            image = _decode(paths[index], image_size, grey=channels == 1)
-            if isinstance(image, str):
-                problems.append(("damaged", f"{paths[index]} ({image})"))
-            elif image.shape[:2] != (height, width):
-                problems.append(("size", f"{paths[index]} is {image.shape[1]}x{image.shape[0]}"))
-            elif image.shape[2] != channels:
-                problems.append(("colour", str(paths[index])))
-            else:
-                images[index] = image
-        return problems
+    def task(start: int) -> list[tuple[int, Decoded | str]]:
+        indices = range(start, min(start + _FILES_A_TASK, len(paths)))
+        found = [(index, decode_image(paths[index], image_size, grey=channels == 1)) for index in indices]
+        for index, image in found:
+            if not isinstance(image, str) and image.pixels.shape == images.shape[1:]:
+                images[index] = image.pixels
+        return found
 
-    problems, bar = [], tqdm(total=len(paths), desc="decoding", unit="image", delay=2, disable=not progress)
+    bar = tqdm(total=len(paths), desc="decoding", unit="image", delay=2, disable=not progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
         for found in pool.map(task, range(0, len(paths), _FILES_A_TASK)):
-            problems += found
-            bar.update(min(_FILES_A_TASK, len(paths) - bar.n))
-    return problems
+            for index, image in found:
+                if isinstance(image, str):
+                    damaged[index] = f"{paths[index]} ({image})"
+                    continue
+                counts.update(image.notes)
+                if image.pixels.shape[:2] != (height, width):
+                    sizes.append(f"{paths[index]} is {image.pixels.shape[1]}x{image.pixels.shape[0]}")
+                coloured = coloured or image.pixels.shape[2] != channels
+            bar.update(len(found))
+    return {**counts, "damaged": {str(index): words for index, words in sorted(damaged.items())}}, sizes, coloured
 
 
-def _decode(path: Path, image_size: int | None, grey: bool) -> np.ndarray | str:
-    """Uint8 (H, W, 1) if `grey` and the image is, else (H, W, 3); for a damaged image what is wrong with it."""
+def decode_image(path: str, image_size: int | None, grey: bool) -> Decoded | str:
+    """The image with one channel if `grey` and it is grey, else with three; for a damaged one what is wrong with it."""
     try:
         with Image.open(path) as file:
             image: Image.Image = file
+            notes = list[str]()
             if too_large := _too_large(image.size, image_size):
                 return too_large
+            if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+                notes.append("turned")
             if image.mode.startswith(("I", "F")):
-                return f"mode {image.mode} has more than 8 bits a channel"
-            if "transparency" in image.info:
-                image = image.convert("RGBA")  # PIL warns about the direct way
-            if not (grey and image.mode == "L"):
+                notes.append("deep")
+                image = _eight_bits(image)
+            if image.has_transparency_data:
+                notes.append("white")
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if not (grey and image.mode in ("L", "1")):
                 image = image.convert("RGB")
+            elif image.mode == "1":
+                image = image.convert("L")
             if image_size is not None:
                 image = _resize(image, image_size)
             array = np.asarray(image)
     except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
         return f"{type(error).__name__}: {error}"
-    return array.reshape(*array.shape[:2], -1)
+    return Decoded(array.reshape(*array.shape[:2], -1), tuple(notes))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A greyscale image of 16 bits a pixel, rounded; ValueError for other ranges, of which nothing is known."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"mode {image.mode} is no range of 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def _too_large(size: tuple[int, int], side: int | None) -> str:

@@ -37,5 +37,6 @@ def check_fits(size: int, what: str) -> None:
     if available is not None and size > available / 2:
         raise DataError(
             f"{what}: {size / 2**30:.2f} GiB of decoded images exceed half of the {available / 2**30:.2f} GiB memory "
-            "available; give a smaller image_size, or read class folders with growshrink.data.stream_data."
+            "available; give a smaller image_size (--image-size), or read class folders with "
+            "growshrink.data.stream_data (--stream)."
         )

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from growshrink.base.seeding import generator
+from growshrink.base.seeding import generator, own_randomness
 from growshrink.base.stopping import shield_worker
 from growshrink.data.batches import Batch, Order
 from growshrink.data.datasets import stratified
@@ -59,7 +57,7 @@ def stream_data(
     data_dir: str | Path,
     *,
     batch_size: int,
-    image_size: int,
+    image_size: int | None = None,
     val_fraction: float = 0.1,
     seed: int = 0,
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
@@ -77,14 +75,15 @@ def stream_data(
     with a warning, which is timm's way. Images are RGB.
 
     `val_fraction` and `seed` are those of `load_data`, the other arguments those of `TrainBatches`; `image_size` is a
-    side in pixels, `num_workers` 0 decodes in this process, and `loader_options` go to `timm.data.create_loader`:
+    side in pixels, None that of the images where all are equal squares, `num_workers` 0 decodes in this process, and
+    `loader_options` go to `timm.data.create_loader`:
     `train_crop_mode="rkrc"` or `color_jitter=0.0`, say.
 
     Raises:
         DataError: Wrong layout, no images, differing classes, or an argument out of range.
     """
     root = Path(data_dir).expanduser()
-    if image_size < 1 or not 0.0 <= val_fraction < 1.0:
+    if image_size is not None and image_size < 1 or not 0.0 <= val_fraction < 1.0:
         raise DataError(
             f"stream_data needs image_size >= 1 and 0 <= val_fraction < 1, got {image_size=}, {val_fraction=}."
         )
@@ -99,6 +98,7 @@ def stream_data(
         odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())
         raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
 
+    image_size = image_size or _side((train, test), root)
     size, target = (3, image_size, image_size), torch.device(device)
     options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
     options |= {"crop_pct": 1.0, "interpolation": "bicubic", **loader_options}  # at test as load_data's image_size
@@ -129,6 +129,20 @@ def stream_data(
     )
 
 
+def _side(parts: Sequence[ImageDataset], root: Path) -> int:
+    """The side in pixels of all images, by their headers; DataError where they are no equal squares."""
+    found = set[tuple[int, int]]()
+    for file in (file for part in parts for file, _ in part.reader.samples):
+        with suppress(Exception), Image.open(file) as image:
+            found.add(image.size)
+        if len(found) > 1 or any(width != height for width, height in found):
+            sizes = ", ".join(f"{width}x{height}" for width, height in sorted(found))
+            raise DataError(f"{root}: images are no equal squares ({sizes}); pass image_size (--image-size).")
+    if not found:
+        raise DataError(f"{root}: no image can be read.")
+    return found.pop()[0]
+
+
 def _fingerprint(parts: Sequence[ImageDataset], picked: Tensor) -> str:
     digest = hashlib.blake2b(picked.numpy().data, digest_size=8)
     for part in parts:
@@ -150,7 +164,7 @@ class StreamTrainBatches:
         """See `TrainBatches.batch`; cheap only for the update after the last one asked for."""
         if update < 0:
             raise DataError(f"Updates are counted from 0, got {update=}.")
-        with _own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
+        with own_randomness(0):  # a DataLoader takes its base seed from the global generator, and needs none here
             if update != self._next:
                 self._batches = iter(self._open_at(update))
             images, labels = next(self._batches)
@@ -170,14 +184,14 @@ class StreamEvalBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches as `eval_batches` yields them."""
-        with _own_randomness(0):
+        with own_randomness(0):
             batches = iter(self._open_loader())
         for images, labels in batches:
             yield _placed(images, labels, self._device)
 
 
 def _start_worker(worker: Any) -> int:
-    """Called by timm in each worker, for a seed, which `_own_randomness` makes irrelevant."""
+    """Called by timm in each worker, for a seed, which `own_randomness` makes irrelevant."""
     shield_worker()
     return 0
 
@@ -234,22 +248,7 @@ class _Endless(IterableDataset[tuple[Any, int]]):
             positions = self.order.indices(update).tolist()
             (seeds,) = self.order.draw(update, (2**32,))
             for position, seed in zip(positions, seeds.tolist(), strict=True):
-                with _own_randomness(seed):
+                with own_randomness(seed):
                     item = self.part[position]
                 yield item
             update += step
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Seeds the three global generators that timm's transforms draw from, and puts them back afterwards."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.random.default_generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)

@@ -190,6 +190,16 @@ ARMS: Mapping[str, Arm] = {
         online=True,
         teacher=Teacher("wider", share=0.093, **_STRICT),
     ),
+    "small": _linear(
+        "for few images: silent orepa branches, trained as one kernel, which cost next to nothing and change nothing "
+        "at first",
+        "orepa",
+        init="silent",
+        online=True,
+    ),
+    "long": _linear(
+        "for long runs: orepa-online, so far the best of those that grow after 60 epochs", "orepa", online=True
+    ),
     "expandnet": _linear("1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", "expandnet"),
     "one-round": Arm(
         about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,9 @@ from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
 
-BOUNDS = ("macs", "params", "ms")
+#: Of memory, in bytes: activations at their peak (RAM) and weights (flash), see `Profile.memory`.
+MEMORY = ("ram_float32", "ram_int8", "flash_float32", "flash_int8")
+BOUNDS = ("macs", "params", "ms", *MEMORY)
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def candidates_of(
 ) -> list[Candidate]:
     """All nets of the grid of channel multipliers and blocks per stage that cost `at_most`, the cheapest first.
 
-    The model must take `width` and `depths`, as ReduceNets of three stages do. `bound` is "macs", "params" or "ms" (a
-    batch of one image through the folded net, on this machine, one thread).
+    The model must take `width` and `depths`, as ReduceNets of three stages do. `bound` is "macs", "params", "ms" (a
+    batch of one image through the folded net, on this machine, one thread), or bytes of memory, one of `MEMORY`.
 
     Raises:
         PlanError: Nothing of the grid is that cheap, or the model does not take the arguments.
@@ -124,7 +126,8 @@ def candidates_of(
             times = interleaved_timings(calls, own_thread=torch.get_num_threads() == 1)
         costs = {key: times[str(key)] for key in nets}
     else:
-        costs = {key: float(getattr(profile(net, input_size), bound)) for key, net in nets.items()}
+        profiles = {key: profile(net, input_size) for key, net in nets.items()}
+        costs = {key: float({**asdict(each), **each.memory}[bound]) for key, each in profiles.items()}
     found = [Candidate(width, depth, costs[width, depth]) for width, depth in nets if costs[width, depth] <= at_most]
     if not found:
         raise PlanError(f"no net of the grid has {bound} <= {at_most:g}; the cheapest has {min(costs.values()):g}.")

@@ -16,7 +16,7 @@ from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, Inputs, given_inputs
 from growshrink.algebra.outputs import paired_leaves
 from growshrink.base.copying import copy_net
-from growshrink.base.seeding import same_noise
+from growshrink.base.seeding import own_randomness
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
 from growshrink.layers.activations import set_lambda, was_grown
 from growshrink.layers.grown import Grown, grown_modules
@@ -239,7 +239,7 @@ def _run(model: nn.Module, x: Arguments, dtype: torch.dtype, observe: Callable[.
     if observe is not None:
         for name, module in replica.named_modules():
             module.register_forward_hook(partial(observe, name))
-    with same_noise(device):
+    with own_randomness(0, device):
         return x.to(device, dtype).run(replica)
 
 

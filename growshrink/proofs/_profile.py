@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import inputs_for
@@ -17,10 +19,60 @@ from growshrink.errors import check_model
 
 @dataclass(frozen=True)
 class Profile:
-    """What one image costs: multiply-accumulates of a forward pass, and the number of parameters."""
+    """What one image costs.
+
+    Attributes:
+        macs: Multiply-accumulates of a forward pass.
+        params: Number of parameters.
+        peak: Most values of activations that are needed at once (see `PeakActivations`); not compared.
+    """
 
     macs: int
     params: int
+    peak: int = field(default=0, compare=False)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of weights (flash) and of activations at their peak (RAM), in float32 and in int8."""
+        sizes = {"flash_float32": 4 * self.params, "flash_int8": self.params}
+        return {**sizes, "ram_float32": 4 * self.peak, "ram_int8": self.peak}
+
+
+class PeakActivations(TorchDispatchMode):
+    """Counts the activations that an interpreter without a cache of its own has to hold at once.
+
+    A value is held from the operation that makes it to the last one that reads it. Pointwise operations and norms
+    write over an input that nobody reads later, as they do in deployment, where they are part of the convolution.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[Any] = []  # so that no storage is used twice
+        self._operations: list[tuple[set[int], dict[int, int], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note what is read and what is made."""
+        out = func(*args, **(kwargs or {}))
+        read, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
+        self._kept += [*read, *made]
+        inside = {t.untyped_storage()._cdata: t.numel() for t in made[:1]}  # others are statistics, indices or views
+        over = "norm" in str(func) or torch.Tag.pointwise in getattr(func, "tags", ())
+        self._operations.append(({t.untyped_storage()._cdata for t in read}, inside, over))
+        return out
+
+    def peak(self) -> int:
+        """Most values at once."""
+        last = {key: index for index, (read, made, _) in enumerate(self._operations) for key in (*read, *made)}
+        alive: dict[int, int] = {}
+        most = 0
+        for index, (read, made, over) in enumerate(self._operations):
+            new = {key: size for key, size in made.items() if key not in alive and key not in read}
+            dying = [key for key in read if key in alive and last[key] == index]
+            reused = max((alive[key] for key in dying), default=0) if over else 0
+            most = max(most, sum(alive.values()) + max(0, sum(new.values()) - reused))
+            alive |= new
+            alive = {key: size for key, size in alive.items() if last[key] > index}
+        return most
 
 
 def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: ExampleInputs | None = None) -> Profile:
@@ -36,11 +88,11 @@ def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: E
     if not any(isinstance(module, torch.jit.ScriptModule) for module in replica.modules()):  # which has a device
         replica = replica.to("meta")
     like = next(replica.parameters(), torch.empty(0, device="meta"))
-    with torch.no_grad(), flop_counter() as counter:
-        inputs.batch(1, seed=None).to(like.device, like.dtype).run(replica)
-    return Profile(
-        counter.get_total_flops() // (2 * inputs.num_images(1)), sum(p.numel() for p in replica.parameters())
-    )
+    batch = inputs.batch(1, seed=None).to(like.device, like.dtype)
+    with torch.no_grad(), PeakActivations() as held, flop_counter() as counter:
+        batch.map(lambda image: image + 0).run(replica)  # the image is an activation too
+    macs = counter.get_total_flops() // (2 * inputs.num_images(1))
+    return Profile(macs, sum(p.numel() for p in replica.parameters()), held.peak() // inputs.num_images(1))
 
 
 def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import NotAll, NotNegative, OneOf, Positive
+from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
 from growshrink.base.ranks import average_update_
 from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
@@ -45,10 +46,17 @@ class TrainConfig:
         weight_decay: Not applied to norms, biases and lam (timm's rule).
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
         mixup: Alpha of the Beta distribution that mixes each image and its label with another's (Zhang et al.,
-            arXiv:1710.09412); one share a batch, drawn by the update. 0 for none; needs updates without a teacher.
+            arXiv:1710.09412); one share a batch, drawn by the update. 0 for none; needs updates without a teacher. It
+            is for comparisons: photographs are mixed one by one where they are read (`growshrink.data.photo`).
         label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
+        layer_decay: Factor on the learning rate from each layer to the one before it, the head having the whole rate
+            (timm's rule); 1 trains all alike.
+        freeze: Regular expression; parameters whose dotted names begin with it are not trained (running statistics
+            of norms are).
+        class_weights: Weight of each class in the loss, in the order of the labels; none for equal ones.
+        metric: What rounds are judged by, a field of `Score`.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower
             elsewhere. Scores are always taken in float32.
     """
@@ -58,10 +66,14 @@ class TrainConfig:
     weight_decay: NotNegative = 5e-4
     momentum: NotAll = 0.9
     label_smoothing: NotAll = 0.0
-    mixup: NotNegative = 0.0
+    mixup: Annotated[NotNegative, NoOption()] = 0.0
     ema_decay: NotAll = 0.998
     clip_grad: Positive | None = None
-    amp: bool = False
+    layer_decay: SomeOrAll = 1.0
+    freeze: Regex | None = None
+    class_weights: Annotated[tuple[NotNegative, ...], NoOption()] = ()
+    metric: Annotated[Literal["top1", "balanced", "macro_f1"], NoOption()] = "top1"
+    amp: Annotated[bool, NoOption()] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -97,6 +109,8 @@ class Trainer:
     def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
         self.model = model.train()
         self.config = config
+        weights = config.class_weights
+        self._class_weights = torch.tensor(weights, device=next(model.parameters()).device) if weights else None
         self.batches = batches
         self.update = 0
         self.cut_short: tuple[int, Tensor] | None = None
@@ -159,6 +173,8 @@ class Trainer:
         if self.config.mixup and (teacher is not None or task is not None or self._gated):
             what = "not with a teacher, with sampled widths or with branches whose numbers come from data"
             raise PlanError(f"mixup={self.config.mixup!r}: {what}; set it to 0.")
+        if task is not None and self.config.class_weights:
+            raise PlanError("class_weights: not with sampled widths, whose losses are computed elsewhere.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
         while self.update < stop:
@@ -266,10 +282,10 @@ class Trainer:
             logits = self.model(images_NCHW)
             if teacher is not None:
                 target = teacher.answer(question, images_NCHW)
-        loss = F.cross_entropy(logits.float(), labels_N, label_smoothing=self.config.label_smoothing)
+        score = partial(F.cross_entropy, weight=self._class_weights, label_smoothing=self.config.label_smoothing)
+        loss = score(logits.float(), labels_N)
         if share < 1:
-            others = F.cross_entropy(logits.float(), others_N, label_smoothing=self.config.label_smoothing)
-            loss = share * loss + (1 - share) * others
+            loss = share * loss + (1 - share) * score(logits.float(), others_N)
         if teacher is not None:
             learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
             loss = (1 - teacher.weight) * loss + teacher.weight * learnt
@@ -290,6 +306,10 @@ class Trainer:
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
+        if config.freeze is not None:
+            for name, parameter in self.model.named_parameters():
+                if re.match(config.freeze, name):
+                    parameter.requires_grad_(False)
         try:
             kind = optim.get_optimizer_class(config.optimizer, bind_defaults=False)
             if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):
@@ -298,7 +318,11 @@ class Trainer:
                     "cannot follow a change of structure. Take sgd, adamw, nadamw, lion, muon, ..."
                 )
             values: dict[str, Any] = {key: getattr(config, key) for key in ("lr", "weight_decay", "momentum")}
+            if config.layer_decay < 1:
+                values["layer_decay"] = config.layer_decay
             if isinstance(kind, type) and issubclass(kind, optim.Muon):
+                if config.layer_decay < 1:
+                    raise PlanError(f"layer_decay={config.layer_decay!r}: not with {config.optimizer}; set it to 1.")
                 values["param_group_fn"] = partial(_muon_groups, weight_decay=config.weight_decay)
             return optim.create_optimizer_v2(self.model, opt=config.optimizer, **values)
         except PlanError:

@@ -18,7 +18,7 @@ from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given
 from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.base.reading import reason
-from growshrink.base.seeding import same_noise
+from growshrink.base.seeding import own_randomness
 from growshrink.branches import Branch
 from growshrink.branches.guide import remove_guide
 from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
@@ -265,7 +265,7 @@ def _outputs(model: nn.Module, x: Arguments) -> Any:
         inner.setdefault(name, []).extend(t for t in output_leaves(output).values() if t.numel())
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    with same_noise(device):
+    with own_randomness(0, device):
         output = x.run(model)
     found = output_leaves(output).values()
     if not found or any(tensor.numel() for tensor in found):
@@ -275,7 +275,7 @@ def _outputs(model: nn.Module, x: Arguments) -> Any:
     for name, module in model.named_modules():  # what a convolution gives may change, with the norm behind it
         if not isinstance(module, (nn.Conv2d, nn.Linear, Mergeable)) and not name.startswith(skipped):
             hooks.append(module.register_forward_hook(partial(observe, name)))
-    with same_noise(device):
+    with own_randomness(0, device):
         x.run(model)
     for hook in hooks:
         hook.remove()

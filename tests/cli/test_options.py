@@ -15,12 +15,24 @@ from sampled import sampled
 
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
-HELPERS = {"recipes/curve.py", "tools/import_cost.py", "tools/inputs.py", "tools/loaders.py", "tools/paired.py"}
+HELPERS = {
+    "recipes/curve.py",
+    "recipes/starting.py",
+    "recipes/telling.py",
+    "tools/gpu_checks.py",
+    "tools/gpu_speeds.py",
+    "tools/gpu_witness.py",
+    "tools/import_cost.py",
+    "tools/inputs.py",
+    "tools/loaders.py",
+    "tools/paired.py",
+}
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
     "recipes/compare.py": ["PLAN"],
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
+    "tools/predict.py": ["CHECKPOINT", "folder"],
     "tools/why.py": ["folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
@@ -28,14 +40,26 @@ BEFORE = {
 BEHIND = {"recipes/timm_train.py": ["timm-scripts/train.py"]}
 CLASSES = {"tools/fuzz.py architectures": "Architectures", "tools/fuzz.py files": "Files"}
 PROGRAMS = (
-    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "fading", "grow_cycle", "netaug", "one_layer")),
+    *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "fading", "grow_cycle", "implicit", "implicit_fpn")),
+    *(f"recipes/{name}.py" for name in ("netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "timm_train")),
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
     *(
         f"tools/{name}.py"
-        for name in ("exactness", "experiment_speed", "export", "kills", "netaug_modes", "online_cost", "random_prune")
+        for name in (
+            "equilibria",
+            "exactness",
+            "experiment_speed",
+            "export",
+            "gpu_check",
+            "kills",
+            "netaug_modes",
+            "online_cost",
+            "predict",
+            "random_prune",
+        )
     ),
-    *(f"tools/{name}.py" for name in ("soak", "step_cost", "why")),
+    *(f"tools/{name}.py" for name in ("soak", "step_cost", "subset", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: In the default run.
@@ -51,9 +75,10 @@ FINE = {
     "soak.file": {"missing": "it is made", "missing/below": "both are made"},
     "crop": {"0": "none"},
     "cutout": {"0": "none"},
+    **{name: {"0": "off"} for name in ("resized_crop", "jitter", "randaugment", "mixup", "cutmix")},
+    "pictures": {"folder": "searched for images"},
     "weight_decay": {"0": "none"},
     "label_smoothing": {"0": "none"},
-    "mixup": {"0": "none"},
     "ema_decay": {"0": "no average"},
     "fading.random": {"0": "nothing is pruned"},
     "grow_cycle.rounds": {"0": "the plain net, for comparison"},
@@ -71,7 +96,7 @@ FINE = {
     "mean": {"0": "black"},
 }
 #: What is misspelt about words that are not names.
-MISSPELT = {"where": "("}
+MISSPELT = {"where": "(", "freeze": "("}
 
 
 def options_of(program):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import growshrink
 from growshrink.base import stopping
@@ -52,6 +53,16 @@ def fail(error):
 def test_exit_codes(capsys, monkeypatch, main, code, line):
     found, err = outcome(main, capsys, monkeypatch, "--number", "3", go_on="go on")
     assert found == code and err.startswith(line) and err.count("\n") == bool(line)
+
+
+def test_bars_write_no_codes_into_files(capsys, monkeypatch):
+    def main(args):
+        with tqdm(total=3, mininterval=0) as outer, tqdm(total=2, position=1, leave=False, mininterval=0) as inner:
+            inner.update(), outer.update(3)
+            outer.write("a word", file=sys.stderr)
+
+    _, err = outcome(main, capsys, monkeypatch)
+    assert "\x1b" not in err and "\r" not in err and "3/3" in err and "\na word\n" in err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):

@@ -174,7 +174,7 @@ def half(path):
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-checkpoint-1"), RESNET, "--resume"),
         (lambda p: written(p, {"a": torch.ones(1)}, format="growshrink-supernet-1"), RESNET, "not a whole supernet"),
         (lambda p: written(p, {"a": torch.ones(1)}, about="{"), RESNET, "its metadata is damaged"),
-        (lambda p: written(p, {"a": torch.ones(1)}, about='{"plain_name": "a"}'), RESNET, "input_size"),
+        (lambda p: written(p, {"a": torch.ones(1)}, run='{"about": {"plain_name": "a"}}'), RESNET, "input_size"),
         (half, RESNET, "not readable as a checkpoint"),
         (lambda p: p.write_bytes(b""), RESNET, "not readable as a checkpoint"),
     ],

@@ -19,7 +19,7 @@ from PIL import Image
 
 from growshrink.base.seeding import generator
 from growshrink.data import datasets as data
-from growshrink.data import formats, memory
+from growshrink.data import folders, formats, memory
 from growshrink.data.batches import eval_batches
 from growshrink.data.datasets import Split, channel_statistics, load_data, stratified
 from growshrink.data.stream import stream_data
@@ -402,12 +402,122 @@ def test_images_of_different_sizes_need_an_image_size(tmp_path: Path) -> None:
 
 
 def test_damaged_images_are_counted_and_named(tmp_path: Path) -> None:
-    written = list(write_folder(tmp_path))
+    arrays = write_folder(tmp_path)
+    written = list(arrays)
     for path in written[:5]:
         path.write_bytes(path.read_bytes()[:60])
-    Image.fromarray(pixels(8, 8).astype(np.uint16)).save(written[5])
-    with pytest.raises(DataError, match=r"6 of 18 images are damaged: .*0\.png .*1\.png .*2\.png .* and 3 more"):
+    pattern = r"5 of 18 images are damaged: .*0\.png .*1\.png .*2\.png .* and 2 more; skip_damaged \(--skip-damaged\)"
+    with pytest.raises(DataError, match=pattern):
         load_data("folder", tmp_path)
+    left = load_data("folder", tmp_path, val_fraction=0.0, skip_damaged=True)
+    assert (len(left.train), len(left.test)) == (7, 6) and left.train.labels.tolist() == [0] + [1] * 6
+    assert np.array_equal(left.train.images.numpy(), np.stack([arrays[path] for path in written[5:12]]))
+    assert all(str(path) in left.notes[-1] for path in written[:5]) and left.notes[-1].startswith("5 of 18 images")
+    written[5].write_bytes(b"")
+    with pytest.raises(DataError, match="no training image of a can be read"):
+        load_data("folder", tmp_path, skip_damaged=True)
+
+
+def _turned(path: Path, array: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.fromarray(array).save(path, exif=exif)
+
+
+def _with_alpha(path: Path, array: np.ndarray) -> None:
+    alpha = np.zeros((*array.shape[:2], 1), np.uint8)
+    alpha[:, :4] = 255
+    Image.fromarray(np.concatenate([array, alpha], axis=2)).save(path)
+
+
+def _white_right(array: np.ndarray) -> np.ndarray:
+    expected = array.copy()
+    expected[:, 4:] = 255
+    return expected
+
+
+GREY = pixels(8, 8)
+DEEP = GREY.astype(np.uint16) * 257 + 100  # rounds down to GREY where it is no more than 128 above
+FORMATS: dict[str, tuple[Callable[[Path, np.ndarray], object], Callable[[np.ndarray], np.ndarray], str]] = {
+    "turned.png": (_turned, lambda array: np.rot90(array, -1), "1 images were turned"),
+    "alpha.webp.png": (_with_alpha, _white_right, "1 images with transparency"),
+    "deep.png": (
+        lambda p, a: Image.fromarray(DEEP).save(p),
+        lambda a: GREY[:, :, None].repeat(3, 2),
+        "1 images with 16",
+    ),
+    "deep.tiff": (
+        lambda p, a: Image.fromarray(DEEP).save(p),
+        lambda a: GREY[:, :, None].repeat(3, 2),
+        "1 images with 16",
+    ),
+    "cmyk.tif": (
+        lambda p, a: Image.fromarray(np.concatenate([255 - a, np.zeros_like(a[..., :1])], 2), "CMYK").save(p),
+        lambda a: a,
+        "",
+    ),
+    "bits.png": (
+        lambda p, a: Image.fromarray(a[..., 0] > 127).save(p),
+        lambda a: np.where(a[..., :1] > 127, 255, 0).repeat(3, 2),
+        "",
+    ),
+    "quick.qoi.tga": (lambda p, a: Image.fromarray(a).save(p), lambda a: a, ""),
+    "photo.jp2": (lambda p, a: Image.fromarray(a).save(p, irreversible=False), lambda a: a, ""),
+}
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", FORMATS)
+def test_images_of_any_kind(tmp_path: Path, name: str) -> None:
+    write, expected, note = FORMATS[name]
+    write_folder(tmp_path)
+    array = pixels(8, 8, 3)
+    (tmp_path / "test" / "b" / "2.png").unlink()
+    write(tmp_path / "test" / "b" / f"z-{name}", array)
+    folder = load_data("folder", tmp_path)
+    assert np.array_equal(folder.test.images[-1].numpy(), expected(array))
+    assert [text.startswith(note) for text in folder.notes] == [True] * bool(note)
+
+
+def test_decoded_images_are_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, kept, decoded = tmp_path / "pets", tmp_path / "cache", []
+    paths, real = list(write_folder(root)), folders.decode_image
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))
+    monkeypatch.setattr(folders, "WORTH", 0.0)
+    monkeypatch.setattr(
+        folders, "decode_image", lambda *args, **kwargs: decoded.append(args[0]) or real(*args, **kwargs)
+    )
+
+    def fresh(**options: object) -> tuple[bool, data.DataSet]:
+        decoded.clear()
+        found = load_data("folder", root, **options)
+        return bool(decoded), found
+
+    was, first = fresh()
+    assert was
+    was, again = fresh()
+    assert (
+        not was
+        and torch.equal(again.train.images, first.train.images)
+        and torch.equal(again.test.labels, first.test.labels)
+    )
+    assert fresh(use_cache=False)[0] and fresh(image_size=4)[0] and not fresh(image_size=4)[0] and not fresh()[0]
+    (entry,) = {path for path in kept.rglob("*") if path.is_file() and path.stat().st_size > 18 * 8 * 8 * 3}
+    content = entry.read_bytes()
+    for change in (lambda: Image.fromarray(pixels(8, 8, 3)).save(paths[0]), lambda: entry.write_bytes(content[:999])):
+        change()
+        was, changed = fresh()
+        images = torch.cat([changed.train.images, changed.val.images]).numpy()
+        assert was and any(np.array_equal(image, np.asarray(Image.open(paths[0]))) for image in images)
+        assert not fresh()[0]
+    paths[3].write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(DataError, match="1 of 18 images are damaged"):
+            load_data("folder", root)
+    was, left = fresh(skip_damaged=True)
+    assert not was and len(left.train) + len(left.val) == 11 and not list(kept.rglob("*.partial"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(paths[0]))  # no folder can be made there
+    assert fresh(skip_damaged=True)[0]
 
 
 def test_all_images_damaged(tmp_path: Path) -> None:
@@ -463,7 +573,7 @@ PLAIN = {"hflip": 0.0, "color_jitter": 0.0, "train_crop_mode": "rkrc", "scale": 
 def test_streamed_batches_hold_the_folders_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "pets")
     pets = load_data("folder", tmp_path / "pets")
-    options = {"batch_size": 4, "image_size": 8, "mean": pets.mean, "std": pets.std, "num_workers": 0}
+    options = {"batch_size": 4, "mean": pets.mean, "std": pets.std, "num_workers": 0}
     stream = stream_data(tmp_path / "pets", **options)
     assert stream.name == "pets" and stream.classes == pets.classes and stream.num_classes == 2
     assert stream.input_size == pets.input_size
@@ -535,6 +645,9 @@ def test_stream_refuses_folders_it_cannot_use(tmp_path: Path) -> None:
     (tmp_path / "odd" / "test" / "a").rename(tmp_path / "odd" / "test" / "z")
     with pytest.raises(DataError, match="differ in a, z"):
         stream_data(tmp_path / "odd", batch_size=2, image_size=8)
-    stream = stream_data(write_folder(tmp_path / "ok") and tmp_path / "ok", batch_size=2, image_size=8)
+    stream = stream_data(write_folder(tmp_path / "ok") and tmp_path / "ok", batch_size=2)
     with pytest.raises(DataError, match="from 0"):
         stream.train.batch(-1)
+    Image.fromarray(pixels(9, 8, 3)).save(tmp_path / "ok" / "test" / "b" / "2.png")
+    with pytest.raises(DataError, match=r"no equal squares \(8x8, 8x9\); pass image_size"):
+        stream_data(tmp_path / "ok", batch_size=2)

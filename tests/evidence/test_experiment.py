@@ -98,8 +98,8 @@ def test_teachers_side_by_side_say_what_each_says(tmp_path):
         save_file(given, tmp_path / f"{seed}.safetensors", {"about": json.dumps(header), **parts})
     for name in ("distil-wide", "distil-given"):
         arm = experiment.arm(name)
-        stack = _side_by_side(experiment, arm, feeds, (0, 1))[2][1]
-        apart = [_side_by_side(experiment, arm, [feed], (seed,))[2][1] for seed, feed in enumerate(feeds)]
+        stack = _side_by_side(experiment, arm, feeds, (0, 1), tmp_path)[2][1]
+        apart = [_side_by_side(experiment, arm, [feed], (seed,), tmp_path)[2][1] for seed, feed in enumerate(feeds)]
         images = [torch.randn(3, *feeds[0].input_size) for _ in feeds]
         with torch.no_grad():
             expected = torch.stack([each.eval()(x) for each, x in zip(apart, images, strict=True)], 1).flatten(0, 1)

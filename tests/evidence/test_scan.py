@@ -11,14 +11,15 @@ from growshrink.evidence.scan import Candidate, Entry, ScanPlan, candidates_of, 
 SIZE = (1, 8, 8)
 
 
-@pytest.mark.parametrize("bound", ["macs", "params"])
+@pytest.mark.parametrize("bound", ["macs", "params", "flash_float32"])
 def test_candidates_are_those_within_the_bound(bound):
     options = {"input_size": SIZE, "num_classes": 10}
     every = candidates_of(TINY, (0.125, 0.25), (1, 2), bound=bound, at_most=1e9, **options)
     assert [c.cost for c in every] == sorted(c.cost for c in every) and len(every) == 4
     net = gs.models.reducenet.reducenet20(width=0.25, depths=(2, 2, 2), in_chans=1, num_classes=10)
     largest = next(c for c in every if (c.width, c.depth) == (0.25, 2))
-    assert largest.cost == getattr(gs.profile(net, SIZE), bound)
+    found = gs.profile(net, SIZE)
+    assert largest.cost == {**vars(found), **found.memory}[bound]
     some = candidates_of(TINY, (0.125, 0.25), (1, 2), bound=bound, at_most=every[2].cost, **options)
     assert some == every[:3]
     with pytest.raises(PlanError, match="the cheapest has"):

@@ -321,3 +321,34 @@ def test_wrong_inputs_are_one_line(name, function):
     gs.set_lambda(model, 0.0) if function is gs.fuse else None
     with untouched(model), pytest.raises(GrowShrinkError, match=message):
         function(model, **options)
+
+
+def test_memory_at_the_peak_is_that_of_a_count_by_hand():
+    def block(*parts):
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), *parts).eval()
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            return x + self.second(torch.relu(self.first(x)))
+
+    pixels = 8 * 8
+    for model, expected in (
+        (block(), 3 + 8),  # the norm and the activation write over the convolution's output
+        (block(nn.Conv2d(8, 4, 1)), 8 + 4),
+        (block(Residual()), 8 + 16 + 8),  # the input of the block is held to its end
+        (block(nn.Conv2d(8, 16, 1), nn.MaxPool2d(1)), 16 + 16),  # not the indices, which nobody reads
+        (block(nn.Flatten(), nn.Linear(8 * pixels, 5)), 3 + 8),
+    ):
+        found = gs.profile(model, (3, 8, 8))
+        assert found.peak == expected * pixels
+        params = sum(parameter.numel() for parameter in model.parameters())
+        assert found.memory == {
+            "flash_float32": 4 * params,
+            "flash_int8": params,
+            "ram_float32": 4 * expected * pixels,
+            "ram_int8": expected * pixels,
+        }

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from growshrink.training import evaluate
+from growshrink.training._evaluate import judge
 from nets import net, randomized
 
 
@@ -61,3 +62,21 @@ def test_nan_is_reported_as_nan():
     model = net()
     nn.init.constant_(model.get_classifier().bias, math.nan)
     assert math.isnan(evaluate(model, Batches(4)).loss)
+
+
+def test_what_is_behind_a_score():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    model, batches = randomized(net()).eval(), Batches(20, 20, 7)
+    judged = judge(model, batches, 5)
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    logits = model(images).detach()
+    guess, losses = logits.argmax(1), F.cross_entropy(logits, labels, reduction="none")
+    assert judged.confusion.tolist() == sklearn.confusion_matrix(labels, guess, labels=range(10)).tolist()
+    assert judged.score == evaluate(model, batches)
+    assert judged.score.balanced == pytest.approx(100 * sklearn.balanced_accuracy_score(labels, guess))
+    there = sorted(set(labels.tolist()))
+    macro = sklearn.f1_score(labels, guess, labels=there, average="macro", zero_division=0.0)
+    assert judged.score.macro_f1 == pytest.approx(100 * macro)
+    worst = losses.argsort(descending=True)[:5]
+    assert torch.equal(judged.worst, images[worst]) and judged.labels.tolist() == labels[worst].tolist()
+    assert judged.taken_for.tolist() == guess[worst].tolist()

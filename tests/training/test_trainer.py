@@ -382,3 +382,33 @@ def test_mixup_of_nets_side_by_side_is_mixup_of_each():
 def test_mixup_refuses_a_teacher_whose_answers_are_of_other_images():
     with pytest.raises(PlanError, match="mixup=0.4: not with a teacher"):
         trainer(mixup=0.4).train(1, teacher=TeacherNet(net(seed=1), weight=0.5, temperature=1.0), **FLAT)
+
+
+def test_layers_before_the_head_learn_less_and_frozen_ones_nothing_grown_or_not():
+    ours = trainer(net("test_resnet"), freeze="conv1", layer_decay=0.5)
+    gs.grow(ours.model, "bottleneck", inplace=True, input_size=SIZE)
+    gs.grow(ours.ema, "bottleneck", inplace=True, input_size=SIZE)
+    ours.structure_changed()
+    before = {name: parameter.clone() for name, parameter in ours.model.named_parameters()}
+    ours.train(2, **FLAT)
+    frozen = {name for name, parameter in ours.model.named_parameters() if torch.equal(parameter, before[name])}
+    assert {name for name in before if name.startswith("conv1")} <= frozen
+    assert "fc.weight" not in frozen and "layer4.0.conv1.weight" not in frozen
+    scale = {id(p): group["lr_scale"] for group in ours.optimizer.param_groups for p in group["params"]}
+    scales = {name: scale[id(p)] for name, p in ours.model.named_parameters() if p.requires_grad}
+    assert scales["fc.weight"] == 1.0 > scales["layer4.0.conv1.weight"] >= scales["layer2.0.conv1.weight"] > 0
+    branches = [name for name in scales if ".branches." in name]
+    assert branches and all(scales[name] == scales[name.partition(".branches.")[0] + ".weight"] for name in branches)
+
+
+def test_class_weights_are_those_of_the_books():
+    weights = tuple(float(value) for value in range(1, 11))
+    ours, twin = trainer(class_weights=weights, label_smoothing=0.1), net().train()
+    images, labels = Batches().batch(0)
+    mean = ours.train(1, **FLAT)
+    logs = -F.log_softmax(twin(images), 1).double()
+    smooth = 0.9 * F.one_hot(labels, 10) + 0.01
+    each = (smooth * torch.tensor(weights) * logs).sum(1)
+    assert float(mean) == pytest.approx(float(each.detach().sum() / torch.tensor(weights)[labels].sum()), rel=1e-5)
+    with pytest.raises(PlanError, match="class_weights: not with sampled widths"):
+        ours.train(2, task=object(), **FLAT)

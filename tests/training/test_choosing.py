@@ -1,0 +1,55 @@
+"""What the machine decides: bfloat16 or not, by timed steps."""
+
+import time
+
+import pytest
+import torch
+
+from growshrink.base.timing import seconds_interleaved
+from growshrink.training import choosing
+from nets import net
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "on", "words"),
+    [
+        ((0.1, 0.4), False, "4.0 times slower"),
+        ((0.3, 0.1), True, "3.0 times faster"),
+        ((0.11, 0.1), False, "1.1 times"),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_worthwhile_faster(monkeypatch, seconds, on, words):
+    def timed(calls, device):
+        for call in calls.values():
+            call()
+        return dict(zip(calls, seconds, strict=True))
+
+    monkeypatch.setattr(choosing, "seconds_interleaved", timed)
+    model, state = net(drop_rate=0.5), torch.get_rng_state()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found, sentence = choosing.choose_amp(model, (3, 8, 8), 4, CPU)
+    assert found is on and words in sentence and f": {'on' if on else 'off'} (" in sentence
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_step_runs_in_the_type_it_is_asked_for():
+    types = []
+    for amp in (False, True):
+        model = net()
+        model.get_classifier().register_forward_hook(lambda module, args, out: types.append(out.dtype))
+        choosing.training_step(model, (3, 8, 8), 4, CPU, amp=amp)()
+    assert types == [torch.float32, torch.bfloat16]
+
+
+def test_calls_take_turns_and_end_in_time():
+    order = []
+    calls = {name: lambda name=name: order.append(name) or time.sleep(0.001) for name in "ab"}
+    found = seconds_interleaved(calls, device=CPU, rounds=3)
+    assert order == list("ab" * 4) and set(found) == {"a", "b"} and all(value >= 0.001 for value in found.values())
+    order.clear()
+    seconds_interleaved(calls, device=CPU, rounds=100, at_most=0.0)
+    assert order == list("ab" * 2)
