@@ -7,6 +7,7 @@ import copy
 import types
 
 import pytest
+import timm
 from torch import nn
 
 import growshrink as gs
@@ -123,6 +124,9 @@ BAD = {
                      "every": (0, -1, 0.5, "x")}.items() for v in vs],
     "choose_width": each(lambda m: gs.choose_width(m, [], lambda n: 0.0), NO_NETS),
     "sort_channels": each(gs.sort_channels, NO_NETS),
+    "unroll": each(lambda m: gs.unroll(m, 2), NO_NETS)
+    + each(lambda n: gs.unroll(timm.create_model("mdeq_tiny"), n), (0, -1, 1.5, None, "2"))
+    + [lambda: gs.unroll(plain(), 2)],
     "penalties": each(lambda m: gs.penalties(m, images(1)), NO_NETS),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
