@@ -7,6 +7,7 @@ import copy
 import types
 
 import pytest
+import timm
 from torch import nn
 from torch.optim import LBFGS, SGD
 
@@ -130,6 +131,9 @@ BAD = {
     "branch_parameters": each(gs.branch_parameters, NO_NETS),
     "LambdaScheduler": each(lambda m: gs.LambdaScheduler(m, lambda update: 1.0), (*NO_NETS, plain()))
     + each(lambda s: gs.LambdaScheduler(grown(), s), (None, 3, "cosine", lambda update: 2.0, lambda update: None)),
+    "unroll": each(lambda m: gs.unroll(m, 2), NO_NETS)
+    + each(lambda n: gs.unroll(timm.create_model("mdeq_tiny"), n), (0, -1, 1.5, None, "2"))
+    + [lambda: gs.unroll(plain(), 2)],
     "penalties": each(lambda m: gs.penalties(m, images(1)), NO_NETS),
     "calibrate_bn": each(lambda m: gs.calibrate_bn(m, [images(*SIZE)]), NO_NETS)
     + each(lambda b: gs.calibrate_bn(plain(), b), ([], None, 3, ["x"], [None], "x")),
@@ -154,7 +158,6 @@ BAD = {
     + each(lambda s: gs.grow(plain(), input_size=s), ((3, 16), (1, 16, 16), (3, -1, 16), "x", 3)),
     "save_grown": each(lambda m: gs.save_grown(m, "never"), (*NO_NETS, plain(), net("reducenet20_x2"))),
     "load_grown": [lambda: gs.load_grown(plain(), "never"), lambda: gs.load_grown(plain(), __file__)],
-    "unroll": each(gs.unroll, (*NO_NETS, plain()), steps=2) + each(lambda n: gs.unroll(plain(), n), (0, -1, 2.0, None)),
     "growth_report": each(gs.growth_report, NO_NETS)
     + each(lambda b: gs.growth_report(plain(), b), ("bottlneck", [], 3)),
     "WidthSpace": each(gs.layers.WidthSpace.from_json, ("", "{}", "[]", "null", None, 3, "[" * 10**5))

@@ -14,7 +14,7 @@ from growshrink.errors import EquilibriumError
 
 #: Evaluations on the meta device, where no residual can be read: what a contraction of 0.5 takes to 1e-4.
 COUNTED_STEPS = 8
-MEMORY = 5  # iterates that are mixed
+ITERATES = 5  # iterates that are mixed
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Solver:
                 break
             z = out
             if self.method == "anderson":
-                recent = [*recent[1 - MEMORY :], (out_ND, gap_ND)]
+                recent = [*recent[1 - ITERATES :], (out_ND, gap_ND)]
                 z = torch.where(better_N.view(shape), _mixed(recent).view_as(out), best)
             z = torch.where((relative_N <= tol).view(shape), best, z)
         else:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from growshrink.errors import check_model
+
 
 def ties(model: nn.Module) -> list[list[tuple[str, Tensor]]]:
     """Groups of two and more tensors, each with the name of the module that owns it, whose spans of memory overlap.
@@ -37,6 +39,7 @@ def ties(model: nn.Module) -> list[list[tuple[str, Tensor]]]:
 
 def tied_copies(model: nn.Module) -> dict[int, Any]:
     """A memo for `copy.deepcopy`, which by itself cuts every tie between two parameters: copies that are tied alike."""
+    check_model(model)
     memo: dict[int, Any] = {}
     for group in ties(model):
         tied = {id(tensor): tensor for _, tensor in group if tensor.is_leaf}

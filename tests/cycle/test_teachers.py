@@ -265,7 +265,7 @@ def test_teachers_that_cannot_be_are_refused(values, words):
         (Teacher("reducenet20", share=0.1, kwargs={"widht": 2}), {}, "reducenet20 with .*widht"),
         (Teacher("reducenet20", share=0.1, kwargs={"num_classes": 9}), {}, "has 4 classes"),
     ],
-    ids=str,
+    ids=range(7),
 )
 def test_a_net_that_cannot_teach_is_refused_in_one_line(tmp_path, teacher, nets, words):
     plan = gs.CyclePlan(rounds=(gs.Round(epochs=6, branch=(), teacher=teacher),))

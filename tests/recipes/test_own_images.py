@@ -223,7 +223,8 @@ def test_the_plan_fits_the_images_there_are(pets, monkeypatch, capsys, words, ro
     monkeypatch.setattr(recipe, "seconds_interleaved", lambda calls, device: {"step": 0.01})
     feed = args.feed()
     assert feed.train.updates_per_epoch == 66 // 8
-    plan, why = recipe.plan_in_time(args, args.model.make(feed)[0], feed)
+    model, about = args.model.make(feed)
+    plan, why = recipe.plan_in_time(args, model, feed, about)
     assert [entry.branch for entry in plan.rounds] == rounds and said in why + capsys.readouterr().err
     if "--hours" in words:
         (entry,) = plan.rounds
