@@ -71,7 +71,7 @@ def cuda_lines(source: str) -> set[int]:
             inner = [part for name in ("body", "orelse", "finalbody") for part in getattr(node, name, [])]
             if inner:
                 walk([part for part in inner if isinstance(part, ast.stmt)], inside)
-            elif inside or (about(node) and not isinstance(getattr(node, "value", None), ast.Constant)):
+            elif inside or any(call in ast.unparse(node) for call in ("torch.cuda.", "nccl")):
                 found.add(node.lineno)
 
     walk(ast.parse(source).body, False)

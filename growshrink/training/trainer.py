@@ -250,6 +250,7 @@ class Trainer:
 
         New parameters start empty, step count included (a kept count would make Adam's first steps too long).
         """
+        self._freeze()
         sync_optimizer(self.optimizer, self.model)
         for name, parameter in self.model.named_parameters():
             if name in reset:
@@ -304,12 +305,14 @@ class Trainer:
                 set_lambda(self.model, value)
             self._lam = value
 
+    def _freeze(self) -> None:
+        for name, parameter in self.model.named_parameters() if self.config.freeze is not None else ():
+            if re.match(str(self.config.freeze), name):
+                parameter.requires_grad_(False)
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
         config = self.config
-        if config.freeze is not None:
-            for name, parameter in self.model.named_parameters():
-                if re.match(config.freeze, name):
-                    parameter.requires_grad_(False)
+        self._freeze()
         try:
             kind = optim.get_optimizer_class(config.optimizer, bind_defaults=False)
             if isinstance(kind, type) and issubclass(kind, NOT_PER_PARAMETER):

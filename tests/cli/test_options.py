@@ -20,6 +20,7 @@ HELPERS = {
     "recipes/starting.py",
     "recipes/telling.py",
     "tools/gpu_checks.py",
+    "tools/zoo.py",
     "tools/gpu_speeds.py",
     "tools/gpu_witness.py",
     "tools/import_cost.py",
@@ -64,8 +65,8 @@ PROGRAMS = (
 )
 #: Whose options are not yet those of the other programs, by name.
 OWN_OPTIONS = {
-    *(f"recipes/{name}.py" for name in ("fading", "implicit", "implicit_fpn")),
-    *(f"tools/{name}.py" for name in ("equilibria", "gpu_check")),
+    *(f"recipes/{name}.py" for name in ("fading", "implicit", "implicit_fpn", "timm_train")),
+    *(f"tools/{name}.py" for name in ("angle_rank", "equilibria", "gpu_check")),
 }
 #: In the default run.
 FEW = ("recipes/one_layer.py", "tools/fuzz.py files", "tools/step_cost.py")

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fuzzing.nets import RandomNet, trainable_net
 from fuzzing.oracle import causes_against, naive_conv
 from growshrink.algebra.dataflow import InputSize
-from growshrink.branches import BranchSpec
+from growshrink.branches import BranchSpec, Modulated
 from growshrink.branches.spec import PRESETS
 from growshrink.errors import FuseError, GrowError
 from growshrink.layers.activations import set_lambda
@@ -32,7 +32,12 @@ from growshrink.transforms import drop, fold, fuse, grow, growth_report
 TOLERANCE = 1e-9
 
 #: Ours: a process may have registered others.
-KINDS = [kind for kind, cls in Branch.kinds.items() if cls.__module__.startswith("growshrink.")]
+#: Those with factors of images have tests of their own (tests/branches/test_modulated.py).
+KINDS = [
+    kind
+    for kind, cls in Branch.kinds.items()
+    if cls.__module__.startswith("growshrink.") and not issubclass(cls, Modulated)
+]
 
 
 @dataclass

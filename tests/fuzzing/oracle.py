@@ -16,7 +16,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.branches.spec import PRESETS
 
 #: Kinds that leave no bias behind.
-WITHOUT_BIAS = ("expandnet", "expandnet_stack", "orepa", "lora", "mixture")
+WITHOUT_BIAS = ("expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac", "dirac_kernel")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ SHARED = Cause("shared parameters", ("shared with another module",))
 TWICE = Cause("runs twice", ("it runs 2 times",))
 NEVER = Cause("never runs", ("it runs 0 times",))
 ONE_PIXEL = Cause("seen on 1x1 maps", ("seen on 1x1 maps",))
-HEAD = Cause("sees one token", ("it is seen on one token", "the classifier"))
+HEAD = Cause("sees one token", ("it is seen on one token", "the classifier", "1x1 kernel"))
 NO_NORM = Cause("no norm for its bias", ("finds no batch norm to go to",))
 GEOMETRY = Cause("geometry does not fit the kind", ("no middle", "cross", "lopsided", "dilation", "stack of 3x3"))
 SHAPE = Cause("shape does not fit the kind", ("become", "stride", "larger than its input", "no middle"))
@@ -73,9 +73,9 @@ def _unfit(kind: str, conv: nn.Conv2d) -> Cause | None:
     (kh, kw), (dh, dw) = conv.kernel_size, conv.dilation
     even = kh % 2 == 0 or kw % 2 == 0
     lopsided = conv.padding == "same" and ((dh * (kh - 1)) % 2 == 1 or (dw * (kw - 1)) % 2 == 1)
-    if kind in ("pointwise", "orepa"):
+    if kind in ("pointwise", "orepa", "dirac_kernel"):
         return GEOMETRY if even else None
-    if kind == "identity":
+    if kind in ("identity", "dirac"):
         padded = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
         wide = padded[0] > dh * (kh - 1) // 2 or padded[1] > dw * (kw - 1) // 2
         return SHAPE if even or wide or conv.in_channels != conv.out_channels or conv.stride != (1, 1) else None
