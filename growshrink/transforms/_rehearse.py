@@ -68,7 +68,10 @@ class _Trial:
         count = as_conv(layer).out_channels
         random = torch.rand(2, count, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.scale = torch.ones(count) if isinstance(layer, Grown) else 0.5 + random[0]
-        self.norm, takes_bias = norm, layer.bias is not None or norm is not None
+        # a branch of its own may read the output with the bias in it, but not what goes into the norm
+        own_bias = layer.bias is not None
+        takes_bias = not own_bias and norm is not None or own_bias and not isinstance(layer, Grown)
+        self.norm = norm
         self.shift = (random[1] - 0.5) * takes_bias
 
     def __call__(self, layer: nn.Module, args: object, output: Tensor) -> Tensor:

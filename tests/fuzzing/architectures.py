@@ -116,6 +116,8 @@ def _kinds(branch: str | BranchSpec) -> tuple[str, ...]:
 
 def _where(random: Random, eligible: list[str]) -> Any:
     way = random.choice(("all", "all", "regex", "callable", "names"))
+    if set(eligible) == {"head"} and way != "names":  # which the others do not name
+        return None
     if way == "names" and eligible:
         return random.sample(eligible, random.randint(1, len(eligible)))
     if way == "callable":

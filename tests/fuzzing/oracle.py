@@ -34,7 +34,9 @@ NEVER = Cause("never runs", ("it runs 0 times",))
 ONE_PIXEL = Cause("seen on 1x1 maps", ("seen on 1x1 maps",))
 HEAD = Cause("sees one token", ("it is seen on one token", "the classifier", "1x1 kernel"))
 NO_NORM = Cause("no norm for its bias", ("finds no batch norm to go to",))
-GEOMETRY = Cause("geometry does not fit the kind", ("no middle", "cross", "lopsided", "dilation", "stack of 3x3"))
+GEOMETRY = Cause(
+    "geometry does not fit the kind", ("no middle", "cross", "lopsided", "dilation", "stack of 3x3", "no neighbours")
+)
 SHAPE = Cause("shape does not fit the kind", ("become", "stride", "larger than its input", "no middle"))
 
 
@@ -48,21 +50,24 @@ def causes_against(net: RandomNet, kinds: Sequence[str]) -> dict[str, list[Cause
     weights = Counter(id(layer.weight) for layer in layers.values())
     found: dict[str, list[Cause]] = {}
     for name, conv in layers.items():
-        if isinstance(conv, nn.Linear):
-            found[name] = [HEAD]
-            continue
+        head = isinstance(conv, nn.Linear)
+        conv = nn.Conv2d(conv.in_features, conv.out_features, 1) if isinstance(conv, nn.Linear) else conv
         causes = [STEM] * (name == "stem")
-        causes += [SHARED] * (weights[id(conv.weight)] > 1)
+        causes += [SHARED] * (weights[id(layers[name].weight)] > 1)
         causes += [TWICE] * (calls[name] == 2) + [NEVER] * (calls[name] == 0)
         causes += [ONE_PIXEL] * (sizes.get(name) == (1, 1))
         fitting: list[str] = []
         for kind in kinds:
             parts = PRESETS.get(kind, (kind,))
             against = {part: _unfit(part, conv) for part in parts}
+            if head and "pointwise_average" in against:
+                against["pointwise_average"] = GEOMETRY
             fitting += [part for part, cause in against.items() if cause is None]
             if all(against.values()):
                 causes += [cause for cause in against.values() if cause is not None]
         biased = not all(kind in WITHOUT_BIAS for kind in fitting)
+        if head and fitting and biased:
+            causes.append(HEAD)
         if conv.bias is None and biased and not _norm_takes_bias(net, name, calls):
             causes.append(NO_NORM)
         found[name] = causes

@@ -12,7 +12,9 @@ from program import run
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("branch", ["condconv", pytest.param("guided", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "branch", [pytest.param(branch, marks=pytest.mark.exhaustive) for branch in ("condconv", "guided")]
+)
 def test_it_tells_how_constant_the_numbers_are(capsys, branch):
     options = ("--epochs", "2", "--random", "1" if branch == "guided" else "0")
     assert run(ROOT / "recipes" / "fading.py", branch, *options) == 0
