@@ -184,8 +184,8 @@ NEVER_GROWN = "the net was never grown. growshrink.grow returns a copy: use what
 
 
 def was_grown(model: nn.Module) -> bool:
-    """Whether a net has branches, or had some before `fuse` or `drop`, which leave their mark on what they return."""
-    return any(getattr(module, "was_grown", False) for module in model.modules())
+    """Whether a net has a lam, or branches, or had some before `fuse` or `drop`, which mark what they return."""
+    return any(getattr(module, "was_grown", False) or isinstance(module, Vanishing) for module in model.modules())
 
 
 def get_lambda(model: nn.Module) -> dict[str, float]:

@@ -86,7 +86,7 @@ def test_without_arguments_it_learns_the_digits_and_leaves_everything(tmp_path):
     assert report["training"]["seconds"] < 180
     net = timm.create_model("reducenet20", num_classes=10, in_chans=1)
     net.load_state_dict(load_file(path / "plain.safetensors"), strict=True)
-    assert "round | branches" in out and f"Read {path / 'report.md'}" in out
+    assert "round | branches" in out and f"Read {path / 'report.html'}" in out
     assert "round 1 (bottleneck): val top-1 before" in out
     assert list(tmp_path.iterdir()) == [path]
 
