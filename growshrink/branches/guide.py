@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.algebra.dataflow import Flow
+from growshrink.base.copying import copy_net
 from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors, several
 from growshrink.errors import GrowError, GrowShrinkError, check_model
 
@@ -107,10 +107,10 @@ class Guide(nn.Module):
                 layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
             self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
             return
-        self.net = copy.deepcopy(net)
+        self.net = copy_net(net)
         device = next((p.device for p in net.parameters()), torch.device("cpu"))
         with torch.no_grad():
-            out = copy.deepcopy(net).eval()(torch.zeros(2, *size, device=device))
+            out = copy_net(net).eval()(torch.zeros(2, *size, device=device))
         if not isinstance(out, Tensor) or out.dim() != 2:
             raise GrowError(
                 "guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0."

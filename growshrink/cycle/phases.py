@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+from growshrink.base.copying import copy_net
 from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation
 from growshrink.cycle.costs import Costs, NetCost
@@ -391,7 +391,7 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
     if (net := run.teachers.get(span.number)) is not None:
         assert span.lessons is not None
         if run.teaching.net is None:
-            run.set_teacher(run.placed(copy.deepcopy(net)), of_the_run=False)
+            run.set_teacher(run.placed(copy_net(net)), of_the_run=False)
         record.teacher_updates = updates = span.start - span.begin
         record.teacher_macs = updates * run.images_per_update * training_macs(net, size)
         record.macs_before -= record.teacher_macs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import check_fields
+from growshrink.base.copying import copy_net
 from growshrink.base.limits import Positive, Share
 from growshrink.base.reading import clean_keys, parse_json, read_json
 from growshrink.cycle.result import PLAIN_FILE
@@ -177,7 +177,7 @@ def _merged(path: Path, grown: nn.Module, recipe: Recipe, **known: Any) -> Sourc
     known["input_size"] = _input_size(known["input_size"], recipe)
     grown = grown.eval()
     if recipe.dynamic:
-        known["dynamic"] = copy.deepcopy(grown)
+        known["dynamic"] = copy_net(grown)
         set_lambda(grown, 0.0)
     try:
         left = fuse(grown, input_size=known["input_size"]) if recipe.merge else drop(grown)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.base.seeding import generator
 from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.source import Recipe, read_source
@@ -44,7 +44,7 @@ def teacher_nets(
         try:
             with torch.random.fork_rng([]):
                 torch.manual_seed(generator("teacher", plan.seed, number).initial_seed())
-                net = copy.deepcopy(given[number]) if number in given else _made(teacher, feed, model_about)
+                net = copy_net(given[number]) if number in given else _made(teacher, feed, model_about)
             check_model_fits(net, feed)
         except GrowShrinkError as error:
             raise PlanError(f"the teacher of round {number}, {teacher.of}: {error}") from error

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, InputSize, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, InputSize, trace
 from growshrink.base.copying import copy_net
 from growshrink.errors import AlgebraError, FuseError, MergeError, did_you_mean
 from growshrink.layers.activations import VanishingReLU
@@ -151,7 +151,7 @@ def _plan(
 
 def _chains(model: nn.Module, flow: Flow) -> tuple[list[list[str]], dict[str, str]]:
     """Maximal sequences of convolutions of which each alone reads the one before, and why they end."""
-    shared = shared_parameters(model)
+    shared = flow.shared
     convs = [
         name
         for name, conv in model.named_modules()

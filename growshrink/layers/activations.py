@@ -165,6 +165,14 @@ def set_lambda(model: nn.Module, value: float) -> int:
         GrowShrinkError: The net was never grown.
         ValueError: `value` is not in [0, 1], or is not 0 and the branches are collapsed. Nothing was set.
     """
+    count = follow_lambda(model, value)
+    if not count and not was_grown(model):
+        raise GrowShrinkError(f"lam={value!r}: {NEVER_GROWN}")
+    return count
+
+
+def follow_lambda(model: nn.Module, value: float) -> int:
+    """`set_lambda` for a schedule's own loop, in which a net that was never grown is no mistake."""
     value = check_lambda(value)
     found = list(vanishing(model))
     if value and (held := [name for name, act in found if act.held]):
@@ -172,8 +180,6 @@ def set_lambda(model: nn.Module, value: float) -> int:
             f"lam={value!r}: {held[0]} is part of a kernel, so its lam is 0 (growshrink.collapse_online). "
             "growshrink.expand_online makes it an activation again."
         )
-    if not found and not was_grown(model):
-        raise GrowShrinkError(f"lam={value!r}: {NEVER_GROWN}")
     for _, act in found:
         act.lam.fill_(value)
     return len(found)
@@ -184,8 +190,8 @@ NEVER_GROWN = "the net was never grown. growshrink.grow returns a copy: use what
 
 
 def was_grown(model: nn.Module) -> bool:
-    """Whether a net has a lam, or branches, or had some before `fuse` or `drop`, which mark what they return."""
-    return any(getattr(module, "was_grown", False) or isinstance(module, Vanishing) for module in model.modules())
+    """Whether a net has branches, or had some before `fuse` or `drop`, which leave their mark on what they return."""
+    return any(getattr(module, "was_grown", False) for module in model.modules())
 
 
 def get_lambda(model: nn.Module) -> dict[str, float]:

@@ -18,7 +18,7 @@ from growshrink.algebra.outputs import paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.base.seeding import own_randomness
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
-from growshrink.layers.activations import set_lambda, was_grown
+from growshrink.layers.activations import follow_lambda
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import randomize_norms_
@@ -173,8 +173,7 @@ def verify(
     if transform in (fuse, fold):
         transform = partial(transform, input_size=inputs)
     model = copy_net(model).eval()
-    if was_grown(model):
-        set_lambda(model, 0.0)
+    follow_lambda(model, 0.0)
     if randomize_norms:
         randomize_norms_(model, seed)
     exact, rounded = copy_net(model).double(), copy_net(model).float()

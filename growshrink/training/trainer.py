@@ -23,7 +23,7 @@ from growshrink.base.ranks import average_update_
 from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
-from growshrink.layers.activations import set_lambda, was_grown
+from growshrink.layers.activations import follow_lambda
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
@@ -299,10 +299,9 @@ class Trainer:
         if of_ema:
             assert self.ema is not None
             if self._ema_has_lam:  # every time: the average has just pulled it towards the model's
-                self._ema_has_lam = was_grown(self.ema) and set_lambda(self.ema, value) > 0
+                self._ema_has_lam = follow_lambda(self.ema, value) > 0
         elif value != self._lam:
-            if was_grown(self.model):
-                set_lambda(self.model, value)
+            follow_lambda(self.model, value)
             self._lam = value
 
     def _freeze(self) -> None:

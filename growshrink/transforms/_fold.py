@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import FROZEN_NORMS, Flow, shared_parameters, trace
+from growshrink.algebra.dataflow import FROZEN_NORMS, Flow, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
 from growshrink.errors import FuseError
@@ -85,7 +85,7 @@ def fold_report(
 
 def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
     """Names of layers and of the norm each can take in."""
-    shared = shared_parameters(model)
+    shared = flow.shared
     pairs = {}
     for name, layer in model.named_modules():
         grows = isinstance(layer, WeightLayer) and class_in_table(layer) is not None

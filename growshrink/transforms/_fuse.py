@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.algebra.dataflow import Flow, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
 from growshrink.algebra.outputs import output_leaves, paired_leaves
 from growshrink.base.copying import copy_net
@@ -112,7 +112,7 @@ def _refuse_alive(model: nn.Module) -> None:
 
 
 def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
-    shared = shared_parameters(model)
+    shared = flow.shared
     merges: dict[str, _Merge] = {}
     for name, module in grown_modules(model).items():
         if module is model and isinstance(module, PureBottleneck):

@@ -13,7 +13,7 @@ import torch
 from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 
-from growshrink.algebra.dataflow import Flow, shared_parameters, trace
+from growshrink.algebra.dataflow import Flow, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, BranchSpec, Modulated, check_ratio, format_skipped
@@ -261,7 +261,6 @@ class _Eligibility:
     def __init__(self, model: nn.Module, input_size: InputLike) -> None:
         cfg = getattr(model, "pretrained_cfg", None) or {}
         self.flow: Flow = trace(model, input_size)
-        self.shared = shared_parameters(model)
         self.modules = dict(model.named_modules())
         layers = _candidates(model)
         convs = (n for n, layer in layers.items() if not isinstance(layer, nn.Linear))
@@ -272,7 +271,7 @@ class _Eligibility:
     def carrier_of(self, name: str, spec: BranchSpec) -> str:
         """What carries the branch of a layer: the layer, or the norm behind it, for a branch that acts there."""
         norm = self.flow.norm_after(name)[0] if spec.branch_class.behind_norm else None
-        found = self.modules[norm] if norm is not None and norm not in self.shared else None
+        found = self.modules[norm] if norm is not None and norm not in self.flow.shared else None
         fits = isinstance(found, GrownNorm2d) or type(found) in (nn.BatchNorm2d, BatchNormAct2d)
         return str(norm) if fits and found is not None and found.weight is not None else name
 
@@ -292,7 +291,7 @@ class _Eligibility:
             return f"its {key} is computed by a hook, not a parameter"
         if own := next((key for key in ("forward", "_conv_forward") if key in vars(layer)), ""):
             return f"its {own} was replaced, and would pass branches by"
-        if name in self.shared:
+        if name in self.flow.shared:
             return "its parameters are shared with another module"
         if name in self.flow.read_beside:
             return "something else than its own forward reads its parameters"

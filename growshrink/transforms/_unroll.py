@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 
+from growshrink.base.copying import copy_net
 from growshrink.errors import EquilibriumError, check_model
 from growshrink.layers.multiscale import ConvEquilibrium
 
@@ -25,7 +24,7 @@ def unroll(model: nn.Module, steps: int, *, untie: bool = False) -> nn.Module:
     check_model(model)
     if type(steps) is not int or steps < 1:
         raise EquilibriumError(f"{steps=}: must be a whole number above 0.")
-    model = copy.deepcopy(model)
+    model = copy_net(model)
     found = [module for module in model.modules() if isinstance(module, ConvEquilibrium)]
     if not found:
         raise EquilibriumError("the model has no ConvEquilibrium: there is nothing to unroll.")
