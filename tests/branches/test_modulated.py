@@ -250,9 +250,13 @@ def test_silent_refused_and_fused(name, kind):
         with pytest.raises(gs.errors.FuseError, match="have not vanished"):
             gs.fuse(grown, input_size=size)
     gs.set_lambda(grown, 0.0)
-    report = gs.verify(grown, input_size=size)
-    assert report.ok and report.max_rel < 1e-10 and report.effect > 1e-3
-    fused = gs.fuse(randomized(grown).eval(), input_size=size)
+    randomized(grown)
+    with torch.no_grad():  # one kind alone is hard to see beside the gates that a net has; several overflow float32
+        for parameter in gs.branch_parameters(grown) if isinstance(kind, str) else ():
+            parameter.mul_(5.0)
+    report = gs.verify(grown, input_size=size, randomize_norms=False)
+    assert report.ok and report.max_rel < 1e-10 and report.effect > 0.1
+    fused = gs.fuse(grown.eval(), input_size=size)
     assert rel(fused(x), grown(x)) < 1e-10
     plain.load_state_dict(fused.state_dict(), strict=True)
     assert list(fused.state_dict()) == list(plain.state_dict())
