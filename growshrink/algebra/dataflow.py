@@ -180,8 +180,9 @@ def shared_parameters(model: nn.Module) -> set[str]:
 
 
 def inputs_for(model: nn.Module, input_size: InputLike = None) -> Inputs:
-    """What is given, or what `trace` finds the model to run on."""
-    return given_inputs(input_size) or trace(model).inputs
+    """What is given, or what the model is found to run on in eval mode."""
+    check_model(model, scripted=False)
+    return given_inputs(input_size) or _first_that_runs(model, _candidates(model), train=False).inputs
 
 
 def _candidates(model: nn.Module) -> list[Inputs]:

@@ -70,6 +70,8 @@ def average_(tensors: Iterable[Tensor]) -> None:
 @torch.no_grad()
 def average_update_(model: nn.Module, loss: Tensor) -> None:
     """Average what the ranks' images have led to, in place: gradients, batch norm and other statistics, the loss."""
+    if num_ranks() == 1:  # in every update: nothing is to be looked for
+        return
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm)]
     statistics = [statistic for norm in norms for statistic in (norm.running_mean, norm.running_var)]

@@ -36,9 +36,9 @@ def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
         if done or not asked or not (out / record.job.folder / PLAIN_FILE).is_file():
             continue
         scores = []
-        for number, score in enumerate(record.scores):
+        nets = deployed_nets(experiment, record.job, out, data_of(experiment, record.job.seeds[0], data_dir))
+        for score, plain in zip(record.scores, nets, strict=True):
             data = data_of(experiment, score.seed, data_dir)
-            plain = deployed_nets(experiment, record.job, out, data)[number]
             found = int8_scores(Source(Path(), plain, "", {}, data.input_size), data)
             tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
             scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))

@@ -59,6 +59,13 @@ class Grown(Mergeable):
         """`(N, I, H, W) -> (N, O, H', W')`: the layer with its branches, whatever it makes its outputs of."""
         return self(x)
 
+    def with_branches(self, image: Tensor, out: Tensor) -> Tensor:
+        """The output, as an image, with what the branches add."""
+        for branch in self.branches:
+            if not branch.skipped:
+                out = out + branch(image, out)
+        return out
+
     def values_of(self, total: ConvMap) -> tuple[Tensor, Tensor]:
         """Weight and bias with which the layer without branches computes a map in its own geometry."""
         return own_layout(self, total.kernel), total.bias

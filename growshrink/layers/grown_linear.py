@@ -10,19 +10,8 @@ from growshrink.algebra.taps import spread
 from growshrink.layers.grown import Grown
 
 
-class _GrownOnImages(Grown):
-    """What the classes here share; none is ever constructed, see `GrownConv2d`."""
-
-    def with_branches(self, image: Tensor, out: Tensor) -> Tensor:
-        """The output, as an image, with what the branches add."""
-        for branch in self.branches:
-            if not branch.skipped:
-                out = out + branch(image, out)
-        return out
-
-
 @register_notrace_module  # as an nn.Linear is: how tokens become an image depends on the shape
-class GrownLinear(_GrownOnImages, nn.Linear):
+class GrownLinear(Grown, nn.Linear):
     """A linear layer with branches: `y = linear(x); for each branch: y = y + branch(x, y)`.
 
     Branches see the tokens `(N, ..., I)` as an image `(N, I, T, 1)`, without a copy, and so their batch norms normalise
@@ -48,7 +37,7 @@ class GrownLinear(_GrownOnImages, nn.Linear):
 
 
 @register_notrace_module
-class GrownConv1d(_GrownOnImages, nn.Conv1d):
+class GrownConv1d(Grown, nn.Conv1d):
     """A convolution of sequences with branches, which see `(N, I, L)` as images `(N, I, 1, L)` of one row."""
 
     plain_class = nn.Conv1d
@@ -67,7 +56,7 @@ class GrownConv1d(_GrownOnImages, nn.Conv1d):
 
 
 @register_notrace_module
-class GrownConvTranspose2d(_GrownOnImages, nn.ConvTranspose2d):
+class GrownConvTranspose2d(Grown, nn.ConvTranspose2d):
     """A transposed convolution with branches.
 
     It is a convolution of stride 1, by the kernel turned around, of the input with `stride - 1` zeros between its

@@ -23,11 +23,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
 
     def on_images(self, x: Tensor) -> Tensor:
         """See `Grown.on_images`."""
-        y = nn.BatchNorm2d.forward(self, x)
-        for branch in self.branches:
-            if not branch.skipped:
-                y = y + branch(x, y)
-        return y
+        return self.with_branches(x, nn.BatchNorm2d.forward(self, x))
 
     forward = on_images  # type: ignore[assignment]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.base.timing import seconds_interleaved
 
 #: How much faster bfloat16 has to be: it costs digits, and a measurement is uncertain.
@@ -19,7 +19,7 @@ def training_step(
     model: nn.Module, input_size: InputSize, batch_size: int, device: torch.device, *, amp: bool = False
 ) -> Callable[[], object]:
     """A forward and backward pass of a copy of `model` on a blank batch, to be timed."""
-    replica = copy.deepcopy(model).to(device).to(memory_format=torch.channels_last).train()
+    replica = copy_net(model).to(device).to(memory_format=torch.channels_last).train()
     images = torch.zeros(max(2, batch_size), *input_size, device=device).to(memory_format=torch.channels_last)
 
     def step() -> None:
