@@ -19,7 +19,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.depth.latency import Latencies, measure_cuts
 from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
 from growshrink.errors import PlanError
-from growshrink.layers.activations import follow_lambda
+from growshrink.layers.activations import set_lambda
 from growshrink.training.calibrate import calibrate_bn
 
 #: Latencies closer than this share of the net's are taken for equal while searching.
@@ -71,7 +71,7 @@ def segment_harms(
         harms[segment] = 0.0
         if segment.length > 1:
             silenced = vanish_cut(model, cut_at(model, segment))
-            follow_lambda(silenced, 0.0)
+            set_lambda(silenced, 0.0)
             calibrate_bn(silenced, batches)
             harms[segment] = max(0.0, loss(silenced) - own)
     return harms

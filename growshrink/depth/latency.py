@@ -23,7 +23,7 @@ from growshrink.base.writing import write_atomic
 from growshrink.data.datasets import CACHE
 from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, merge_cut, random_cut, stages_of, vanish_cut
 from growshrink.errors import RunError
-from growshrink.layers.activations import follow_lambda
+from growshrink.layers.activations import set_lambda
 from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
 
@@ -131,7 +131,7 @@ def measure_cuts(
     nets = [fold(model, input_size=input_size)]
     for cut in cuts:
         vanished = vanish_cut(model, cut)
-        follow_lambda(vanished, 0.0)
+        set_lambda(vanished, 0.0)
         nets.append(merge_cut(vanished, cut, input_size=input_size))
     calls = {str(number): partial(_forward, net.eval(), images) for number, net in enumerate(nets)}
     own_thread = like.device.type == "cpu" and torch.get_num_threads() == 1

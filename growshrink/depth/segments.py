@@ -98,6 +98,7 @@ def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
     check_reducenet(model)
     _check_cut(model, cut)
     model = cast(ReduceNet, copy_net(model))
+    vars(model)["was_grown"] = True  # of an empty cut too: it has a lam to set, if of no activation
     for segment in cut:
         blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
         for position, block in enumerate(blocks):
