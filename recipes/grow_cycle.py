@@ -275,7 +275,7 @@ def configure(args: Args, feed: Feed, plan: gs.CyclePlan) -> TrainConfig:
         config = replace(config, class_weights=tuple((counts.mean() / counts).tolist()))
     if lr != args.training.lr and not this_rank():
         why = f"weights that are tuned: layer decay {config.layer_decay:g}, " * args.model.tunes
-        print(f"--lr {lr:.2g} for {why}{total:,} updates.", file=sys.stderr)
+        print(f"--lr {lr:.2g} for {why}{total:,} updates.")
     return ARMS[args.arm].trained(config, lr) if args.arm else replace(config, lr=lr)
 
 

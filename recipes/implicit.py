@@ -26,7 +26,7 @@ import growshrink as gs
 from growshrink.algebra import Solver
 from growshrink.analysis.stats import paired
 from growshrink.analysis.trained import num_updates
-from growshrink.base.limits import OneOf
+from growshrink.base.limits import Interval, OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, Options, RunOptions
@@ -59,7 +59,7 @@ class Args(Options):
 
     arms: tuple[Annotated[str, OneOf("no such arm", ARMS)], ...] = tuple(ARMS)
     """What is trained; explicit-2 always is."""
-    width: float = 0.5
+    width: Annotated[float, Interval(0.0, 16.0, above=True)] = 0.5
     """Multiplier of all channels."""
     length: LengthOptions = LengthOptions(epochs=30.0, seeds=5)
     training: TrainConfig = TrainConfig(ema_decay=0.0)

@@ -398,7 +398,7 @@ def draw_canvases(path: Path, canvases: Canvases) -> None:
 
     figure = Figure(figsize=(8, 2.2), layout="constrained")
     for axis, image, rows in zip(figure.subplots(1, 4), canvases.images, canvases.objects, strict=False):
-        axis.imshow(image[0], cmap="gray")
+        axis.imshow(image[0].numpy(), cmap="gray")
         for label, index, y, x in rows.tolist():
             side = SIZES[int(index)]
             axis.add_patch(Rectangle((x - side / 2 - 0.5, y - side / 2 - 0.5), side, side, fill=False, color="orange"))

@@ -33,7 +33,7 @@ import growshrink as gs
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.limits import OutFile, Whole
 from growshrink.base.reading import clean_keys
-from growshrink.base.writing import write_atomic
+from growshrink.base.writing import check_unwritten, write_atomic
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
 from growshrink.cli.program import guarded, read_options
@@ -64,6 +64,7 @@ def main(args: Args, script: Path, arguments: list[str]) -> None:
     if (script.parent / "timm").is_dir():
         raise RunError(f"{script}: there is a folder timm beside it, which Python would import. Copy the script away.")
 
+    check_unwritten("--fused", args.fused)
     how, seed = args.rounds, args.running.seed
     if args.fused and how.widths is None and not args.vanish:
         raise RunError("--fused without --vanish: branches fuse once lam is 0.")

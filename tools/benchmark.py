@@ -43,7 +43,7 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.base.environment import versions
 from growshrink.base.timing import Call, machine, seconds_of
-from growshrink.base.writing import write_json
+from growshrink.base.writing import check_unwritten, write_json
 from growshrink.cli.options import command
 from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
@@ -78,10 +78,7 @@ def main(args: Args) -> int:
     """Measure, print, write; the exit status."""
     if not args.only:
         raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
-    if (file := args.output.file) is not None and file.exists():
-        raise RunError(f"--file {file}: exists; choose another name or remove it.")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise RunError(f"--file {file}: the folder {file.parent} does not exist.")
+    check_unwritten("--file", file := args.output.file)
     bench = args.bench(quick=Bench(0.02, 3, 4, 256, 2, 120))
     about: dict[str, Any] = {
         "command": command(),

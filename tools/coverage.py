@@ -150,6 +150,9 @@ def cover_all(args: Args, groups: list[list[str]], results: dict[tuple[str, str]
 def cover_zoo(args: Args) -> int:
     """Print a table of the nets in `zoo.ZOO`; 1 if one crashed or is not exact."""
     wrong = 0
+    for pattern in args.patterns:
+        if not any(fnmatch(name, pattern) for name in ZOO):
+            raise gs.errors.GrowShrinkError(f"{pattern}: no net of the zoo is called so.")
     print("| net | of | layers | grown | float64 | float32 | effect |\n|---|---|---|---|---|---|---|", flush=True)
     for name, entry in ZOO.items():
         if args.patterns and not any(fnmatch(name, pattern) for pattern in args.patterns):

@@ -20,14 +20,14 @@ from typing import Annotated
 
 import torch
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.algebra import Solver, operator_bound
 from growshrink.base.limits import Count, InFile, OutFile, Pixels
-from growshrink.base.writing import save_picture
+from growshrink.base.reading import read_tensors
+from growshrink.base.writing import check_unwritten, save_picture
 from growshrink.cli.options import ModelName, ModelOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import EquilibriumError
@@ -72,12 +72,13 @@ class Row:
 
 def main(args: Args) -> None:
     """Measure and print."""
+    check_unwritten("--picture", args.picture)
     model, _ = ModelOptions(model=args.model, model_kwargs=args.model_kwargs).create(num_classes=10)
     size = (3, args.pixels, args.pixels)
     if args.branch:
         model = gs.grow(model, args.branch, input_size=size)
     if args.weights:
-        model.load_state_dict(load_file(args.weights))
+        model.load_state_dict(read_tensors(args.weights))
     rows = measure(model.eval(), random_images(size, args.images, torch.float32, 0), args.steps)
     titles = "".join(f"  after {k:2d} (allowed)   " for k in args.steps)
     print(f"{'layer':44s} {'bound':>6s} {'radius':>6s} {'evals':>5s} {'residual':>8s}{titles}")

@@ -41,6 +41,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         raise RunError(f"{path}: cannot be written ({error.strerror or error}, {len(content):,} bytes).") from error
 
 
+def check_unwritten(option: str, path: Path | None) -> None:
+    """RunError for a file that exists, or whose folder does not: before what is to be written has been computed."""
+    if path is not None and path.exists():
+        raise RunError(f"{option} {path}: exists; choose another name or remove it.")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise RunError(f"{option} {path}: the folder {path.parent} does not exist.")
+
+
 def save_picture(figure: Any, path: Path, dpi: int = 110) -> None:
     """Write a figure of matplotlib's like `write_atomic`, in the format that the name says."""
     content = io.BytesIO()

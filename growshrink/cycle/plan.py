@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import timm
+
 from growshrink.base.config import check_fields, from_dict, to_dict
 from growshrink.base.limits import NotNegative, OneOf, Positive, Ratio, Regex, Share, SomeOrAll, Whole
+from growshrink.branches import Branch, Guided
 from growshrink.branches.spec import BranchKind
 from growshrink.cycle.augmented import NetAug
 from growshrink.cycle.exits import Exit, Fuse
@@ -61,7 +64,7 @@ class Round:
     ratio: Ratio = 2.0
     where: Regex | None = None
     init: Annotated[str, OneOf("no such start", INITS)] = "silent"
-    guide: str | None = None
+    guide: Annotated[str, OneOf("timm knows no such model", timm.list_models)] | None = None
     linear: bool = False
     rise: Share = 0.0
     hold: SomeOrAll = 0.20
@@ -81,6 +84,8 @@ class Round:
                     f"branch={self.branch!r}: must be a tuple of at least one kind of branch, or another net teach."
                 )
             return
+        if self.guide is not None and not self._guided:
+            raise PlanError(f"guide={self.guide!r}: for branches of the kinds guided and guided_kernel.")
         self._check_shares()
         if self.controlled and not self.vanish:
             raise PlanError(f"control={self.control!r}: times the vanishing of activations, and vanish is 0.")
@@ -93,6 +98,10 @@ class Round:
             raise PlanError(
                 f"exit={self.exit.kind!r}: needs vanish=0, settle=0, teacher=Teacher('peak') and no widths."
             )
+
+    @property
+    def _guided(self) -> bool:
+        return any(issubclass(Branch.kinds[kind], Guided) for kind in self.branch if kind in Branch.kinds)
 
     @property
     def controlled(self) -> bool:
