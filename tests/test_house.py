@@ -57,6 +57,29 @@ def test_a_public_name_has_one_meaning():
     assert {name: sorted(found) for name, found in places.items() if len(found) > 1} == {}
 
 
+def test_a_public_method_is_documented_where_it_is_new():
+    """An override inherits its docstring, as `help` and the documentation do."""
+    classes = {node.name: node for tree in TREES.values() for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def methods(node):
+        return [part for part in ast.walk(node) if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+    def documented(name, method):
+        if (node := classes.get(name)) is None:
+            return False
+        own = any(part.name == method and ast.get_docstring(part) for part in methods(node))
+        return own or any(documented(ast.unparse(base), method) for base in node.bases)
+
+    missing = [
+        f"{name}.{part.name}"
+        for name, node in classes.items()
+        for part in node.body
+        if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef) and ast.unparse(part.body) != "..."
+        if not name.startswith("_") and not part.name.startswith("_") and not documented(name, part.name)
+    ]
+    assert not missing
+
+
 IMPORT = """
 import sys
 for name in {blocked!r}:

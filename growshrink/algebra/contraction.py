@@ -1,7 +1,5 @@
 """Convolutions that are contractions: an upper bound of their operator norm, and kernels scaled to obey one."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The tensors in whatever a net returns, by name."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any

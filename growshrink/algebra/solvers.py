@@ -1,7 +1,5 @@
 """Fixed points z = f(z), solved for every sample of a batch by itself."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Kernels as grids of taps: zeros between them, and the channels they join."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

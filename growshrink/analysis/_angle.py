@@ -6,8 +6,6 @@ over layers of one entry of a table of prefix sums over channels: so a subnet is
 Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), and RLNAS (arXiv:2101.11834).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Does a score rank subnets, and does it rank them any better than their size does?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

@@ -3,8 +3,6 @@
 Source: Fang et al., DepGraph (arXiv:2301.12900), by Torch-Pruning (the optional extra `prune`).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

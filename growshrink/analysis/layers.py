@@ -1,7 +1,5 @@
 """What a subnet keeps of every tensor, for nets whose subnets are prefixes of channels."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial

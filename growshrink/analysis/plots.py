@@ -1,7 +1,5 @@
 """Pictures of an analysis, by matplotlib without a display."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

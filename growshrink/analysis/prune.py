@@ -6,8 +6,6 @@ are drawn uniformly for all layers at once, and accepted if the cost fits the bu
 Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et al., EagleEye (arXiv:2007.02491).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,7 +54,7 @@ class SupernetSpace:
         return self.table.choices
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `Space.cost`."""
+        """Parameters and MACs of `(N, names)` subnets."""
         scores = self.table.score(index)
         return scores.params, scores.macs
 

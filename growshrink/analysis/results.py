@@ -5,8 +5,6 @@ lock on the number of the record that it computes, which the system releases whe
 twice, and a killed run is resumed where it was.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

@@ -4,8 +4,6 @@ Source: Liu et al., Rethinking the Value of Network Pruning (arXiv:1810.05270): 
 shape from scratch; Frankle et al. (arXiv:1903.01611) and Renda et al. (arXiv:2003.02389): rewinding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any

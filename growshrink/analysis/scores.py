@@ -5,8 +5,6 @@ def mine(bench: Bench, index: Index) -> Floats:
     ...one number for each row of index, higher is better, NaN where there is none
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ What the loop is worth is what it has over the same loop that drops at random.
 Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), algorithm 2.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Figures are defined for ties (tau-b), or are expectations over all ways to break them (precision and regret).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

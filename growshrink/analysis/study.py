@@ -3,8 +3,6 @@
 The plan is the same list of candidates in every process; each is made by the process that evaluates it.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Making and training the nets that are analysed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Tables of subnets and what they are worth, as CSV files."""
 
-from __future__ import annotations
-
 import csv
 import math
 import re

@@ -1,7 +1,5 @@
 """Dataclasses of plain values: checked field by field by the limits in their types, and taken to JSON and back."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass

@@ -1,7 +1,5 @@
 """Copies of nets, whatever they keep: activations, weights that a hook computes, locks."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """What a result depends on beside the code: versions and the machine."""
 
-from __future__ import annotations
-
 import platform
 from importlib.metadata import PackageNotFoundError, version
 

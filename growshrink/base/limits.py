@@ -7,13 +7,11 @@ A dataclass checks itself with `growshrink.base.config.check_fields`, a program 
 `growshrink.cli.program.run_program`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import torch
 
@@ -25,17 +23,16 @@ MANY = 10**9
 MOST_RATIO = 10_000
 
 
-@runtime_checkable
-class Limit(Protocol):
+class Limit:
     """Something in the type of an option that knows what the option can be."""
 
     def fault(self, value: Any) -> str | None:
         """What is wrong with a value, to follow its name; None if nothing is."""
-        ...
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Interval:
+class Interval(Limit):
     """A number in an interval, so never NaN.
 
     Attributes:
@@ -51,7 +48,6 @@ class Interval:
     below: bool = False
 
     def fault(self, value: float) -> str | None:
-        """See `Limit`."""
         if self.low <= value <= self.high and not (
             self.above and value == self.low or self.below and value == self.high
         ):
@@ -61,7 +57,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class OneOf:
+class OneOf(Limit):
     """A name that is known.
 
     Attributes:
@@ -77,7 +73,6 @@ class OneOf:
     joined: bool = False
 
     def fault(self, value: str) -> str | None:
-        """See `Limit`."""
         names = list(self.names() if callable(self.names) else self.names)
         for name in value.split("+") if self.joined else [value]:
             if not (self.known(name) if self.known is not None else name in names):
@@ -86,7 +81,7 @@ class OneOf:
 
 
 @dataclass(frozen=True)
-class ExistingPath:
+class ExistingPath(Limit):
     """The path of something to be read.
 
     Attributes:
@@ -98,7 +93,6 @@ class ExistingPath:
     folder: bool = False
 
     def fault(self, value: Path) -> str | None:
-        """See `Limit`."""
         what = " or ".join(name for name, may in (("file", self.file), ("folder", self.folder)) if may)
         try:
             path = value.expanduser()
@@ -112,7 +106,7 @@ class ExistingPath:
 
 
 @dataclass(frozen=True)
-class Writable:
+class Writable(Limit):
     """The path of something to be written: above it there are folders only, as far as there is anything.
 
     Attributes:
@@ -122,7 +116,6 @@ class Writable:
     file: bool = False
 
     def fault(self, value: Path) -> str | None:
-        """See `Limit`."""
         try:
             if self.file and value.is_dir():
                 return "a folder, must be a file."
@@ -135,39 +128,24 @@ class Writable:
 
 
 @dataclass(frozen=True)
-class KeyValue:
-    """An argument for a function, as KEY=VALUE."""
+class Parsed(Limit):
+    """A text that `parse` takes without one of `errors`; `what` says what it is otherwise."""
+
+    parse: Callable[[str], object]
+    what: str
+    errors: type[Exception]
 
     def fault(self, value: str) -> str | None:
-        """See `Limit`."""
-        key, equals, _ = value.partition("=")
-        return None if equals and key.isidentifier() else "must be KEY=VALUE."
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """A regular expression."""
-
-    def fault(self, value: str) -> str | None:
-        """See `Limit`."""
         try:
-            re.compile(value)
-        except re.error as error:
-            return f"not a regular expression ({error})."
+            self.parse(value)
+        except self.errors as error:
+            return f"{self.what} ({str(error).splitlines()[0]})."
         return None
 
 
-@dataclass(frozen=True)
-class DeviceName:
-    """A device as torch spells it; whether it is there, only its use tells."""
-
-    def fault(self, value: str) -> str | None:
-        """See `Limit`."""
-        try:
-            torch.device("cpu" if value == "auto" else value)
-        except RuntimeError as error:
-            return f"not to be had here ({str(error).splitlines()[0]})."
-        return None
+def _is_argument(text: str) -> bool:
+    key, equals, _ = text.partition("=")
+    return bool(equals) and key.isidentifier()
 
 
 @dataclass(frozen=True)
@@ -192,9 +170,12 @@ SomeOrAll = Annotated[float, Interval(0, 1, above=True)]
 PartOf = Annotated[float, Interval(0, 1, above=True, below=True)]
 """A share that is neither nothing nor all."""
 NotAll = Annotated[float, Interval(0, 1, below=True)]
-Device = Annotated[str, DeviceName()]
-Argument = Annotated[str, KeyValue()]
-Regex = Annotated[str, Pattern()]
+Device = Annotated[
+    str, Parsed(lambda name: torch.device("cpu" if name == "auto" else name), "not to be had here", RuntimeError)
+]
+"""A device as torch spells it; whether it is there, only its use tells."""
+Argument = Annotated[str, OneOf("must be KEY=VALUE", list, _is_argument)]
+Regex = Annotated[str, Parsed(re.compile, "not a regular expression", re.error)]
 InFile = Annotated[Path, ExistingPath(file=True)]
 InFolder = Annotated[Path, ExistingPath(folder=True)]
 OutFile = Annotated[Path, Writable(file=True)]

@@ -1,7 +1,5 @@
 """Locks on files, which the system takes back when a process dies, however it dies."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import time

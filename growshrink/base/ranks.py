@@ -5,8 +5,6 @@ backward pass. Nothing is wrapped and nothing hangs on the parameters, so that a
 two updates (DistributedDataParallel silently reduces only what was there when it was made).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

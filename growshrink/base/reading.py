@@ -3,8 +3,6 @@
 Sizes declared in a file are checked against its length, nothing is unpickled, and every fault is a `RunError`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

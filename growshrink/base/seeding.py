@@ -1,7 +1,5 @@
 """Random generators that are named by what they are for, so that any of them can be made again at any time."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ The handlers are a program's to install (`handled`, by way of `growshrink.cli.pr
 Where none are installed, `finishing` does nothing and Ctrl-C is the KeyboardInterrupt it always was.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Tensors of a net that share memory, whatever objects they are: tied weights, views, slices of one buffer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

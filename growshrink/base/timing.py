@@ -1,7 +1,5 @@
 """Timing utilities and machine description."""
 
-from __future__ import annotations
-
 import os
 import platform
 import statistics

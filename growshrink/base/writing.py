@@ -1,7 +1,5 @@
 """Files written so that a crash at any moment leaves the old content or the new."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

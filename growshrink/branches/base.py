@@ -4,8 +4,6 @@ A new kind of branch is one subclass of `Branch` and nothing else: naming it in 
 (`class Mine(Branch, kind="mine")`) makes it known to `grow`, to the plans, to coverage and to the tests.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -39,14 +37,12 @@ class Chain(Branch, kind=""):
         self.path = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         vertical, horizontal = self.crop
         if vertical or horizontal:
             x = x[:, :, vertical : x.shape[2] - vertical, horizontal : x.shape[3] - horizontal]
         return self.path(x)
 
     def make_linear_(self, scale: float, trained: str) -> None:
-        """See `Branch.make_linear_`."""
         parts = {name: part for name, part in self.path.named_children() if not isinstance(part, nn.BatchNorm2d)}
         if not parts:  # the identity, whose norm was all it trained
             parts["weight"] = scaled_identity(self.out_channels, 1.0)
@@ -56,7 +52,6 @@ class Chain(Branch, kind=""):
         self.path = nn.Sequential(OrderedDict(parts))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         maps: list[ConvMap] = []
         for name, part in self.path.named_children():
             channels = maps[-1].out_channels if maps else kernel.in_channels

@@ -1,7 +1,5 @@
 """The branches whose activation vanishes: beside a kernel, in each other, behind a kernel."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -41,7 +39,6 @@ class Bottleneck(Branch, kind="bottleneck"):
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def make_linear_(self, scale: float, trained: str) -> None:
-        """See `Branch.make_linear_`."""
         body = self.body
         body.bn, body.act = nn.Identity(), nn.Identity()  # type: ignore[assignment]
         leave_one_trained_([body.conv, body.pointwise], trained)
@@ -49,11 +46,9 @@ class Bottleneck(Branch, kind="bottleneck"):
         freeze_(self.norm)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return self.norm(self.body(x))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         dtype = kernel.kernel.dtype
         return convmap_of(self.body, "body", dtype=dtype).then(convmap_of(self.norm, "norm", dtype=dtype))
 
@@ -89,10 +84,8 @@ class Insert(Branch, kind="insert"):
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return self.norm(self.pointwise(self.act(y)))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         names, channels, dtype = ("act", "pointwise", "norm"), kernel.out_channels, kernel.kernel.dtype
         return compose([kernel, *(convmap_of(getattr(self, name), name, channels, dtype) for name in names)])

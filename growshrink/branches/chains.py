@@ -3,8 +3,6 @@
 Each has all its padding in its first convolution, so each is one kernel of the convolution's size, borders included.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn
@@ -42,7 +40,6 @@ class PointwiseConv(Chain, kind="pointwise_conv"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return lopsided(conv)
 
 
@@ -66,7 +63,6 @@ class PointwiseAverage(Chain, kind="pointwise_average"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         if isinstance(conv, TokenConv2d):
             return "it is a linear layer, there are no neighbours to average over"
         if any(d > 1 and k > 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)):
@@ -125,7 +121,6 @@ class ExpandNetStack(Chain, kind="expandnet_stack"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         height, width = conv.kernel_size
         if height != width or height % 2 == 0 or height < 5:
             return f"a stack of 3x3 makes 5x5, 7x7, ..., not its {height}x{width}"

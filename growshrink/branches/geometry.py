@@ -1,7 +1,5 @@
 """What branches have to know about the geometry of their convolution."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Guides: one net that sees the images and feeds every layer of another, until it is taken off; and gate losses."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -70,7 +68,6 @@ class GuidedRows(Guided, RowFactors, kind="guided"):
         return gates
 
     def penalty(self, target: Tensor, logits: Tensor | None) -> Tensor:
-        """See `Modulated.penalty`."""
         return self.SPARSITY * self.seen.float().sum(1).mean()
 
 

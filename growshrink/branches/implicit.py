@@ -1,7 +1,5 @@
 """The branch whose middle is at equilibrium: infinitely deep over its channels, one kernel once it has vanished."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from growshrink.branches.bottleneck import Bottleneck

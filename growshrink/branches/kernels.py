@@ -1,7 +1,5 @@
 """Branches that add up kernels before they convolve: whatever their number, one convolution in training."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,11 +31,9 @@ class Kernels(Branch, kind=""):
         """`(O, I // groups, kh, kw)`, computed in `dtype`."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return self.conv._conv_forward(x, self.kernel(self.conv.weight.dtype), None)
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         own = self.kernel(kernel.kernel.dtype)
         return replace(ConvMap.from_conv2d(self.conv, own.dtype), kernel=own, bias=own.new_zeros(len(own)))
 
@@ -58,7 +54,6 @@ class Mixture(Kernels, kind="mixture"):
         self.mix = nn.Parameter(torch.full((num_kernels,), 0.5))
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `Kernels.kernel`."""
         kernels_EOIHW = self.conv.weight.to(dtype).unflatten(0, (len(self.mix), -1))
         return (kernels_EOIHW * self.mix.to(dtype).view(-1, 1, 1, 1, 1)).sum(0)
 
@@ -79,7 +74,6 @@ class DiracKernel(Kernels, kind="dirac_kernel"):
         self.scale = nn.Parameter(torch.tensor([1.0, 0.1])[:, None].repeat(1, conv.out_channels))
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `Kernels.kernel`."""
         kernel_OIHW = self.conv.weight.to(dtype)
         delta = nn.init.dirac_(torch.empty_like(kernel_OIHW, requires_grad=False), self.conv.groups)
         norm_O111 = kernel_OIHW.flatten(1).norm(dim=1)[:, None, None, None]
@@ -117,11 +111,9 @@ class Orepa(Kernels, kind="orepa"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return even_sides(conv)
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `Kernels.kernel`."""
         own_OIHW = self.conv.weight.to(dtype)
         height, width = own_OIHW.shape[2:]
         around = [width // 2, width // 2, height // 2, height // 2]

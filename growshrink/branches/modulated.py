@@ -4,8 +4,6 @@ A kind says where its numbers come from and, where it mixes kernels, how; the sa
 each image gets and what is merged. Every kind ends in `scale`, a trained factor a row: 1 is the published start.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -82,11 +80,9 @@ class RowFactors(Modulated, kind=""):
         return self.scale.to(c.dtype) * (c - 1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return y * self.added(self.coefficients(y))[..., None, None]
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         return kernel.scale(self.added(self.constant(kernel.kernel.dtype)))
 
 
@@ -119,15 +115,12 @@ class KernelFactors(Modulated, kind=""):
         return kernel * scale_O[:, None, None, None], bias
 
     def kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `Branch.kernels`."""
         return self.weigh(self.coefficients(x).to(self.conv.weight.dtype))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return convolve(self.conv, x, *self.kernels(x))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         own, bias = self.weigh(self.constant(kernel.kernel.dtype))
         own_map = ConvMap.from_conv2d(self.conv, own.dtype)
         return replace(own_map, kernel=own, bias=own.new_zeros(len(own)) if bias is None else bias, biased=self.biased)
@@ -157,7 +150,6 @@ class StaticRecalibration(SqueezeExcite, kind="asr"):
         self.vector = nn.Parameter(torch.full((conv.out_channels,), 0.1))
 
     def coefficients(self, source: Tensor) -> Tensor:
-        """See `Modulated.coefficients`."""
         return self.constant(self.vector.dtype)
 
     def constant(self, dtype: torch.dtype) -> Tensor:
@@ -204,7 +196,6 @@ class DyNet(KernelFactors, kind="dynet"):
         super().__init__(conv, ratio, nn.Linear(conv.in_channels, size), several(ratio), size)
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
-        """See `KernelFactors.mix`."""
         return torch.einsum("...eo,eoihw->...oihw", c.unflatten(-1, (len(kernels_EOIHW), -1)), kernels_EOIHW)
 
 
@@ -224,7 +215,6 @@ class WeightNet(KernelFactors, kind="weightnet"):
         )
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
-        """See `KernelFactors.mix`."""
         slices_AL = kernels_EOIHW.reshape(c.shape[-1], -1)
         return (c.unsqueeze(-1) * slices_AL).flatten(-2).unflatten(-1, kernels_EOIHW.shape[1:])
 
@@ -244,7 +234,6 @@ class MixtureOfExperts(KernelFactors, kind="moe"):
         nn.init.zeros_(self.router.weight)  # scores, and what spreads their noise
 
     def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
         clean, spread = self.router(source.mean((2, 3))).chunk(2, 1)
         spread, chosen = F.softplus(spread), min(self.CHOSEN, clean.shape[1])
         scores = clean + torch.randn_like(clean) * spread if self.training else clean
@@ -278,7 +267,6 @@ class ManifoldPruning(SqueezeExcite, kind="manidp"):
         nn.init.ones_(self.router[2].bias)
 
     def gate(self, source: Tensor) -> Tensor:
-        """See `Modulated.gate`."""
         features = source.mean((2, 3))
         mask = torch.relu(self.router(features)).clamp(max=1000)
         mask = mask * (mask >= self.fade.mean.topk(max(1, round(self.KEPT * mask.shape[1]))).values[-1])

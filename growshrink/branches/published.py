@@ -5,8 +5,6 @@ ends in a norm of its own, the kernel's too, and the sum is not normed again. (O
 norm behind the sum.) They are facts of the papers and of their authors' code, in formulas of ours.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any
@@ -36,11 +34,9 @@ class OwnNorm(Branch, kind="own_norm", published=True):
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return self.norm(y) - y
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         norm = convmap_of(self.norm, "norm", dtype=kernel.kernel.dtype)
         return kernel.then(norm) + kernel.scale(-kernel.kernel.new_ones(()))
 
@@ -66,7 +62,6 @@ class NormAndPad(Mergeable):
         return out
 
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
-        """See `Mergeable.as_convmap`."""
         (vertical, horizontal) = self.padding
         own = convmap_of(self.norm, "norm", dtype=dtype)
         return replace(own, padding=((vertical, vertical), (horizontal, horizontal)))
@@ -95,7 +90,6 @@ class _Published(Chain, kind=""):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         known = Branch.kinds[cls.kind].reason_against(conv)
         return known or (f"its padding mode is {conv.padding_mode}" if conv.padding_mode != "zeros" else "")
 
@@ -145,24 +139,19 @@ class PublishedOrepa(Kernels, kind="orepa", published=True):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return even_sides(conv) or ("OREPA's block for 1x1 kernels is another" if conv.kernel_size == (1, 1) else "")
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """See `Branch.forward`."""
         return super().forward(x, y) + (self.own - 1)[:, None, None] * y
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
-        """See `Branch.as_convmap`."""
         return super().as_convmap(kernel) + kernel.scale(self.own.to(kernel.kernel.dtype) - 1)
 
     def silence_(self) -> None:
-        """See `Branch.silence_`."""
         nn.init.ones_(self.own)
         super().silence_()
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        """See `Kernels.kernel`."""
         groups, (height, width) = self.conv.groups, self.conv.kernel_size
         around = [width // 2, width // 2, height // 2, height // 2]
         weights = {name.partition(".")[0]: value.to(dtype) for name, value in self.named_parameters()}

@@ -5,8 +5,6 @@ where the middle taps of the convolution see it, so it is the convolution's kern
 borders included, for any stride, padding, dilation and groups. There must be a middle tap: no even kernels.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from growshrink.algebra.taps import Pair
@@ -55,7 +53,6 @@ class Pointwise(_Small, kind="pointwise"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return even_sides(conv)
 
 
@@ -73,7 +70,6 @@ class Identity(Chain, kind="identity"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         if conv.in_channels != conv.out_channels:
             return f"its {conv.in_channels} input channels become {conv.out_channels}"
         if conv.stride != (1, 1):
@@ -111,7 +107,6 @@ class Vertical(_Small, kind="vertical"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return _not_a_cross(conv) or even_sides(conv, axes=(1,))
 
 
@@ -126,7 +121,6 @@ class Horizontal(_Small, kind="horizontal"):
 
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
-        """See `Branch.reason_against`."""
         return _not_a_cross(conv) or even_sides(conv, axes=(0,))
 
 

@@ -1,7 +1,5 @@
 """collapse: a net without activations as the single layer that it is."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

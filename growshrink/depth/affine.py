@@ -1,7 +1,5 @@
 """Is a net an affine map of its input, and if not, which module makes it another? Asked is what the net *does*."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -7,8 +7,6 @@ Source: Kim et al., Efficient Latency-Aware CNN Depth Compression via Two-Stage 
 who train per segment; here the activations are silenced in the trained net and the batch norms recalibrated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """How long a net and its merged segments take on this machine: interleaved timings, cached on disk."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """merge_runs: several convolutions in a row as one, exactly, inside a net that otherwise stays as it is."""
 
-from __future__ import annotations
-
 import math
 import re
 import warnings

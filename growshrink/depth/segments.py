@@ -1,7 +1,5 @@
 """Segments: runs of a ReduceNet's blocks that are to become one convolution, and nets made for them."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast

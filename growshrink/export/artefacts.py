@@ -1,7 +1,5 @@
 """Write the files of deployment and read them back: weights are compared, programs returned as functions on the CPU."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import warnings

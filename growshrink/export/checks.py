@@ -1,7 +1,5 @@
 """How far each thing that is exported is from the net it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

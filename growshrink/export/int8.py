@@ -1,7 +1,5 @@
 """Post-training static quantisation by onnxruntime, and what it costs in accuracy."""
 
-from __future__ import annotations
-
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping

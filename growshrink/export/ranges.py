@@ -1,7 +1,5 @@
 """How unequal the channels of a layer are: what decides whether one int8 scale per layer is enough."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """report.md and report.json of an export."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The export itself: every file written, read back, compared, timed, and told about."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial

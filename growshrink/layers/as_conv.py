@@ -1,7 +1,5 @@
 """Layers as the convolutions of images that they are: what branches are built for, and merged into."""
 
-from __future__ import annotations
-
 from typing import cast
 
 import torch

@@ -1,7 +1,5 @@
 """The bottleneck that is a convolution: kxk -> BN -> vanishing ReLU -> 1x1, of any middle width."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Gradients of equilibria z = f(z, inputs), and the activation whose channels are at equilibrium."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

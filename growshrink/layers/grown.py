@@ -1,7 +1,5 @@
 """Grown modules: layers that carry branches, and the affine map each one is once its activations are gone."""
 
-from __future__ import annotations
-
 import copy
 import sys
 import warnings
@@ -140,7 +138,6 @@ class GrownConv2dSame(GrownConv2d, Conv2dSame):
     plain_class = Conv2dSame
 
     def padded(self, x: Tensor) -> Tensor:
-        """See `Grown.padded`."""
         return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
 
 

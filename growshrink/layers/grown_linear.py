@@ -1,7 +1,5 @@
 """Grown layers that show their inputs and outputs to the branches as images, so that all branches fit."""
 
-from __future__ import annotations
-
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +25,6 @@ class GrownLinear(Grown, nn.Linear):
         return out.permute(0, 2, 3, 1).reshape(y.shape)
 
     def on_images(self, x: Tensor) -> Tensor:
-        """See `Grown.on_images`."""
         return self(x.movedim(1, -1)).movedim(-1, 1)
 
     def _image(self, x: Tensor) -> Tensor:
@@ -72,7 +69,6 @@ class GrownConvTranspose2d(Grown, nn.ConvTranspose2d):
         return self.with_branches(self._spread_out(input, y), y)
 
     def padded(self, x: Tensor) -> Tensor:
-        """See `Grown.padded`."""
         return self._spread_out(x, super().forward(x))
 
     def _spread_out(self, x: Tensor, y: Tensor) -> Tensor:

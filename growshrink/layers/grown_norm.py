@@ -1,7 +1,5 @@
 """Grown batch norms: what acts on single channels acts behind the norm, as in the papers, and folds into it."""
 
-from __future__ import annotations
-
 from typing import ClassVar
 
 from timm.layers import BatchNormAct2d, register_notrace_module
@@ -22,7 +20,6 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
     plain_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
 
     def on_images(self, x: Tensor) -> Tensor:
-        """See `Grown.on_images`."""
         return self.with_branches(x, nn.BatchNorm2d.forward(self, x))
 
     forward = on_images  # type: ignore[assignment]

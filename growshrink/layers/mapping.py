@@ -1,7 +1,5 @@
 """The affine map of a module inside a branch, and the modules that have one of their own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING

@@ -9,8 +9,6 @@ Source: online re-parameterisation (OREPA, Hu et al., arXiv:2204.00826) and coll
 arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -57,11 +55,9 @@ class OnlineConv2d(OnlineModule, GrownConv2d):
     """A `GrownConv2d` whose linear branches (`branch.merged`) run as part of its kernel, and the others beside it."""
 
     def held_parts(self) -> Iterator[nn.Module]:
-        """See `OnlineModule.held_parts`."""
         return (branch for branch in self.branches if branch.merged)
 
     def forward(self, input: Tensor) -> Tensor:
-        """See `GrownConv2d.forward`."""
         if not self.collapsed:
             return super().forward(input)
         x = self.padded(input)
@@ -89,11 +85,9 @@ class OnlineBottleneck(OnlineModule, PureBottleneck):
     """A `PureBottleneck` that runs as one convolution."""
 
     def held_parts(self) -> Iterator[nn.Module]:
-        """See `OnlineModule.held_parts`."""
         return self.children()
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `PureBottleneck.forward`."""
         if not self.collapsed:
             return super().forward(x)
         return self.conv._conv_forward(x, *merged(self, self.as_convmap))

@@ -4,8 +4,6 @@ A swap leaves the object what it is to everybody who holds it: parameters, buffe
 that an optimizer keeps. No other file assigns `__class__`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What a net costs: multiply-accumulates and parameters, counted on the meta device."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What proofs are made on: random images, and nets with random norms."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm

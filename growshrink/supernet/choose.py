@@ -1,7 +1,5 @@
 """Choosing the width to fuse: every width costs the same once fused, so the best on held-out images wins."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 

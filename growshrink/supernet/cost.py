@@ -1,7 +1,5 @@
 """What the updates of a supernet cost, pass by pass."""
 
-from __future__ import annotations
-
 import torch
 
 from growshrink.algebra.dataflow import InputSize

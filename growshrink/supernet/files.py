@@ -1,7 +1,5 @@
 """Supernets on disk: weights in a safetensors file, the width space and what makes the net beside them."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Keeping weights still that an update did not train."""
 
-from __future__ import annotations
-
 import copy
 from collections import defaultdict
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Where the middle channels of a bottleneck lie: which axis of which tensor of it each of them is an entry of."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What one update of a supernet runs: the modes, as functions of the update."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

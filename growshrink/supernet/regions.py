@@ -1,7 +1,5 @@
 """Compiling a supernet in pieces that have one width each."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Channel sorting: the most important middle channels first, where the narrow nets are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

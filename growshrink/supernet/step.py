@@ -1,7 +1,5 @@
 """The passes of one update, run one after another."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The `fuse`, `reparameterize` or `switch_to_deploy` of a dozen families' blocks (
 `timm.models.reparameterize_model` calls, know nothing of branches, which would be lost silently.
 """
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

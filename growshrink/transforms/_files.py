@@ -1,7 +1,5 @@
 """Grown nets as files: what was grown with what beside the tensors, in one safetensors file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path

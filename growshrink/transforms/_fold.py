@@ -1,7 +1,5 @@
 """fold: the inference form, batch norms inside the convolutions."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import cast
 

@@ -1,7 +1,5 @@
 """fuse: every branch merged into its kernel, exactly, or not at all."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass

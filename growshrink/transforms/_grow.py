@@ -1,7 +1,5 @@
 """grow and drop: branches on, branches off."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

@@ -1,7 +1,5 @@
 """collapse_online: choose which branches run as part of their convolution's kernel while they train."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial

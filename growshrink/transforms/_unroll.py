@@ -1,7 +1,5 @@
 """unroll: equilibria as explicit steps."""
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 
