@@ -3,7 +3,8 @@ import os
 import pytest
 import torch
 
-os.environ["GROWSHRINK_AMP"] = "off"  # else every run would time steps, and the machine decide what is trained
+# Else every run would time steps, and the machine decide what is trained.
+os.environ["GROWSHRINK_AMP"] = os.environ["GROWSHRINK_COMPILE"] = "off"
 
 # The workers of pytest-xdist share the cores; more threads than cores make every one of them slower.
 torch.set_num_threads(1)

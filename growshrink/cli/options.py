@@ -52,7 +52,7 @@ from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
 from growshrink.runs.folder import MARKER, RunFolder, claim_together
-from growshrink.training.choosing import choose_amp
+from growshrink.training.choosing import choose_speed
 from growshrink.training.trainer import TrainConfig
 
 ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, lambda name: _is_model(name))]
@@ -228,6 +228,8 @@ class RunOptions:
     """auto (a GPU of CUDA's if there is one, else the CPU), cpu, cuda, cuda:1, mps."""
     amp: Literal["auto", "on", "off"] = "auto"
     """Train in bfloat16 autocast; auto times a few steps at the start, and a resumed run keeps what was chosen."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the training step by torch.compile, chosen and kept as amp is; on a CPU it seldom pays."""
     threads: Threads | None = None
     """Of torch; by default as many as it chooses, the physical cores."""
     tensorboard: bool = False
@@ -252,24 +254,26 @@ class RunOptions:
         """The device, chosen where it is to be."""
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
-    def decide_amp(self, model: nn.Module, feed: Feed, folder: RunFolder) -> bool:
-        """Whether to train in bfloat16: once for a run and for all its ranks.
+    def decide_speed(self, model: nn.Module, feed: Feed, folder: RunFolder) -> dict[str, Any]:
+        """Whether to train in bfloat16 ("amp") and compiled ("compile"): once for a run and for all its ranks.
 
-        The environment variable GROWSHRINK_AMP (on, off) stands for a measurement: machines differ.
+        The environment variables GROWSHRINK_AMP and GROWSHRINK_COMPILE (on, off) stand for measurements.
         """
-        if (choice := self.amp) == "auto":
-            choice = os.environ.get("GROWSHRINK_AMP", "auto")  # type: ignore[assignment]
-        if choice != "auto":
-            return choice == "on"
+        chosen: dict[str, Any] = {}
+        for what in ("amp", "compile"):
+            if (choice := getattr(self, what)) == "auto":
+                choice = os.environ.get(f"GROWSHRINK_{what.upper()}", "auto")
 
-        def decide() -> bool:
-            if not folder.fresh:
-                return bool(read_json(folder.path / MARKER).get("config", {}).get("amp", False))
-            on, sentence = choose_amp(model, feed.input_size, feed.train.batch_size, self.torch_device())
-            print(f"amp: {sentence}.", file=sys.stderr)
-            return on
+            def decide(what: str = what) -> bool:
+                if not folder.fresh:
+                    return bool(read_json(folder.path / MARKER).get("config", {}).get(what, False))
+                sizes = feed.input_size, feed.train.batch_size
+                on, sentence = choose_speed(model, *sizes, self.torch_device(), what, **chosen)
+                print(f"{what}: {sentence}.", file=sys.stderr)
+                return on
 
-        return run_on_rank0(decide)
+            chosen[what] = run_on_rank0(decide) if choice == "auto" else choice == "on"
+        return chosen
 
     def torch_device(self) -> torch.device:
         """Return the device, if it is there."""
@@ -342,7 +346,7 @@ class Options:
         """
         running = self.running
         running.set_threads()
-        config = config or replace(self.training, amp=running.decide_amp(model, feed, folder))
+        config = config or replace(self.training, **running.decide_speed(model, feed, folder))
         options = {name: getattr(self.data, name) for name in _OF_THE_DATA}
         about = {"command": command(), "seed": running.seed, "model": about, "options": options, **more}
         keywords: dict[str, Any] = {name: getattr(running, name) for name in ("tensorboard", "save_every", "keep")}

@@ -18,12 +18,12 @@ from growshrink.branches import Modulated, penalties
 from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.online import no_autocast
+from growshrink.layers.regions import compile_regions
 from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
 from growshrink.supernet.chain import UnitChain
 from growshrink.supernet.keeper import FrozenSlices
 from growshrink.supernet.passes import EVERY, INPLACE_DISTIL, MODES, NUM_AUGMENTED, Passes, default_alpha
-from growshrink.supernet.regions import compile_regions
 from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_float32
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss

@@ -10,16 +10,25 @@ from torch import nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.base.timing import seconds_interleaved
+from growshrink.layers.regions import compile_regions
 
-#: How much faster bfloat16 has to be: it costs digits, and a measurement is uncertain.
-WORTHWHILE = 1.2
+#: How much faster a step has to be: bfloat16 costs digits, compiling takes a minute, and a measurement is uncertain.
+WORTHWHILE = {"amp": 1.2, "compile": 1.1}
 
 
 def training_step(
-    model: nn.Module, input_size: InputSize, batch_size: int, device: torch.device, *, amp: bool = False
+    model: nn.Module,
+    input_size: InputSize,
+    batch_size: int,
+    device: torch.device,
+    *,
+    amp: bool = False,
+    compile: bool = False,
 ) -> Callable[[], object]:
     """A forward and backward pass of a copy of `model` on a blank batch, to be timed."""
     replica = copy_net(model).to(device).to(memory_format=torch.channels_last).train()
+    if compile:
+        compile_regions(replica)
     images = torch.zeros(max(2, batch_size), *input_size, device=device).to(memory_format=torch.channels_last)
 
     def step() -> None:
@@ -31,15 +40,21 @@ def training_step(
     return step
 
 
-def choose_amp(model: nn.Module, input_size: InputSize, batch_size: int, device: torch.device) -> tuple[bool, str]:
-    """Whether bfloat16 autocast makes a training step worthwhile faster on this device, and a sentence on it."""
-    calls = {
-        name: training_step(model, input_size, batch_size, device, amp=name == "bfloat16")
-        for name in ("float32", "bfloat16")
-    }
+def choose_speed(
+    model: nn.Module, input_size: InputSize, batch_size: int, device: torch.device, what: str, **fixed: bool
+) -> tuple[bool, str]:
+    """Whether "amp" or "compile" makes a training step worthwhile faster on this device, and a sentence on it.
+
+    No CPU is tried with "compile": compiling takes minutes, and plain steps were as fast (docs/measured/costs.md).
+    """
+    if what == "compile" and device.type == "cpu":
+        return False, "off, as it takes minutes and gains nothing on a CPU (--compile on decides it)"
+    ways = {"as ever": fixed, what: {**fixed, what: True}}
+    calls = {way: training_step(model, input_size, batch_size, device, **flags) for way, flags in ways.items()}
     seconds = seconds_interleaved(calls, device=device)
-    ratio = seconds["float32"] / seconds["bfloat16"]
-    on = ratio >= WORTHWHILE
-    what = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
+    ratio = seconds["as ever"] / seconds[what]
+    on = ratio >= WORTHWHILE[what]
+    change = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
-    return on, f"a step in bfloat16 is {what} on {here}: {'on' if on else 'off'} (--amp on, --amp off decide it)"
+    how = "in bfloat16" if what == "amp" else "compiled"
+    return on, f"a step {how} is {change} on {here}: {'on' if on else 'off'} (--{what} on, --{what} off decide it)"

@@ -24,6 +24,7 @@ from growshrink.branches import Modulated, penalties
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import follow_lambda
+from growshrink.layers.regions import called, compiled_regions
 from growshrink.schedules.functions import Schedule
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
@@ -59,6 +60,8 @@ class TrainConfig:
         metric: What rounds are judged by, a field of `Score`.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower
             elsewhere. Scores are always taken in float32.
+        compile: `torch.compile` for the updates, part by part, again after a change of structure; not for lam or
+            widths. Results are equal up to rounding.
     """
 
     optimizer: OptimizerName = "sgd"
@@ -74,6 +77,7 @@ class TrainConfig:
     class_weights: Annotated[tuple[NotNegative, ...], NoOption()] = ()
     metric: Annotated[Literal["top1", "balanced", "macro_f1"], NoOption()] = "top1"
     amp: Annotated[bool, NoOption()] = False
+    compile: Annotated[bool, NoOption()] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -121,6 +125,7 @@ class Trainer:
         self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
+        self._compiled = compiled_regions(model) if config.compile else {}
 
     @property
     def ema(self) -> nn.Module | None:
@@ -177,37 +182,38 @@ class Trainer:
             raise PlanError("class_weights: not with sampled widths, whose losses are computed elsewhere.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
-        while self.update < stop:
-            question = teacher.question(self.update) if teacher is not None and task is None else self.update
-            images_NCHW, labels_N = self.batches.batch(question)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
-            self._set_lambda(lam(self.update))
-            self.optimizer.zero_grad(set_to_none=True)
-            if task is not None:
-                task.set_step(self.update)
-                with self._autocast(images_NCHW):
-                    loss = task.backward(images_NCHW, labels_N)["loss"]
-            else:
-                loss = self._loss(images_NCHW, labels_N, teacher, question)
-                if on_loss is not None:
-                    on_loss(loss.detach())
-                loss.backward()
-            loss = loss.detach().clone()
-            average_update_(self.model, loss)
-            if self.config.clip_grad is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
-            self.optimizer.step()
-            self.update += 1
-            if self.averager is not None:
-                self.averager.update(self.model, step=self.update)
-                self._set_lambda(lam(self.update - 1), of_ema=True)
-            total += loss
-            if after_update is not None:
-                after_update()
-            if stop_early is not None and stop_early() and self.update < stop:
-                self.cut_short = first, total.clone()
-                break
+        with called(self._compiled):  # scores, surgery and proofs run as ever
+            while self.update < stop:
+                question = teacher.question(self.update) if teacher is not None and task is None else self.update
+                images_NCHW, labels_N = self.batches.batch(question)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
+                self._set_lambda(lam(self.update))
+                self.optimizer.zero_grad(set_to_none=True)
+                if task is not None:
+                    task.set_step(self.update)
+                    with self._autocast(images_NCHW):
+                        loss = task.backward(images_NCHW, labels_N)["loss"]
+                else:
+                    loss = self._loss(images_NCHW, labels_N, teacher, question)
+                    if on_loss is not None:
+                        on_loss(loss.detach())
+                    loss.backward()
+                loss = loss.detach().clone()
+                average_update_(self.model, loss)
+                if self.config.clip_grad is not None:
+                    nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+                self.optimizer.step()
+                self.update += 1
+                if self.averager is not None:
+                    self.averager.update(self.model, step=self.update)
+                    self._set_lambda(lam(self.update - 1), of_ema=True)
+                total += loss
+                if after_update is not None:
+                    after_update()
+                if stop_early is not None and stop_early() and self.update < stop:
+                    self.cut_short = first, total.clone()
+                    break
         return total / max(1, self.update - first)
 
     def calibrate_average(self, num_batches: int = 50) -> None:
@@ -257,6 +263,7 @@ class Trainer:
                 self.optimizer.state.pop(parameter, None)
         self._lam, self._ema_has_lam = None, True
         self._gated = any(isinstance(module, Modulated) for module in self.model.modules())
+        self._compiled = compiled_regions(self.model) if self.config.compile else {}
         self.map_gradients(self.gradient_maps)
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import growshrink as gs
+from growshrink.layers.regions import regions
 from growshrink.models.reducenet import ReduceNet
-from growshrink.supernet.regions import regions
 from nets import Batches, ConvNet, net, randomized
 from sampled import sampled
 

@@ -1,11 +1,14 @@
 """Compiling a supernet in pieces that have one width each."""
 
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from growshrink.layers.grown import grown_modules
 from growshrink.layers.widths import Slots
 
 
@@ -13,7 +16,8 @@ def regions(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The largest modules of `model` with at most one width, by name: each combination inside one has its own graph."""
     # Where a width is read: in a bottleneck of `nest` that is the body, which holds another one.
     readers = [
-        f"{name}.body" if slot.branch is not None and slot.body is not None else name for name, slot in Slots(model)
+        f"{name}.body" if slot.branch is not None and slot.body is not None else name
+        for name, slot in (Slots(model) if grown_modules(model) else ())
     ]
 
     def visit(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -36,3 +40,24 @@ def compile_regions(model: nn.Module, **options: Any) -> None:
         defaults["isolate_recompiles"] = True
     for _, module in regions(model):
         module.compile(**{**defaults, **options})
+
+
+def compiled_regions(model: nn.Module) -> dict[nn.Module, Any]:
+    """What `compile_regions` would have each region call; the model stays as it is."""
+    compile_regions(model)
+    calls = {module: call for module in model.modules() if (call := module._compiled_call_impl) is not None}
+    for module in calls:
+        module._compiled_call_impl = None
+    return calls
+
+
+@contextmanager
+def called(calls: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Have modules call what `compiled_regions` found, as long as this lasts."""
+    for module, call in calls.items():
+        module._compiled_call_impl = call
+    try:
+        yield
+    finally:
+        for module in calls:
+            module._compiled_call_impl = None
