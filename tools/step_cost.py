@@ -24,7 +24,7 @@ from growshrink.cli.forms import pick
 from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
-from growshrink.proofs._profile import training_macs
+from growshrink.proofs._profile import training_macs, training_memory
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
 from inputs import NetOptions
@@ -44,6 +44,8 @@ MODES: dict[str, dict[str, Any]] = {
     "sandwich, every 8th": {"mode": "sandwich", "every": 8},
 }
 DEFAULT_AT_MOST = 1.5
+#: MACs, memory and paired times, over the plain net's.
+Cost = tuple[float, float, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +64,15 @@ def main(args: Args) -> int:
         raise RunError(f"--batch-size {nets.batch_size}: must be at least 2.")
     bench = args.bench()
     before, missed = load(), False
-    print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'time':>6s}  quartiles")
+    print(f"{'model':16s} {'mode':22s} {'MACs':>6s} {'memory':>6s} {'time':>6s}  quartiles")
     for name in nets.models:
         rows: Mapping[str, Mapping[str, Any]] = {kind: {} for kind in args.grow.branches} or MODES
         for mode, options in rows.items():
             of = branch_cost if args.grow.branches else measure
-            macs, row = of(bench, args, name, mode, options)
+            macs, memory, row = of(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
-            print(f"{name:16s} {mode:22s} {macs:6.2f} {row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}", flush=True)
+            times = f"{row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}"
+            print(f"{name:16s} {mode:22s} {macs:6.2f} {memory:6.2f} {times}", flush=True)
     settings = f"batch {nets.batch_size}, {nets.pixels} pixels"
     print(f"\nOver a step of the plain net; {settings}; {conditions(before)}")
     if missed:
@@ -77,8 +80,8 @@ def main(args: Args) -> int:
     return int(args.pairs.strict and missed)
 
 
-def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping[str, Any]) -> tuple[float, Any]:
-    """MACs of an update of a net grown with one kind of branch over the plain net's, and the paired times."""
+def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping[str, Any]) -> Cost:
+    """MACs and memory of an update of a net grown with one kind over the plain net's, and the paired times."""
     size, batch = (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size
     plain = timm.create_model(name, num_classes=10)
     grown = gs.grow(plain, kind, ratio=args.rounds.ratio, init="paper", input_size=size)
@@ -91,11 +94,12 @@ def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping
         trainer.train(trainer.update + 1, learning_rate=one, lam=one)
 
     row = bench.compare(f"{name}: {kind}", *(partial(advance, trainer) for trainer in trainers), at_least=0.0)
-    return training_macs(grown, size, batch) / training_macs(plain, size, batch), row
+    macs = training_macs(grown, size, batch) / training_macs(plain, size, batch)
+    return macs, training_memory(grown, size, batch) / training_memory(plain, size, batch), row
 
 
-def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> tuple[float, Any]:
-    """MACs of an average update over the plain net's, and the paired times."""
+def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> Cost:
+    """MACs and memory of an average update over the plain net's, and the paired times."""
     size = (3, args.nets.pixels, args.nets.pixels)
     plain = timm.create_model(name.split("_x")[0], num_classes=10)
     grown = timm.create_model(name, num_classes=10)
@@ -115,7 +119,9 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
     row = bench.compare(
         f"{name}: {mode}", lambda: advance(trainers[0], task), lambda: advance(trainers[1], None), at_least=0.0
     )
-    return StepCost(task, size).mean(0, 64 * period) / training_macs(plain, size), row
+    macs = StepCost(task, size).mean(0, 64 * period) / training_macs(plain, size)
+    sizes = size, args.nets.batch_size
+    return macs, training_memory(grown, *sizes) / training_memory(plain, *sizes), row
 
 
 if __name__ == "__main__":

@@ -7,3 +7,5 @@ from growshrink.proofs._compare import compare as compare
 from growshrink.proofs._compare import verify as verify
 from growshrink.proofs._profile import Profile as Profile
 from growshrink.proofs._profile import profile as profile
+from growshrink.proofs._profile import training_macs as training_macs
+from growshrink.proofs._profile import training_memory as training_memory

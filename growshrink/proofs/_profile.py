@@ -106,6 +106,28 @@ def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) 
     return counter.get_total_flops() // (2 * batch_size)
 
 
+def training_memory(model: nn.Module, input_size: InputLike, batch_size: int) -> int:
+    """Bytes that a float32 training step holds when its backward pass begins, counted on the meta device.
+
+    Weights, their gradients, and what autograd keeps of a batch of `batch_size` images; not the optimizer's state (of
+    momentum, as much as the weights), an average of the weights (the same), or what an operation takes while it runs.
+    """
+    replica = copy_net(model).to("meta").train()
+    tensors = list(replica.parameters())
+    held = {tensor.untyped_storage()._cdata: tensor for tensor in (*tensors, *replica.buffers())}  # no kept activation
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage()._cdata) not in held:
+            kept[storage] = tensor  # held on to: no other gets its number
+        return tensor
+
+    dtype = next((p.dtype for p in tensors), torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica)
+    return sum(t.untyped_storage().nbytes() for t in kept.values()) + 2 * sum(t.nbytes for t in tensors)
+
+
 def flop_counter() -> FlopCounterMode:
     """Torch's counter, put right for groups: it gives the gradient of a grouped kernel `groups` times its cost."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
