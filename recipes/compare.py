@@ -34,12 +34,9 @@ from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
-from growshrink.evidence.comparison import ArmComparison, chosen_lr, trials_of
-from growshrink.evidence.deployed import add_int8
-from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
-from growshrink.evidence.record import PLAN_FILE, Job, read_plan, read_runs
-from growshrink.evidence.scan import ScanPlan
-from growshrink.evidence.scan_table import write_scan_report
+from growshrink.evidence.experiment import Experiment, add_int8, jobs_of, keep_plan, run_job
+from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
+from growshrink.evidence.scan import ScanPlan, write_scan_report
 from growshrink.evidence.table import write_table
 
 #: Where the published experiments lie.

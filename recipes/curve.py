@@ -21,8 +21,7 @@ from growshrink.analysis.stats import Bootstrap, Estimate, detectable, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.errors import RunError
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.comparison import ArmComparison, chosen_lr, runs_of, trials_of
-from growshrink.evidence.record import RunRecord, read_plan, read_runs
+from growshrink.evidence.record import ArmComparison, RunRecord, chosen_lr, read_plan, read_runs, runs_of, trials_of
 from growshrink.evidence.table import int8_top1
 
 #: What a student is charged of the training of its teacher.

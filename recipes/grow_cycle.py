@@ -43,9 +43,8 @@ from growshrink.cli.forms import given, pick
 from growshrink.cli.options import GrowOptions, LengthOptions, Options
 from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
-from growshrink.cycle.costs import Costs
+from growshrink.cycle.costs import Costs, teacher_nets
 from growshrink.cycle.records import plain_net
-from growshrink.cycle.teachers import teacher_nets
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import ARMS

@@ -19,7 +19,6 @@ from growshrink.base.ranks import this_rank
 from growshrink.base.reading import clean_keys, read_json
 from growshrink.cli.options import DataOptions, ModelOptions
 from growshrink.cycle import CyclePlan, lay_out
-from growshrink.cycle.result import PLAIN_FILE
 from growshrink.cycle.source import read_weights, run_of
 from growshrink.data.datasets import SOURCES
 from growshrink.data.feed import Feed
@@ -27,6 +26,7 @@ from growshrink.data.folders import class_counts
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
+from growshrink.runs.folder import PLAIN_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,10 +46,9 @@ from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
 from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
-from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import RunError
 from growshrink.runs.checkpoints import find_checkpoints
-from growshrink.runs.folder import MARKER
+from growshrink.runs.folder import MARKER, PLAIN_FILE
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "grow_cycle.py"
 #: The run. Settling takes 50 updates a round whatever its length, so it cannot be much shorter.

@@ -38,10 +38,8 @@ from growshrink.cli.program import run_program
 from growshrink.data.batches import eval_batches
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
-from growshrink.evidence.comparison import chosen_lr, runs_of
-from growshrink.evidence.deployed import deployed_nets
-from growshrink.evidence.experiment import Experiment, data_of
-from growshrink.evidence.record import PLAN_FILE, RunRecord, read_runs
+from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
+from growshrink.evidence.record import PLAN_FILE, RunRecord, chosen_lr, read_runs, runs_of
 from growshrink.evidence.stack import unstack_state
 
 #: Of a teacher's tensors in a checkpoint.

@@ -14,8 +14,7 @@ from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import NotNegative
 from growshrink.cycle.records import Fused, Rewound, Undone
 from growshrink.cycle.running import Run
-from growshrink.cycle.state import undo
-from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets
+from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets, undo
 from growshrink.layers.widths import Width, set_width, width_space
 from growshrink.supernet import WidthChoice, choose_width, default_candidates
 from growshrink.training.calibrate import calibrate_bn

@@ -23,8 +23,7 @@ from growshrink.errors import PlanError
 from growshrink.layers.branch import Branch
 from growshrink.proofs._profile import profile, training_macs
 from growshrink.schedules import constant, cosine
-from growshrink.training.gradient_maps import GradientMaps, compile_gradients
-from growshrink.training.pixels import pixel_maps
+from growshrink.training.gradient_maps import GradientMaps, compile_gradients, pixel_maps
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import collapse_online, grow
 

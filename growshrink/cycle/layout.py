@@ -11,7 +11,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 
-from growshrink.cycle.control import LamControl, LoopSpan
 from growshrink.cycle.costs import Costs
 from growshrink.cycle.phases import Base, Hold, Phase, Prepare, PrepareGrown, Settle, Tail, Vanish
 from growshrink.cycle.plan import SLACK, CyclePlan, Round
@@ -19,10 +18,13 @@ from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.teaching import Lessons
 from growshrink.errors import PlanError
 from growshrink.schedules import Schedule, constant, cosine, rewarm
+from growshrink.schedules.closed_loop import ClosedLoop, LamControl, LoopSpan
 
 #: Updates at lam == 0 before a fuse: the running statistics (momentum 0.1) have then forgotten all but 0.5 %.
 LEAST_SETTLE = 50
 MOST_UPDATES = 10**12
+#: Looks that a closed loop takes at the loss while lam falls, at least; every 10 updates at the most.
+LEAST_LOOKS = 20
 
 
 @dataclass(frozen=True)
@@ -70,19 +72,7 @@ class Phases:
 
     def lam_control(self) -> LamControl:
         """Lam, in a closed loop where a round asks for it."""
-        spans = [
-            LoopSpan(
-                span.number,
-                span.start,
-                span.hold_stop,
-                span.vanish_stop,
-                span.stop,
-                observes_from=span.start if span.lessons is None else span.lessons.start,
-            )
-            for span in self.spans
-            if span.plan.controlled
-        ]
-        return LamControl(self.lam, spans)
+        return LamControl(self.lam, {span.number: _closed_loop(span) for span in self.spans if span.plan.controlled})
 
     @cached_property
     def learning_rate(self) -> Schedule:
@@ -170,6 +160,13 @@ def _grown_updates(entry: Round, number: int, total: int) -> tuple[int, int, int
             "Give it more epochs or a smaller batch size."
         )
     return hold, vanish, settle
+
+
+def _closed_loop(span: RoundSpan) -> LoopSpan:
+    every = min(10, max(1, (span.vanish_stop - span.hold_stop) // LEAST_LOOKS))
+    loop = ClosedLoop(span.vanish_stop - span.start, hold=span.hold_stop - span.start, every=every)
+    observes_from = span.start if span.lessons is None else span.lessons.start
+    return LoopSpan(range(span.start, span.stop), observes_from, loop)
 
 
 def _updates(epochs: float, updates_per_epoch: int) -> int:

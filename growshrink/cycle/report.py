@@ -16,13 +16,13 @@ from growshrink.base.ranks import run_on_rank0, this_rank
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cycle.layout import Phases
 from growshrink.cycle.records import RoundRecord, plain_net
-from growshrink.cycle.result import PLAIN_FILE, CycleResult
+from growshrink.cycle.result import CycleResult, glossary, rounds_table
 from growshrink.cycle.running import Run
-from growshrink.cycle.tables import glossary, rounds_table
 from growshrink.data.feed import Feed
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.proofs import assert_equivalent, profile
 from growshrink.proofs._profile import training_macs
+from growshrink.runs.folder import PLAIN_FILE
 from growshrink.training._evaluate import judge
 
 

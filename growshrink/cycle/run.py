@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -13,24 +14,27 @@ import torch
 from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.config import from_dict
 from growshrink.base.environment import versions
 from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.base.reading import reason
 from growshrink.base.stopping import Stopped
+from growshrink.cycle.costs import fingerprints, teacher_nets
 from growshrink.cycle.layout import Phases, lay_out
 from growshrink.cycle.plan import CyclePlan
-from growshrink.cycle.records import plain_net
+from growshrink.cycle.records import Grew, RunState, plain_net, replay
 from growshrink.cycle.report import leave_result
 from growshrink.cycle.result import CycleResult
-from growshrink.cycle.resume import identity_of, restore
-from growshrink.cycle.running import Run
-from growshrink.cycle.saving import Saving
-from growshrink.cycle.teachers import fingerprints, teacher_nets
+from growshrink.cycle.running import Run, Saving
+from growshrink.cycle.surgery import load_values, set_values
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
-from growshrink.runs.folder import RunFolder, claim_together
+from growshrink.layers.swaps import expand_online
+from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
+from growshrink.runs.folder import RunFolder, claim_together, difference
 from growshrink.supernet import NetAugTask
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
@@ -196,3 +200,104 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
         grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
         if entry.widths is not None:
             NetAugTask(grown, mode=entry.widths.mode, verbose=False, input_size=input_size)
+
+
+def identity_of(
+    feed: Feed, plan: CyclePlan, updates: int, config: TrainConfig, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that the result of a run depends on, as plain values."""
+    data = {
+        "name": feed.name,
+        "batch_size": feed.train.batch_size,
+        "input_size": list(feed.input_size),
+        "mean": list(feed.mean),
+        "std": list(feed.std),
+        "val_images": len(feed.val),
+        "test_images": len(feed.test),
+        "fingerprint": getattr(feed, "fingerprint", None),  # a feed of the user's own need not have one
+    }
+    values = {"plan": plan.to_dict(), "config": asdict(config), "data": data, "updates": updates, "ranks": num_ranks()}
+    return {**about, **values}
+
+
+def restore(run: Run, phases: Phases, plan: CyclePlan) -> None:
+    """Load the newest checkpoint that is whole, if there is one; `run.phase` is then where to continue."""
+    newest = _newest(run.folder.path, run.journal.warn)
+    if newest is None:  # killed before the first checkpoint: start again
+        run.journal.restart([], 0)
+        return
+    path, saved = newest
+    try:
+        if found := difference(saved["identity"], run.identity):
+            raise RunError(f"it is of a run with another {found}.")
+        run.phase = _position(saved, phases)
+        _take_over(run, saved, phases, plan)
+        run.journal.restart(run.state.history, run.trainer.update)
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from error
+    except Exception as error:  # its digest is right, but anybody can make one
+        raise RunError(f"{path}: of another model or plan ({reason(error)}).") from error
+
+
+def _position(saved: Mapping[str, Any], phases: Phases) -> int:
+    """The number of the phase a checkpoint is in; RunError if it is nowhere in the plan."""
+    first, update = saved["next_phase"], saved["update"]
+    starts = [*(phase.start for phase in phases.all), phases.total]
+    stops = [*(phase.stop for phase in phases.all), phases.total + 1]
+    whole = type(first) is type(update) is int
+    if not (whole and 0 <= first < len(starts) and starts[first] <= update < stops[first]):
+        raise RunError(f"update {update!r} is not in phase {first!r} of {len(phases.all)}")
+    return int(first)
+
+
+def _take_over(run: Run, saved: Mapping[str, Any], phases: Phases, plan: CyclePlan) -> None:
+    run.state = from_dict(RunState, saved["run"], "its state", RunError)
+    _check_log(run.state, plan)
+    run.lam.load_state_dict(run.state.lam)
+    phase = phases.all[min(run.phase, len(phases.all) - 1)]
+    apart = phase.apart and saved["update"] > phase.start
+    run.trainer = run.make_trainer(run.teachers[phase.round] if apart else replay(run.initial, run.state.log, run.size))
+    run.trainer.update = saved["update"]
+    if "cut_short" in saved:
+        first, total = saved["cut_short"]
+        run.trainer.cut_short = first, total.to(run.device)
+    run.before = saved.get("before")
+    if "teacher" in saved:
+        teacher = copy.deepcopy(run.teachers.get(phase.round))
+        if teacher is None:
+            teacher = expand_online(replay(run.initial, run.state.log[: run.state.teacher_log], run.size))
+        load_values(teacher, saved["teacher"])
+        run.teaching.set_teacher(run.placed(teacher))
+    if run.trainer.ema is not None:
+        expand_online(run.trainer.ema, inplace=True)  # only the net in training is ever collapsed
+    set_values(run.trainer, saved)
+
+
+def _check_log(state: RunState, plan: CyclePlan) -> None:
+    """RunError unless what was grown is what the plan grows: a file may not ask for branches of any size."""
+    for change in state.log:
+        if isinstance(change, Grew) and change.names:
+            wanted = plan.rounds[change.round - 1]
+            grown = [*change.branches, change.ratio, change.guide]
+            if grown != [*wanted.branch, wanted.ratio, wanted.guide]:
+                raise RunError(
+                    f"its round {change.round} has grown {change.branches!r} of ratio {change.ratio!r}, "
+                    "which is not in the plan."
+                )
+
+
+def _newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    Raises:
+        RunError: There are checkpoints, and all of them are damaged.
+    """
+    found = find_checkpoints(folder)
+    for path in found:
+        try:
+            return path, load_checkpoint(path)
+        except RunError as error:
+            warn(f"{error} Trying the one before.")
+    if found:
+        raise RunError(f"{folder}: its checkpoints ({len(found)}) are all damaged; choose another folder.")
+    return None

@@ -1,33 +1,73 @@
-"""A run in progress: what its phases and exits work on."""
+"""A run in progress: what its phases and exits work on, and when it saves itself."""
 
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from growshrink.base.config import to_dict
 from growshrink.base.copying import copy_net
-from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0
+from growshrink.base.ranks import any_rank, broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.base.stopping import Stopped, finishing
 from growshrink.cycle.augmented import Augmentation, save_net
-from growshrink.cycle.control import LamControl
 from growshrink.cycle.journal import Journal
 from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState, replay
-from growshrink.cycle.saving import Saving
-from growshrink.cycle.state import save_run, set_values, snapshot
+from growshrink.cycle.surgery import set_values, snapshot, values_of
 from growshrink.cycle.teaching import Lessons, Teaching
 from growshrink.data.feed import Feed
-from growshrink.errors import DivergedError
+from growshrink.errors import DivergedError, PlanError
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs._profile import training_macs
-from growshrink.runs.checkpoints import find_checkpoints
+from growshrink.runs.checkpoints import find_checkpoints, save_checkpoint
 from growshrink.runs.folder import RunFolder
 from growshrink.schedules import Schedule
+from growshrink.schedules.closed_loop import LamControl
 from growshrink.training import Score, TrainConfig, Trainer, evaluate
 from growshrink.training.distil import TeacherNet
+
+#: Updates between two questions whether some rank was asked to stop, where asking means to wait for the device.
+_PATIENCE = 10
+
+
+class Saving(ExitStack):
+    """A context manager: inside it the first SIGTERM or Ctrl-C of a program is only noted, for `due` to tell.
+
+    Args:
+        every: Updates from one checkpoint to the next; None for no more than there are anyway.
+        keep: How many checkpoints are kept.
+        device: Where the ranks meet, and the run trains.
+    """
+
+    def __init__(self, every: int | None, keep: int, device: torch.device) -> None:
+        super().__init__()
+        for name, number in (("save_every", every), ("keep", keep)):
+            if number is not None and number < 1:
+                raise PlanError(f"{name}={number!r}: must be at least 1.")
+        self.keep, self.device, self._every, self._asked = keep, device, every, False
+
+    def __enter__(self) -> Saving:
+        super().__enter__()
+        self._came = self.enter_context(finishing())
+        return self
+
+    def due(self, update: int) -> bool:
+        """Whether to save after `update` updates; must be called on every rank; all get the same answer."""
+        if num_ranks() == 1 or self.device.type == "cpu" or update % _PATIENCE == 0:
+            self._asked = self._asked or any_rank(self._came() is not None, self.device)
+        return self._asked or bool(self._every and update % self._every == 0)
+
+    def leave_if_asked(self, where: str) -> None:
+        """Raise `Stopped`, if `due` said so for that reason."""
+        if self._asked:
+            number = self._came() or signal.SIGTERM  # it was another rank that was asked
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} {where}")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -229,19 +269,19 @@ class Run:
         )
 
     def checkpoint(self) -> None:
-        """Save, and stop if a signal asked for it."""
-        update = self.trainer.update
+        """Save all that the updates still to come depend on (rank 0 writes it), and stop if a signal asked for it."""
+        trainer, update = self.trainer, self.trainer.update
         self.state.lam = self.lam.state_dict()
-        save_run(
-            self.folder.path,
-            self.phase,
-            self.state,
-            self.trainer,
-            identity=self.identity,
-            teacher=self.teaching.net,
-            before=self.before,
-            keep=self.saving.keep,
-        )
+        values: dict[str, Any] = {"update": update, "next_phase": self.phase, "run": to_dict(self.state)}
+        values |= {"identity": self.identity, **values_of(trainer)}
+        if trainer.cut_short is not None:
+            values["cut_short"] = list(trainer.cut_short)
+        if self.teaching.net is not None:
+            values["teacher"] = self.teaching.net.state_dict()
+        if self.before is not None:
+            values["before"] = self.before
+        if this_rank() == 0:
+            save_checkpoint(self.folder.path, update, values, self.saving.keep)
         if update < self.total:
             self.saving.leave_if_asked(f"after update {update} of {self.total}, saved in {self.folder.path}")
 

@@ -18,11 +18,11 @@ from growshrink.base.config import check_fields
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import Positive, Share
 from growshrink.base.reading import clean_keys, parse_json, read_json
-from growshrink.cycle.result import PLAIN_FILE
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
+from growshrink.runs.folder import PLAIN_FILE
 from growshrink.supernet.files import about_weights, load_supernet
 from growshrink.transforms import drop, fuse, grow
 

@@ -1,21 +1,26 @@
-"""Changes of structure, made on the net in training and on its average at once."""
+"""Changes of structure, made on the net in training and on its average at once, and undone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
+from growshrink.base.ranks import all_gather, this_rank
 from growshrink.cycle.records import Collapsed, Gradients, Grew, Merged, shapes_of
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.widths import get_width
 from growshrink.proofs._compare import EXACT_FLOAT64, branch_effect, compare, verify
+from growshrink.runs.checkpoints import random_state, set_random_state
 from growshrink.training.calibrate import calibrate_bn
+from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.trainer import Trainer
 from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
 
@@ -163,3 +168,56 @@ def _meaning_changes(model: nn.Module) -> set[str]:
         and not all(getattr(branch, "parallel", False) or branch.skipped for branch in module.branches)
         for key in ("weight", "bias")
     }
+
+
+def values_of(trainer: Trainer) -> dict[str, Any]:
+    """Everything about a trainer that changes while its structure stays: weights, average, optimizer, random states.
+
+    Every rank is to call this, as each has random states of its own; all else they have in common.
+    """
+    values: dict[str, Any] = {
+        "model": trainer.model.state_dict(),
+        "optimizer": trainer.optimizer_state(),
+        "random": all_gather(random_state()),
+    }
+    if trainer.ema is not None:
+        values["ema"] = trainer.ema.state_dict()
+    if trainer.gradient_maps is not None:
+        values["gradients"] = trainer.gradient_maps.state_dict()
+    return values
+
+
+def set_values(trainer: Trainer, values: Mapping[str, Any]) -> None:
+    """The inverse of `values_of`, on a trainer of the same structure whose optimizer has no state yet.
+
+    Raises:
+        RunError: They are of another structure; the message names the first difference.
+    """
+    for net, key in ((trainer.model, "model"), (trainer.ema, "ema")):
+        if net is not None:
+            load_values(net, values[key])
+    trainer.load_optimizer_state(values["optimizer"])
+    if "gradients" in values:
+        trainer.map_gradients(GradientMaps.from_state_dict(values["gradients"]))
+    set_random_state(values["random"][this_rank()])
+
+
+def load_values(net: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """`load_state_dict`, with a RunError that names the first difference."""
+    own = net.state_dict()
+    for name in [*own, *values]:
+        then, now = (tuple(state[name].shape) if name in state else "nothing" for state in (values, own))
+        if then != now:
+            raise RunError(f"of another model ({name}: {then} then, {now} now).")
+    net.load_state_dict(values)
+
+
+def snapshot(trainer: Trainer) -> dict[str, Any]:
+    """A copy of `values_of`, to go back to."""
+    return copy.deepcopy(values_of(trainer))
+
+
+def undo(trainer: Trainer, before: Mapping[str, Any]) -> None:
+    """Put back, bit for bit, what `snapshot` has copied before a net of this same structure was grown and fused."""
+    trainer.structure_changed(reset=dict(trainer.model.named_parameters()))  # an optimizer without any state
+    set_values(trainer, before)

@@ -111,7 +111,7 @@ def load_data(
             (bicubic), then the centre is cut out. None takes them as they are.
         progress: Show a progress bar where decoding takes longer than two seconds.
         skip_damaged: Leave out images of a folder that cannot be decoded, and name them in `notes`.
-        use_cache: Keep the decoded images of a folder, see `growshrink.data.cache`.
+        use_cache: Keep the decoded images of a folder, see `growshrink.data.folders`.
 
     Raises:
         DataError: Unknown name, missing or damaged files, or more images than fit into memory.

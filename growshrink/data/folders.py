@@ -1,8 +1,18 @@
-"""Folders of images, one subfolder a class, decoded once into memory."""
+"""Folders of images, one subfolder a class, decoded once into memory, and kept on disk decoded.
+
+The next start maps the images into memory instead of decoding again: one safetensors file for each folder and image
+size, in `~/.cache/growshrink/images` (or below `XDG_CACHE_HOME`), which may be removed at any time. It is replaced by a
+rename, so several processes may read and write it at once, and it is used only while names, sizes and modification
+times of all image files are those it was made from.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,12 +24,64 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from growshrink.data.cache import WORTH, DecodeCache
-from growshrink.data.memory import check_fits
-from growshrink.errors import DataError
+from growshrink.base.reading import parse_json, read_tensors
+from growshrink.data.formats import check_fits
+from growshrink.errors import DataError, RunError
+
+#: Seconds of decoding above which the result is kept.
+WORTH = 1.0
+#: Changes whenever images are decoded in another way.
+VERSION = 1
+
+
+def cache_folder() -> Path:
+    """Where decoded images are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "growshrink" / "images"
+
+
+class DecodeCache:
+    """The cache entry of one folder at one image size.
+
+    Attributes:
+        path: Its file.
+        key: Digest of what it was made from.
+    """
+
+    def __init__(self, root: Path, paths: Sequence[str], image_size: int | None) -> None:
+        place = hashlib.blake2b(f"{root.resolve()}\n{image_size}".encode(errors="surrogateescape"), digest_size=10)
+        self.path = cache_folder() / f"{place.hexdigest()}.safetensors"
+        digest = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)
+        for path in paths:
+            stat = os.stat(path)
+            name = path.removeprefix(str(root)).lstrip(os.sep)
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        self.key = digest.hexdigest()
+
+    def read(self) -> tuple[Tensor, dict[str, Any]] | None:
+        """Images, mapped from the file, and what was noted of them; None where there is no entry that holds."""
+        found: dict[str, str] = {}
+        try:
+            images = read_tensors(self.path, found.update)["images"]
+            about = parse_json(found["about"])
+            return (images, about["notes"]) if about["key"] == self.key else None
+        except (RunError, KeyError, TypeError, ValueError):
+            return None
+
+    def write(self, images: Tensor, notes: dict[str, Any]) -> None:
+        """Keep images (N, H, W, C); on a full or read-only disk nothing happens."""
+        about = json.dumps({"key": self.key, "notes": notes})
+        with contextlib.suppress(OSError, SafetensorError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+                partial = Path(folder) / self.path.name
+                save_file({"images": images}, partial, {"about": about})
+                os.replace(partial, self.path)
+
 
 LAYOUT = "train/CLASS/*.png and test/CLASS/*.png (or val/ or validation/ in place of test/; jpg and others too)"
 #: Formats of Pillow's that are read by other programs or are no images.
@@ -98,7 +160,7 @@ def load_folder(
     skip_damaged: bool = False,
     use_cache: bool = True,
 ) -> Folder:
-    """Decode a folder, see `find_parts` for its layout; what took over a second is kept (`growshrink.data.cache`).
+    """Decode a folder, see `find_parts` for its layout; what took over a second is kept (`growshrink.data.folders`).
 
     Images are uint8 (N, H, W, C): C is 1 if every image, of both parts, is greyscale, else 3. 16-bit images are
     rounded to 8 bits, transparent ones are put over white, and rotations noted by cameras are applied. `skip_damaged`

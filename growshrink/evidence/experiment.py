@@ -20,30 +20,35 @@ from growshrink.base.reading import read_json
 from growshrink.base.seeding import generator
 from growshrink.base.writing import write_json
 from growshrink.cycle import lay_out, run_cycle
-from growshrink.cycle.costs import Costs
+from growshrink.cycle.costs import Costs, teacher_nets
 from growshrink.cycle.records import RoundRecord
-from growshrink.cycle.teachers import teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split, load_data, pooled, stratified
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import DivergedError, PlanError, RunError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.comparison import ArmComparison, Tuning, runs_of
 from growshrink.evidence.record import (
     PLAN_FILE,
+    ArmComparison,
     Cost,
     History,
     Job,
     RunRecord,
     SeedScore,
+    Tuning,
     append_run,
+    load_start_,
     read_plan,
     read_runs,
+    replace_run,
+    runs_of,
+    states_of,
 )
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
-from growshrink.evidence.weights import load_start_
+from growshrink.export import Source
+from growshrink.export.int8 import int8_scores
 from growshrink.proofs._profile import training_macs
-from growshrink.runs.folder import MARKER, RunFolder
+from growshrink.runs.folder import MARKER, PLAIN_FILE, RunFolder
 from growshrink.training._evaluate import evaluate
 from growshrink.training.trainer import TrainConfig
 
@@ -318,3 +323,32 @@ def _data(name: str, data_dir: Path | None, seed: int, pool: int, images: int | 
         return data
     _, picked = stratified(labels, images / len(labels), generator("images of an experiment", seed))
     return replace(data, train=Split(data.train.images[picked], labels[picked]))
+
+
+def deployed_nets(experiment: Experiment, job: Job, out: Path, data: DataSet) -> list[nn.Module]:
+    """Make the plain net of each seed of a finished run again, in eval mode, from its run folder in `out`."""
+    nets = [plain_of(experiment, job.arm, data, seed) for seed in job.seeds]
+    for net, state in zip(nets, states_of(out, job), strict=True):
+        net.load_state_dict(state, strict=True)
+        net.eval()
+    return nets
+
+
+def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
+    """Add the int8 top-1 to the lines of finished runs that lack it and whose weights are still there.
+
+    RunError where ONNX is not installed.
+    """
+    for record in read_runs(out):
+        done = all(score.test is None or score.int8_channel is not None for score in record.scores)
+        asked = record.job.kind == "run" and record.job.arm in experiment.arms
+        if done or not asked or not (out / record.job.folder / PLAIN_FILE).is_file():
+            continue
+        scores = []
+        nets = deployed_nets(experiment, record.job, out, data_of(experiment, record.job.seeds[0], data_dir))
+        for score, plain in zip(record.scores, nets, strict=True):
+            data = data_of(experiment, score.seed, data_dir)
+            found = int8_scores(Source(Path(), plain, "", {}, data.input_size), data)
+            tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
+            scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
+        replace_run(out, replace(record, scores=tuple(scores)))

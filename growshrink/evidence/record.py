@@ -6,13 +6,17 @@ unfinished run has a run folder under runs/, which only the run itself reads: on
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from growshrink.base.config import Checked, check_fields, from_dict, to_dict
 from growshrink.base.locking import lock_file
@@ -20,6 +24,8 @@ from growshrink.base.reading import parse_json, read_bytes, read_json
 from growshrink.base.writing import write_atomic
 from growshrink.cycle.records import Row
 from growshrink.errors import PlanError, RunError
+from growshrink.evidence.stack import unstack_state
+from growshrink.runs.folder import PLAIN_FILE
 
 PLAN_FILE = "plan.json"
 RUNS_FILE = "runs.jsonl"
@@ -255,3 +261,104 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _kept(name: str, value: Any) -> Any:
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) and name not in EXACT_COLUMNS else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Checked):
+    """How the learning rate of every arm is chosen: the same trials for each, judged on the val split.
+
+    `budget` is that of a trial, in epochs of the plain net; `seeds` are others than the experiment's.
+    """
+
+    lr: tuple[float, ...]
+    budget: float
+    seeds: tuple[int, ...] = (100,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmComparison(Checked):
+    """The part of an experiment that its table depends on; `lr` is that of an arm without trials."""
+
+    data: str
+    model: str
+    model_kwargs: Mapping[str, Any]
+    pool: int
+    budget: float
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...]
+    lr: float
+    tuning: Tuning | None
+    images: int | None = None
+    predictions: tuple[str, ...] = ()
+
+    @staticmethod
+    def from_plan(plan: Mapping[str, Any]) -> ArmComparison:
+        """Read plan.json of an experiment's folder, without what only training needs; PlanError for what is none."""
+        kept = {entry.name: plan[entry.name] for entry in fields(ArmComparison) if entry.name in plan}
+        config = plan.get("config")
+        lr = config.get("lr") if isinstance(config, Mapping) else None
+        return from_dict(ArmComparison, {**kept, "lr": lr}, "the plan")
+
+
+def trials_of(comparison: ArmComparison) -> list[Job]:
+    """List the runs that learning rates are chosen by."""
+    if (tuning := comparison.tuning) is None:
+        return []
+    pairs = itertools.product(comparison.arms, tuning.lr)
+    return [Job(kind="trial", arm=arm, seeds=tuning.seeds, lr=lr, budget=tuning.budget) for arm, lr in pairs]
+
+
+def chosen_lr(comparison: ArmComparison, records: Sequence[RunRecord]) -> dict[str, float]:
+    """Choose for every arm the learning rate with the best mean val top-1 of its trials; without any, the config's."""
+    best = dict.fromkeys(comparison.arms, comparison.lr)
+    done = {record.job: record for record in records}
+    for arm in comparison.arms:
+        trials = [done[job] for job in trials_of(comparison) if job.arm == arm and job in done]
+        if trials:
+            best[arm] = max(trials, key=lambda trial: trial.val).job.lr
+    return best
+
+
+def runs_of(
+    comparison: ArmComparison, lr: Mapping[str, float], records: Sequence[RunRecord]
+) -> dict[str, list[RunRecord]]:
+    """Find the finished runs that the table is made of, for every arm, in the order of the seeds."""
+    found: dict[str, list[RunRecord]] = {}
+    order = {seed: number for number, seed in enumerate(comparison.seeds)}
+    for arm in comparison.arms:
+        wanted = Job(arm=arm, seeds=(), lr=lr[arm], budget=comparison.budget)
+        runs = [run for run in records if replace(run.job, seeds=()) == wanted and order.keys() & set(run.seeds)]
+        found[arm] = sorted(runs, key=lambda run: min(order.get(seed, len(order)) for seed in run.seeds))
+    return found
+
+
+def states_of(out: Path, job: Job) -> list[dict[str, Tensor]]:
+    """Read the state_dict of the plain net of each seed of a finished run; RunError where it was not kept."""
+    path = out / job.folder / PLAIN_FILE
+    if not path.is_file():
+        raise RunError(f"{path}: the weights of a finished run are missing; only its line of runs.jsonl was kept.")
+    return unstack_state(load_file(path), len(job.seeds))
+
+
+def load_start_(net: nn.Module, init: str, seed: int, out: Path) -> None:
+    """Load into a plain net what another experiment's arm learned, but for the classifier, which stays as it is.
+
+    `init` is "FOLDER/ARM": the experiment's folder, beside `out`, and the arm; its net of this `seed` is taken, the
+    first where there is none. RunError where that experiment or its weights are missing, or are of another net.
+    """
+    folder, _, arm = init.partition("/")
+    source = out.parent / folder
+    if (plan := read_plan(source)) is None:
+        raise RunError(f"{source}: init={init!r}: holds no experiment. Run that one first, with --out {source}.")
+    comparison, records = ArmComparison.from_plan(plan), read_runs(source)
+    runs = runs_of(comparison, chosen_lr(comparison, records), records).get(arm)
+    if not runs:
+        raise RunError(f"{source}: init={init!r}: has no finished run of the arm {arm!r}.")
+    run = next((run for run in runs if seed in run.seeds), runs[0])
+    state = states_of(source, run.job)[run.seeds.index(seed) if seed in run.seeds else 0]
+    classifier = next(name for name, module in net.named_modules() if module is net.get_classifier())  # type: ignore[operator]
+    own = {key: value for key, value in net.state_dict().items() if key.startswith(f"{classifier}.")}
+    try:
+        net.load_state_dict({**state, **own}, strict=True)
+    except RuntimeError as error:
+        raise RunError(f"{source}: init={init!r}: the weights are those of another net: {error}") from error

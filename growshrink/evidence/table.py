@@ -12,8 +12,7 @@ from typing import Any
 from growshrink.analysis.stats import Estimate, blocked, detectable, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.comparison import ArmComparison, chosen_lr, runs_of
-from growshrink.evidence.record import RunRecord, SeedScore
+from growshrink.evidence.record import ArmComparison, RunRecord, SeedScore, chosen_lr, runs_of
 
 #: Of corrected p values.
 LEVEL = 0.05

@@ -21,6 +21,8 @@ MARKER = "run.json"
 #: Of run folders: plans, logs and checkpoints. 1 was that of growshrink 0.1.
 FORMAT = 2
 LOCK = ".lock"
+#: The deployed net of a finished run.
+PLAIN_FILE = "plain.safetensors"
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):

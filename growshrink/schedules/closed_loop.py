@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from growshrink.base.ranks import average_, num_ranks
 from growshrink.errors import PlanError
+from growshrink.schedules.functions import Schedule
 
 
 class ClosedLoop:
@@ -143,3 +145,48 @@ def _mean_over_ranks(value: Tensor | float) -> float:
     mean = mean.clone()
     average_([mean])
     return float(mean)
+
+
+class LoopSpan(NamedTuple):
+    """Updates of a round in which `loop` controls lam; losses count from update `observes_from` on."""
+
+    updates: range
+    observes_from: int
+    loop: ClosedLoop
+
+
+class LamControl:
+    """Lam over a run, by update: called like any schedule, and told the training loss of every update.
+
+    In a round with a closed loop lam is 1 in the hold, falls as the training loss allows, and is 0 when the plan's
+    vanishing is over, at the latest; see `ClosedLoop`. Where a teacher comes in at the end of the hold, the losses
+    from before, which are others, do not count.
+
+    Args:
+        schedule: Lam everywhere else.
+        spans: The closed loops by number of the round.
+    """
+
+    def __init__(self, schedule: Schedule, spans: Mapping[int, LoopSpan]) -> None:
+        self._schedule, self._spans = schedule, spans
+        self._observer: ClosedLoop | None = None
+
+    def __call__(self, update: int) -> float:
+        """Lam for update number `update`; of an update that has been, in a closed loop the present lam."""
+        span = next((span for span in self._spans.values() if update in span.updates), None)
+        self._observer = span.loop if span is not None and update >= span.observes_from else None
+        return self._schedule(update) if span is None else span.loop(update - span.updates.start)
+
+    def observe(self, loss: Tensor) -> None:
+        """Take in the loss of the update that lam was last asked for."""
+        if self._observer is not None:
+            self._observer.observe(loss)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """The closed loops' states by number of the round."""
+        return {str(number): span.loop.state_dict() for number, span in self._spans.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Any]]) -> None:
+        """The inverse of `state_dict`."""
+        for number, span in self._spans.items():
+            span.loop.load_state_dict(state[str(number)])

@@ -75,7 +75,7 @@ EVENTS = (
     "phases.grow_nets",
     "phases.gradients",
     "journal.json_line",
-    "running.save_run",
+    "running.save_checkpoint",
     "running.Trainer.calibrate_average",
     "exits.fuse_nets",
     "surgery.fuse",

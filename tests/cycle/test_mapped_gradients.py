@@ -14,7 +14,7 @@ from growshrink.cycle.costs import Costs
 from growshrink.errors import GrowError, PlanError
 from growshrink.evidence.arms import ARMS
 from growshrink.training import TrainConfig, Trainer
-from growshrink.training.pixels import dependence, pixel_maps
+from growshrink.training.gradient_maps import dependence, pixel_maps
 from nets import rel
 
 SOURCES = [

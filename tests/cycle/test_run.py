@@ -372,15 +372,15 @@ def test_a_run_is_resumed_only_with_the_options_it_was_started_with(tmp_path):
         ({"augment": Augment(crop=1, flip=False)}, r"another augment \(crop: 0 then, 1 now\)"),
         ({"model": other_model}, "checkpoint-000000004.*of another model"),
     ]
-    real = running.save_run
+    real = running.save_checkpoint
 
-    def save_and_fail_at_4(folder, segment, state, trainer, **kwargs):
-        real(folder, segment, state, trainer, **kwargs)
-        if trainer.update == 4:
+    def save_and_fail_at_4(folder, update, values, keep):
+        real(folder, update, values, keep)
+        if update == 4:
             raise Interrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupt):
-        patch.setattr("growshrink.cycle.running.save_run", save_and_fail_at_4)
+        patch.setattr("growshrink.cycle.running.save_checkpoint", save_and_fail_at_4)
         run(tmp_path, **options)
     before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
     for change, words in changes:

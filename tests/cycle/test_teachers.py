@@ -13,9 +13,8 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.cycle import Drop, NetAug, Teacher, lay_out
-from growshrink.cycle.costs import Costs
+from growshrink.cycle.costs import Costs, teacher_nets
 from growshrink.cycle.running import Run
-from growshrink.cycle.teachers import teacher_nets
 from growshrink.data.batches import Augment
 from growshrink.errors import PlanError, RunError
 from growshrink.proofs import profile

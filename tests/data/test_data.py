@@ -19,7 +19,7 @@ from PIL import Image
 
 from growshrink.base.seeding import generator
 from growshrink.data import datasets as data
-from growshrink.data import folders, formats, memory
+from growshrink.data import folders, formats
 from growshrink.data.batches import eval_batches
 from growshrink.data.datasets import Split, channel_statistics, load_data, stratified
 from growshrink.data.stream import stream_data
@@ -547,16 +547,16 @@ def test_folder_layouts_that_are_refused(tmp_path: Path) -> None:
 def test_what_exceeds_half_of_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path)
     size = 18 * 8 * 8 * 3
-    monkeypatch.setattr(memory, "available_bytes", lambda: 2 * size - 1)
+    monkeypatch.setattr(formats, "available_bytes", lambda: 2 * size - 1)
     with pytest.raises(DataError, match="stream_data"):
         load_data("folder", tmp_path)
     for enough in (2 * size, None):
-        monkeypatch.setattr(memory, "available_bytes", lambda enough=enough: enough)
+        monkeypatch.setattr(formats, "available_bytes", lambda enough=enough: enough)
         assert len(load_data("folder", tmp_path).test) == 6
 
 
 def test_available_memory_is_plausible() -> None:
-    available = memory.available_bytes()
+    available = formats.available_bytes()
     assert available is None or 2**24 < available < 2**50
 
 

@@ -9,11 +9,9 @@ from test_experiment import TINY, do, rates
 from growshrink.errors import RunError
 from growshrink.evidence import deployed
 from growshrink.evidence.arms import Arm
-from growshrink.evidence.deployed import add_int8, deployed_nets
-from growshrink.evidence.experiment import data_of, feed_of, jobs_of, keep_plan
-from growshrink.evidence.record import RUNS_FILE, read_runs
+from growshrink.evidence.experiment import add_int8, data_of, deployed_nets, feed_of, jobs_of, keep_plan
+from growshrink.evidence.record import RUNS_FILE, load_start_, read_runs
 from growshrink.evidence.table import markdown, rows_of
-from growshrink.evidence.weights import load_start_
 from growshrink.export import ExportOptions, Source, export
 from growshrink.training import Score
 from growshrink.training._evaluate import evaluate

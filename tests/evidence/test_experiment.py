@@ -16,7 +16,6 @@ from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.comparison import ArmComparison, Tuning, chosen_lr, trials_of
 from growshrink.evidence.experiment import (
     TOLERANCE,
     Experiment,
@@ -26,7 +25,7 @@ from growshrink.evidence.experiment import (
     matched_epochs,
     run_job,
 )
-from growshrink.evidence.record import RUNS_FILE, read_runs
+from growshrink.evidence.record import RUNS_FILE, ArmComparison, Tuning, chosen_lr, read_runs, trials_of
 from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig

@@ -35,10 +35,8 @@ from growshrink.analysis.truth import read_truth, subnet_name
 from growshrink.base.reading import load_weights, read_bytes, read_json
 from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
-from growshrink.cycle.resume import identity_of, restore
-from growshrink.cycle.run import run_cycle
-from growshrink.cycle.running import Run
-from growshrink.cycle.saving import Saving
+from growshrink.cycle.run import identity_of, restore, run_cycle
+from growshrink.cycle.running import Run, Saving
 from growshrink.data.datasets import DataSet, Split, channel_statistics, load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.data.formats import read_cifar_binary, read_cifar_pickled, read_idx_pair
