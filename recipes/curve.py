@@ -317,11 +317,9 @@ def _budget(value: float) -> str:
 
 def draw_curve(curves: Sequence[Curves], path: Path) -> None:
     """A panel for each net: top-1 over training MACs, with intervals; dashed, what a given teacher leaves to pay."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8 * len(curves), 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
     for axis, own in zip(np.atleast_1d(figure.subplots(1, len(curves))), curves, strict=True):
         for number, (arm, points) in enumerate(own.arms.items()):
             style = {"color": "black", "linewidth": 2.5} if arm == PLAIN else {"color": f"C{number}", "linewidth": 1.5}

@@ -150,7 +150,7 @@ def fit_directly(feed: MemoryFeed) -> dict[str, nn.Module]:
 
 def pixels(feed: MemoryFeed, split: str) -> tuple[Tensor, Tensor]:
     """Normalised images of a split as float64 vectors, and their labels."""
-    batches = SplitBatches(feed.data, getattr(feed.data, split), 4096, torch.device("cpu"))
+    batches = SplitBatches(getattr(feed.data, split), 4096, feed.mean, feed.std, "cpu")
     images, labels = zip(*batches, strict=True)
     return torch.cat(images).flatten(1).double(), torch.cat(labels)
 

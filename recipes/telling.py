@@ -197,12 +197,10 @@ def draw_mistakes(result: CycleResult) -> bool:
 def _figure(width: float, height: float) -> Any:
     """A figure of matplotlib's without a screen, or None without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure
 
 

@@ -47,6 +47,7 @@ from growshrink.base.writing import check_unwritten, write_json
 from growshrink.cli.options import command
 from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
+from growshrink.cycle.records import Grew
 from growshrink.cycle.surgery import fuse_nets, grow_nets
 from growshrink.data.batches import Batch, TrainBatches
 from growshrink.errors import RunError
@@ -218,7 +219,7 @@ def measure_round(bench: Bench) -> None:
     tail = phases.spans[0].grown_stop
 
     def grow(trainer: Trainer) -> None:
-        grow_nets(trainer, plan.branch, ratio=plan.ratio, where=None, init=plan.init, seed=0, input_size=SIZE)
+        grow_nets(trainer, Grew(branches=list(plan.branch), ratio=plan.ratio, init=plan.init), None, SIZE)
 
     def make(grown: bool) -> Trainer:
         trainer = Trainer(copy.deepcopy(plain), TrainConfig(), batches)

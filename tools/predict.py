@@ -164,13 +164,11 @@ def predict(
 def draw(sheet: list[Prediction], source: Source, path: Path) -> bool:
     """Draw the images with their classes; False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     rows = -(-len(sheet) // COLUMNS)
     figure = Figure(figsize=(11, 2.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     places = np.atleast_1d(figure.subplots(rows, COLUMNS)).flatten()
     for place in places:
         place.axis("off")

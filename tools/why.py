@@ -237,13 +237,11 @@ def mean_of(values: Sequence[float | None], digits: int) -> str:
 
 def draw_kernels(kernels: dict[str, Tensor], path: Path) -> None:
     """A square of nine for each arm, in one scale of colours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = min(4, len(kernels)) or 1
     rows = -(-len(kernels) // columns) or 1
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     high = max((float(kernel.max()) for kernel in kernels.values()), default=1.0)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:

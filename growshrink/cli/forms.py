@@ -52,14 +52,9 @@ def pick(default: Any, *names: str) -> Any:
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a program.
+    """An option of a program: a field `name` that the class `owner` declares, its type with limits, its default.
 
-    Attributes:
-        name: The field's.
-        owner: The class that declares it.
-        hint: The type, with limits.
-        default: `dataclasses.MISSING` where there is none.
-        compact: The class of its values, where they are given in the compact form.
+    `compact` is the class of its values, where they are given in the compact form.
     """
 
     name: str

@@ -42,10 +42,9 @@ from growshrink.base.reading import read_json
 from growshrink.branches.spec import PRESETS
 from growshrink.cli.forms import pick, plain_options, read_pairs
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
-from growshrink.data.batches import Augment
+from growshrink.data.batches import Augment, Magnitude, PhotoAugment
 from growshrink.data.datasets import SOURCES, load_data
 from growshrink.data.feed import Feed, MemoryFeed
-from growshrink.data.photo import Magnitude, PhotoAugment
 from growshrink.data.stream import stream_data
 from growshrink.errors import RunError
 from growshrink.layers.branch import Branch
@@ -217,7 +216,7 @@ class RunOptions:
     out: OutFolder | None = None
     """Folder of the run; by default one in runs/, numbered if taken."""
     resume: bool = False
-    """Go on with the run in the folder; starts it if there is none, does nothing if it is finished."""
+    """Continue the run in the folder; starts it if there is none, does nothing if it is finished."""
     save_every: Count | None = None
     """Write a checkpoint after every this many updates too; by default at the ends of epochs and phases."""
     keep: Count = 2
@@ -333,17 +332,7 @@ class Options:
         config: TrainConfig | None = None,
         **more: Any,
     ) -> CycleResult:
-        """Run a plan as the options have it.
-
-        Args:
-            plan: The rounds.
-            folder: Of the run.
-            feed: The batches.
-            model: The net.
-            about: How to make it again.
-            config: How to train, by default as the options say.
-            more: What else the run's record holds.
-        """
+        """Run a plan as the options have it; `about` says how to make the model again, `more` goes into the record."""
         running = self.running
         running.set_threads()
         config = config or replace(self.training, **running.decide_speed(model, feed, folder))

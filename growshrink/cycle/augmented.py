@@ -17,12 +17,10 @@ from growshrink.base.ranks import this_rank
 from growshrink.cycle.records import Grew, LeftBy, TriedWidth
 from growshrink.cycle.surgery import CALIBRATION_BATCHES
 from growshrink.layers.widths import Width, WidthSpace, set_width, width_space
-from growshrink.schedules import Schedule
 from growshrink.supernet import NetAugTask, WidthChoice, save_supernet
 from growshrink.supernet.cost import StepCost
-from growshrink.supernet.passes import MODES, NUM_AUGMENTED, default_alpha
+from growshrink.supernet.passes import MODES, NUM_AUGMENTED
 from growshrink.training.calibrate import calibrate_bn
-from growshrink.training.distil import TeacherNet
 from growshrink.training.trainer import Trainer
 
 
@@ -42,60 +40,12 @@ class NetAug(Checked):
     alpha: NotNegative | None = None
     inplace_distil: Share | None = None
 
-    def task(
-        self,
-        model: nn.Module,
-        *,
-        lam: Schedule | None,
-        seed: int,
-        label_smoothing: float,
-        teacher: TeacherNet | None,
-        input_size: InputSize,
-    ) -> NetAugTask:
-        """What computes loss and gradients of a grown net.
-
-        Args:
-            model: The grown net.
-            lam: What the augmented net fades out with; None keeps it to the end.
-            seed: Of the widths.
-            label_smoothing: Of the cross-entropy.
-            teacher: Teaches the base net.
-            input_size: `(C, H, W)`.
-        """
-        alpha = default_alpha(self.mode) if self.alpha is None else self.alpha
-        taught: dict[str, Any] = {}
-        if teacher is not None:
-            taught = {
-                "teacher": teacher.model,
-                "teacher_weight": teacher.weight,
-                "teacher_temperature": teacher.temperature,
-            }
-        return NetAugTask(
-            model,
-            nn.CrossEntropyLoss(label_smoothing=label_smoothing),
-            verbose=False,
-            space=width_space(model),
-            mode=self.mode,
-            alpha=alpha if lam is None else lambda update: alpha * lam(update),
-            inplace_distil=self.inplace_distil,
-            seed=seed,
-            input_size=input_size,
-            **taught,
-        )
-
 
 class Augmentation:
     """The sampled widths of a round, for as long as the structure and the teacher stay as they are.
 
-    Args:
-        trainer: Of the grown net.
-        task: What computes the gradients.
-        span: The updates in which the net of the round is grown, from and to (exclusive).
-        input_size: `(C, H, W)`.
-
-    Attributes:
-        task: The same.
-        space: The widths it draws from.
+    `task` computes the gradients, `space` are the widths it draws from; the net is grown in the updates `span`, from
+    and to (exclusive).
     """
 
     def __init__(self, trainer: Trainer, task: NetAugTask, span: tuple[int, int], input_size: InputSize) -> None:
@@ -145,15 +95,7 @@ def recalibrated(trainer: Trainer, width: Width) -> nn.Module:
 
 
 def save_net(path: Path, model: nn.Module, model_about: Mapping[str, Any], grew: Grew, input_size: InputSize) -> None:
-    """Write a supernet of the run, if it is known how to make its model.
-
-    Args:
-        path: The file.
-        model: The grown net.
-        model_about: What the run was told of its model: name and kwargs, and those of the plain net.
-        grew: The growth that made it.
-        input_size: `(C, H, W)`.
-    """
+    """Write a supernet of the run, grown as `grew` says, if `model_about` says how to make its model."""
     if "name" not in model_about or this_rank() > 0:
         return
     own = "plain_" if grew.names else ""

@@ -39,8 +39,7 @@ def teacher_nets(
         model_about: "plain_name" and "plain_kwargs" of the run's net, for the teacher "wider".
         given: Nets in place of those that the plan names.
 
-    Raises:
-        PlanError: There is no such net, or it does not fit the data.
+    PlanError where there is no such net, or it does not fit the data.
     """
     rounds, given = dict(enumerate(plan.rounds, start=1)), given or {}
     others = {number: entry.teacher for number, entry in rounds.items() if entry.teacher and entry.teacher.is_net}
@@ -124,15 +123,10 @@ class Costs:
         plan: Its rounds; their lengths do not matter.
         batches: Of the run; only their size is looked at.
         input_size: `(C, H, W)`.
-        teachers: Nets of `teacher_nets`.
+        teachers: Nets of `teacher_nets`, by number of the round.
 
     Attributes:
-        first: The net the run begins with.
-        plain: The plain net.
-        grown: Of each round, in order.
-        teachers: Of the rounds that another net teaches, by number.
-        input_size: `(C, H, W)`.
-        batch_size: Images per update.
+        first: The net the run begins with; `plain` is the plain net, `grown` that of each round.
     """
 
     def __init__(

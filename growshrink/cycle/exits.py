@@ -52,9 +52,7 @@ class Exit(Checked, Variant, ABC):
     def macs(self, forward: int, train: int) -> int:
         """Training MACs of an image that leaving takes, beyond the updates of the round; it must spend just these.
 
-        Args:
-            forward: MACs of an image through the plain net.
-            train: The same, forward and backward.
+        The plain net takes `forward` MACs an image, and `train` forward and backward.
         """
         return 0
 

@@ -33,8 +33,7 @@ class Phases:
 
     Attributes:
         all: None is empty; they cover [0, total).
-        rewarm: Updates over which the learning rate comes back.
-        restarts: Updates at which it does so beside the phases'.
+        rewarm: Updates over which the learning rate comes back, also at the updates `restarts`.
         built_grown: The net is grown before the first round already; its activations are then alive in the base.
     """
 
@@ -100,15 +99,9 @@ class Phases:
 
 
 def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = False) -> Phases:
-    """Lay a plan out in updates.
+    """Lay a plan out in updates; PlanError where a round, or the whole plan, has too few.
 
-    Args:
-        plan: The plan.
-        updates_per_epoch: Of the data.
-        built_grown: The net is grown before the first round already.
-
-    Raises:
-        PlanError: A round, or the whole plan, has too few updates.
+    With `built_grown` the net is grown before the first round already.
     """
     stop = _updates(plan.base_epochs, updates_per_epoch)
     phases: list[Phase] = [Base(0, stop, gradients=plan.gradients, seed=plan.seed)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from growshrink.base.copying import copy_net
@@ -29,13 +29,7 @@ PEAK_ANNEAL = 0.5
 
 @dataclass(frozen=True)
 class Phase(ABC):
-    """Updates `start` to `stop` (exclusive) of a run, in which the structure of the net stays as it is.
-
-    Attributes:
-        start: The first update.
-        stop: The first update after it.
-        span: The round it belongs to; None before the first.
-    """
+    """Updates `start` to `stop` (exclusive) of a run, in which the structure stays; `span` is None before a round."""
 
     name: ClassVar[str]
     #: What to try where training diverges in it.
@@ -112,10 +106,7 @@ class Phase(ABC):
             return
 
         def make() -> Augmentation:
-            smoothing = run.config.label_smoothing
-            task = span.sampling(
-                run.trainer.model, run.lam, label_smoothing=smoothing, teacher=teacher, input_size=run.size
-            )
+            task = span.sampling(run.trainer.model, run.lam, run.size, run.config.label_smoothing, teacher)
             return Augmentation(run.trainer, task, (span.start, span.grown_stop), run.size)
 
         run.augment((span.number, teacher is not None), make)
@@ -181,7 +172,7 @@ class _InRound(Phase):
     span: RoundSpan
 
     def answers(self, costs: Costs) -> int:
-        """MACs of an image through the teacher, as often as it is asked."""
+        """MACs of an image through the teacher, as often as it is queried."""
         teacher, lessons = self.teacher_cost(costs), self.lessons
         return 0 if teacher is None or lessons is None else lessons.asked(self.start, self.stop) * teacher.forward
 
@@ -191,9 +182,8 @@ class _InRound(Phase):
             return None
         if self.lessons.teacher.is_net:
             return costs.teachers[self.round]
-        if self.lessons.teacher.is_peak:
-            return costs.grown[self.round - 1]
-        return costs.first if self.round == 1 else costs.plain
+        own = costs.first if self.round == 1 else costs.plain
+        return costs.grown[self.round - 1] if self.lessons.teacher.is_peak else own
 
 
 @dataclass(frozen=True)
@@ -272,21 +262,13 @@ class Hold(_Grown):
             run.set_teacher(run.trainer.best)
         if plan.exit.may_go_back:
             run.remember()
-        seed = span.seed + 1000 * span.number
+        change = Grew(update=self.start, round=span.number, seed=span.seed + 1000 * span.number)
         if built_grown:
-            change = Grew(update=self.start, round=span.number, seed=seed, shapes=shapes_of(run.trainer.model))
+            change = replace(change, shapes=shapes_of(run.trainer.model))
         else:
-            change = grow_nets(
-                run.trainer,
-                plan.branch,
-                number=span.number,
-                ratio=plan.ratio,
-                where=plan.where,
-                init=plan.init,
-                seed=seed,
-                input_size=run.size,
-                guide=plan.guide,
-            )
+            options = {name: getattr(plan, name) for name in ("ratio", "init", "guide")}
+            change = replace(change, branches=list(plan.branch), **options)
+            change = grow_nets(run.trainer, change, plan.where, run.size)
         run.same_on_all_ranks()
         run.changed(change)
         if plan.widths is not None:
@@ -367,10 +349,7 @@ def merge_linear(run: Run, phase: Phase) -> None:
 
 
 def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool = False) -> None:
-    """Begin the record of a round after the growth, and its lessons where another net teaches that is not trained.
-
-    `before` is the top-1 of the net that the round begins with.
-    """
+    """Begin the record of a round after the growth, and its lessons; `before` is the top-1 it begins with."""
     plan, size, model, plain = span.plan, run.size, run.trainer.model, plain_net(run.initial, run.size)
     then, now = profile(model if built_grown else plain, size), profile(model, size)
     record = RoundRecord(

@@ -29,13 +29,7 @@ class Change(Variant):
     round: int = 0
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
-        """The model after the change; it may be `model` itself, changed in place.
-
-        Args:
-            model: As the changes before have left it.
-            plain: The net that the run began with.
-            input_size: `(C, H, W)`.
-        """
+        """`model`, as the changes before have left it, after this one, perhaps in place; the run began with `plain`."""
         return model
 
 
@@ -54,11 +48,11 @@ class Grew(Change, kind="grow"):
     guide: str | None = None
     shapes: dict[str, list[int]] = field(default_factory=dict)
 
-    def grow(self, model: nn.Module, input_size: InputSize) -> None:
-        """Grow a plain net in place, by exact names, so that nothing is decided twice."""
+    def grow(self, model: nn.Module, input_size: InputSize, where: str | None = None) -> None:
+        """Grow a plain net in place; again by exact names, so that nothing is decided twice."""
         specs = [BranchSpec(kind=kind, ratio=self.ratio) for kind in self.branches]
-        options = {"where": self.names, "init": self.init, "seed": self.seed, "guide": self.guide}
-        grow(model, specs, **options, inplace=True, input_size=input_size)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"where": self.names or where, "init": self.init, "seed": self.seed}
+        grow(model, specs, **options, guide=self.guide, inplace=True, input_size=input_size)
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
         """See `Change.apply`; RunError where the shapes are not those of then."""
@@ -114,11 +108,7 @@ class Rewound(Change, kind="rewind"):
 
 
 def replay(model: nn.Module, changes: Sequence[Change], input_size: InputSize) -> nn.Module:
-    """A copy of the initial `model` with the structure that `changes` describe (its values are to be loaded after).
-
-    Raises:
-        RunError: A change does not fit the model: it is the log of another one.
-    """
+    """A copy of the initial `model` in the structure of `changes`; RunError for those of another model."""
     plain, model = model, copy_net(model)
     for change in changes:
         model = change.apply(model, plain, input_size)
@@ -206,13 +196,9 @@ class Merged:
     """What merging a net came to: top-1 on the val split by stage (see `Top1`), effects and errors.
 
     Attributes:
-        vanished: Before.
-        dropped: Without the branches; None for a net that has no kernels of its own.
-        fused: Afterwards.
-        effect: Relative change of the outputs without the branches, with random norms.
-        trained_effect: The same as trained.
-        max_rel: Relative difference of the outputs, grown against fused, in float64.
-        max_rel_float32: The same in float32.
+        dropped: None for a net that has no kernels of its own.
+        effect: Relative change of the outputs without the branches, with random norms; `trained_effect` as trained.
+        max_rel: Relative difference of the outputs, grown against fused, in float64; `max_rel_float32` in float32.
         top1_agreement: Share of random images on which both say the same.
     """
 
@@ -236,7 +222,7 @@ class Size:
 
 @dataclass(frozen=True, kw_only=True)
 class TriedWidth:
-    """A width that was tried at the end of a round, and its top-1."""
+    """A width that was tried at the end of a round, and its top-1 in percent."""
 
     width: str | dict[str, int]
     top1: float
@@ -273,20 +259,15 @@ class RoundRecord:
     Attributes:
         branch: Kinds that were attached; "born grown" where the net had its own.
         widths: Mode of the sampling, or None.
-        teacher: Who taught, or None.
-        num_grown: Layers that carry branches.
-        num_skipped: Layers that were left alone.
+        num_grown: Layers that carry branches; `num_skipped` were left alone.
         macs: MACs of an image forward.
         plain_step_macs: MACs of an image forward and backward through the plain net.
         tail_share: Share of the updates that train the plain net.
-        macs_before: Training MACs of the run before the round.
+        macs_before: Training MACs of the run before the round; those of the round are `training_macs`.
         effect: As in `Merged`, like the next four; None where nothing was merged.
         undone: Whether the round was undone; None where it could not be.
-        training_macs: Training MACs of the round, teachers included.
-        teacher_updates: In how many updates another net was trained that taught; 0 where it was given.
-        teacher_macs: Training MACs of these.
-        answers_macs: MACs of its answers, where another net taught.
-        teacher_top1: Its own on the val split.
+        teacher_updates: In how many updates another net was trained that taught, by `teacher_macs`; 0 if it was given.
+        answers_macs: MACs of its answers, where another net taught; `teacher_top1` is its own on the val split.
     """
 
     number: int

@@ -229,12 +229,10 @@ def _rounded(values: Sequence[float]) -> str:
 def draw_curves(result: CycleResult) -> bool:
     """Draw curves.png: accuracy, loss, lam and learning rate, cost, over the updates; False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(9, 10), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(4, 1, sharex=True)
     rows, phases = result.history, result.phases
     _draw_scores(result, axes[0], axes[1])

@@ -87,17 +87,13 @@ class CycleResult:
     Attributes:
         out_dir: Folder with report.md, report.json, curves.png, plain.safetensors, growth_log.json, log.jsonl.
         model: The plain net that was trained, to be deployed.
-        rounds: A record per round.
         history: The rows of log.jsonl.
         growth_log: Every change of structure.
         phases: The plan in updates.
         val: On the part of the training set that rounds are judged by.
         judged: On the test set, read once; `final` is its score.
-        classes: Their names.
-        plain: MACs and parameters of the plain architecture.
-        deployed: The same of the net that came out.
-        training_macs: Spent, forward and backward, teachers included.
-        plain_training_macs: What as many updates of the plain net cost.
+        plain: MACs and parameters of the plain architecture; `deployed` those of the net that came out.
+        training_macs: Spent, forward and backward, teachers included; `plain_training_macs` by as many plain updates.
         seconds: Of training.
         about: Command, plan, config, data and versions.
     """

@@ -34,7 +34,7 @@ from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.swaps import expand_online
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
-from growshrink.runs.folder import RunFolder, claim_together, difference
+from growshrink.runs.folder import RunFolder, check_same, claim_together, difference
 from growshrink.supernet import NetAugTask
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
@@ -104,8 +104,20 @@ def run_cycle(
     own |= {"teachers": digests} if (digests := fingerprints(plan, nets)) else {}
     with _claimed(out_dir, resume) as folder:
         how: dict[str, Any] = {"progress": progress, "tensorboard": tensorboard, "saving": saving, "config": config}
-        told = {**(about or {}), **own}
-        run = _begin(plan, phases, told, initial=model, feed=feed, folder=folder, teachers=nets, **how)
+        told = {key: value for key, value in {**(about or {}), **own}.items() if key != "command"}
+        run = Run(
+            **how,
+            initial=model,
+            feed=feed,
+            folder=folder,
+            teachers=nets,
+            learning_rate=phases.learning_rate,
+            lam=phases.lam_control(),
+            model_about=told.get("model", {}),
+            num_rounds=len(plan.rounds),
+            total=phases.total,
+            identity=identity_of(feed, plan, phases.total, config, told),
+        )
         return _execute(run, phases, plan, (about or {}).get("command", " ".join(sys.argv)))
 
 
@@ -135,20 +147,6 @@ def _claimed(out_dir: str | Path | RunFolder, resume: bool) -> Iterator[RunFolde
         yield folder
 
 
-def _begin(plan: CyclePlan, phases: Phases, about: Mapping[str, Any], **parts: Any) -> Run:
-    """Make a run of a plan; `parts` are fields of `Run`."""
-    about = {key: value for key, value in about.items() if key != "command"}
-    return Run(
-        **parts,
-        learning_rate=phases.learning_rate,
-        lam=phases.lam_control(),
-        model_about=about.get("model", {}),
-        num_rounds=len(plan.rounds),
-        total=phases.total,
-        identity=identity_of(parts["feed"], plan, phases.total, parts["config"], about),
-    )
-
-
 def _execute(run: Run, phases: Phases, plan: CyclePlan, command: str) -> CycleResult:
     """Start, or continue, and come to the end."""
     record = {"command": command, **run.identity, "versions": versions()}
@@ -156,7 +154,7 @@ def _execute(run: Run, phases: Phases, plan: CyclePlan, command: str) -> CycleRe
         if run.folder.fresh:
             run.folder.write_marker("running", record)
         else:
-            run_on_rank0(lambda: run.folder.check_same(run.identity))
+            run_on_rank0(lambda: check_same(run.folder.path, run.identity))
             restore(run, phases, plan)
             run.folder.write_marker("running", record)  # without what it was stopped by
         if not run.trainer.update:

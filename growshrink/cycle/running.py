@@ -75,15 +75,11 @@ class Run:
     """What the phases of a run change, and what they need for it.
 
     Attributes:
-        initial: The model as `run_cycle` was given it.
+        initial: The model as `run_cycle` was given it, `model_about` what it was given of how to make it.
         learning_rate: Factor on the config's rate, by update.
-        lam: Lam by update.
-        model_about: What the run was told of its model.
-        num_rounds: Rounds of the plan.
         total: Updates of the whole run.
         identity: Everything that the result depends on; the run is resumed with the same only.
         phase: Number of the phase that the next update belongs to.
-        state: What a checkpoint holds beside tensors.
         augmentation: The sampled widths of the present phase, or None.
         before: A snapshot, in a round that may return to where it began.
         teachers: Nets of `teacher_nets`.
@@ -154,7 +150,7 @@ class Run:
         self.trainer.update = update
 
     def go_back(self) -> None:
-        """Go on with what was remembered, whose structure is that of the log, bit for bit; the updates count on."""
+        """Restore what was remembered, in the structure of the log, bit for bit; the updates count on."""
         assert self.before is not None
         self.train_instead(replay(self.initial, self.state.log, self.size))
         set_values(self.trainer, self.before)
@@ -166,12 +162,7 @@ class Run:
         self.state.teacher_log = len(self.state.log) if net is not None and of_the_run else None
 
     def augment(self, key: object, make: Callable[[], Augmentation] | None) -> None:
-        """Sample widths from now on, or (None) no more; what was made for the same `key` stays.
-
-        Args:
-            key: What the sampling belongs to: a round and its teacher.
-            make: Makes it.
-        """
+        """Sample widths from now on, or (None) no more; what was made for the same `key`, round and teacher, stays."""
         if make is not None and key == self._augmented_for:
             return
         if self.augmentation is not None:
@@ -248,15 +239,9 @@ class Run:
         return float(loss)
 
     def check_finite(self, loss: float, where: str, start: int, advice: str) -> None:
-        """Raise DivergedError if the loss of the updates since `start`, or a weight after them, is not finite.
+        """Raise DivergedError if the mean loss of the updates since `start`, or a weight after them, is not finite.
 
         To be called before every checkpoint, so that all of them are of a sound net. Waits for the device.
-
-        Args:
-            loss: Mean of these updates.
-            where: Round and phase, for the message.
-            start: The first of these updates.
-            advice: What to try instead.
         """
         found = find_not_finite(self.trainer) if math.isfinite(loss) else f"the loss is {loss}"
         if found is None:

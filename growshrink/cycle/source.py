@@ -217,11 +217,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a safetensors file or a checkpoint of timm's (the averaged ones), and the metadata if there are any.
-
-    Raises:
-        RunError: It is no such file, or damaged.
-    """
+    """Tensors of a safetensors file or timm's checkpoint (the averaged ones), and metadata; RunError if damaged."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,61 +23,20 @@ from growshrink.runs.checkpoints import random_state, set_random_state
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.trainer import Trainer
-from growshrink.transforms import collapse_online, collapse_report, drop, fuse, grow
+from growshrink.transforms import collapse_online, collapse_report, drop, fuse
 
 #: Batches that batch norm statistics are taken from.
 CALIBRATION_BATCHES = 20
 
 
-def grow_nets(
-    trainer: Trainer,
-    branch: Sequence[str],
-    *,
-    number: int = 0,
-    ratio: float,
-    where: str | None,
-    init: str,
-    seed: int,
-    input_size: InputSize,
-    guide: str | None = None,
-) -> Grew:
-    """Grow model and average alike, and recreate the optimizer; returns what the growth log needs.
+def grow_nets(trainer: Trainer, change: Grew, where: str | None, input_size: InputSize) -> Grew:
+    """Grow model and average as `change` says, and let the optimizer follow; returns it with `names` and `shapes`.
 
-    Args:
-        trainer: Of a plain net.
-        branch: Kinds to attach.
-        number: Of the round.
-        ratio: As for `grow`, like the rest.
-        where: Regular expression on dotted names.
-        init: How branches start.
-        seed: Of the branches' weights.
-        input_size: `(C, H, W)`.
-        guide: A name of timm's.
+    `where` is the regular expression on dotted names as for `grow`, `input_size` is `(C, H, W)`.
     """
     model = trainer.model
-    grow(
-        model,
-        branch,
-        ratio=ratio,
-        where=where,
-        init=init,
-        seed=seed,
-        guide=guide,
-        inplace=True,
-        input_size=input_size,
-    )
-    names = list(grown_modules(model))  # it was plain before
-    change = Grew(
-        update=trainer.update,
-        round=number,
-        branches=list(branch),
-        ratio=ratio,
-        names=names,
-        init=init,
-        seed=seed,
-        guide=guide,
-        shapes=shapes_of(model),
-    )
+    change.grow(model, input_size, where)
+    change = replace(change, names=list(grown_modules(model)), shapes=shapes_of(model))  # it was plain before
     if trainer.ema is not None:
         change.grow(trainer.ema, input_size)
     trainer.structure_changed()
@@ -86,8 +46,8 @@ def grow_nets(
 def collapse_net(trainer: Trainer, lam: float, number: int) -> Collapsed | None:
     """Merge the branches of the model (not of its average) that are linear at `lam` into kernels, for training.
 
-    Whatever was faster: a run is to be the same on every machine. Returns what the growth log needs, for the round
-    of that number; None where no branch is linear.
+    Whatever was faster: a run is to be the same on every machine. Returns the entry of the growth log for round
+    `number`; None where no branch is linear.
     """
     model = trainer.model
     set_lambda(model, lam)
@@ -100,19 +60,10 @@ def collapse_net(trainer: Trainer, lam: float, number: int) -> Collapsed | None:
 
 
 def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size: InputSize) -> Merged:
-    """Fuse model and average, proving it.
+    """Fuse model and average, every lam at 0, with proof on the net as trained and on a copy with random norms.
 
-    The proof is made twice, on the net as it was trained and on a copy with random norms, in which the branches are at
-    work whatever they have learnt.
-
-    Args:
-        trainer: With every lam at 0.
-        score: Top-1 of a net on the val split.
-        input_size: `(C, H, W)`.
-
-    Raises:
-        FuseError: A net cannot be merged exactly.
-        RunError: The averaged net and its fused form differ.
+    `score` gives a net's top-1 on the val split. FuseError where a net cannot be merged exactly, RunError where the
+    averaged net and its fused form differ.
     """
     best = copy_net(trainer.best)
     owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
@@ -171,10 +122,7 @@ def _meaning_changes(model: nn.Module) -> set[str]:
 
 
 def values_of(trainer: Trainer) -> dict[str, Any]:
-    """Everything about a trainer that changes while its structure stays: weights, average, optimizer, random states.
-
-    Every rank is to call this, as each has random states of its own; all else they have in common.
-    """
+    """Everything about a trainer that changes while its structure stays; every rank has its own random states."""
     values: dict[str, Any] = {
         "model": trainer.model.state_dict(),
         "optimizer": trainer.optimizer_state(),
@@ -188,11 +136,7 @@ def values_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def set_values(trainer: Trainer, values: Mapping[str, Any]) -> None:
-    """The inverse of `values_of`, on a trainer of the same structure whose optimizer has no state yet.
-
-    Raises:
-        RunError: They are of another structure; the message names the first difference.
-    """
+    """The inverse of `values_of`, on a trainer without optimizer state; RunError for those of another structure."""
     for net, key in ((trainer.model, "model"), (trainer.ema, "ema")):
         if net is not None:
             load_values(net, values[key])

@@ -87,13 +87,7 @@ class Teacher(Checked):
 
 @dataclass(frozen=True)
 class Lessons:
-    """When the teacher of a round is asked.
-
-    Attributes:
-        start: The first update with a teacher.
-        number: In how many updates from there on it is asked.
-        teacher: Which.
-    """
+    """When the teacher of a round is asked: in `number` updates from `start` on, the first with a teacher."""
 
     start: int
     number: int
@@ -105,14 +99,9 @@ class Lessons:
 
 
 class Teaching:
-    """Whom the net in training learns from, and what that costs.
+    """Whom the net in training learns from, and what that costs; `net` is the teacher, in eval mode, or None.
 
-    Args:
-        input_size: `(C, H, W)`.
-        folder: Of the run, for answers that do not fit into memory.
-
-    Attributes:
-        net: The teacher, in eval mode; None where there is none.
+    The run's folder takes answers that do not fit into memory.
     """
 
     def __init__(self, input_size: InputSize, folder: Path) -> None:
@@ -140,10 +129,7 @@ class Teaching:
         return self._teacher
 
     def macs(self, lessons: Lessons | None, start: int, stop: int) -> int:
-        """MACs of its forward passes for one image in each of the updates from `start` to `stop`.
-
-        Answers that are asked for once more after a resume are not counted again: they belong to no plan.
-        """
+        """MACs of an image through it in the updates from `start` to `stop`; answers lost by a resume do not count."""
         if self.net is None or lessons is None:
             return 0
         return lessons.asked(start, stop) * self._forward_macs

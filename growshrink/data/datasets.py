@@ -39,7 +39,6 @@ class Split:
             raise DataError(f"Split.labels must be int64 ({len(images)},), got {labels.dtype} {tuple(labels.shape)}.")
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.labels)
 
 
@@ -51,8 +50,7 @@ class DataSet:
         name: As asked for; a folder's own name for a folder.
         val: To choose with: a part of the training set, never of the test set.
         classes: The class names, in the order of the labels.
-        mean: Mean of `train`, per channel, where 1.0 is the brightest value.
-        std: Standard deviation, likewise; at least 1/255, so that a constant channel can be divided by it.
+        mean: Mean of `train`, per channel, where 1.0 is the brightest value; `std` is at least 1/255.
         notes: What was done to images, or left out, sentence by sentence.
     """
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -29,15 +29,11 @@ class UpdateBatches(Protocol):
 
 
 class ScoringBatches(Protocol):
-    """All images of a split, each once; may be walked through again."""
+    """All images of a split in batches, in order, the last one perhaps smaller; `len` is the number of images."""
 
-    def __len__(self) -> int:
-        """Number of images."""
-        ...
+    def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches in order, the last one perhaps smaller."""
-        ...
+    def __iter__(self) -> Iterator[Batch]: ...
 
 
 class Feed(Protocol):
@@ -92,20 +88,10 @@ class MemoryFeed:
         world_size: int = 1,
     ) -> MemoryFeed:
         """Batches of `data` for one process, rank `rank` of `world_size`; DataError for fewer images than a batch."""
-        train = TrainBatches(
-            data.train,
-            batch_size=batch_size,
-            mean=data.mean,
-            std=data.std,
-            augment=augment,
-            seed=seed,
-            device=device,
-            rank=rank,
-            world_size=world_size,
-        )
-        val, test = (
-            SplitBatches(data, split, eval_batch_size, torch.device(device)) for split in (data.val, data.test)
-        )
+        colours: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
+        ranks = {"rank": rank, "world_size": world_size}
+        train = TrainBatches(data.train, batch_size=batch_size, augment=augment, seed=seed, **colours, **ranks)
+        val, test = (SplitBatches(split, eval_batch_size, **colours) for split in (data.val, data.test))
         return MemoryFeed(data, train, val, test)
 
     @cached_property
@@ -120,22 +106,19 @@ class MemoryFeed:
 
 @dataclass(frozen=True, eq=False)
 class SplitBatches:
-    """One split of a data set in batches, in order, without augmentation."""
+    """One split of a data set in batches, in order, without augmentation; see `eval_batches`."""
 
-    data: DataSet
     split: Split
     batch_size: int
-    device: torch.device
+    mean: Sequence[float]
+    std: Sequence[float]
+    device: torch.device | str
 
     def __len__(self) -> int:
-        """Number of images."""
         return len(self.split)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches in order."""
-        return eval_batches(
-            self.split, batch_size=self.batch_size, mean=self.data.mean, std=self.data.std, device=self.device
-        )
+        return eval_batches(**vars(self))
 
 
 def check_model_fits(model: nn.Module, feed: Feed) -> None:

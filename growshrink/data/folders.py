@@ -45,12 +45,7 @@ def cache_folder() -> Path:
 
 
 class DecodeCache:
-    """The cache entry of one folder at one image size.
-
-    Attributes:
-        path: Its file.
-        key: Digest of what it was made from.
-    """
+    """The cache entry of one folder at one image size: its file `path`, and the digest `key` of its sources."""
 
     def __init__(self, root: Path, paths: Sequence[str], image_size: int | None) -> None:
         place = hashlib.blake2b(f"{root.resolve()}\n{image_size}".encode(errors="surrogateescape"), digest_size=10)
@@ -229,10 +224,7 @@ def _decode_all(paths: list[str], root: Path, image_size: int | None, progress: 
 def _decode_into(
     images: np.ndarray, paths: list[str], image_size: int | None, progress: bool
 ) -> tuple[dict[str, Any], list[str], bool]:
-    """Fill uint8 `images` (N, H, W, C) where possible: what was noted, those of another size, whether some has colour.
-
-    Stops early at a coloured image where `images` has one channel.
-    """
+    """Fill uint8 `images` (N, H, W, C): what was noted, those of another size, and whether some has another colour."""
     _, height, width, channels = images.shape
     counts, damaged, sizes, coloured = Counter[str](), dict[int, str](), list[str](), False
 

@@ -173,17 +173,15 @@ class StreamTrainBatches:
 
 
 class StreamEvalBatches:
-    """All images of a split in order; iterate over it as often as needed. Its `len` is the number of images."""
+    """All images of a split, in batches as `eval_batches` yields them; `len` is their number."""
 
     def __init__(self, num_images: int, open_loader: Callable[[], Any], device: torch.device) -> None:
         self._num_images, self._open_loader, self._device = num_images, open_loader, device
 
     def __len__(self) -> int:
-        """The number of images."""
         return self._num_images
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches as `eval_batches` yields them."""
         with own_randomness(0):
             batches = iter(self._open_loader())
         for images, labels in batches:

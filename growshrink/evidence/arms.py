@@ -19,6 +19,7 @@ from growshrink.training.trainer import TrainConfig
 GIVEN = "given"
 _LINEAR = {"hold": 0.10, "vanish": 0.05, "settle": 0.85}  # grown to the end; the shares say nothing where lam is 0
 _PURE = {"hold": 0.50, "vanish": 0.20, "settle": 0.30}  # grown to the end, linear towards it
+_HALF = {"hold": 0.40, "vanish": 0.25, "settle": 0.05}
 _NETAUG = {"hold": 0.85, "vanish": 0.15, "settle": 0.0, "exit": Drop()}  # augmented to the end, fading out
 _REWIND = {"exit": Rewind(), "vanish": 0.0, "settle": 0.0}
 _STRICT: dict[str, Any] = {"weight": 0.9, "asked": 0.15}
@@ -105,26 +106,29 @@ class Arm:
         return any(issubclass(Branch.kinds[kind], Modulated) for kind in kinds)
 
 
-def _one(**values: Any) -> tuple[Round, ...]:
-    return (Round(**{"epochs": 1.0, "ratio": 2.0, **values}),)
+def _round(about: str, *branch: str, **values: Any) -> Arm:
+    """Define an arm of one round; `values` are fields of the round, and of the arm where it has no such field."""
+    own = {key: values.pop(key) for key in ("base", "expansion", "shrinks") if key in values}
+    kinds = {"branch": branch} if branch else {}
+    return Arm(about=about, rounds=(Round(**{"epochs": 1.0, "ratio": 2.0, **kinds, **values}),), **own)
 
 
 def _linear(about: str, branch: str, init: str = "paper", **values: Any) -> Arm:
-    return Arm(about=about, rounds=_one(branch=(branch,), linear=True, init=init, **_LINEAR, **values))
+    return _round(about, branch, linear=True, init=init, **_LINEAR, **values)
 
 
-def _mapped(gradients: MapSource, about: str) -> Arm:
-    return Arm(about=about, base=1.0, gradients=gradients)
-
-
-def _cycles(number: int, **values: Any) -> tuple[Round, ...]:
+def _cycles(number: int, about: str, **values: Any) -> Arm:
     branches = (("bottleneck",), ("insert", "bottleneck"), ("insert", "bottleneck"))
-    return tuple(Round(epochs=0.9 / number, branch=branches[n], **{"ratio": 2.0, **values}) for n in range(number))
+    rounds = tuple(Round(epochs=0.9 / number, branch=branches[n], ratio=2.0, **values) for n in range(number))
+    return Arm(about=about, base=0.1, rounds=rounds)
 
 
 def _faded(about: str, *branch: str, **values: Any) -> Arm:
-    shares = {"hold": 0.55, "vanish": 0.3, "settle": 0.1}
-    return Arm(about=about, rounds=_one(**{"branch": branch, "ratio": 4.0, "init": "paper", **shares, **values}))
+    return _round(about, *branch, ratio=4.0, init="paper", hold=0.55, vanish=0.3, settle=0.1, **values)
+
+
+def _netaug(about: str, mode: str = "netaug", inplace_distil: float | None = None, **values: Any) -> Arm:
+    return _round(about, ratio=4.0, widths=NetAug(mode, inplace_distil=inplace_distil), **_NETAUG, **values)
 
 
 PLAIN = "plain"
@@ -141,36 +145,41 @@ ARMS: Mapping[str, Arm] = {
         config={"optimizer": "nmuon", "momentum": 0.95, "weight_decay": 0.05},
         lr=0.1,
     ),
-    "gradmult-fixed": _mapped(
-        FromBranches(), "plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)"
+    "gradmult-fixed": Arm(
+        about="plain, its gradients mapped as 1x1 and identity beside each 3x3 would (arXiv:2205.15242)",
+        base=1.0,
+        gradients=FromBranches(),
     ),
-    "gradmult-search": _mapped(
-        FromBranches(search=0.05), "gradmult-fixed with scales per channel, found in 5 % of the updates"
+    "gradmult-search": Arm(
+        about="gradmult-fixed with scales per channel, found in 5 % of the updates",
+        base=1.0,
+        gradients=FromBranches(search=0.05),
     ),
-    "gradmult-pixels": _mapped(
-        FromPixels(), "plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)"
+    "gradmult-pixels": Arm(
+        about="plain, its gradients scaled by how neighbouring pixels depend on each other (arXiv:2303.02733)",
+        base=1.0,
+        gradients=FromPixels(),
     ),
-    "distil": Arm(
-        about="plain, from scratch, taught by a grown net that is trained first and thrown away",
-        rounds=_one(hold=0.25, teacher=Teacher("peak"), **_REWIND),
+    "distil": _round(
+        "plain, from scratch, taught by a grown net that is trained first and thrown away",
+        **{"hold": 0.25, "teacher": Teacher("peak"), **_REWIND},
     ),
-    "distil-wide": Arm(
-        about="plain, from scratch, taught by the net twice as wide, which a quarter of the compute trains first",
-        rounds=_one(branch=(), teacher=Teacher("wider", share=0.093, **_STRICT)),
+    "distil-wide": _round(
+        "plain, from scratch, taught by the net twice as wide, which a quarter of the compute trains first",
+        **{"branch": (), "teacher": Teacher("wider", share=0.093, **_STRICT)},
     ),
-    "distil-given": Arm(
-        about="distil-wide by a net that is trained already: only its answers are paid for",
-        rounds=_one(branch=(), teacher=Teacher(GIVEN, **_STRICT)),
+    "distil-given": _round(
+        "distil-wide by a net that is trained already: only its answers are paid for",
+        **{"branch": (), "teacher": Teacher(GIVEN, **_STRICT)},
     ),
-    "return": Arm(
-        about="plain, then grown to be its own teacher; the plain net goes on where it was, by answers that are kept",
-        base=0.4,
-        rounds=_one(epochs=0.6, hold=1 / 3, teacher=Teacher("peak", asked=0.3), **_REWIND),
+    "return": _round(
+        "plain, then grown to be its own teacher; the plain net continues where it was, by answers that are kept",
+        **{"base": 0.4, "epochs": 0.6, "hold": 1 / 3, "teacher": Teacher("peak", asked=0.3), **_REWIND},
     ),
-    "return-strict": Arm(
-        about="return, learning little from the labels (weight 0.9, temperature 4)",
-        base=0.4,
-        rounds=_one(epochs=0.6, hold=1 / 3, teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0), **_REWIND),
+    "return-strict": _round(
+        "return, learning little from the labels (weight 0.9, temperature 4)",
+        teacher=Teacher("peak", weight=0.9, asked=0.3, temperature=4.0),
+        **{"base": 0.4, "epochs": 0.6, "hold": 1 / 3, **_REWIND},
     ),
     "repvgg": _linear("1x1 and identity beside each 3x3, fused once (arXiv:2101.03697)", "repvgg"),
     "acnet": _linear("3x1 and 1x3 beside each 3x3, fused once (arXiv:1908.03930)", "acnet"),
@@ -201,55 +210,36 @@ ARMS: Mapping[str, Arm] = {
         "for long runs: orepa-online, so far the best of those that grow after 60 epochs", "orepa", online=True
     ),
     "expandnet": _linear("1x1, 3x3, 1x1 beside each 3x3, fused once (arXiv:1811.10495)", "expandnet"),
-    "one-round": Arm(
-        about="bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)",
-        rounds=_one(hold=0.40, vanish=0.25, settle=0.05),
+    "one-round": _round("bottlenecks grown at once, vanished, fused (as NetBooster, arXiv:2306.13586)", **_HALF),
+    "nest": _round(
+        "one-round with a bottleneck in each bottleneck: a block, not a layer, beside each kernel", "nest", **_HALF
     ),
-    "nest": Arm(
-        about="one-round with a bottleneck in each bottleneck: a block, not a layer, beside each kernel",
-        rounds=_one(branch=("nest",), hold=0.40, vanish=0.25, settle=0.05),
+    "reducenet-x2": _round("no kernel but the bottleneck's, twice as wide inside", expansion=2, **_PURE),
+    "reducenet-x4": _round("reducenet-x2, but 4 times as wide", expansion=4, **_PURE),
+    "reducenet-x8": _round("reducenet-x2, but 8 times as wide", expansion=8, **_PURE),
+    "netaug": _netaug("widths sampled in every update, then dropped (arXiv:2110.08890)"),
+    "netaug-taught": _netaug(
+        "netaug, the plain net taught by distil-wide's teacher, which is asked in every update",
+        teacher=Teacher("wider", weight=0.9, share=0.32),
     ),
-    "reducenet-x2": Arm(
-        about="no kernel but the bottleneck's, twice as wide inside", rounds=_one(**_PURE), expansion=2
+    "netaug-distil": _netaug("netaug, the plain net learning from the wider one in the same update", "netaug", 0.5),
+    "lazy-distil": _netaug("netaug-distil in every 8th update only: our cheap mode", "lazy", 0.5),
+    "cycles-2": _cycles(2, "two rounds of grow, vanish, fuse"),
+    "cycles-3": _cycles(3, "three rounds"),
+    "cycles-2-peak": _cycles(2, "two rounds, each taught by its own peak", teacher=Teacher("peak")),
+    "cycles-2-linear": _cycles(2, "two rounds without any activation in the branches", linear=True),
+    "drop-layers": _round(
+        "bottlenecks that keep their activations and are cut off halfway, instead of vanishing",
+        **{"hold": 0.50, "vanish": 0.0, "settle": 0.0, "exit": Drop()},
     ),
-    "reducenet-x4": Arm(about="reducenet-x2, but 4 times as wide", rounds=_one(**_PURE), expansion=4),
-    "reducenet-x8": Arm(about="reducenet-x2, but 8 times as wide", rounds=_one(**_PURE), expansion=8),
-    "netaug": Arm(
-        about="widths sampled in every update, then dropped (arXiv:2110.08890)",
-        rounds=_one(ratio=4.0, widths=NetAug("netaug"), **_NETAUG),
+    "never-shrunk": _round(
+        "the grown net itself on the same budget: what there is to be kept, on the val split",
+        **{"hold": 0.98, "teacher": Teacher("peak"), "shrinks": False, **_REWIND},
     ),
-    "netaug-taught": Arm(
-        about="netaug, the plain net taught by distil-wide's teacher, which is asked in every update",
-        rounds=_one(ratio=4.0, widths=NetAug("netaug"), teacher=Teacher("wider", weight=0.9, share=0.32), **_NETAUG),
-    ),
-    "netaug-distil": Arm(
-        about="netaug, the plain net learning from the wider one in the same update",
-        rounds=_one(ratio=4.0, widths=NetAug("netaug", inplace_distil=0.5), **_NETAUG),
-    ),
-    "lazy-distil": Arm(
-        about="netaug-distil in every 8th update only: our cheap mode",
-        rounds=_one(ratio=4.0, widths=NetAug("lazy", inplace_distil=0.5), **_NETAUG),
-    ),
-    "cycles-2": Arm(about="two rounds of grow, vanish, fuse", base=0.1, rounds=_cycles(2)),
-    "cycles-3": Arm(about="three rounds", base=0.1, rounds=_cycles(3)),
-    "cycles-2-peak": Arm(
-        about="two rounds, each taught by its own peak", base=0.1, rounds=_cycles(2, teacher=Teacher("peak"))
-    ),
-    "cycles-2-linear": Arm(
-        about="two rounds without any activation in the branches", base=0.1, rounds=_cycles(2, linear=True)
-    ),
-    "drop-layers": Arm(
-        about="bottlenecks that keep their activations and are cut off halfway, instead of vanishing",
-        rounds=_one(hold=0.50, vanish=0.0, settle=0.0, exit=Drop()),
-    ),
-    "never-shrunk": Arm(
-        about="the grown net itself on the same budget: what there is to be kept, on the val split",
-        rounds=_one(hold=0.98, teacher=Teacher("peak"), **_REWIND),
-        shrinks=False,
-    ),
-    "implicit": Arm(
-        about="one-round, the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
-        rounds=_one(branch=("implicit",), hold=0.40, vanish=0.25, settle=0.05),
+    "implicit": _round(
+        "one-round, the middle of each bottleneck at equilibrium, from norm 0.5 (after DEQ, arXiv:1909.01377)",
+        "implicit",
+        **_HALF,
     ),
     "asr": _linear(
         "channel attention fed with a learnt vector: the control that never sees data (arXiv:2304.06345)", "asr"

@@ -335,10 +335,7 @@ def deployed_nets(experiment: Experiment, job: Job, out: Path, data: DataSet) ->
 
 
 def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
-    """Add the int8 top-1 to the lines of finished runs that lack it and whose weights are still there.
-
-    RunError where ONNX is not installed.
-    """
+    """Add int8 top-1 to the lines of finished runs that lack it and have their weights; RunError without ONNX."""
     for record in read_runs(out):
         done = all(score.test is None or score.int8_channel is not None for score in record.scores)
         asked = record.job.kind == "run" and record.job.arm in experiment.arms

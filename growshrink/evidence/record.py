@@ -41,10 +41,9 @@ DIGITS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Checked):
-    """Identify a training run: an arm with all its seeds side by side, or with some of them.
+    """Identify a training run of an arm: part of a table, or a "trial", by which a learning rate is chosen.
 
-    A "run" is part of a table, a learning rate is chosen by a "trial"; `net` is the candidate in a scan, empty where
-    there is one net; `budget` is in epochs of the plain net.
+    `net` is the candidate in a scan, else empty; `budget` is in epochs of the plain net.
     """
 
     kind: Literal["run", "trial"] = "run"
@@ -84,10 +83,7 @@ class SeedScore(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(Checked):
-    """Cost of training, per net; `seconds` are those of all nets of the run together.
-
-    `macs` are forward and backward, teachers included; `budget` is what it was given of them.
-    """
+    """Cost per net: `macs`, teachers included, of a `budget`; `seconds` are those of all nets together."""
 
     epochs: float
     macs: float
@@ -98,10 +94,7 @@ class Cost(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The rows of a run's log.jsonl as columns of equal length.
-
-    Numbers are rounded to `DIGITS` significant digits, those of `EXACT_COLUMNS` and whole numbers excepted.
-    """
+    """The rows of a run's log.jsonl as columns of equal length; floats are rounded, but for `EXACT_COLUMNS`."""
 
     update: tuple[int, ...] = ()
     epoch: tuple[float, ...] = ()
@@ -134,8 +127,7 @@ class RunRecord:
     Attributes:
         about: Line that describes its arm.
         scores: One a seed, in the order of `job.seeds`.
-        cost: None for a trial that diverged.
-        diverged: Why it was given up; None for a run that came to its end.
+        cost: None for a trial that diverged; `diverged` then says why it was given up.
         rounds: Records of the rounds, as in the run's report.json.
         plan: Plan of the run, in epochs, as the version in `versions` writes plans.
         data: Name, size and fingerprint of the data set.
@@ -194,10 +186,7 @@ class RunRecord:
 
 
 def read_runs(out: Path) -> tuple[RunRecord, ...]:
-    """Read the finished runs of the experiment in `out`, in the order in which they were finished.
-
-    RunError for a damaged line, or a folder of the form without runs.jsonl.
-    """
+    """Read the finished runs in `out`, in the order they were finished; RunError for a damaged line or the old form."""
     path, records = out / RUNS_FILE, []
     if not path.exists():
         _refuse_old_form(out)

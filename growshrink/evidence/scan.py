@@ -54,10 +54,9 @@ class Candidate(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class ScanPlan(Checked):
-    """What is scanned: plan.json of a scan's folder; `halve` and `candidates_of` tell what its options are.
+    """What is scanned: plan.json of a scan's folder, with the options of `halve` and `candidates_of`.
 
-    The arms of `experiment` are those of the scan, its budget is not used. `candidates` are measured once:
-    milliseconds differ between machines.
+    The budget of `experiment` is not used. `candidates` are measured once: milliseconds differ between machines.
     """
 
     experiment: Experiment
@@ -234,11 +233,9 @@ def write_scan_report(plan: ScanPlan, out: Path) -> dict[str, list[Entry]]:
 
 def draw_fronts(plan: ScanPlan, scans: dict[str, list[Entry]], out: Path) -> None:
     """front.png: cost and accuracy of all candidates after the first rung, and the fronts."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     for colour, (arm, entries) in zip(("black", "C1"), scans.items(), strict=False):
         first = [entry for entry in entries if entry.rung == 0]

@@ -23,7 +23,7 @@ _INT8_LEGEND = (
 _LEGEND = (
     "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
     "included: those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward "
-    "passes before a fuse that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test "
+    "passes before a fuse that recalibrate the statistics of norms.) Seeds {seeds}. Test top-1 in percent, the test "
     "split having had no part in any choice; difference to plain with the same seed (weights, val split, order of "
     "images), its 95 % interval by Student's t, and the same with the noise estimated from all arms together "
     "(pooled). p: of the pooled test, corrected for "
@@ -38,12 +38,10 @@ class TableRow:
     """An arm in the table, with the number of its seeds; `on_val`: judged on the val split, not on the test split.
 
     Attributes:
-        top1: Mean over the seeds, in percent.
-        sd: Over the seeds; NaN for one.
+        top1: Mean over the seeds, in percent; `sd` over the seeds is NaN for one.
         difference: To plain, seed by seed: mean and Student's interval; None for plain itself or fewer than 2 seeds.
-        pooled: The same difference, its interval by the noise of all arms together (`blocked`): much narrower, if they
-            are all as noisy. None unless all seeds of plain are there.
-        p: That of `pooled`, corrected for the number of arms (Holm).
+        pooled: The same difference, its interval by the noise of all arms together (`blocked`), its p corrected for the
+            number of arms (Holm). None unless all seeds of plain are there.
         sees: The true difference to plain that its seeds tell from 0 with a chance of 80 %; NaN for fewer than 2.
         int8: Mean test top-1 in int8, one scale per layer and per output channel; None where it was not taken.
         cost: Training MACs over the budget.
@@ -111,10 +109,7 @@ def rows_of(comparison: ArmComparison, records: Sequence[RunRecord]) -> list[Tab
 
 
 def verdict(arm: str, difference: Estimate | None, pooled: Estimate | None = None) -> str:
-    """One line: better, worse, or not told apart, by the interval of the paired difference.
-
-    `pooled` is the pooled interval where its corrected p allows to speak of it.
-    """
+    """Better, worse, or not told apart, by the paired difference, or by `pooled` if its corrected p allows it."""
     if arm == PLAIN:
         return "what the others are compared with"
     if difference is None:
@@ -168,12 +163,10 @@ def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) 
 def draw_arm_curves(runs: Sequence[RunRecord], out: Path) -> bool:
     """curves.png: val top-1 over training MACs, a line an arm (the first of its runs); False without matplotlib."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
     figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     finals, drawn, best = [], set(), 0.0
     for run in runs:

@@ -28,10 +28,7 @@ PLAIN_FILE = "plain.safetensors"
 class RunFolder(AbstractContextManager["RunFolder"]):
     """A claimed folder. A context manager: the claim ends with it, and with the process, however that ends.
 
-    Attributes:
-        path: The folder.
-        fresh: Whether nothing had been written there before.
-        finished: Whether the run in it had come to its end.
+    Nothing had been written to `path` before if it is `fresh`; the run in it had come to its end if it is `finished`.
     """
 
     def __init__(self, path: Path, lock: IO[str] | None, *, fresh: bool, finished: bool) -> None:
@@ -103,10 +100,6 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         if self._lock is not None:
             write_json(self.path / MARKER, {"status": status, "format": FORMAT, **values})
 
-    def check_same(self, identity: Mapping[str, Any]) -> None:
-        """RunError unless the run in this folder was started with the same `identity`, naming the first difference."""
-        check_same(self.path, identity)
-
     def release(self) -> None:
         """End the claim; a folder in which nothing was written disappears."""
         if self._lock is None or self._lock.closed:
@@ -118,7 +111,6 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         unlock_file(self._lock)
 
     def __exit__(self, *raised: object) -> None:
-        """Release."""
         self.release()
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
+from growshrink.base.config import check_fields
+from growshrink.base.limits import Count, NotAll, NotNegative, SomeOrAll, Whole
 from growshrink.base.ranks import average_, num_ranks
 from growshrink.errors import PlanError
 from growshrink.schedules.functions import Schedule
 
 
+@dataclass(eq=False)
 class ClosedLoop:
     r"""Schedule of lam that follows the training loss. Called like any other schedule: `lam(update)`.
 
@@ -50,43 +54,21 @@ class ClosedLoop:
     [1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
     """
 
-    def __init__(
-        self,
-        deadline: int,
-        *,
-        hold: int = 0,
-        fall: int | None = None,
-        tolerance: float = 0.05,
-        smoothing: float = 0.9,
-        final: float = 0.1,
-        every: int = 10,
-    ) -> None:
-        for name, value in (("deadline", deadline), ("hold", hold), ("fall", fall), ("every", every)):
-            if type(value) is not int and not (name == "fall" and value is None):
-                raise PlanError(f"{name}={value!r}: updates, must be a whole number.")
-        if not 0 <= hold < deadline:
-            raise PlanError(f"{hold=}: must not be negative, and below {deadline=}.")
-        fall = max(1, (deadline - hold) // 2) if fall is None else fall
-        if fall < 1 or every < 1:
-            raise PlanError(f"{fall=}, {every=}: must be at least 1 update.")
-        if not 0.0 <= tolerance < math.inf:
-            raise PlanError(f"{tolerance=}: must be a number from 0 on.")
-        if not 0.0 <= smoothing < 1.0:
-            raise PlanError(f"{smoothing=}: must lie in [0, 1).")
-        if not 0.0 < final <= 1.0:
-            raise PlanError(f"{final=}: a share, must lie in (0, 1].")
-        self.deadline = deadline
-        self.hold = hold
-        self.fall = fall
-        self.tolerance = tolerance
-        self.smoothing = smoothing
-        self.final = final
-        self.every = every
-        self._lam = 1.0
-        self._update = 0
-        self._smoothed = math.nan
-        self._lowest = math.inf
-        self._falling = True
+    deadline: Count
+    _: KW_ONLY
+    hold: Whole = 0
+    fall: Count | None = None
+    tolerance: NotNegative = 0.05
+    smoothing: NotAll = 0.9
+    final: SomeOrAll = 0.1
+    every: Count = 10
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.hold >= self.deadline:
+            raise PlanError(f"hold={self.hold}: must be below deadline={self.deadline}.")
+        self._steps = max(1, (self.deadline - self.hold) // 2) if self.fall is None else self.fall
+        self._lam, self._update, self._smoothed, self._lowest, self._falling = 1.0, 0, math.nan, math.inf, True
         self._pending: Tensor | float = 0.0
         self._count = 0
 
@@ -95,7 +77,7 @@ class ClosedLoop:
         if update > self._update:
             first = max(self._update, self.hold)
             if self._falling and update > first:
-                self._lam = max(0.0, self._lam - (update - first) / self.fall)
+                self._lam = max(0.0, self._lam - (update - first) / self._steps)
             steepest = (self.deadline - update) / ((self.deadline - self.hold) * self.final)
             self._lam = min(self._lam, max(0.0, steepest))
             self._update = update

@@ -2,7 +2,6 @@
 
 from growshrink.training._evaluate import Score as Score
 from growshrink.training._evaluate import evaluate as evaluate
-from growshrink.training._fit import fit as fit
 from growshrink.training.calibrate import calibrate_bn as calibrate_bn
 from growshrink.training.distil import TeacherNet as TeacherNet
 from growshrink.training.gradient_maps import GradientMaps as GradientMaps
@@ -12,3 +11,4 @@ from growshrink.training.sync import branch_parameters as branch_parameters
 from growshrink.training.sync import sync_optimizer as sync_optimizer
 from growshrink.training.trainer import TrainConfig as TrainConfig
 from growshrink.training.trainer import Trainer as Trainer
+from growshrink.training.trainer import fit as fit

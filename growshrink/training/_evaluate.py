@@ -34,9 +34,8 @@ class Judgement:
 
     Attributes:
         confusion: Number of images by class (row) and by what the net takes them for (column), int64 (K, K).
-        worst: The images with the highest losses, (N, C, H, W) normalised.
-        labels: Their classes, int64 (N,).
-        taken_for: What the net takes them for, int64 (N,).
+        worst: The images with the highest losses, (N, C, H, W) normalised, with their `labels` and what the net has
+            `taken_for` them, int64 (N,).
     """
 
     score: Score

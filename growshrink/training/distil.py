@@ -62,16 +62,11 @@ class TeacherNet:
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    r"""How far a net is from its teacher, 0-dim.
+    r"""How far a net's logits `(N, K)` are from its teacher's, 0-dim, mean over the images.
 
     .. math:: T^2 \cdot \mathrm{KL}(\mathrm{softmax}(teacher / T) \,\|\, \mathrm{softmax}(logits / T))
 
-    averaged over the images; the factor keeps the size of its gradient whatever the temperature.
-
-    Args:
-        logits: `(N, K)`.
-        teacher_logits: `(N, K)`; no gradient flows into it if it has none.
-        temperature: T > 0.
+    The factor keeps the size of its gradient whatever the temperature T > 0.
 
     Source: Hinton et al., Distilling the Knowledge in a Neural Network (arXiv:1503.02531, section 2).
     """

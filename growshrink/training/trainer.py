@@ -16,6 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
@@ -25,7 +26,8 @@ from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import follow_lambda
 from growshrink.layers.regions import called, compiled_regions
-from growshrink.schedules.functions import Schedule
+from growshrink.schedules.closed_loop import ClosedLoop
+from growshrink.schedules.functions import Schedule, constant, cosine, rewarm
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
@@ -48,7 +50,7 @@ class TrainConfig:
         momentum: Momentum of SGD (timm's "sgd" is Nesterov's; for none at all, optimizer "momentum" and 0).
         mixup: Alpha of the Beta distribution that mixes each image and its label with another's (Zhang et al.,
             arXiv:1710.09412); one share a batch, drawn by the update. 0 for none; needs updates without a teacher. It
-            is for comparisons: photographs are mixed one by one where they are read (`growshrink.data.photo`).
+            is for comparisons: photographs are mixed one by one where they are read (`growshrink.data.batches`).
         label_smoothing: Share of the labels that is spread over all classes, in [0, 1).
         ema_decay: Decay of the averaged weights, which are what is judged and deployed; 0 for none.
         clip_grad: Largest norm of the gradient; None does not clip.
@@ -154,10 +156,10 @@ class Trainer:
         after_update: Callable[[], None] | None = None,
         stop_early: Callable[[], bool] | None = None,
     ) -> Tensor:
-        """Do updates until `stop` of them are done in all.
+        """Do updates until `stop` of them are done in all; returns the mean training loss, 0-dim, on the device.
 
-        There is no host sync inside: losses are summed on the device. On several ranks every one is to call this, with
-        batches of its own; see `growshrink.base.ranks`.
+        There is no host sync inside. On several ranks every one is to call this, with batches of its own; see
+        `growshrink.base.ranks`. A call that completes one that was stopped early returns the mean over both.
 
         Args:
             stop: Updates done at the end.
@@ -170,10 +172,6 @@ class Trainer:
                 (`ClosedLoop.observe`).
             after_update: Called after each update (a progress bar).
             stop_early: Called after each update; where it returns True, `train` returns early.
-
-        Returns:
-            Mean training loss, 0-dim, still on the device; with those of the call that was stopped early, where
-            this one completes it.
         """
         if self.config.mixup and (teacher is not None or task is not None or self._gated):
             what = "not with a teacher, with sampled widths or with branches whose numbers come from data"
@@ -363,3 +361,44 @@ def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             if chosen := [p for p in group["params"] if (id(p) in ends) == fallback]:
                 found.append({**group, "params": chosen, **({"use_fallback": True} if fallback else {})})
     return found
+
+
+def fit(
+    model: nn.Module,
+    batches: UpdateBatches,
+    config: TrainConfig,
+    *,
+    updates: int,
+    lam: Schedule | ClosedLoop = constant(1.0),  # noqa: B008 - has no state
+    label: str = "",
+    progress: bool = False,
+) -> nn.Module:
+    """Train `model` in place for some updates: a warm-up of 5 %, then half a cosine down to a learning rate of 0.
+
+    Args:
+        model: Any net.
+        batches: What it is fed with.
+        config: How; with `ema_decay` the averaged net is returned, recalibrated.
+        updates: How long.
+        lam: A schedule, or a closed loop, which then observes the training loss.
+        label: Label of the progress bar.
+        progress: Show one.
+
+    Returns:
+        The net to judge, in eval mode.
+
+    Raises:
+        RunError: The loss is no longer finite.
+    """
+    trainer = Trainer(model, config, batches)
+    on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
+    learning_rate = rewarm(cosine(1.0, 0.0, updates), [0], warmup=updates // 20)
+    with tqdm(total=updates, desc=label, unit="update", leave=False, disable=not progress, ncols=110) as bar:
+        mean = trainer.train(updates, learning_rate=learning_rate, lam=lam, on_loss=on_loss, after_update=bar.update)
+    loss = float(mean)
+    if not loss < float("inf"):
+        raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")
+    trainer.calibrate_average()
+    for ours, theirs in zip(trainer.best.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)  # an average needs no gradients, but may be trained further
+    return trainer.best.eval()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.config import from_dict
-from growshrink.cycle.records import Change, Fused, Top1, replay, shapes_of
+from growshrink.cycle.records import Change, Fused, Grew, Top1, replay, shapes_of
 from growshrink.cycle.surgery import fuse_nets, gradients, grow_nets
 from growshrink.errors import FuseError, RunError
 from growshrink.layers.grown import grown_modules
@@ -34,7 +34,8 @@ def train(trainer, updates, lam=1.0):
 
 
 def grow(trainer, kinds=("bottleneck",), ratio=1.0, seed=3):
-    return grow_nets(trainer, kinds, ratio=ratio, where=None, init="silent", seed=seed, input_size=SIZE)
+    change = Grew(update=trainer.update, branches=list(kinds), ratio=ratio, seed=seed)
+    return grow_nets(trainer, change, None, SIZE)
 
 
 def fuse(trainer):

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from growshrink.data.batches import Augment, TrainBatches
+from growshrink.data.batches import Augment, PhotoAugment, TrainBatches
 from growshrink.data.datasets import Split
-from growshrink.data.photo import PhotoAugment
 from growshrink.errors import DataError
 
 STATS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}

@@ -45,7 +45,7 @@ from growshrink.depth.latency import read_table
 from growshrink.errors import GrowShrinkError
 from growshrink.layers.widths import WidthSpace, width_space
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
-from growshrink.runs.folder import MARKER, RunFolder
+from growshrink.runs.folder import MARKER, RunFolder, check_same
 from growshrink.supernet.files import load_supernet, save_supernet
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
@@ -323,7 +323,7 @@ def _read_results(root: Path) -> object:
 def _read_folder(root: Path) -> object:
     with RunFolder.claim(root / "run", resume=True) as folder:
         marker = json.loads(run_files()[f"run/{MARKER}"])
-        folder.check_same({key: marker[key] for key in ("config", "plan", "updates")})
+        check_same(folder.path, {key: marker[key] for key in ("config", "plan", "updates")})
         return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
 from growshrink.errors import RunError
-from growshrink.runs.folder import MARKER, RunFolder
+from growshrink.runs.folder import MARKER, RunFolder, check_same
 
 #: Another process of ours, without the seconds that importing torch takes; recipes/ tests run two real ones.
 CLAIM = """
@@ -194,9 +194,9 @@ def test_many_at_once_get_a_folder_each(tmp_path):
 def test_the_first_difference_is_named(tmp_path, now, words):
     with RunFolder.claim(tmp_path / "run") as folder:
         folder.write_marker("running", {"plan": {"rounds": (1,), "seed": 0}, "updates": 5, "command": "python"})
-        folder.check_same({"plan": {"rounds": (1,), "seed": 0}, "updates": 5})
+        check_same(folder.path, {"plan": {"rounds": (1,), "seed": 0}, "updates": 5})
         with pytest.raises(RunError, match=words):
-            folder.check_same(now)
+            check_same(folder.path, now)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "3", "\x00"])
