@@ -1,13 +1,14 @@
 """Are the numbers constant? One net with numbers from data: kept, frozen at its means at once, faded, and fused.
 
     python recipes/fading.py se --data digits                        a minute
-    python recipes/fading.py guided --data digits --epochs 60        and channels pruned by what gates used them for
+    python recipes/fading.py guided --data digits --epochs 90        and channels pruned by what gates used them for
 
-Trains a grown net at lam = 1, then prints, for each layer, how much its numbers differ between images (the mean over
-them of std(g) / |mean(g)|), and val top-1 three times: of the net as it is, with its numbers frozen at their means at
-once, and after more epochs in which lam falls to 0. A net whose numbers hardly differ says nothing about fading. Where
-the numbers are factors of channels, the fused net is pruned to half its multiplications by what they were on average,
-and judged beside l1 and random nets of the same cost, batch norms recalibrated (extra `prune`).
+Trains a grown net at lam = 1 for two thirds of --epochs, then prints, for each layer, how much its numbers differ
+between images (the mean over them of std(g) / |mean(g)|), and val top-1 three times: of the net as it is, with its
+numbers frozen at their means at once, and after the last third, in which lam falls to 0. A net whose numbers hardly
+differ says nothing about fading. Where the numbers are factors of channels, the fused net is pruned to half its
+multiplications by what they were on average, and judged beside l1 and random nets of the same cost, batch norms
+recalibrated (extra `prune`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.analysis import channel_usage
-from growshrink.base.limits import Count, Ratio, Seed, Whole
+from growshrink.base.limits import Whole
 from growshrink.branches import Modulated
 from growshrink.branches.spec import BranchKind
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, ModelOptions
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.datasets import load_data
@@ -37,31 +38,29 @@ from growshrink.training import TrainConfig, Trainer, evaluate
 class Args:
     """Options of fading."""
 
-    branch: Annotated[BranchKind, tyro.conf.Positional] = "se"
+    kind: Annotated[BranchKind, tyro.conf.Positional] = "se"
     """Kind of branch."""
     data: DataOptions = pick(DataOptions(), "data", "data_dir")
     model: ModelOptions = ModelOptions(model_kwargs=("width=0.25",))
-    ratio: Ratio = 4.0
-    """Kernels that are mixed."""
-    epochs: Count = 40
-    """At lam = 1; half as many follow in which it falls, and rests."""
+    rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
+    length: LengthOptions = pick(LengthOptions(epochs=60.0), "epochs")
     training: TrainConfig = pick(TrainConfig(lr=0.05, ema_decay=0.0), "lr")
-    seed: Seed = 0
-    """Of everything."""
+    running: RunOptions = pick(RunOptions(), "seed")
     random: Whole = 20
     """Random nets to judge pruning by; 0 prunes nothing."""
 
 
 def main(args: Args) -> None:
     """Train and print."""
-    torch.manual_seed(args.seed)
-    data = load_data(args.data.data or "digits", args.data.data_dir, seed=args.seed)
-    feed = MemoryFeed.of(data, batch_size=64, augment=NO_AUGMENT, seed=args.seed)
+    seed = args.running.seed
+    torch.manual_seed(seed)
+    data = load_data(args.data.data or "digits", args.data.data_dir, seed=seed)
+    feed = MemoryFeed.of(data, batch_size=64, augment=NO_AUGMENT, seed=seed)
     size, classes = feed.input_size, len(data.classes)
     net, _ = args.model.create(num_classes=classes, in_chans=size[0])
-    grown = gs.grow(net, args.branch, ratio=args.ratio, init="paper", input_size=size)
+    grown = gs.grow(net, args.kind, ratio=args.rounds.ratio, init="paper", input_size=size)
     trainer = Trainer(grown, args.training, feed.train)
-    alive = args.epochs * feed.train.updates_per_epoch
+    alive = round(args.length.epochs * feed.train.updates_per_epoch * 2 / 3)
     more = alive // 2
     rate = gs.schedules.cosine(1.0, 0.05, steps=alive + more)
     trainer.train(alive, learning_rate=rate, lam=gs.schedules.constant(1.0))

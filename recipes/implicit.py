@@ -26,10 +26,10 @@ import growshrink as gs
 from growshrink.algebra import Solver
 from growshrink.analysis.stats import paired
 from growshrink.analysis.trained import num_updates
-from growshrink.base.limits import Interval, OneOf
+from growshrink.base.limits import OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, Options, RunOptions
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed
 from growshrink.errors import PlanError
@@ -59,11 +59,10 @@ class Args(Options):
 
     arms: tuple[Annotated[str, OneOf("no such arm", ARMS)], ...] = tuple(ARMS)
     """What is trained; explicit-2 always is."""
-    width: Annotated[float, Interval(0.0, 16.0, above=True)] = 0.5
-    """Multiplier of all channels."""
     length: LengthOptions = LengthOptions(epochs=30.0, seeds=5)
     training: TrainConfig = TrainConfig(ema_decay=0.0)
     data: DataOptions = pick(DataOptions(), "data", "data_dir", "image_size", "batch_size")
+    model: ModelOptions = pick(ModelOptions(model_kwargs=("width=0.5",)), "model_kwargs")
     running: RunOptions = pick(RunOptions(threads=1), "out", "threads", "quiet")
 
 
@@ -108,7 +107,7 @@ def run(args: Args, path: Path) -> str:
 def make(args: Args, name: str, feed: Feed) -> nn.Module:
     """The net of an arm, grown where it has a branch."""
     kwargs = {key: value for key, value in ARMS[name].items() if key not in ("model", "branch")}
-    kwargs |= {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], "width": args.width}
+    kwargs |= {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **args.model.kwargs}
     net = timm.create_model(ARMS[name]["model"], **kwargs)
     branch = ARMS[name].get("branch")
     return gs.grow(net, branch, input_size=feed.input_size) if branch else net

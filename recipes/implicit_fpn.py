@@ -31,14 +31,15 @@ from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis.stats import paired
-from growshrink.base.limits import Argument, Count, OneOf, Positive
+from growshrink.base.limits import Argument, Count, OneOf
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick, read_pairs
-from growshrink.cli.options import ModelName, RunOptions, command
+from growshrink.cli.options import BatchOptions, LengthOptions, ModelName, RunOptions, command
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError
 from growshrink.layers import ConvEquilibrium
 from growshrink.proofs._profile import training_macs
+from growshrink.training import TrainConfig
 
 CANVAS, SIZES, CLASSES = 64, (8, 16, 32), 10
 
@@ -120,16 +121,11 @@ class Args:
     """KEY=VALUE arguments for timm.create_model."""
     width: Count = 24
     """Channels of the pyramid."""
-    epochs: Positive = 15.0
-    """For the neck fpn."""
     images: Count = 2000
     """Canvases of an epoch; a quarter as many for the test."""
-    batch_size: Count = 32
-    """Canvases of an update."""
-    lr: Positive = 3e-3
-    """Of AdamW, falling to 0 by a cosine."""
-    seeds: Count = 3
-    """How many times everything is trained."""
+    length: LengthOptions = pick(LengthOptions(epochs=15.0, seeds=3), "epochs", "seeds")
+    batches: BatchOptions = BatchOptions(batch_size=32)
+    training: TrainConfig = pick(TrainConfig(optimizer="adamw", lr=3e-3), "lr")
     running: RunOptions = pick(RunOptions(threads=1), "out", "threads", "quiet")
 
 
@@ -248,13 +244,13 @@ def focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    if args.seeds < 2:
-        raise PlanError(f"--seeds {args.seeds}: must be at least 2.")
+    if args.length.seeds < 2:
+        raise PlanError(f"--seeds {args.length.seeds}: must be at least 2.")
     args.running.set_threads()
     with args.running.claim("digits-implicit-fpn") as folder:
         folder.write_marker("running", {"command": command()})
         rows: dict[str, Row] = {}
-        for seed in range(args.seeds):
+        for seed in range(args.length.seeds):
             train, test = (make_canvases(args.images // n, seed, test=n > 1) for n in (1, 4))
             if not rows:
                 draw_canvases(folder.path / "canvas.png", train)
@@ -270,20 +266,20 @@ def main(args: Args) -> None:
 def train_one(args: Args, name: str, seed: int, train: Canvases, test: Canvases, rows: dict[str, Row]) -> None:
     """Train a detector, and note what it reaches."""
     torch.manual_seed(seed)
-    net = Detector(args, name)
+    net, batch_size, lr = Detector(args, name), args.batches.batch_size, args.training.lr
     if name not in rows:
-        macs = training_macs(Summed(net), (1, CANVAS, CANVAS), args.batch_size)
-        epochs = args.epochs * (rows[CONTROL].macs / macs if rows else 1.0)
+        macs = training_macs(Summed(net), (1, CANVAS, CANVAS), batch_size)
+        epochs = args.length.epochs * (rows[CONTROL].macs / macs if rows else 1.0)
         rows[name] = Row(sum(p.numel() for p in net.parameters()), macs, epochs)
     row = rows[name]
-    updates = max(2, round(row.epochs * len(train.objects) / args.batch_size))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=args.lr, weight_decay=1e-4)
-    rate = gs.schedules.cosine(args.lr, 0.0, updates)
+    updates = max(2, round(row.epochs * len(train.objects) / batch_size))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-4)
+    rate = gs.schedules.cosine(lr, 0.0, updates)
     order = torch.Generator().manual_seed(seed)
     start = time.process_time()
     for update in tqdm(range(updates), f"seed {seed}: {name}", leave=False, disable=args.running.quiet):
         optimizer.param_groups[0]["lr"] = rate(update)
-        chosen = torch.randint(len(train.objects), (args.batch_size,), generator=order)
+        chosen = torch.randint(len(train.objects), (batch_size,), generator=order)
         objects = [train.objects[n] for n in chosen.tolist()]
         loss = torch.zeros(())
         for logits, sizes in zip(net(train.images[chosen]), net.sizes, strict=True):
@@ -386,7 +382,7 @@ def report(args: Args, rows: dict[str, Row]) -> str:
 
 ![some canvases](canvas.png)
 
-* Average precision at IoU 0.5 in percent, mean over ten classes, by the digits' size; {args.seeds} seeds, paired.
+* Average precision at IoU 0.5 in percent, mean over ten classes, by size; {args.length.seeds} seeds, paired.
 * `single` has the coarsest map alone: the gap of its first column to the others' is what fusion can be worth here.
 """
 

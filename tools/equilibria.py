@@ -2,7 +2,7 @@
 
     python tools/equilibria.py reducenet20_deq
     python tools/equilibria.py reducenet20_deq --weights runs/NAME/plain.safetensors --picture equilibria.png
-    python tools/equilibria.py reducenet20 --branch implicit --steps 1 4 8
+    python tools/equilibria.py reducenet20 --branches implicit --steps 1 4 8
 
 A line for each layer at equilibrium, on random images or with trained weights: the bound of its operator norm, the
 spectral radius of its derivative at the equilibrium (the rate of plain iteration in the end), evaluations to the
@@ -16,45 +16,38 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.algebra import Solver, operator_bound
-from growshrink.base.limits import Count, InFile, OutFile, Pixels
+from growshrink.base.limits import Count, InFile, OutFile
 from growshrink.base.reading import read_tensors
 from growshrink.base.writing import check_unwritten, save_picture
-from growshrink.cli.options import ModelName, ModelOptions
+from growshrink.cli.forms import pick
+from growshrink.cli.options import GrowOptions, ModelOptions
 from growshrink.cli.program import run_program
-from growshrink.errors import EquilibriumError
+from growshrink.errors import EquilibriumError, RunError
 from growshrink.layers import ConvEquilibrium, ImplicitReLU
 from growshrink.proofs.probes import random_images
+from inputs import NetOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Options of equilibria."""
 
-    model: Annotated[ModelName, tyro.conf.Positional] = "reducenet20_deq"
-    """A timm model."""
-    model_kwargs: tuple[str, ...] = ()
-    """KEY=VALUE arguments for timm.create_model."""
-    branch: str | None = None
-    """Branch that the net is grown with: implicit."""
     weights: InFile | None = None
     """A state_dict (.safetensors); without it the net is fresh."""
-    pixels: Pixels = 32
-    """Side of the images."""
-    images: Count = 16
-    """Number of images."""
     steps: tuple[Count, ...] = (1, 2, 4, 8)
     """The K of explicit steps."""
     picture: OutFile | None = None
     """File of a picture of the residuals."""
+    net: NetOptions = NetOptions(models=("reducenet20_deq",), batch_size=16)
+    model: ModelOptions = pick(ModelOptions(), "model_kwargs")
+    rounds: GrowOptions = pick(GrowOptions(branches=("none",)), "branches")
 
 
 @dataclass(frozen=True)
@@ -73,13 +66,15 @@ class Row:
 def main(args: Args) -> None:
     """Measure and print."""
     check_unwritten("--picture", args.picture)
-    model, _ = ModelOptions(model=args.model, model_kwargs=args.model_kwargs).create(num_classes=10)
-    size = (3, args.pixels, args.pixels)
-    if args.branch:
-        model = gs.grow(model, args.branch, input_size=size)
+    if len(args.net.models) != 1:
+        raise RunError(f"{' '.join(args.net.models)}: one model at a time.")
+    model, _ = replace(args.model, model=args.net.models[0]).create(num_classes=10)
+    size = (3, args.net.pixels, args.net.pixels)
+    if branches := [kind for kind in "+".join(args.rounds.branches).split("+") if kind != "none"]:
+        model = gs.grow(model, branches, input_size=size)
     if args.weights:
         model.load_state_dict(read_tensors(args.weights))
-    rows = measure(model.eval(), random_images(size, args.images, torch.float32, 0), args.steps)
+    rows = measure(model.eval(), random_images(size, args.net.batch_size, torch.float32, 0), args.steps)
     titles = "".join(f"  after {k:2d} (allowed)   " for k in args.steps)
     print(f"{'layer':44s} {'bound':>6s} {'radius':>6s} {'evals':>5s} {'residual':>8s}{titles}")
     for row in rows:
@@ -94,7 +89,7 @@ def measure(model: nn.Module, images: Tensor, steps: tuple[int, ...]) -> list[Ro
     seen: dict[str, Tensor | list[Tensor]] = {}
     layers = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "solver", None), Solver)}
     if not layers:
-        raise EquilibriumError("the model has no layer at equilibrium; with --branch implicit it is grown with some.")
+        raise EquilibriumError("the model has no layer at equilibrium; with --branches implicit it is grown with some.")
 
     def note(name: str, module: nn.Module, args: tuple[Tensor | list[Tensor]]) -> None:
         seen[name] = args[0]

@@ -32,7 +32,7 @@ from growshrink.base.limits import InFile, OneOf, Positive
 from growshrink.base.timing import machine
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import RunOptions
+from growshrink.cli.options import DataOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 
@@ -55,10 +55,9 @@ class Args:
     """For everything; what is left of them is spent on the plan."""
     plan: InFile | None = None
     """What recipes/compare.py is to run at the end; nothing without it."""
-    data_dir: Path | None = None
-    """Where the plan's data are."""
     tiny: bool = False
     """Small nets, few repeats: shows that the script works, not how fast anything is."""
+    data: DataOptions = pick(DataOptions(), "data_dir")
     running: RunOptions = pick(RunOptions(device="cuda", out=Path("runs/gpu_check")), "device", "out", "quiet")
 
 
@@ -111,7 +110,7 @@ def experiment(args: Args, out: Path, seconds: float) -> None:
     """Run the plan for so long; runs that are finished by then are in OUT/plan/runs.jsonl."""
     command = [sys.executable, str(ROOT / "recipes" / "compare.py"), str(args.plan), "--out", str(out / "plan")]
     command += ["--device", args.running.device, "--quiet"]
-    command += ["--data-dir", str(args.data_dir)] if args.data_dir else []
+    command += ["--data-dir", str(args.data.data_dir)] if args.data.data_dir else []
     try:
         subprocess.run(command, timeout=max(1.0, seconds), check=False, env={**os.environ, "PYTHONPATH": str(ROOT)})
     except subprocess.TimeoutExpired:

@@ -48,7 +48,7 @@ def test_one_layer(tmp_path, capsys):
 
 def test_closed_loop(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main("closed_loop", *BRIEF, 2, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
+    assert main("closed_loop", *BRIEF, 1, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
     found = json.loads((out / "report.json").read_text())
     mean, low, high = found["difference"]
     first, second = (a - b for a, b in zip(found["top1"]["closed loop"], found["top1"]["cosine"], strict=True))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
     "branch", [pytest.param(branch, marks=pytest.mark.exhaustive) for branch in ("condconv", "guided")]
 )
 def test_it_tells_how_constant_the_numbers_are(capsys, branch):
-    options = ("--epochs", "2", "--random", "1" if branch == "guided" else "0")
+    options = ("--epochs", "3", "--random", "1" if branch == "guided" else "0")
     assert run(ROOT / "recipes" / "fading.py", branch, *options) == 0
     out = capsys.readouterr().out
     spreads = [float(value) for value in re.findall(r"= (\d+\.\d+)", out)]

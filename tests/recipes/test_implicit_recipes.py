@@ -25,7 +25,21 @@ def fpn():
 @pytest.mark.exhaustive
 def test_every_arm_gets_a_row(tmp_path, capsys):
     out = tmp_path / "run"
-    assert run(RECIPES / "implicit.py", "--quiet", "--epochs", 0.5, "--seeds", 2, "--width", 0.25, "--out", out) == 0
+    assert (
+        run(
+            RECIPES / "implicit.py",
+            "--quiet",
+            "--epochs",
+            0.5,
+            "--seeds",
+            2,
+            "--model-kwargs",
+            "width=0.25",
+            "--out",
+            out,
+        )
+        == 0
+    )
     rows = json.loads((out / "report.json").read_text())
     assert len(rows) == 9 and all(len(row["top1"]) == 2 for row in rows.values())
     control, deq, tied = (rows[name] for name in ("explicit-2", "deq", "tied-4"))

@@ -13,7 +13,7 @@ from program import completed
 
 TOOL = Path(__file__).parents[2] / "tools" / "equilibria.py"
 ROW = re.compile(r"^(\S+) +([\d.]+) +([\d.]+) +(\d+) +(\S+) +(\S+) \( *(\S+)\) +(\S+) \( *(\S+)\)$", re.M)
-COMMON = ("--pixels", 8, "--images", 4, "--steps", 1, 6, "--model-kwargs", "width=0.25")
+COMMON = ("--pixels", 8, "--batch-size", 4, "--steps", 1, 6, "--model-kwargs", "width=0.25")
 
 
 def test_every_layer_gets_a_row_and_a_curve(tmp_path):
@@ -45,7 +45,7 @@ def test_the_spectral_radius_is_that_of_the_matrix():
 
 
 def test_branches_too_and_nothing_to_say():
-    result = completed(TOOL, "reducenet20", "--branch", "implicit", *COMMON)
+    result = completed(TOOL, "reducenet20", "--branches", "implicit", *COMMON)
     assert result.returncode == 0 and len(ROW.findall(result.stdout)) == 9, result.stderr
     result = completed(TOOL, "reducenet20", *COMMON)
     assert result.returncode == 2 and "the model has no layer at equilibrium" in result.stderr
