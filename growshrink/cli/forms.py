@@ -9,8 +9,6 @@ compact form: its kind, or the value of its first field, then FIELD=VALUE for wh
 Help is taken from the docstrings of the fields, limits from their types (`growshrink.base.limits`).
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import re

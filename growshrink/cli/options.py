@@ -1,7 +1,5 @@
 """Components that programs make their options of: each option is declared here, or in what it is an option of, once."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

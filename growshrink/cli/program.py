@@ -1,7 +1,5 @@
 """What all programs do alike: options in, one line and an exit code out."""
 
-from __future__ import annotations
-
 import errno
 import inspect
 import io

@@ -1,7 +1,5 @@
 """A round whose middle widths are sampled: NetAug in the place of plain training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

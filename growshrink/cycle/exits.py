@@ -4,8 +4,6 @@ A new exit is one class statement, `class Mine(Exit, kind="mine")`, a frozen dat
 stands: plans, costs, checkpoints and reports ask it and know no exit by name.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -71,12 +69,10 @@ class _Merge(Exit, kind=""):
 
     @property
     def may_go_back(self) -> bool:
-        """See `Exit.may_go_back`."""
         return self.accept_within is not None
 
     @property
     def decides(self) -> bool:
-        """See `Exit.decides`."""
         return self.accept_within is not None
 
     def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
@@ -84,7 +80,6 @@ class _Merge(Exit, kind=""):
         return width_space(run.trainer.model).full, None
 
     def leave(self, run: Run) -> None:
-        """See `Exit.leave`."""
         trainer, record = run.trainer, run.record
         trainer.calibrate_average()
         if run.augmentation is not None:
@@ -177,6 +172,5 @@ class Rewind(Exit, kind="rewind"):
     rewinds = True
 
     def leave(self, run: Run) -> None:
-        """See `Exit.leave`."""
         run.changed(Rewound(update=run.trainer.update, round=run.record.number))
         run.go_back()

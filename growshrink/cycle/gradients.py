@@ -3,8 +3,6 @@
 A new source of maps is one class statement, `class Mine(MapSource, kind="mine")`, as a new exit is.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Annotated, cast
@@ -68,7 +66,6 @@ class FromBranches(MapSource, kind="branches"):
             raise PlanError(f"search={self.search!r}: a branch of kind {other[0]!r} has no scale to search for.")
 
     def renew(self, run: Run, seed: int) -> None:
-        """See `MapSource.renew`."""
         grown = grow(run.trainer.model, self._specs(), init="paper", seed=seed, input_size=run.size)
         if updates := self._searched(run.total):
             config = replace(run.config, ema_decay=0.0)
@@ -86,7 +83,6 @@ class FromBranches(MapSource, kind="branches"):
         run.trainer.map_gradients(maps)
 
     def macs(self, net: nn.Module, input_size: InputSize, batch_size: int, updates: int) -> int:
-        """See `MapSource.macs`."""
         if not self._searched(updates):
             return 0
         grown = _scaled_online(grow(net, self._specs(), init="paper", input_size=input_size), input_size)
@@ -112,19 +108,16 @@ class FromPixels(MapSource, kind="pixels"):
     batches: Count = 2
 
     def looks(self, updates: int) -> tuple[int, ...]:
-        """See `MapSource.looks`."""
         step = max(1, round(self.every * updates))
         return tuple(range(step, updates, step))
 
     def renew(self, run: Run, seed: int) -> None:
-        """See `MapSource.renew`."""
         trainer = run.trainer
         images = torch.cat([trainer.batches.batch(trainer.update + index)[0] for index in range(self.batches)])
         state = run_on_rank0(lambda: pixel_maps(trainer.model, images).state_dict())
         trainer.map_gradients(GradientMaps.from_state_dict(state))
 
     def macs(self, net: nn.Module, input_size: InputSize, batch_size: int, updates: int) -> int:
-        """See `MapSource.macs`."""
         return self.batches * profile(net, input_size).macs
 
 

@@ -1,7 +1,5 @@
 """Progress of a run: rows in log.jsonl and in TensorBoard, and a progress bar."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict

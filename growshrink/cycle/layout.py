@@ -4,8 +4,6 @@ All are values: the phases, the learning rate and lam at any update follow from 
 epoch alone.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from dataclasses import dataclass

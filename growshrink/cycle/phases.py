@@ -1,7 +1,5 @@
 """The phases of a run: each knows what happens at its ends, how it trains, and what it costs."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -140,7 +138,6 @@ class Base(Phase):
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """See `Phase.looks`."""
         return self.gradients.looks(self.stop) if self.gradients is not None else ()
 
     def enter(self, run: Run) -> None:
@@ -157,7 +154,6 @@ class Base(Phase):
             self.enter(run)
 
     def macs(self, costs: Costs) -> int:
-        """See `Phase.macs`."""
         training = (self.stop - self.start) * costs.first.train
         if self.gradients is None:
             return training
@@ -206,7 +202,6 @@ class Prepare(_InRound):
         run.go_back()
 
     def macs(self, costs: Costs) -> int:
-        """See `Phase.macs`."""
         return (self.stop - self.start) * costs.teachers[self.round].train
 
 
@@ -217,7 +212,6 @@ class _Grown(_InRound):
     grown = True
 
     def macs(self, costs: Costs) -> int:
-        """See `Phase.macs`."""
         plan, grown, updates = self.span.plan, costs.grown[self.round - 1], self.stop - self.start
         last = self.stop == self.span.grown_stop
         leaving = plan.exit.macs(costs.plain.forward, costs.plain.train) if last else 0
@@ -238,12 +232,10 @@ class Hold(_Grown):
 
     @property
     def warmups(self) -> tuple[int, ...]:
-        """See `Phase.warmups`."""
         return (self.start, self.stop) if self.anneal else (self.start,)
 
     @property
     def anneal(self) -> tuple[int, Schedule] | None:
-        """See `Phase.anneal`."""
         length = round(PEAK_ANNEAL * (self.stop - self.start))
         anneals = self.span.plan.teaches_peak and not self.own_rate
         return (self.stop - length, cosine(1.0, 0.0, steps=length)) if anneals else None
@@ -337,7 +329,6 @@ class Tail(_InRound):
             begin_record(run, self.span, run.top1())
 
     def macs(self, costs: Costs) -> int:
-        """See `Phase.macs`."""
         return (self.stop - self.start) * costs.plain.train + self.answers(costs)
 
 

@@ -3,8 +3,6 @@
 All are plain values, taken to JSON and back by `growshrink.base.config`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,7 +53,6 @@ class Grew(Change, kind="grow"):
         grow(model, specs, **options, guide=self.guide, inplace=True, input_size=input_size)
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
-        """See `Change.apply`; RunError where the shapes are not those of then."""
         if self.names:
             self.grow(model, input_size)
         if shapes_of(model) != self.shapes:
@@ -71,7 +68,6 @@ class Collapsed(Change, kind="collapse"):
     names: list[str]
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
-        """See `Change.apply`."""
         set_lambda(model, self.lam)
         return collapse_online(model, choose=self.names, inplace=True)
 
@@ -84,7 +80,6 @@ class Fused(Change, kind="fuse"):
     effect: float = 0.0
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
-        """See `Change.apply`."""
         set_lambda(model, 0.0)
         return fuse(model, inplace=True, input_size=input_size)
 
@@ -103,7 +98,6 @@ class Rewound(Change, kind="rewind"):
     """The plain net from before the growth came back."""
 
     def apply(self, model: nn.Module, plain: nn.Module, input_size: InputSize) -> nn.Module:
-        """See `Change.apply`."""
         return plain_net(plain, input_size)
 
 

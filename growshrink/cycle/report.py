@@ -1,7 +1,5 @@
 """What a run leaves behind: the plain net on disk, report.json, report.md and pictures."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping, Sequence

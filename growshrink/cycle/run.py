@@ -1,7 +1,5 @@
 """run_cycle: execute a plan of rounds, and leave a plain net, a proof and a record."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """A net read from whatever training left behind, merged into its plain architecture."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A round laid out in updates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Changes of structure, made on the net in training and on its average at once, and undone."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -8,8 +8,6 @@ and stay on the device; a crop copies whole pixel rows out of a strided view of 
 bytes by bit masks, which vectorise where `torch.where` with a broadcast condition does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache

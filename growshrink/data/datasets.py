@@ -1,7 +1,5 @@
 """Data sets that are held in memory as uint8 images, and the names under which they are found."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

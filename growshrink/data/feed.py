@@ -89,7 +89,7 @@ class MemoryFeed:
     ) -> MemoryFeed:
         """Batches of `data` for one process, rank `rank` of `world_size`; DataError for fewer images than a batch."""
         colours: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
-        ranks = {"rank": rank, "world_size": world_size}
+        ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
         train = TrainBatches(data.train, batch_size=batch_size, augment=augment, seed=seed, **colours, **ranks)
         val, test = (SplitBatches(split, eval_batch_size, **colours) for split in (data.val, data.test))
         return MemoryFeed(data, train, val, test)

@@ -6,8 +6,6 @@ rename, so several processes may read and write it at once, and it is used only 
 times of all image files are those it was made from.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

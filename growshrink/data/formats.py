@@ -1,7 +1,5 @@
 """Readers of idx files and of CIFAR's binary and pickled versions; sizes they declare are checked against length."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import os

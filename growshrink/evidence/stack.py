@@ -6,8 +6,6 @@ rounding. What a run draws or decides once, such as sampled widths, it does for 
 keeps runs apart that listen to the loss or to the val split, which would be a mean.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What an experiment says: a row and a verdict for every arm, curves of accuracy over cost."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """What callbacks have in common: grow at an epoch, lam by the update, fuse at the end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 A loop of Accelerate's is one's own: `grow` before `prepare`, or `sync_optimizer` behind it, and `LambdaScheduler`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import TrainerCallback

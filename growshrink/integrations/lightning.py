@@ -1,7 +1,5 @@
 """Growth inside Lightning's Trainer (extra `lightning`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback

@@ -4,8 +4,6 @@ Nothing is ever unpickled. A nested state (dicts with string keys, tensors, and 
 named tensors and one JSON document in the file's metadata, beside a digest of both (safetensors has none).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

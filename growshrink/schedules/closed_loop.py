@@ -1,7 +1,5 @@
 """Closed-loop lam: the activations vanish as fast as the training signal allows, and by a deadline in any case."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass

@@ -4,8 +4,6 @@ A schedule has no state, so a resumed run, every rank and every plot see the sam
 `step >= 0`, the number of updates already done, and stay at their last value for ever.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

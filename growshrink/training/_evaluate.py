@@ -1,7 +1,5 @@
 """How good a net is on a split."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Recalibrate the batch norm statistics of a net."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Choices that depend on the machine, by the time of a few training steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

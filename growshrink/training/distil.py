@@ -1,7 +1,5 @@
 """Learning from the logits of another net."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field

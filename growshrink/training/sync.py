@@ -1,7 +1,5 @@
 """For any training loop: optimizers that follow a net through changes of structure, and lam by the update."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from timm.optim import Adahessian, Adan, Lamb

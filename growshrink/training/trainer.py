@@ -1,7 +1,5 @@
 """The training loop: one model, one optimizer, one average of the weights, any number of changes of structure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
