@@ -141,9 +141,8 @@ def train(args: Args, name: str, feed: Feed, seed: int, row: Row) -> None:
         )
     row.seconds.append(time.process_time() - start)
     row.evaluations.append(counter.mean)
-    if recurrences := [m for m in net.modules() if isinstance(m, ImplicitReLU)]:
-        weights = [m.kernel(m.recurrence.out_channels, torch.float32).detach() for m in recurrences]
-        row.norms.append(statistics.mean(float(torch.linalg.matrix_norm(w[:, :, 0, 0], 2)) for w in weights))
+    if (norm := ImplicitReLU.mean_norm(net)) is not None:
+        row.norms.append(norm)
     if ARMS[name].get("branch"):
         net = gs.fuse(net, input_size=feed.input_size)
     row.top1.append(evaluate(net, feed.test).top1)

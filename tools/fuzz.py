@@ -2,7 +2,7 @@
 
     python tools/fuzz.py architectures --count 5000        nets of every geometry and wiring: grown, trained, fused
     python tools/fuzz.py architectures --seed 351 --count 1  one of them again
-    python tools/fuzz.py real                              200 nets with hooks, flags, ties, norms of all kinds, dtypes
+    python tools/fuzz.py real                              nets with hooks, flags, ties, norms of all kinds, dtypes
     python tools/fuzz.py files --count 10000               every kind of file that is read, damaged in every way
     python tools/fuzz.py files --count 50 --commands       files given to the programs, as a user gives them
 
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from fuzzing.architectures import Outcome, check_architecture
 from fuzzing.commands import check_command
 from fuzzing.files import check_file
-from fuzzing.real import check_real, counts
+from fuzzing.real import COUNT, check_real, counts
 from growshrink.base.limits import Count
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
@@ -74,7 +74,7 @@ class Files(Cases):
 class Real(Cases):
     """Nets as people have them: hooks, flags, sizes, ties, norms of all kinds, dtypes."""
 
-    count: Count = 200
+    count: Count = COUNT
 
 
 Which = Architectures | Files | Real

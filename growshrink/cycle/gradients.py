@@ -69,7 +69,7 @@ class FromBranches(MapSource, kind="branches"):
         grown = grow(run.trainer.model, self._specs(), init="paper", seed=seed, input_size=run.size)
         if updates := self._searched(run.total):
             config = replace(run.config, ema_decay=0.0)
-            trainer = Trainer(_scaled_online(grown, run.size), config, run.feed.train)
+            trainer = Trainer(_scaled_online(grown, run.size), config, run.feed.train, run.loss)
             rate = cosine(1.0, 0.0, updates)
             while trainer.update < updates:
                 trainer.train(trainer.update + 1, learning_rate=rate, lam=constant(1.0))

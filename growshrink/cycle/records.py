@@ -194,6 +194,7 @@ class Merged:
         effect: Relative change of the outputs without the branches, with random norms; `trained_effect` as trained.
         max_rel: Relative difference of the outputs, grown against fused, in float64; `max_rel_float32` in float32.
         top1_agreement: Share of random images on which both say the same.
+        recurrence: Norm of A in branches at equilibrium, which starts at 0.5; None where there are none.
     """
 
     vanished: float
@@ -204,6 +205,7 @@ class Merged:
     max_rel: float
     max_rel_float32: float
     top1_agreement: float
+    recurrence: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +260,7 @@ class RoundRecord:
         plain_step_macs: MACs of an image forward and backward through the plain net.
         tail_share: Share of the updates that train the plain net.
         macs_before: Training MACs of the run before the round; those of the round are `training_macs`.
-        effect: As in `Merged`, like the next four; None where nothing was merged.
+        effect: As in `Merged`, like the next five; None where nothing was merged.
         undone: Whether the round was undone; None where it could not be.
         teacher_updates: In how many updates another net was trained that taught, by `teacher_macs`; 0 if it was given.
         answers_macs: MACs of its answers, where another net taught; `teacher_top1` is its own on the val split.
@@ -285,6 +287,7 @@ class RoundRecord:
     max_rel: float | None = None
     max_rel_float32: float | None = None
     top1_agreement: float | None = None
+    recurrence: float | None = None
     retention: float | None = None
     undone: bool | None = None
     training_macs: int = 0

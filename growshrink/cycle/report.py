@@ -29,7 +29,7 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
     best, size, state = run.trainer.best.eval(), run.size, run.state
     plain = plain_net(run.initial, size)
     worst = 12 if getattr(run.feed, "nets", 1) == 1 else 0
-    judged = run_on_rank0(lambda: judge(best, run.feed.test, worst))
+    judged = run_on_rank0(lambda: judge(best, run.feed.test, worst, run.loss))
     result = CycleResult(
         out_dir=run.folder.path,
         model=best,
@@ -81,11 +81,14 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
     same = "exactly the plain net's" if deployed == result.plain else "NOT the plain net's"
     rounds = result.rounds
     kib = {key: f"{value / 1024:,.1f}" for key, value in deployed.memory.items()}
+    classified = "loss" not in result.about
     lines = [
         f"# {model['name']} on {data['name']}",
         "",
         f"**Test top-1 {final.top1:.2f} %** (loss {final.loss:.4f}; the test set was read once, at the end), "
-        f"val {result.val.top1:.2f} %. Balanced accuracy {final.balanced:.2f} %, macro F1 {final.macro_f1:.2f} %.",
+        f"val {result.val.top1:.2f} %. Balanced accuracy {final.balanced:.2f} %, macro F1 {final.macro_f1:.2f} %."
+        if classified
+        else f"**Test loss {final.loss:.6g}** (the test set was read once, at the end), val {result.val.loss:.6g}.",
         f"Deployed: {deployed.params:,} parameters, {deployed.macs:,} MACs an image, {same}.",
         f"On a microcontroller: {kib['flash_float32']} KiB of flash in float32, {kib['flash_int8']} in int8; at least "
         f"{kib['ram_float32']} KiB of RAM for activations in float32, {kib['ram_int8']} in int8.",
@@ -97,7 +100,9 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
         lines += ["## Rounds", "", rounds_table(rounds, markdown=True), ""]
         lines += [
             f"Top-1 in percent on the val split, {data['val_images']} images of the training set (one image is "
-            f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept.",
+            f"{100 / data['val_images']:.2f} points), of the averaged weights where an average is kept."
+            if classified
+            else "Minus the loss on the val split, of the averaged weights where an average is kept.",
             "",
             *(f"- *{word}*: {meaning}." for word, meaning in glossary(rounds)),
             "",
@@ -248,9 +253,9 @@ def draw_curves(result: CycleResult) -> bool:
             axis.axvspan(span.start, span.grown_stop, color="0.93", linewidth=0, zorder=0)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False)
-    figure.suptitle(
-        f"{result.model_about['name']} on {result.about['data']['name']}: test top-1 {result.final.top1:.2f} %"
-    )
+    final = result.final
+    reached = f"loss {final.loss:.6g}" if "loss" in result.about else f"top-1 {final.top1:.2f} %"
+    figure.suptitle(f"{result.model_about['name']} on {result.about['data']['name']}: test {reached}")
     save_picture(figure, result.out_dir / "curves.png")
     return True
 
@@ -262,7 +267,7 @@ def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
     interesting = [row.val_top1 for row in rows if row.round] or top1  # the climb from chance would hide the rest
     margin = 0.08 * (max(top1) - min(interesting)) or 1.0
     accuracy.set_ylim(min(interesting) - margin, max(top1) + margin)
-    accuracy.set_ylabel("val top-1 (%)")
+    accuracy.set_ylabel("val: minus the loss" if "loss" in result.about else "val top-1 (%)")
     for change in result.growth_log:
         place = (change.update, 1.0)
         accuracy.annotate(f"{change.kind} {change.round}", place, xycoords=("data", "axes fraction"), va="bottom")

@@ -75,7 +75,7 @@ def _retention(record: RoundRecord) -> str:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if value is None else f"{value:.2f}" if value >= 0 else f"{value:.4g}"  # minus a loss of any size
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,6 +34,7 @@ from growshrink.layers.swaps import expand_online
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
 from growshrink.runs.folder import RunFolder, check_same, claim_together, difference
 from growshrink.supernet import NetAugTask
+from growshrink.training._evaluate import Loss
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
 
@@ -55,6 +56,7 @@ def run_cycle(
     save_every: int | None = None,
     keep: int = 2,
     teachers: Mapping[int, nn.Module] | None = None,
+    loss: Loss | None = None,
 ) -> CycleResult:
     """Train `model` through rounds of grow -> train -> vanish -> exit -> train.
 
@@ -80,6 +82,10 @@ def run_cycle(
         keep: How many checkpoints are kept, the newest.
         teachers: Nets that teach, by number of the round, in place of those that the plan's `Teacher` names: "given"
             is one of these. They take the same images and give logits of the same classes; none is modified.
+        loss: `loss(model, batch)` trains and scores a net that is no classifier: a 0-dim tensor, the mean over the
+            images of the batch, a pair as the feed gives it. Wherever a run says top-1, it is then minus this loss on
+            the split, also in `accept_within`. No teachers, no sampled widths; add `growshrink.penalties` where
+            branches need it.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
@@ -96,9 +102,10 @@ def run_cycle(
     saving, config = Saving(save_every, keep, torch.device(device)), config or TrainConfig()
     feed, own = _feed_of(data, plan, batch_size, augment, device)
     phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))
-    check_model_fits(model, feed)
+    check_model_fits(model, feed, classifies=loss is None)
     rehearse(model, plan, feed.input_size)
     nets = teacher_nets(plan, feed, (about or {}).get("model", {}), teachers)
+    own |= {} if loss is None else {"loss": _check_loss(loss, plan, config)}
     own |= {"teachers": digests} if (digests := fingerprints(plan, nets)) else {}
     with _claimed(out_dir, resume) as folder:
         how: dict[str, Any] = {"progress": progress, "tensorboard": tensorboard, "saving": saving, "config": config}
@@ -107,6 +114,7 @@ def run_cycle(
             **how,
             initial=model,
             feed=feed,
+            loss=loss,
             folder=folder,
             teachers=nets,
             learning_rate=phases.learning_rate,
@@ -117,6 +125,17 @@ def run_cycle(
             identity=identity_of(feed, plan, phases.total, config, told),
         )
         return _execute(run, phases, plan, (about or {}).get("command", " ".join(sys.argv)))
+
+
+def _check_loss(loss: Loss, plan: CyclePlan, config: TrainConfig) -> str:
+    """Name of the caller's loss; PlanError for what computes a loss of its own."""
+    clashes = [key for key in ("mixup", "label_smoothing", "class_weights") if getattr(config, key)]
+    clashes += [key for entry in plan.rounds for key in ("teacher", "widths") if getattr(entry, key) is not None]
+    if config.metric != "top1" or clashes:
+        raise PlanError(
+            f"{clashes[0] if clashes else 'metric'}: not with loss=, which is for tasks of its own; leave it out."
+        )
+    return getattr(loss, "__qualname__", type(loss).__name__)
 
 
 def _feed_of(

@@ -30,6 +30,7 @@ from growshrink.runs.folder import RunFolder
 from growshrink.schedules import Schedule
 from growshrink.schedules.closed_loop import LamControl
 from growshrink.training import Score, TrainConfig, Trainer, evaluate
+from growshrink.training._evaluate import Loss
 from growshrink.training.distil import TeacherNet
 
 #: Updates between two questions whether some rank was asked to stop, where asking means to wait for the device.
@@ -76,6 +77,7 @@ class Run:
 
     Attributes:
         initial: The model as `run_cycle` was given it, `model_about` what it was given of how to make it.
+        loss: See `run_cycle`.
         learning_rate: Factor on the config's rate, by update.
         total: Updates of the whole run.
         identity: Everything that the result depends on; the run is resumed with the same only.
@@ -87,6 +89,7 @@ class Run:
 
     initial: nn.Module
     feed: Feed
+    loss: Loss | None = None
     config: TrainConfig
     folder: RunFolder
     saving: Saving
@@ -128,7 +131,7 @@ class Run:
 
     def make_trainer(self, model: nn.Module) -> Trainer:
         """Of a copy of `model`, on the run's device."""
-        return Trainer(self.placed(copy_net(model)), self.config, self.feed.train)
+        return Trainer(self.placed(copy_net(model)), self.config, self.feed.train, self.loss)
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` on the run's device and in its memory format."""
@@ -179,7 +182,7 @@ class Run:
 
     def score(self, model: nn.Module | None = None) -> Score:
         """Of a net, by default the one to judge, on the val split."""
-        return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val))
+        return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val, self.loss))
 
     def top1(self, model: nn.Module | None = None) -> float:
         """What the config's metric makes of `score`, in percent."""

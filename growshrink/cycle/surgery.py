@@ -14,6 +14,7 @@ from growshrink.base.ranks import all_gather, this_rank
 from growshrink.cycle.records import Collapsed, Gradients, Grew, Merged, shapes_of
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
+from growshrink.layers.equilibrium import ImplicitReLU
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.widths import get_width
 from growshrink.proofs._compare import EXACT_FLOAT64, branch_effect, compare, verify
@@ -89,6 +90,7 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
         max_rel=max_rel,
         max_rel_float32=single.max_rel,
         top1_agreement=single.top1_agreement,
+        recurrence=ImplicitReLU.mean_norm(best),
     )
 
 

@@ -121,7 +121,7 @@ class SplitBatches:
         return eval_batches(**vars(self))
 
 
-def check_model_fits(model: nn.Module, feed: Feed) -> None:
+def check_model_fits(model: nn.Module, feed: Feed, *, classifies: bool = True) -> None:
     """RunError unless the model takes the images, tells the classes apart, and there is something to score it by."""
     for split, images in (("val", feed.val), ("test", feed.test)):
         if not len(images):
@@ -138,7 +138,7 @@ def check_model_fits(model: nn.Module, feed: Feed) -> None:
     except Exception as error:  # any forward may fail in its own way
         raise RunError(f"the model does not run on images of size {feed.input_size}: {error}") from error
     rows = 2 * getattr(feed, "nets", 1)  # several nets side by side: one row each
-    if tuple(output.shape) != (rows, len(feed.classes)):
+    if classifies and tuple(output.shape) != (rows, len(feed.classes)):
         raise RunError(
             f"the model gives outputs of shape {tuple(output.shape)[1:]}, {feed.name} has {len(feed.classes)} classes: "
             f"make it with num_classes={len(feed.classes)}."

@@ -100,7 +100,8 @@ def rows_of(comparison: ArmComparison, records: Sequence[RunRecord]) -> list[Tab
                 seconds=_seconds(runs[arm]) / plain_seconds if plain_seconds and alike else float("nan"),
                 edge=len(tried) > 1 and first.job.lr in (min(tried), max(tried)),
                 on_val=on_val,
-                verdict=verdict(arm, difference, pooled[arm][0] if corrected.get(arm, 1.0) < LEVEL else None),
+                verdict=verdict(arm, difference, pooled[arm][0] if corrected.get(arm, 1.0) < LEVEL else None)
+                + recurrence_note(runs[arm]),
             )
         )
     return rows
@@ -116,6 +117,15 @@ def verdict(arm: str, difference: Estimate | None, pooled: Estimate | None = Non
     if pooled is not None and not word and _word(pooled):
         by, word = pooled, f"{_word(pooled)} by the noise of all arms, not told apart by its own seeds"
     return f"{word or 'not told apart'} ({by.value:+.2f}, {by.low:+.2f} .. {by.high:+.2f})"
+
+
+def recurrence_note(runs: Sequence[RunRecord]) -> str:
+    """The norm of A at the end of the rounds that merged branches at equilibrium, "" where none did."""
+    norms = [norm for run in runs for entry in run.rounds if (norm := entry.get("recurrence")) is not None]
+    if not norms:
+        return ""
+    tested = "" if min(norms) >= 0.1 else ", below 0.1: the arm has tested nothing"
+    return f"; norm of A, from 0.5, at the end {min(norms):.2f} .. {max(norms):.2f}{tested}"
 
 
 def _word(interval: Estimate) -> str:

@@ -133,6 +133,17 @@ class ImplicitReLU(VanishingReLU):
     def _convolve(self, h: Tensor, kernel: Tensor) -> Tensor:
         return nn.functional.conv2d(h, kernel, padding="same", groups=self.recurrence.groups)
 
+    @staticmethod
+    @torch.no_grad()
+    def mean_norm(model: nn.Module) -> float | None:
+        """Norm of A, the mean over the layers of a net and their groups; None where it has none of one tap."""
+        layers = [m for m in model.modules() if isinstance(m, ImplicitReLU) and m.recurrence.kernel_size == (1, 1)]
+        kernels = [
+            m.kernel(m.recurrence.out_channels, torch.float64).unflatten(0, (m.recurrence.groups, -1)) for m in layers
+        ]
+        norms = [torch.linalg.matrix_norm(kernel[..., 0, 0], 2) for kernel in kernels]
+        return float(torch.cat(norms).mean()) if norms else None
+
     def _resolvent(self, kernel: Tensor) -> Tensor:
         blocks = kernel.flatten(1).unflatten(0, (self.recurrence.groups, -1))
         return torch.linalg.inv(torch.eye(blocks.shape[1]).to(kernel) - blocks).flatten(0, 1)[:, :, None, None]

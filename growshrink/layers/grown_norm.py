@@ -6,7 +6,21 @@ from timm.layers import BatchNormAct2d, register_notrace_module
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
+from growshrink.errors import GrowError
 from growshrink.layers.grown import Grown
+
+
+class NormBranches(nn.ModuleList):
+    """Branches of a norm; refuses to move into another module, as where torch converts the norm under them."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As `nn.Module.add_module`; GrowError where there is a branch of that name."""
+        if name in self._modules:
+            raise GrowError(
+                "a batch norm that carries branches would lose them in convert_sync_batchnorm, which has converted "
+                "some of the net: make it again, convert the plain net, then grow it."
+            )
+        super().add_module(name, module)
 
 
 @register_notrace_module
@@ -18,6 +32,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
+    container = NormBranches
 
     def on_images(self, x: Tensor) -> Tensor:
         return self.with_branches(x, nn.BatchNorm2d.forward(self, x))

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
+from growshrink.algebra.outputs import output_leaves
 from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
 
@@ -102,7 +103,8 @@ def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) 
     replica = copy_net(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
     with flop_counter() as counter:
-        inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica).sum().backward()
+        output = inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica)
+        torch.stack([leaf.sum() for leaf in output_leaves(output).values()]).sum().backward()
     return counter.get_total_flops() // (2 * batch_size)
 
 

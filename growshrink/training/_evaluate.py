@@ -1,12 +1,17 @@
 """How good a net is on a split."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from growshrink.data.batches import Batch
 from growshrink.data.feed import ScoringBatches
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+"""Loss of a net on a batch, 0-dim: the mean over its images."""
 
 
 @dataclass(frozen=True)
@@ -14,8 +19,8 @@ class Score:
     """How good a net is on a split.
 
     Attributes:
-        top1: Percent of images classified right.
-        loss: Mean cross-entropy in nats.
+        top1: Percent of images classified right; with a loss of the caller's, minus that loss.
+        loss: Mean cross-entropy in nats, or that loss.
         balanced: Mean of the classes' recalls in percent, each class counting alike.
         macro_f1: Mean of the classes' F1 in percent.
     """
@@ -43,16 +48,23 @@ class Judgement:
     taken_for: Tensor
 
 
-def evaluate(model: nn.Module, batches: ScoringBatches) -> Score:
-    """Score `model` in eval mode on every image of a split, each once; the model's mode is restored."""
-    return judge(model, batches, 0).score
+def evaluate(model: nn.Module, batches: ScoringBatches, loss: Loss | None = None) -> Score:
+    """Score `model` in eval mode on every image of a split, each once; the model's mode is restored.
+
+    With `loss` it need not classify: its score is minus the mean of that.
+    """
+    return judge(model, batches, 0, loss).score
 
 
 @torch.no_grad()
-def judge(model: nn.Module, batches: ScoringBatches, num_worst: int = 12) -> Judgement:
-    """See `evaluate`; the `num_worst` images with the highest losses are kept."""
+def judge(model: nn.Module, batches: ScoringBatches, num_worst: int = 12, own: Loss | None = None) -> Judgement:
+    """See `evaluate`; the `num_worst` images with the highest losses are kept, with a loss of one's `own` none."""
     was_training = model.training
     model.eval()
+    if own is not None:
+        mean = sum(float(own(model, batch)) * len(batch[0]) for batch in batches) / len(batches)
+        model.train(was_training)
+        return Judgement(Score(top1=-mean, loss=mean), *[torch.empty(0)] * 4)
     loss, confusion, kept = list[Tensor](), list[Tensor](), list[list[Tensor]]()
     for images_NCHW, labels_N in batches:
         logits = model(images_NCHW)  # never in bfloat16: a net and its fused form are to score the same

@@ -20,12 +20,14 @@ from growshrink.base.config import check_fields
 from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
 from growshrink.base.ranks import average_update_
 from growshrink.branches import Modulated, penalties
+from growshrink.data.batches import Batch
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import follow_lambda
 from growshrink.layers.regions import called, compiled_regions
 from growshrink.schedules.closed_loop import ClosedLoop
 from growshrink.schedules.functions import Schedule, constant, cosine, rewarm
+from growshrink.training._evaluate import Loss
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
@@ -105,13 +107,14 @@ class Trainer:
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
         optimizer: Made by timm's factory; follows a change of structure, see `structure_changed`.
         gradient_maps: Applied in every update, or None; see `map_gradients`.
+        loss: The caller's own, in place of the cross-entropy; None for that.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
             call adds to; else None.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches) -> None:
-        self.model = model.train()
+    def __init__(self, model: nn.Module, config: TrainConfig, batches: UpdateBatches, loss: Loss | None = None) -> None:
+        self.model, self.loss = model.train(), loss
         self.config = config
         weights = config.class_weights
         self._class_weights = torch.tensor(weights, device=next(model.parameters()).device) if weights else None
@@ -181,7 +184,7 @@ class Trainer:
         with called(self._compiled):  # scores, surgery and proofs run as ever
             while self.update < stop:
                 question = teacher.question(self.update) if teacher is not None and task is None else self.update
-                images_NCHW, labels_N = self.batches.batch(question)
+                images_NCHW, labels_N = batch = self.batches.batch(question)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
                 self._set_lambda(lam(self.update))
@@ -191,7 +194,7 @@ class Trainer:
                     with self._autocast(images_NCHW):
                         loss = task.backward(images_NCHW, labels_N)["loss"]
                 else:
-                    loss = self._loss(images_NCHW, labels_N, teacher, question)
+                    loss = self._loss(batch, teacher, question)
                     if on_loss is not None:
                         on_loss(loss.detach())
                     loss.backward()
@@ -276,7 +279,11 @@ class Trainer:
             parameter = named[name]
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
 
-    def _loss(self, images_NCHW: Tensor, labels_N: Tensor, teacher: TeacherNet | None, question: int = 0) -> Tensor:
+    def _loss(self, batch: Batch, teacher: TeacherNet | None, question: int = 0) -> Tensor:
+        images_NCHW, labels_N = batch
+        if self.loss is not None:
+            with self._autocast(images_NCHW):
+                return self.loss(self.model, batch)
         others_N, share = labels_N, 1.0
         if self.config.mixup:  # labels may be those of several nets side by side, in turn
             share = float(np.random.default_rng(self.update).beta(self.config.mixup, self.config.mixup))

@@ -19,6 +19,9 @@ from growshrink.layers.swaps import to_plain
 
 #: In the order in which timm looks for them.
 HOOKS = ("fuse", "reparameterize", "switch_to_deploy")
+#: In front of the architecture of a grown timm net: what timm's `save_for_hf` writes of it is then not taken for the
+#: weights of the plain one, its branches left out.
+GROWN = "a net that growshrink grew (its save_grown keeps it): "
 #: The share of the branches' effect that rounding may take without a word.
 MOST_LOST = 0.1
 
@@ -65,8 +68,11 @@ class MergeFirst:
 
 
 def guard_hooks(model: nn.Module, flow: Flow) -> None:
-    """Put a `MergeFirst` before each hook of a module that holds grown layers; replaces guards that are there."""
+    """Put a `MergeFirst` before each hook of a module that holds grown layers, and mark timm's; replaces old guards."""
     unguard_hooks(model)
+    for module in model.modules():
+        if "architecture" in (cfg := vars(module).get("pretrained_cfg") or {}):
+            vars(module)["pretrained_cfg"] = {**cfg, "architecture": GROWN + cfg["architecture"]}
     norms = {name: flow.norm_after(name)[0] for name, m in grown_modules(model).items() if isinstance(m, Grown)}
     taken = {name: norm for name, norm in norms.items() if norm}
     for name, module in model.named_modules():
@@ -86,6 +92,8 @@ def guard_hooks(model: nn.Module, flow: Flow) -> None:
 def unguard_hooks(model: nn.Module) -> None:
     """Take all of them away."""
     for module in model.modules():
+        if "architecture" in (cfg := vars(module).get("pretrained_cfg") or {}):
+            vars(module)["pretrained_cfg"] = {**cfg, "architecture": cfg["architecture"].removeprefix(GROWN)}
         for hook in HOOKS:
             if isinstance(module.__dict__.get(hook), MergeFirst):
                 del module.__dict__[hook]

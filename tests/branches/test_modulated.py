@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec, KernelFactors, Modulated
 from growshrink.branches.guide import EMBEDDING, Guided, RunGuide
+from growshrink.errors import GrowError
 from growshrink.layers.as_conv import as_conv
 from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
@@ -275,6 +276,14 @@ def test_every_parameter_has_a_gradient_by_the_second_update(kind):
         optimizer.step()
     without = [n for n, p in grown.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
+def test_a_norm_is_not_converted_under_its_branches(convert):
+    with pytest.raises(GrowError, match="convert the plain net, then grow it"):
+        convert(gs.grow(ConvNet(), "se", where=["conv"]))
+    beside = convert(gs.grow(ConvNet(), "bottleneck", where=["conv"]))  # these are on the convolution
+    assert len(grown_modules(beside)) == 1 and isinstance(beside.conv.branches[0].norm, nn.SyncBatchNorm)
 
 
 def test_rows_act_behind_the_norm():

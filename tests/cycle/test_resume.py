@@ -143,6 +143,13 @@ def test_the_closed_loop_of_these_runs_has_waited(undisturbed):
     assert len(lams) == 8 and lams[:4] != lams[4:]  # the rounds' plans are the same, and their losses are not
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("case", ["implicit", "peak"])
+def test_rounds_with_equilibria_record_the_norm_of_a(undisturbed, case):
+    norms = [entry["recurrence"] for entry in undisturbed(case)["report"]["rounds"]]
+    assert norms == [pytest.approx(0.5, abs=0.1)] * 2 if case == "implicit" else set(norms) == {None}
+
+
 @pytest.mark.parametrize(
     "place",
     [

@@ -195,6 +195,24 @@ def test_verdicts(difference, word):
     assert "compared with" in verdict(PLAIN, None)
 
 
+@pytest.mark.parametrize(
+    ("norms", "words"),
+    [
+        ((0.5, 0.31), "; norm of A, from 0.5, at the end 0.31 .. 0.50"),
+        ((0.5, 0.05), "; norm of A, from 0.5, at the end 0.05 .. 0.50, below 0.1: the arm has tested nothing"),
+        ((None, None), ""),
+    ],
+)
+def test_an_arm_at_equilibrium_reports_the_norm_of_a(norms, words):
+    jobs = jobs_of(TINY, rates(TINY), stack=False)
+    records = [record_of(job) for job in jobs[:2]]
+    own = [job for job in jobs if job.arm == "distil"]
+    records += [replace(record_of(j), rounds=({"recurrence": norm},)) for j, norm in zip(own, norms, strict=True)]
+    rows = rows_of(TINY.comparison, records)
+    assert rows[0].verdict == "what the others are compared with"
+    assert rows[1].verdict == f"not told apart (+0.00, +0.00 .. +0.00){words}"
+
+
 def test_a_verdict_says_when_it_needs_the_noise_of_all_arms():
     own, sharper, vague = Estimate(0.5, -0.1, 1.1), Estimate(0.5, 0.1, 0.9), Estimate(0.5, -0.3, 1.3)
     assert verdict("dbb", own, sharper).startswith("better by the noise of all arms, not told apart by its own seeds")

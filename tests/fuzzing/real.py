@@ -1,13 +1,13 @@
 """Nets as people have them: hooks, flags, sizes, ties, norms of all kinds, dtypes. Each choice is drawn equally often.
 
-Net number n takes, on every axis, a card from a shuffled deck of its choices: in 200 nets each of at most 20 choices
-comes at least 10 times. What the grown net computes, with every flag, at every size, and what its hooks see, is what
+Net number n takes, on every axis, a card from a shuffled deck of its choices: in `COUNT` nets each choice comes at
+least 10 times. What the grown net computes, with every flag, at every size, and what its hooks see, is what
 the fused one must compute; whatever fuse refuses, grow must have refused.
 """
 
 from __future__ import annotations
 
-import copy
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +25,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from fuzzing.architectures import KINDS
 from growshrink.algebra.outputs import paired_leaves
+from growshrink.base.copying import copy_net
+from growshrink.branches import Branch, Modulated
 from growshrink.branches.spec import PRESETS
 from growshrink.errors import GrowShrinkError
 from growshrink.layers.activations import set_lambda
@@ -35,6 +37,10 @@ from growshrink.transforms import drop, fuse, grow
 WIDTH = 6
 #: Relative differences that rounding may make, by dtype.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.3, torch.float16: 0.05}
+
+MODULATED = [
+    kind for kind, cls in Branch.kinds.items() if issubclass(cls, Modulated) and "growshrink" in cls.__module__
+]
 
 
 class Own(nn.Conv2d):
@@ -57,6 +63,7 @@ def frozen(channels: int) -> nn.Module:
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Conv2d": partial(nn.Conv2d, WIDTH, WIDTH, 3, padding=1),
     "Conv2d strided": partial(nn.Conv2d, WIDTH, WIDTH, 3, padding=1, stride=2),
+    "Conv2d 5x5": partial(nn.Conv2d, WIDTH, WIDTH, 5, padding=2),
     "depthwise": partial(nn.Conv2d, WIDTH, WIDTH, 3, padding=1, groups=WIDTH),
     "Conv2d reflect": partial(nn.Conv2d, WIDTH, WIDTH, 3, padding=1, padding_mode="reflect"),
     "subclass": partial(Own, WIDTH, WIDTH, 1),
@@ -76,7 +83,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
 }
 AXES: dict[str, tuple[str, ...]] = {
-    "branch": (*KINDS, *PRESETS),
+    "branch": (*KINDS, *MODULATED, *PRESETS),
     "layer": tuple(LAYERS),
     "norm": tuple(NORMS),
     "bias": ("bias", "no bias"),
@@ -91,6 +98,10 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: Nets in which each choice comes ten times.
+COUNT = 10 * max(map(len, AXES.values()))
+
+
 def drawn(number: int, seed: int = 0) -> dict[str, str]:
     """The choices of net `number`."""
     found = {}
@@ -102,15 +113,16 @@ def drawn(number: int, seed: int = 0) -> dict[str, str]:
 
 
 class RealNet(nn.Module):
-    """stem -> unit -> unit -> head, each unit a layer, a norm and a ReLU, with what `choices` ask for."""
+    """stem -> 3 units -> head, each a layer, a norm and a ReLU, the first two with what `choices` ask for."""
 
     def __init__(self, choices: dict[str, str]) -> None:
         super().__init__()
         self.choices, self.flag, self.seen = choices, False, SimpleNamespace(values=[])
         bias = choices["bias"] == "bias"
         self.stem = nn.Conv2d(3, WIDTH, 3, padding=1)
-        self.one, self.two = (LAYERS[choices["layer"]](bias=bias) for _ in range(2))
+        self.one, self.two, self.three = (LAYERS[choices["layer"]](bias=bias) for _ in range(3))
         self.norm_one, self.norm_two, self.switch = (NORMS[choices["norm"]](WIDTH) for _ in range(3))
+        self.norm_three = nn.BatchNorm2d(WIDTH)
         self.side, self.head, self.vector = nn.Linear(WIDTH, 4), nn.Linear(WIDTH, 4), nn.Linear(5, WIDTH)
         randomize_norms_(self, 1)
         self._tie(choices["tie"])
@@ -162,7 +174,8 @@ class RealNet(nn.Module):
             features = y.tanh()
         else:
             features = norm(y).relu()
-        logits = self.head(self.norm_two(self.two(features)).relu().mean((2, 3)))
+        y = self.norm_three(self.three(self.norm_two(self.two(features)).relu())).relu()
+        logits = self.head(y.mean((2, 3)))
         return _OUTPUTS[self.choices["output"]](logits, features)
 
 
@@ -204,7 +217,7 @@ def views(net: Any) -> dict[str, Any]:
     """All that can be seen of a net, in float64: by flag, by size, and by what its hooks and its training head saw."""
     found: dict[str, Any] = {}
     for flag, side, training in ((False, 12, False), (True, 12, False), (False, 8, False), (False, 12, True)):
-        replica = copy.deepcopy(net).double().eval()
+        replica = copy_net(net).double().eval()  # torch's deepcopy knows no kept activations
         replica.seen.values.clear()
         replica.flag = flag
         if training:  # the head that runs in training only, with every norm as it is deployed
@@ -228,7 +241,9 @@ def check_real(number: int, seed: int = 0) -> RealOutcome:
         try:
             _check(RealNet(choices), outcome)
         except Exception as error:  # of any kind: that is what is looked for
-            outcome.verdict, outcome.words = "crashed", f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            words = f"{type(error).__name__}: {str(error)[:200]} ({place.filename}, line {place.lineno})"
+            outcome.verdict, outcome.words = "crashed", " ".join(words.split())
     return outcome
 
 

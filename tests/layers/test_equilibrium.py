@@ -184,6 +184,14 @@ def test_the_activation_is_scaled_to_its_bound():
     assert act(images(6, 4, 4, dtype=torch.float64)).isfinite().all()
 
 
+def test_the_mean_norm_of_a_net():
+    net = nn.Sequential(ImplicitReLU(6, groups=2), ImplicitReLU(4), ImplicitReLU(4, kernel_size=3), nn.ReLU())
+    assert ImplicitReLU.mean_norm(net) == pytest.approx(0.5, abs=0.02)
+    net[0].recurrence.weight.data[:3] = 0  # one block of two, and one of three in all
+    assert ImplicitReLU.mean_norm(net) == pytest.approx(0.5 * 2 / 3, abs=0.02)
+    assert ImplicitReLU.mean_norm(net[2:]) is None
+
+
 class Linear3x3(nn.Sequential):
     def __init__(self):
         torch.manual_seed(0)

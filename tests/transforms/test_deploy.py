@@ -6,7 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.models import reparameterize_model, save_for_hf
 from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from torch import nn
 
@@ -221,3 +221,19 @@ def test_guards_are_where_timms_hooks_are_and_nowhere_else():
     assert guards(model) == [model.one, model.outer, model.outer.inner]
     assert set(HOOKS) == {"fuse", "reparameterize", "switch_to_deploy"}
     assert guard_hooks.__doc__ and not guards(timm.create_model("test_resnet"))
+
+
+@pytest.mark.parametrize("classes", [10, 4])  # for others than its own, timm takes a file that has more than the net
+def test_timm_does_not_take_the_saved_weights_of_a_grown_net_for_the_plain_nets(tmp_path, classes):
+    model = net("test_resnet")
+    grown = gs.grow(model, input_size=(3, 32, 32))
+    plain = gs.drop(grown)
+    assert plain.pretrained_cfg == model.pretrained_cfg != grown.pretrained_cfg
+    again = gs.drop(gs.grow(grown, "lora", input_size=(3, 32, 32)))
+    assert again.pretrained_cfg == model.pretrained_cfg
+    for name, each in (("grown", grown), ("plain", plain)):
+        save_for_hf(each, tmp_path / name, model_args={"num_classes": 10})
+    with pytest.raises(RuntimeError, match="a net that growshrink grew"):
+        timm.create_model(f"local-dir:{tmp_path / 'grown'}", pretrained=True, num_classes=classes)
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True, num_classes=classes)
+    assert torch.equal(next(loaded.parameters()), next(plain.parameters()))
