@@ -172,18 +172,6 @@ class Detector(nn.Module):
         return [head(z).unflatten(1, (-1, CLASSES)) for head, z in zip(self.heads, maps, strict=True)]
 
 
-class Summed(nn.Module):
-    """A detector whose output is one number for each image, for counting."""
-
-    def __init__(self, detector: Detector) -> None:
-        super().__init__()
-        self.detector = detector
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N,)`."""
-        return torch.stack([heat.flatten(1).sum(1) for heat in self.detector(x)]).sum(0)
-
-
 def make_canvases(count: int, seed: int, *, test: bool) -> Canvases:
     """Digits of scikit-learn, of the first 1,200 or, for the test, of the others, without overlap."""
     from sklearn.datasets import load_digits
@@ -268,7 +256,7 @@ def train_one(args: Args, name: str, seed: int, train: Canvases, test: Canvases,
     torch.manual_seed(seed)
     net, batch_size, lr = Detector(args, name), args.batches.batch_size, args.training.lr
     if name not in rows:
-        macs = training_macs(Summed(net), (1, CANVAS, CANVAS), batch_size)
+        macs = training_macs(net, (1, CANVAS, CANVAS), batch_size)
         epochs = args.length.epochs * (rows[CONTROL].macs / macs if rows else 1.0)
         rows[name] = Row(sum(p.numel() for p in net.parameters()), macs, epochs)
     row = rows[name]
@@ -312,15 +300,10 @@ def average_precisions(net: Detector, canvases: Canvases, most: int = 20) -> lis
                 for place, index in enumerate(sizes):
                     found = peaks[n, place].flatten().topk(most)
                     width = logits.shape[-1]
-                    detections = [
-                        (
-                            float(score),
-                            at // width**2,
-                            (at % width**2 // width + 0.5) * stride,
-                            (at % width + 0.5) * stride,
-                        )
-                        for score, at in zip(found.values, found.indices.tolist(), strict=True)
-                    ]
+                    detections = []
+                    for score, at in zip(found.values.tolist(), found.indices.tolist(), strict=True):
+                        label, (y, x) = at // width**2, divmod(at % width**2, width)
+                        detections.append((score, label, (y + 0.5) * stride, (x + 0.5) * stride))
                     match(detections, rows[rows[:, 1] == index], index, scores, totals)
     result = []
     for index in range(len(SIZES)):

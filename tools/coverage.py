@@ -263,7 +263,7 @@ def rounding(net: nn.Module, size: InputSize) -> float:
             exact = double(x)
         except RuntimeError:  # it makes float32 constants inside
             return float("nan")
-        signs = torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        signs = (torch.randint(2, x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1).to(x)
         moved = double(x * (1 + 4 * torch.finfo(x.dtype).eps * signs))
         return float((moved - exact).abs().max() / exact.abs().max())
 

@@ -27,6 +27,13 @@ class Entry:
     example_inputs: Any
 
 
+#: Images are not made larger, and boxes of any score count, or an untrained net would find none to compare.
+_DETECTION = {
+    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0},
+    "retinanet_resnet50_fpn": {"min_size": 96, "max_size": 96, "score_thresh": 0.0},
+}
+
+
 def _torchvision(kind: str, name: str, side: int) -> Entry:
     kwargs: dict[str, Any] = {"weights": None}
     if kind != "classification":
@@ -34,6 +41,7 @@ def _torchvision(kind: str, name: str, side: int) -> Entry:
     batch: Any = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     if kind == "detection":
         batch = ([image.sigmoid() for image in batch],)
+        kwargs |= _DETECTION.get(name, {})
     return Entry(f"torchvision, {kind}", partial(models.get_model, name, **kwargs), batch)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,9 @@ class NetCost:
     forward: int
 
     @staticmethod
-    def of(net: nn.Module, input_size: InputSize) -> NetCost:
+    def of(net: nn.Module, input_size: InputSize, batch_size: int) -> NetCost:
         """Counted on the meta device."""
-        return NetCost(net, training_macs(net, input_size), profile(net, input_size).macs)
+        return NetCost(net, training_macs(net, input_size, batch_size), profile(net, input_size).macs)
 
 
 class Costs:
@@ -140,8 +141,8 @@ class Costs:
         self.input_size = input_size
         self.batch_size = batches.batch_size
         plain = plain_net(model, input_size)
-        self.first = NetCost.of(model, input_size)
-        self.plain = NetCost.of(plain, input_size)
+        cost_of = partial(NetCost.of, input_size=input_size, batch_size=self.batch_size)
+        self.first, self.plain = cost_of(model), cost_of(plain)
         made: dict[tuple[object, ...], NetCost] = {}
         self.grown: list[NetCost] = []
         for number, entry in enumerate(plan.rounds):
@@ -152,9 +153,9 @@ class Costs:
                     made[key] = self.plain
                 elif not key[0]:
                     net = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
-                    made[key] = NetCost.of(net, input_size)
+                    made[key] = cost_of(net)
             self.grown.append(made[key])
-        self.teachers = {number: NetCost.of(net, input_size) for number, net in (teachers or {}).items()}
+        self.teachers = {number: cost_of(net) for number, net in (teachers or {}).items()}
 
     def online(self, grown: NetCost, lam: float) -> int:
         """MACs of an image in an update in which the branches that are linear at `lam` run merged."""

@@ -116,7 +116,7 @@ class Phase(ABC):
             return
         if self.grown and self.stop == span.grown_stop:
             span.plan.exit.leave(run)
-            plain = NetCost.of(run.trainer.model, run.size)
+            plain = NetCost.of(run.trainer.model, run.size, run.feed.train.batch_size)
             run.state.macs_spent += run.images_per_update * span.plan.exit.macs(plain.forward, plain.train)
         if self.stop == span.stop:
             run.end_round()
@@ -353,7 +353,7 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
         num_skipped=len(growth_report(model, input_size=size).skipped) if plan.branch else 0,
         params=Size(plain=then.params, grown=now.params),
         macs=Size(plain=then.macs, grown=now.macs),
-        plain_step_macs=training_macs(plain, size),
+        plain_step_macs=training_macs(plain, size, run.feed.train.batch_size),
         tail_share=span.tail_share,
         macs_before=run.state.macs_spent,
         top1=Top1(before=None if built_grown else before),
@@ -363,7 +363,7 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
         if run.teaching.net is None:
             run.set_teacher(run.placed(copy_net(net)), of_the_run=False)
         record.teacher_updates = updates = span.start - span.begin
-        record.teacher_macs = updates * run.images_per_update * training_macs(net, size)
+        record.teacher_macs = updates * run.images_per_update * training_macs(net, size, run.feed.train.batch_size)
         record.macs_before -= record.teacher_macs
         record.answers_macs = span.lessons.number * run.images_per_update * profile(net, size).macs
         record.teacher_top1 = run.top1(run.teaching.net)

@@ -43,7 +43,9 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         plain=profile(plain, size),
         deployed=profile(best, size),
         training_macs=state.macs_spent,
-        plain_training_macs=phases.total * run.images_per_update * training_macs(plain, size),
+        plain_training_macs=phases.total
+        * run.images_per_update
+        * training_macs(plain, size, run.feed.train.batch_size),
         seconds=state.seconds,
         about=about,
     )

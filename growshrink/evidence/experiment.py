@@ -193,7 +193,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds, out)
         count, batch_size = len(feeds), feed.train.batch_size
         budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
-        budget *= training_macs(plain, feeds[0].input_size)
+        budget *= training_macs(plain, feeds[0].input_size, batch_size)
         epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers=teachers)
         plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
         model = _about_net(experiment, arm.model(experiment.model), feed, **arm.model_kwargs)
@@ -261,8 +261,8 @@ def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: in
     Sampled widths, and so their cost, depend on the `seed`; `nets` are the `teachers` of `Costs`. PlanError if the
     budget is too small for the arm's phases.
     """
-    updates_per_epoch = feed.train.updates_per_epoch
-    epochs = budget / (feed.train.batch_size * updates_per_epoch * training_macs(net, feed.input_size))
+    updates_per_epoch, batch_size = feed.train.updates_per_epoch, feed.train.batch_size
+    epochs = budget / (batch_size * updates_per_epoch * training_macs(net, feed.input_size, batch_size))
     costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, **nets)
     off: dict[float, float] = {}
     for _ in range(12):

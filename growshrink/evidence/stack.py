@@ -61,7 +61,8 @@ def stack_nets(nets: Sequence[nn.Module], input_size: InputSize) -> nn.Module:
             setattr(stack.get_submodule(parent), child, _StackedLinear(layers))
             continue
         elif own := [key for key, _ in module.named_parameters(recurse=False)]:
-            raise StackError(f"{name}: a {type(module).__name__} with a parameter of its own ({own[0]}).")
+            what = f"{name}: a {type(module).__name__} with a parameter of its own ({own[0]})"
+            raise StackError(f"{what} cannot be trained side by side with other seeds; --no-stack trains each alone.")
         _join(module, peers)
     _check(stack, nets, input_size)
     return stack

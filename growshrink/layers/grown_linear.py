@@ -21,6 +21,8 @@ class GrownLinear(Grown, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`(..., I) -> (..., O)`."""
         y = F.linear(input, self.weight, self.bias)
+        if y.numel() == 0:  # of a detector that has found nothing: an image of no pixels, which no convolution takes
+            return y
         out = self.with_branches(self._image(input), self._image(y))
         return out.permute(0, 2, 3, 1).reshape(y.shape)
 

@@ -19,6 +19,7 @@ PLANS = {
     "plain": [],
     "previous, then peak": [{"teacher": Teacher("previous")}, {"teacher": Teacher("peak")}],
     "fuse": [{}],
+    "at equilibrium": [{"branch": ("implicit",)}],
     "two kinds": [{}, {"branch": ("insert", "nest")}],
     "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
     "online": [{"branch": ("expandnet", "insert"), "online": True}],

@@ -29,6 +29,7 @@ ROUNDS = {
     "given": [TAUGHT],
     "trained": [TRAINED],
     "by name": [{"branch": (), "teacher": Teacher("reducenet20", share=0.25, kwargs={"width": 0.125})}],
+    "at equilibrium": [{"branch": (), "teacher": Teacher("reducenet20_deq", share=0.25, kwargs={"width": 0.125})}],
     "two, one of the run's": [{**TRAINED, "epochs": 5}, {"teacher": Teacher("peak")}, {**TAUGHT, "epochs": 5}],
     "grown": [{"teacher": Teacher("given", asked=0.3, share=0.25)}],
     "grown, linear": [{**TRAINED, "branch": ("orepa",), "linear": True, "online": True, "init": "paper"}],

@@ -192,6 +192,14 @@ def test_tokens_of_any_shape(shape):
         assert rel(grown(turned), expected) < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(0, 6), (2, 0, 6), (0, 3, 6)])
+def test_no_tokens(shape):
+    linear = nn.Linear(6, 5)
+    build = BranchSpec(kind="bottleneck").build
+    grown = attach(linear, [build(as_conv(linear), ratio=1.0, init="paper", generator_seed=0)]).eval()
+    assert grown(torch.empty(shape)).shape == (*shape[:-1], 5)
+
+
 def test_growing_and_back_keeps_the_object_and_its_parameters():
     linear = nn.Linear(4, 8)
     weight, bias = linear.weight, linear.bias
