@@ -18,8 +18,10 @@ from growshrink import proofs as proofs
 from growshrink import schedules as schedules
 from growshrink import transforms as transforms
 from growshrink.analysis import angle as angle
+from growshrink.analysis import cut as cut
 from growshrink.analysis import random_prune as random_prune
 from growshrink.analysis import rank as rank
+from growshrink.analysis import slim as slim
 from growshrink.branches import Branch as Branch
 from growshrink.branches import BranchSpec as BranchSpec
 from growshrink.branches import penalties as penalties

@@ -25,6 +25,7 @@ NO_NETS = (None, 3, "resnet18", [1])
 
 PLAIN = net("reducenet20", depths=(1, 1, 1))
 GROWN = gs.grow(PLAIN, input_size=SIZE)
+SLIM = gs.slim(PLAIN, (0.5, 1.0), input_size=SIZE)
 
 
 def plain():
@@ -165,6 +166,10 @@ BAD = {
     + each(lambda m: gs.width_space(grown()).check(m), (*NO_NETS, plain())),
     "active_width": [lambda w=w: gs.active_width(grown(), w).__enter__() for w in ({}, {"x": 1}, None, 3, "base")],
     "get_width": each(get_width, (*NO_NETS, plain())),
+    "slim": each(gs.slim, NO_NETS) + [lambda: gs.slim(grown())]
+    + each(lambda levels: gs.slim(plain(), levels), ((), (1.0, 0.5), (0.5,), (0, 1.0), (NAN, 1.0), "x", None, 3)),
+    "cut": each(gs.cut, (*NO_NETS, plain())) + each(lambda w: gs.cut(SLIM, w), ({}, {"x": 1}, 3, "base"))
+    + each(lambda s: gs.cut(SLIM, survival=s), ({"x": 0.5}, {"stem.conv": 2})),
     "set_width": each(lambda w: gs.set_width(grown(), w), ({}, {"x": 1}, None, 3, "base"))
     + each(lambda v: gs.set_width(grown(), dict.fromkeys(get_width(grown()), v)), (-1, 10**9, NAN, 1.5, None, "8")),
     "width_space": each(gs.width_space, (*NO_NETS, plain()))

@@ -6,6 +6,10 @@ from growshrink.analysis._angle import angle as angle
 from growshrink.analysis._angle import supernet_table as supernet_table
 from growshrink.analysis._rank import Ranking as Ranking
 from growshrink.analysis._rank import rank as rank
+from growshrink.analysis._slim import cut as cut
+from growshrink.analysis._slim import keep_statistics as keep_statistics
+from growshrink.analysis._slim import left_alone as left_alone
+from growshrink.analysis._slim import slim as slim
 from growshrink.analysis.channels import channel_usage as channel_usage
 from growshrink.analysis.layers import Layer as Layer
 from growshrink.analysis.layers import Side as Side

@@ -99,9 +99,18 @@ class ChannelSpace:
             macs += outs * ins * weights * positions
         return params, macs
 
-    def cut(self, kept: Kept) -> nn.Module:
-        """A copy of the net without the channels that are not `kept`, in eval mode."""
-        return self._cut(copy_net(self.model).eval(), kept)
+    def cut(self, kept: Kept, model: nn.Module | None = None) -> nn.Module:
+        """A copy of the net (or of another `model` of its structure) with only the `kept` channels, in eval mode."""
+        return self._cut(copy_net(self.model if model is None else model).eval(), kept)
+
+    def axes(self) -> dict[tuple[str, bool], dict[str, Tensor]]:
+        """By name of a layer, and whether its output channels: entries of each channel of groups, `(channels, each)`."""
+        found: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        for name, group in self._groups.items():
+            for dependency, module, entries in group.places:
+                axis = found.setdefault((module, "in_channels" not in dependency.handler.__name__), {})
+                axis[name] = torch.from_numpy(np.stack(entries))
+        return found
 
     def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:
         modules = dict(net.named_modules())
@@ -155,7 +164,7 @@ class ChannelSpace:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # parameters of no layer: such groups are left alone below
-                batch = self.inputs.batch(1, torch.float32, seed=None)
+                batch = self.inputs.batch(1, next(self._traced.parameters()).dtype, seed=None)
                 graph = tp.DependencyGraph().build_dependency(self._traced, dict(batch.kwargs) or batch.args)
                 last = [m for m in self._traced.modules() if isinstance(m, nn.Linear)][-1:]
                 found_groups = list(graph.get_all_groups(ignored_layers=last))

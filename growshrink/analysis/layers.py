@@ -13,11 +13,11 @@ from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import InputLike
 from growshrink.base.copying import copy_net
 from growshrink.base.reading import read_json, reason
-from growshrink.branches import Branch
 from growshrink.errors import AnalysisError, RunError
 from growshrink.layers.as_conv import WeightLayer
+from growshrink.layers.slim import SkippableBlock
 from growshrink.layers.widths import Slots, active_width
-from growshrink.supernet.middle import axes
+from growshrink.supernet.middle import Axis, slot_axes
 
 State = Mapping[str, Tensor]
 """Tensors by name, e.g. a state_dict."""
@@ -25,7 +25,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """What a subnet keeps along one axis of a tensor: of each of equal `blocks` the first width / `divisor` entries.
+    """What a subnet keeps along one axis of a tensor: of each of equal `blocks` the first width / `divisor` * `times` entries.
 
     `variable` names the width; with `switch` all is kept, or nothing at width 0. With `chosen` the variable is a choice
     of one operator of several by number: all is kept where it is this one, else nothing.
@@ -36,6 +36,7 @@ class Side:
     divisor: int = 1
     switch: bool = False
     chosen: int | None = None
+    times: int = 1
 
     @property
     def whole(self) -> bool:
@@ -46,7 +47,7 @@ class Side:
         """How many entries of an axis of `length` a width keeps."""
         if self.whole:
             return length if (width != 0 if self.chosen is None else width == self.chosen) else 0
-        return width // self.divisor
+        return width // self.divisor * self.times
 
 
 @dataclass(frozen=True)
@@ -69,24 +70,31 @@ class Layer:
 
 
 def supernet_layers(model: nn.Module, input_size: InputLike) -> list[Layer]:
-    """Every parameter of a grown net as a layer; the variables are the names of its width space.
+    """Every parameter of a grown or slim net as a layer; the variables are the names of its width space.
 
-    The vector is made of the kernels of convolutions and of linear layers. MACs are those of the grown net as it is
-    trained (fused, all widths cost the same). WidthError if the model carries no branches.
+    The vector is made of the kernels of convolutions and of linear layers. MACs are those of the net as it is trained
+    (fused, all widths of a grown net cost the same). WidthError if the model has no widths.
 
     Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), section 3.2.
     """
-    slots = dict(Slots(model))
+    slots = Slots(model)
     sides: dict[tuple[int, str], dict[int, Side]] = {}
     branches: dict[str, str] = {}  # prefix of the dotted names below a branch -> its slot
-    for name, slot in slots.items():
-        if slot.body is not None:
-            for axis in axes(slot.body):
+    for name, found_axes in slot_axes(slots).items():
+        for axis in found_axes:
+            if isinstance(axis, Axis):
                 side = Side(name, blocks=axis.groups if axis.dim == 0 else 1, divisor=axis.groups)
-                sides.setdefault((id(axis.module), axis.name), {})[axis.dim] = side
-        if isinstance(slot.branch, Branch):
+            elif axis.start or axis.tensor.shape[axis.dim] != axis.channels * axis.each:
+                raise AnalysisError(f"{name}: in one of its layers other channels lie beside its own: no prefix.")
+            else:
+                side = Side(name, times=axis.each)
+            sides.setdefault((id(axis.module), axis.name), {})[axis.dim] = side
+    for name, slot in slots:
+        if isinstance(slot.branch, SkippableBlock):
+            raise AnalysisError(f"{name}: angles are of nets with all their blocks; make the net slim without blocks=.")
+        if slot.branch is not None:
             branches[f"{name}."] = name
-    with active_width(model, {name: slot.full for name, slot in slots.items()}):
+    with active_width(model, {name: slot.full for name, slot in slots}):
         positions = output_positions(model, input_size)
     layers = []
     for prefix, module in model.named_modules():

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.analysis._angle import AngleTable, Floats, Index
+from growshrink.analysis._slim import cut
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
+from growshrink.analysis.layers import output_positions
 from growshrink.base.config import check_fields
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
-from growshrink.layers.widths import set_width
+from growshrink.layers.slim import SkippableBlock, SlimLayer, tensor_axes
+from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
 #: DrawnWidths after which a budget counts as one that nothing meets.
 MOST_DRAWS = 4_000_000
@@ -63,6 +66,45 @@ class SupernetSpace:
         net = copy_net(self.model)
         set_width(net, widths)
         return net
+
+
+class SlimSpace:
+    """The widths and blocks of a slim net, whatever channels lie beside one another in its layers."""
+
+    def __init__(self, model: nn.Module, input_size: InputLike = None) -> None:
+        self.choices = dict(width_space(model).choices)
+        names, slots = list(self.choices), Slots(model)
+        blocks = {f"{name}.": names.index(name) for name, slot in slots if isinstance(slot.branch, SkippableBlock)}
+        with active_width(model, {name: slot.full for name, slot in slots}):
+            positions = output_positions(model, input_size)
+        #: Of each parameter: sizes of its first two axes as constants and by slot, blocks it is in, entries, positions.
+        self._terms: list[tuple[list[tuple[int, Floats]], list[int], int, int]] = []
+        for name, module in model.named_modules():
+            axes = {(k, dim): axis for k, dim, axis in tensor_axes(module)} if isinstance(module, SlimLayer) else {}
+            inside = [number for block, number in blocks.items() if f"{name}.".startswith(block)]
+            for key, parameter in module.named_parameters(recurse=False):
+                sizes = []
+                for dim, length in enumerate(parameter.shape[:2]):
+                    each = np.zeros(len(names))
+                    for group, entries in axes[key, dim].parts if (key, dim) in axes else ():
+                        each[names.index(group.name)] += entries.shape[1]
+                        length -= entries.numel()
+                    sizes.append((length, each))
+                rest = parameter.shape[2:].numel()
+                macs = positions.get(name, 0) if parameter.ndim > 1 else 0
+                self._terms.append((sizes, inside, rest, macs))
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Space.cost`."""
+        widths = np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], axis=1)
+        params, macs = np.zeros((2, len(widths)))
+        for sizes, inside, rest, positions in self._terms:
+            count = rest * widths[:, inside].prod(1)
+            for constant, each in sizes:
+                count = count * (constant + widths @ each)
+            params += count
+            macs += count * positions
+        return params.astype(np.int64), macs.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -133,7 +175,7 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
     return DrawnWidths(index, params, macs, drawn, accepted)
 
 
-def allocate(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:
+def threshold_widths(space: ChannelSpace, importance: Mapping[str, Floats], budget: Budget) -> dict[str, int]:
     """The widths that a criterion gives under a budget: all channels above one threshold, common to all groups.
 
     Widths are rounded to the nearest choice. The threshold is the one whose net comes closest to the budget;
@@ -190,7 +232,8 @@ def random_prune(
     several, with seeds 0, 1, ...
 
     Args:
-        model: Any timm model, or another that Torch-Pruning can trace. Not modified.
+        model: Any timm model, or another that Torch-Pruning can trace; of a slim net widths are drawn from its space,
+            and their first channels kept. Not modified.
         macs: MACs of the pruned net, over those of the full one.
         tolerance: Relative, of that.
         criterion: "random" draws the widths of all layers, then the channels; "l1", "l2", "bn_scale", "fpgm" and
@@ -210,14 +253,19 @@ def random_prune(
     known = ("random", *CRITERIA)
     if isinstance(criterion, str) and criterion not in known:
         raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
-    space = ChannelSpace(model, given_inputs(input_size, example_inputs), least=least, round_to=round_to)
-    budget = Budget(macs, tolerance)
+    budget, inputs = Budget(macs, tolerance), given_inputs(input_size, example_inputs)
+    if any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+        if criterion != "random":
+            raise AnalysisError(f"{criterion=}: the channels of a slim net are ordered, so its widths are drawn.")
+        slim = SlimSpace(model, inputs)
+        return cut(model, width_of(slim, draw_widths(slim, budget, 1, seed=seed).index[0]), input_size=inputs)
+    space = ChannelSpace(model, inputs, least=least, round_to=round_to)
     if criterion != "random":
         if isinstance(criterion, str):
             importance = space.importance(criterion, batch)
         else:
             importance = space.from_modules(criterion)
-        return space.cut(best_channels(importance, allocate(space, importance, budget)))
+        return space.cut(best_channels(importance, threshold_widths(space, importance, budget)))
     draws = draw_widths(space, budget, 1, seed=seed)
     return space.cut(random_channels(space, width_of(space, draws.index[0]), seed))
 

@@ -16,7 +16,7 @@ from growshrink import schedules
 from growshrink.analysis import stats
 from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
 from growshrink.analysis.layers import State
-from growshrink.analysis.prune import Budget, allocate, draw_widths, random_channels, width_of
+from growshrink.analysis.prune import Budget, draw_widths, random_channels, threshold_widths, width_of
 from growshrink.analysis.trained import num_updates
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError
@@ -94,7 +94,7 @@ def start_arm(
     model.load_state_dict(dense.trained)
     space = ChannelSpace(model, feed.input_size, least=least)
     importance = space.importance(criterion, feed.train.batch(0))
-    widths = allocate(space, importance, budget)
+    widths = threshold_widths(space, importance, budget)
     if arm == "random-widths":
         widths = width_of(space, draw_widths(space, budget, 1, seed=seed).index[0])
     at_random = arm.startswith("random-")

@@ -70,7 +70,7 @@ def plan_channels(
     def by(criterion: str, channels: int | None) -> Made:
         drawn_by_lot = criterion == RANDOM
         importance = random_importance(space, seed, net) if drawn_by_lot else space.importance(criterion, batch())
-        widths = prune.allocate(space, importance, budget)
+        widths = prune.threshold_widths(space, importance, budget)
         if channels is not None:
             return at_random(widths, channels)
         return space.cut(best_channels(importance, widths)), widths

@@ -19,6 +19,7 @@ from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear
 from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
+from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, write_active
 
 
 class Swap(NamedTuple):
@@ -65,7 +66,7 @@ def base_class(module: nn.Module) -> Any:
 
 def _over(plain: Any, base: Any) -> Any:
     """`base` with whatever a subclass `plain` of its own plain class adds to that (methods, hooks of state_dicts)."""
-    if plain is None or plain is base.plain_class:
+    if plain is None or plain is getattr(base, "plain_class", None):
         return base
 
     def reduced(self: nn.Module, protocol: int) -> tuple[Any, ...]:  # a pickle cannot look this class up by name
@@ -106,6 +107,32 @@ def to_plain(layer: Grown) -> nn.Module:
     del layer.branches
     layer.__class__ = layer.plain_class  # type: ignore[assignment]
     return layer
+
+
+def make_slim(layer: nn.Module, axes: SlimAxes) -> None:
+    """Make any layer one that runs at the active width of its channels."""
+    layer.__class__ = _over(type(layer), SlimLayer)
+    layer.slim = axes  # type: ignore[assignment]
+
+
+def make_skippable(block: nn.Module) -> None:
+    """Make a residual block one that can be off."""
+    block.__class__ = _over(type(block), SkippableBlock)
+
+
+def make_dense(model: nn.Module) -> None:
+    """Undo both, in place, at the active width: what does not run is gone; blocks that are off are identities."""
+    for module in list(model.modules()):
+        if isinstance(module, SlimLayer):
+            write_active(module)
+            del module.slim
+            module.__class__ = module.plain_class  # type: ignore[assignment]
+        for name, child in list(module.named_children()):
+            if isinstance(child, SkippableBlock):
+                if child.skipped:
+                    setattr(module, name, nn.Identity().train(child.training))
+                vars(child).pop("skipped", None)
+                child.__class__ = child.plain_class  # type: ignore[assignment]
 
 
 def mark_left(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
-"""Widths: how much of every branch is active, and the family of nets (the supernet) that this spans.
+"""Widths: how much of a net is active, and the family of nets (the supernet) that this spans.
 
-All widths share one set of weights, each a prefix of the next wider one, and all of them fuse into the same plain
-net: the deployed cost does not depend on the width.
+All widths share one set of weights, each a prefix of the next wider one. Those of branches all fuse into the same plain
+net: the deployed cost does not depend on them. Those of a slim net (`growshrink.slim`) are what is deployed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -20,10 +21,12 @@ from growshrink.base.reading import parse_json
 from growshrink.errors import WidthError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch, middle_width
+from growshrink.layers.slim import ChannelGroup, OwnStatistics, SkippableBlock, SlimLayer
 
 Width = Mapping[str, int]
-"""Active middle channels by name of the slot: a branch (`layer1.0.conv1.branches.0`) or a `PureBottleneck` that is a
-convolution itself (`stages.0.0.conv`). 0 skips a branch; a branch without a middle (`insert`) is 1 or 0."""
+"""Active channels by name of the slot: middle channels of a branch (`layer1.0.conv1.branches.0`) or of a
+`PureBottleneck` that is a convolution itself (`stages.0.0.conv`); of a slim net the channels of a group, by its first
+layer. 0 skips a branch; a branch without a middle (`insert`), and a residual block of a slim net, is 1 or 0."""
 
 DIVERSITY = 3
 #: A branch without a middle of its own: skipped, or there.
@@ -34,16 +37,18 @@ _ON = 1
 class _Slot:
     """Something that has a width."""
 
-    branch: Branch | None
-    body: PureBottleneck | None
+    branch: Branch | SkippableBlock | None
+    body: PureBottleneck | ChannelGroup | None
 
     @property
     def full(self) -> int:
+        if isinstance(self.body, ChannelGroup):
+            return self.body.choices[-1]
         return self.body.conv.out_channels if self.body is not None else _ON
 
     @property
     def groups(self) -> int:
-        return self.body.conv.groups if self.body is not None else 1
+        return self.body.conv.groups if isinstance(self.body, PureBottleneck) else 1
 
     def get(self) -> int:
         if self.branch is not None and self.branch.skipped:
@@ -67,16 +72,28 @@ class Slots:
     def __init__(self, model: nn.Module) -> None:
         check_model(model)
         self._slots: dict[str, _Slot] = {}
+        self._statistics: OwnStatistics | None = None
+        #: The layers in which a group of a slim net has channels.
+        self.layers: dict[str, list[SlimLayer]] = {}
         bodies: set[int] = set()
         for name, module in model.named_modules():
-            if isinstance(module, Branch):
+            if isinstance(module, SlimLayer):
+                self._statistics = module.slim.statistics
+                for group in dict.fromkeys(module.slim.groups()):
+                    self._slots.setdefault(group.name, _Slot(None, group))
+                    self.layers.setdefault(group.name, []).append(module)
+            elif isinstance(module, SkippableBlock):
+                self._slots[name] = _Slot(module, None)
+            elif isinstance(module, Branch):
                 body = getattr(module, "body", None)
                 self._slots[name] = _Slot(module, body if isinstance(body, PureBottleneck) else None)
                 bodies.add(id(body))
             elif isinstance(module, PureBottleneck) and id(module) not in bodies:
                 self._slots[name] = _Slot(None, module)
         if not self._slots:
-            raise WidthError("the model carries no branches, so it has no widths: growshrink.grow comes first.")
+            raise WidthError(
+                "the model carries no branches, so it has no widths: growshrink.grow (or growshrink.slim) comes first."
+            )
 
     def __iter__(self) -> Iterator[tuple[str, _Slot]]:
         return iter(self._slots.items())
@@ -89,6 +106,8 @@ class Slots:
         """Make a width that `check` accepts the active one."""
         for name, slot in self._slots.items():
             slot.set(width[name])
+        if self._statistics is not None:
+            self._statistics.choose(width)
 
     def check(self, width: Width) -> None:
         """WidthError unless `width` names every slot of the model, with a value it can have."""
@@ -150,6 +169,7 @@ class WidthSpace:
         factor: r, the full width over the output channels; None where that is what the model was grown with.
         diversity: s, the number of steps from base to full.
         divisor: What the widths between base and full are multiples of, where the branch is wide enough.
+        shares: How often each choice of a branch is drawn; all as often where none are given.
 
     Source: NetAug (Cai et al., arXiv:2110.08890, section 3.2), whose r and s these are.
     """
@@ -158,6 +178,7 @@ class WidthSpace:
     factor: float | None
     diversity: int
     divisor: int
+    shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def base(self) -> dict[str, int]:
@@ -175,11 +196,23 @@ class WidthSpace:
         return math.prod(len(values) for values in self.choices.values())
 
     def sample(self, seed: int, step: int) -> dict[str, int]:
-        """A net drawn uniformly: a function of seed, step and the branches' names, and of nothing else.
+        """A net drawn by the `shares`: a function of seed, step and the branches' names, and of nothing else.
 
         No random stream is read or moved, so every rank and every resumed run draws the same without communication.
         """
-        return {name: draw(values, seed, step, name) for name, values in self.choices.items()}
+        return {name: draw(values, seed, step, name, self.shares.get(name)) for name, values in self.choices.items()}
+
+    def stochastic_depth(self, last: float = 0.5) -> WidthSpace:
+        """This space at full width, with block l of L on with probability 1 - l / L (1 - `last`).
+
+        Source: Huang et al., Deep Networks with Stochastic Depth (arXiv:1603.09382), equation 4.
+        """
+        if not 0.0 < last <= 1.0:
+            raise WidthError(f"{last=}: must lie in (0, 1], the share of updates in which the last block runs.")
+        blocks = [name for name, values in self.choices.items() if values == (0, _ON)]
+        off = {name: number / len(blocks) * (1 - last) for number, name in enumerate(blocks, start=1)}
+        choices = {name: values if name in off else values[-1:] for name, values in self.choices.items()}
+        return replace(self, choices=choices, shares={name: (share, 1 - share) for name, share in off.items()})
 
     def level(self, share: float) -> dict[str, int]:
         """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one."""
@@ -212,11 +245,19 @@ class WidthSpace:
             values: Any = parse_json(text)
             choices = {str(name): tuple(map(_whole, widths)) for name, widths in values["choices"].items()}
             factor = None if values["factor"] is None else float(values["factor"])
-            space = WidthSpace(choices, factor, _whole(values["diversity"]), _whole(values["divisor"]))
+            shares = {str(name): tuple(map(float, own)) for name, own in values.get("shares", {}).items()}
+            space = WidthSpace(choices, factor, _whole(values["diversity"]), _whole(values["divisor"]), shares)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise WidthError(f"not the JSON of a width space ({type(error).__name__}: {error}).") from error
         if not choices or not all(values and values == tuple(sorted(set(values))) for values in choices.values()):
             raise WidthError("not the JSON of a width space: every branch needs a rising list of widths.")
+        for name, own in shares.items():
+            if (
+                name not in choices
+                or len(own) != len(choices[name])
+                or not (min(own) >= 0 and 0.999 < sum(own) < 1.001)
+            ):
+                raise WidthError(f"not the JSON of a width space: {name}: {own} are not the shares of its choices.")
         return space
 
 
@@ -229,10 +270,10 @@ def width_space(
     of its own (the base net is then the plain net), and w in a `PureBottleneck` that is a convolution itself. Steps
     between are rounded to `divisor` (a step that rounding moves onto another is left out); base and full width are
     always choices. A branch without a middle (`insert`) is there or skipped. Grouped convolutions: w, and every width,
-    is a multiple of the groups.
+    is a multiple of the groups. A slim net's are the levels it was made with, and of blocks 0 and 1.
 
     Args:
-        model: A grown model.
+        model: A grown or slim model.
         factor: r; None takes what each branch was grown with.
         diversity: s; None is 3.
         divisor: Widths between are multiples of it.
@@ -245,25 +286,32 @@ def width_space(
     >>> space.choices["stages.0.0.conv"], space.size == 4**9
     ((16, 32, 48, 64), True)
     """
-    steps = DIVERSITY if diversity is None else diversity
+    slots = dict(Slots(model))
+    levels = max((len(slot.body.choices) for slot in slots.values() if isinstance(slot.body, ChannelGroup)), default=0)
+    steps = (levels - 1 if levels > 1 else DIVERSITY) if diversity is None else diversity
     for name, value in (("diversity", steps), ("divisor", divisor)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise WidthError(f"{name}={value!r}: must be a whole number above 0.")
     if factor is not None and not (math.isfinite(factor) and factor > 0):
         raise WidthError(f"{factor=}: must be a number above 0, the full width over the output channels.")
-    choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in Slots(model)}
+    choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in slots.items()}
     return WidthSpace(choices, factor, steps, divisor)
 
 
-def draw(values: Sequence[int], seed: int, step: int, name: str) -> int:
-    """One of `values`, all as likely: a function of the arguments, which moves no random stream."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest()
-    return values[int.from_bytes(digest, "little") % len(values)]
+def draw(values: Sequence[int], seed: int, step: int, name: str, shares: Sequence[float] | None = None) -> int:
+    """One of `values`, by their shares or all as likely: a function of the arguments, which moves no random stream."""
+    number = int.from_bytes(hashlib.blake2b(f"{seed}/{step}/{name}".encode(), digest_size=8).digest(), "little")
+    if shares is None:
+        return values[number % len(values)]
+    ends = accumulate(shares)
+    return next((value for value, end in zip(values, ends, strict=True) if number < end * 2.0**64), values[-1])
 
 
 def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: int) -> tuple[int, ...]:
     if slot.body is None:
         return (0, _ON)
+    if isinstance(slot.body, ChannelGroup):
+        return slot.body.choices
     outputs, groups = slot.body.out_channels, slot.groups
     full = slot.full if factor is None else middle_width(outputs, groups, factor)
     base = 0 if slot.branch is not None else min(middle_width(outputs, groups, 1.0), slot.full)

@@ -14,7 +14,7 @@ class StepCost:
 
     A convolution costs what its channels cost, so the cost of a net is that of the base plus so much for each channel
     of each branch, and a few counted nets give the cost of all of them. (Where one branch lies in another, `nest`, each
-    width is counted.)
+    width is counted; of a slim net too, whose layers cost what two widths multiply to.)
     """
 
     def __init__(self, task: NetAugTask, input_size: InputSize) -> None:
@@ -22,6 +22,7 @@ class StepCost:
         self._model = copy_net(task.trainable_module).to("meta")
         self._base_macs = self._count(self._base)
         self._nested = any(b.startswith(f"{a}.") for a in self._base for b in self._base)
+        self._nested |= bool(Slots(self._model).layers)
         self._per_channel: dict[str, float] = {}
         for name, slot in () if self._nested else Slots(self._model):
             grown = slot.full - self._base[name]

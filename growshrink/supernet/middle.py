@@ -1,4 +1,4 @@
-"""Where the middle channels of a bottleneck lie: which axis of which tensor of it each of them is an entry of."""
+"""Where the channels that have a width lie: which axis of which tensor each of them is an entry of."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,6 +10,8 @@ from growshrink.branches import Bottleneck
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.equilibrium import ImplicitReLU
 from growshrink.layers.grown import GrownConv2d
+from growshrink.layers.slim import ChannelGroup, tensor_axes
+from growshrink.layers.widths import Slots
 
 
 class Axis(NamedTuple):
@@ -43,6 +45,42 @@ class Axis(NamedTuple):
             return blocks.take_along_dim(index, 2).flatten(0, 1)
         starts = torch.arange(groups, device=order_GK.device)[:, None] * length
         return tensor.index_select(0, (order_GK + starts).flatten())
+
+
+class Span(NamedTuple):
+    """Tensor `name` of `module` has `each` entries a channel of a group along `dim`, from `start` on."""
+
+    module: nn.Module
+    name: str
+    dim: int
+    start: int
+    each: int
+    channels: int
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor as it is now."""
+        return getattr(self.module, self.name)
+
+    def beyond(self, tensor: Tensor, width: int) -> Tensor:
+        """See `Axis.beyond`."""
+        return tensor.narrow(self.dim, self.start + width * self.each, (self.channels - width) * self.each)
+
+
+def slot_axes(slots: Slots) -> dict[str, list[Axis | Span]]:
+    """By slot, every parameter and buffer with an axis of its channels; WidthError where they lie in no order."""
+    found: dict[str, list[Axis | Span]] = {}
+    for slot_name, slot in slots:
+        body = slot.body
+        found[slot_name] = list(axes(body)) if isinstance(body, PureBottleneck) else []
+        for layer in slots.layers.get(slot_name, ()):
+            assert isinstance(body, ChannelGroup)
+            found[slot_name] += [
+                Span(layer, key, dim, start, each, slot.full)
+                for key, dim, axis in tensor_axes(layer)
+                for start, each in axis.spans(body)
+            ]
+    return found
 
 
 def axes(body: PureBottleneck) -> Iterator[Axis]:

@@ -9,7 +9,7 @@ from growshrink.supernet.chain import UnitChain
 #: Default number of updates for each that runs the augmented net.
 EVERY = {"lazy": 8}
 #: Default share of the base's loss that comes from the augmented net.
-INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0}
+INPLACE_DISTIL = {"lazy": 0.5, "sandwich": 1.0, "levels": 1.0}
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ def _sandwich(space: WidthSpace, seed: int, update: int, chain: UnitChain | None
     return Passes(space.base, (space.full, space.sample(seed, update)))
 
 
+def _levels(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
+    number = draw(range(space.diversity + 1), seed, update, "levels")
+    return Passes(space.base, (space.full, space.level(number / space.diversity)))
+
+
 #: A new mode is one function of (space, seed, update, chain) here.
 MODES: dict[str, Mode] = {
     "netaug": _netaug,
@@ -54,9 +59,10 @@ MODES: dict[str, Mode] = {
     "suffix": _suffix,
     "single": _single,
     "sandwich": _sandwich,
+    "levels": _levels,
 }
 #: Augmented passes of an update that has any.
-NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2}
+NUM_AUGMENTED = {"netaug": 1, "lazy": 1, "suffix": 1, "single": 0, "sandwich": 2, "levels": 2}
 
 
 def default_alpha(mode: str, every: int | None = None) -> float:

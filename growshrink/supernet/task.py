@@ -33,7 +33,7 @@ Scaler = Any  # torch.amp.GradScaler, or anything with its `scale`
 
 
 class NetAugTask(ClassificationTask):
-    r"""Train a grown net at its base width, and wider nets of its family beside it.
+    r"""Train a grown or slim net at its base width, and wider nets of its family beside it.
 
     .. math:: loss = L(base) + \alpha \cdot L(augmented)
 
@@ -63,9 +63,11 @@ class NetAugTask(ClassificationTask):
         base and one random net in every update (Cai et al., arXiv:2110.08890).
     ``sandwich`` (9.5)
         full net, a random one, base; the latter two learn from the full net (Yu and Huang, arXiv:1903.05134).
+    ``levels``
+        sandwich, but the random one is a level of the space: of a slim net, all its widths the same share.
 
     Args:
-        model: A grown net; it is set to base width.
+        model: A grown net, or one of `growshrink.slim`; it is set to base width.
         criterion: Loss of (logits, target); None makes timm's, from `criterion_kwargs`.
         criterion_kwargs: As `device`, `dtype` and `verbose` those of timm's `ClassificationTask`.
         device: See there.
@@ -80,7 +82,7 @@ class NetAugTask(ClassificationTask):
             no more weight for the one there is (weighted up, it drowns the base's).
         reduction: "sum", or "mean": divided by 1 + alpha times the number of augmented passes.
         inplace_distil: Share of a pass's loss that comes from the logits of this update's first augmented net instead
-            of the labels; for every pass but that one. None is 1 in `sandwich`, 0.5 in `lazy` and 0 otherwise.
+            of the labels; for every pass but that one. None is 1 in `sandwich` and `levels`, 0.5 in `lazy`, else 0.
         inplace_temperature: Temperature of both softmaxes there.
         teacher: What `OuterTeacher` takes: a finished net that every pass learns from as well.
         teacher_weight: Share of the loss on labels that the teacher gets.

@@ -174,12 +174,12 @@ def test_draws_meet_the_budget_and_follow_the_uniform_law_given_it(plain):
 
 def test_thresholds_meet_the_budget_or_say_how_near_they_come(plain):
     space = ChannelSpace(plain, SIZE)
-    widths = prune.allocate(space, space.importance("l1"), Budget(0.5, 0.1))
+    widths = prune.threshold_widths(space, space.importance("l1"), Budget(0.5, 0.1))
     row = np.array([[space.choices[name].index(width) for name, width in widths.items()]])
     assert space.cost(row)[1][0] / prune.profile_macs(space) == pytest.approx(0.5, abs=0.05)
     alike = {name: np.ones(choices[-1]) for name, choices in space.choices.items()}
     with pytest.raises(AnalysisError, match="the nearest a threshold comes is"):
-        prune.allocate(space, alike, Budget(0.5, 0.1))
+        prune.threshold_widths(space, alike, Budget(0.5, 0.1))
 
 
 @pytest.mark.parametrize("criterion", ["random", "l1", "taylor"])

@@ -1,0 +1,296 @@
+"""slim and cut: a net whose deployed channels and blocks have widths, and the dense nets it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from growshrink.algebra.dataflow import Flow, trace
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
+from growshrink.algebra.outputs import output_leaves
+from growshrink.analysis.channels import ChannelSpace
+from growshrink.base.copying import copy_net
+from growshrink.base.reading import reason
+from growshrink.base.ties import ties
+from growshrink.errors import WidthError, check_model
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.slim import ChannelGroup, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer
+from growshrink.layers.slim import add_statistics as _add_statistics
+from growshrink.layers.swaps import make_dense, make_skippable, make_slim
+from growshrink.layers.widths import Slots, Width, active_width, width_space
+from growshrink.proofs.probes import randomize_norms_
+from growshrink.transforms._fuse import check_unchanged
+
+Axes = Mapping[tuple[str, bool], Mapping[str, Tensor]]
+"""As of `ChannelSpace.axes`."""
+
+
+def slim(
+    model: nn.Module,
+    levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    *,
+    blocks: bool = False,
+    own_statistics: bool = False,
+    inplace: bool = False,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
+) -> nn.Module:
+    """Make a net run at any width of its deployed channels: a supernet whose subnets are prefixes of its weights.
+
+    Channels that depend on each other (a residual stream, a depthwise convolution and what feeds it) are one group, and
+    have one width; so `growshrink.width_space`, `set_width`, `active_width` and `NetAugTask` work as on a grown net.
+    At any width the net computes in eval mode, bit for bit, what the net cut there computes. Parameters and their keys
+    stay. A width that was not trained alone needs `growshrink.calibrate_bn`.
+
+    Args:
+        model: Any convolutional net that Torch-Pruning (the extra `prune`) can trace; no branches. It is set to full
+            width.
+        levels: Rising shares of each group's channels that are choices; the last is 1.
+        blocks: Residual blocks become slots too, 1 or 0 (off). They are found by running them: what gives its input
+            back once its parameters are 0.
+        own_statistics: Batch norms have statistics of their own for each level at which all groups are (set by
+            `calibrate_bn` there), so that one net serves all levels.
+        inplace: Work on `model` itself; otherwise on a deep copy.
+        input_size: `(C, H, W)`; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `growshrink.grow`.
+
+    Groups that take part in a grouped convolution, a group norm or a bare parameter stay as they are:
+    `growshrink.analysis.left_alone` tells which, and why.
+
+    Raises:
+        AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds no channels.
+        WidthError: The net is grown or slim already, or would compute something else than the nets cut out of it.
+
+    Source: Yu et al., Slimmable Neural Networks (arXiv:1812.08928); Yu and Huang, Universally Slimmable Networks
+    (arXiv:1903.05134); statistics by level: Li et al., Dynamic Slimmable Network (arXiv:2103.13258).
+
+    >>> import growshrink as gs, timm
+    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25), levels=(0.5, 1.0))
+    >>> gs.width_space(net).choices["stem.conv"]
+    (2, 4)
+    """
+    check_model(model, scripted=False)
+    rising = [*levels] == sorted(set(levels)) and levels and 0.0 < levels[0] and levels[-1] == 1.0
+    if not rising:
+        raise WidthError(f"levels={[*levels]}: must be rising shares of the channels above 0, the last of them 1.")
+    if name := next((name for name in grown_modules(model)), None):
+        raise WidthError(f"{name} carries branches: growshrink.fuse comes before growshrink.slim.")
+    if any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+        raise WidthError("the model is slim already: growshrink.cut makes a plain net of it.")
+    space = ChannelSpace(model, given_inputs(input_size, example_inputs))
+    axes = space.axes()
+    _check_layers(model, {name for name, _ in axes})
+    choices = {
+        name: tuple(sorted({max(1, round(level * widths[-1])) for level in levels}))
+        for name, widths in space.choices.items()
+    }
+    batch = space.inputs.batch(2)
+    found = _residual_blocks(model, batch) if blocks else []
+    commit = partial(_commit, axes=axes, choices=choices, blocks=found, left_alone=dict(space.left_alone))
+    _prove(model, space, batch, commit)
+    model = model if inplace else copy_net(model)
+    commit(model)
+    if own_statistics:
+        widths = width_space(model)
+        keep_statistics(model, [widths.level(i / widths.diversity) for i in range(widths.diversity + 1)])
+    return model
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """Groups of channels that a slim net always runs whole, by their first layer, with the reason."""
+    return dict(vars(model).get("slim_left_alone", {}))
+
+
+def keep_statistics(model: nn.Module, widths: Sequence[Width]) -> None:
+    """Give the batch norms of a slim net statistics of their own at each of these widths, in place; see `slim`."""
+    shared = next(module.slim.statistics for module in model.modules() if isinstance(module, SlimLayer))
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, SlimLayer):
+            make_slim(module, SlimAxes(None, None, shared))
+    before = Slots(model).get()
+    for width in widths:
+        with active_width(model, width):
+            for module in model.modules():
+                if isinstance(module, SlimLayer):
+                    _add_statistics(module, len(shared.widths))
+        shared.widths.append(dict(width))
+    shared.choose(before)
+
+
+def cut(
+    model: nn.Module,
+    width: Width | None = None,
+    *,
+    survival: Mapping[str, float] | None = None,
+    inplace: bool = False,
+    input_size: InputLike = None,
+    example_inputs: ExampleInputs | None = None,
+) -> nn.Module:
+    """The dense plain net that a slim net is at one width: smaller tensors, blocks that are off are identities.
+
+    It computes, bit for bit, what the slim net computes in eval mode. Where the architecture has an argument for the
+    width, it loads strictly into the net made with that. The result is checked on a random input.
+
+    Args:
+        model: A slim net.
+        width: A width of it; None is the active one.
+        survival: Factors of what blocks add, by name, folded into the last layer of each: of a net trained by
+            stochastic depth the share of updates in which it ran.
+        inplace: Work on `model` itself; otherwise on a deep copy.
+        input_size: `(C, H, W)` for the check; None takes the model's own.
+        example_inputs: In place of a size, a batch; see `growshrink.grow`.
+
+    Raises:
+        WidthError: The model is not slim, has no such width, or a block ends in no layer that takes a factor.
+        FuseError: The cut net would differ; the model is then as it was.
+
+    >>> import growshrink as gs, timm
+    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25), levels=(0.5, 1.0))
+    >>> plain = timm.create_model("reducenet20", width=0.125)
+    >>> plain.load_state_dict(gs.cut(net, gs.width_space(net).base).state_dict())
+    <All keys matched successfully>
+    """
+    check_model(model)
+    if not any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+        raise WidthError("the model is not slim, so there is nothing to cut: growshrink.slim comes first.")
+    model = model if inplace else copy_net(model)
+    if width is not None:
+        with active_width(model, width):
+            return cut(model, survival=survival, inplace=True, input_size=input_size, example_inputs=example_inputs)
+    flow = trace(model, given_inputs(input_size, example_inputs))
+    factors = _last_layers(model, flow, survival or {})
+    commit = partial(_commit_cut, factors=factors)
+    check_unchanged(model, commit, flow.inputs, prepare=partial(_scale_outputs, factors=factors))
+    commit(model)
+    return model
+
+
+def _check_layers(model: nn.Module, names: set[str]) -> None:
+    for name in sorted(names):
+        if "weight" not in model.get_submodule(name)._parameters:
+            raise WidthError(f"{name}: its weight is computed by a hook or parametrization, and cannot be cut.")
+    for owners in ties(model):
+        if len({owner for owner, _ in owners}) > 1 and (tied := {owner for owner, _ in owners} & names):
+            raise WidthError(f"{tied.pop()} shares a parameter with another layer, which would be cut differently.")
+
+
+def _commit(
+    model: nn.Module,
+    axes: Axes,
+    choices: Mapping[str, Sequence[int]],
+    blocks: Sequence[str],
+    left_alone: dict[str, str],
+) -> None:
+    groups = {name: ChannelGroup(name, values) for name, values in choices.items()}
+    shared = OwnStatistics()
+    for name, layer in list(model.named_modules()):
+        sides = [axes.get((name, outputs)) for outputs in (True, False)]
+        if any(sides):
+            found = []
+            for dim, side in enumerate(sides):
+                parts = [(groups[group], entries) for group, entries in (side or {}).items()]
+                found.append(SlimAxis(next(layer.parameters(recurse=False)).shape[dim], parts) if parts else None)
+            make_slim(layer, SlimAxes(found[0], found[1], shared))
+    for name in blocks:
+        make_skippable(model.get_submodule(name))
+    vars(model)["slim_left_alone"] = left_alone
+
+
+@torch.no_grad()
+def _prove(model: nn.Module, space: ChannelSpace, batch: Arguments, commit: Any) -> None:
+    """WidthError unless the slim net computes at two widths what Torch-Pruning's cut computes."""
+    plain = copy_net(model).eval()
+    randomize_norms_(plain)
+    net = copy_net(plain)
+    commit(net)
+    slots, widths = Slots(net), width_space(net)
+    on = {name: 1 for name, values in widths.choices.items() if values == (0, 1) and name not in space.choices}
+    like = next(model.parameters())
+    for width in (widths.base, widths.sample(0, 0)):
+        slots.set({**width, **on})
+        kept = {name: np.arange(width[name]) for name in space.choices}
+        try:
+            expected, found = (
+                output_leaves(batch.to(like.device, like.dtype).run(one)) for one in (space.cut(kept, plain), net)
+            )
+        except Exception as error:  # whatever a forward may raise
+            raise WidthError(f"{type(model).__name__}: does not run on fewer channels ({reason(error)}).") from error
+        if not all(torch.equal(leaf, found[path]) for path, leaf in expected.items()):
+            raise WidthError(
+                f"{type(model).__name__}: with fewer channels active it is not the net with fewer channels."
+            )
+
+
+@torch.no_grad()
+def _residual_blocks(model: nn.Module, batch: Arguments) -> list[str]:
+    """Innermost modules that give their input back once their parameters are 0."""
+    replica = copy_net(model).eval()
+    randomize_norms_(replica)
+    found: list[str] = []
+
+    def observe(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        if len(args) != 1 or not isinstance(args[0], Tensor):
+            return
+        trial = copy_net(module)
+        for part in trial.modules():
+            part._forward_pre_hooks.clear()
+        for parameter in trial.parameters():
+            parameter.zero_()
+        output = trial(args[0].clone())
+        if isinstance(output, Tensor) and torch.equal(output, args[0]):
+            found.append(name)
+
+    for name, module in replica.named_modules():
+        if name and any(True for _ in module.children()) and any(True for _ in module.parameters()):
+            module.register_forward_pre_hook(partial(observe, name=name))
+    like = next(model.parameters())
+    batch.to(like.device, like.dtype).run(replica)
+    if not found:
+        raise WidthError(f"{type(model).__name__}: blocks=True, but none of its modules is a residual block.")
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) -> dict[str, float]:
+    """Factors by name of the layer that alone ends what a block adds."""
+    factors: dict[str, float] = {}
+    for name, share in survival.items():
+        if not isinstance(block := dict(model.named_modules()).get(name), SkippableBlock) or not 0.0 <= share <= 1.0:
+            raise WidthError(f"{name}: {share} is not the share of a block of this model, from 0 to 1.")
+        last = [
+            key
+            for key, module in model.named_modules()
+            if key.startswith(f"{name}.") and len(module._parameters) and flow.calls.get(key) == 1
+            and [reader.op.rstrip("_") for reader in flow.readers.get(key, ())] == ["add"]
+        ]  # fmt: skip
+        if block.skipped or share == 1.0:
+            continue
+        if len(last) != 1:
+            raise WidthError(f"{name}: what it adds ends in {len(last)} layers, so it takes no factor.")
+        factors[last[0]] = share
+    return factors
+
+
+def _scale_outputs(model: nn.Module, factors: Mapping[str, float]) -> None:
+    for name, factor in factors.items():
+        model.get_submodule(name).register_forward_hook(lambda module, args, out, factor=factor: out * factor)
+
+
+@torch.no_grad()
+def _commit_cut(model: nn.Module, factors: Mapping[str, float]) -> None:
+    find: Any = getattr(model, "get_classifier", lambda: None)
+    classifier = find()
+    before = getattr(classifier, "in_features", None)
+    make_dense(model)
+    for name, factor in factors.items():
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.mul_(factor)
+    for key in ("num_features", "head_hidden_size"):  # what timm makes another classifier with
+        if before is not None and vars(model).get(key) == before:
+            setattr(model, key, classifier.in_features)
+    vars(model).pop("slim_left_alone", None)
