@@ -104,7 +104,7 @@ class ChannelSpace:
         return self._cut(copy_net(self.model if model is None else model).eval(), kept)
 
     def axes(self) -> dict[tuple[str, bool], dict[str, Tensor]]:
-        """By name of a layer, and whether its output channels: entries of each channel of groups, `(channels, each)`."""
+        """By layer, and whether its output channels: by group the entries of each channel, `(channels, each)`."""
         found: dict[tuple[str, bool], dict[str, Tensor]] = {}
         for name, group in self._groups.items():
             for dependency, module, entries in group.places:

@@ -25,7 +25,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Side:
-    """What a subnet keeps along one axis of a tensor: of each of equal `blocks` the first width / `divisor` * `times` entries.
+    """What a subnet keeps along one axis: of each of equal `blocks` the first width / `divisor` * `times` entries.
 
     `variable` names the width; with `switch` all is kept, or nothing at width 0. With `chosen` the variable is a choice
     of one operator of several by number: all is kept where it is this one, else nothing.

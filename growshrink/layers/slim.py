@@ -168,7 +168,7 @@ def tensor_axes(layer: SlimLayer) -> Iterator[tuple[str, int, SlimAxis]]:
 
 
 def active_values(layer: SlimLayer) -> dict[str, Any]:
-    """What a layer has in place of its own attributes at the active width: tensors, and sizes that its forward reads."""
+    """What a layer has in place of its own attributes at the active width: tensors, and sizes that it reads."""
     found: dict[str, Any] = {}
     for key, dim, axis in tensor_axes(layer):
         tensor = found.get(key)
