@@ -17,6 +17,7 @@ from growshrink import models as models
 from growshrink import proofs as proofs
 from growshrink import schedules as schedules
 from growshrink import transforms as transforms
+from growshrink.analysis import allocate as allocate
 from growshrink.analysis import angle as angle
 from growshrink.analysis import cut as cut
 from growshrink.analysis import random_prune as random_prune
@@ -41,6 +42,7 @@ from growshrink.proofs import profile as profile
 from growshrink.proofs import verify as verify
 from growshrink.supernet import NetAugTask as NetAugTask
 from growshrink.supernet import choose_width as choose_width
+from growshrink.supernet import route as route
 from growshrink.supernet import sort_channels as sort_channels
 from growshrink.training import LambdaScheduler as LambdaScheduler
 from growshrink.training import branch_parameters as branch_parameters

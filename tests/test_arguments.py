@@ -166,6 +166,10 @@ BAD = {
     + each(lambda m: gs.width_space(grown()).check(m), (*NO_NETS, plain())),
     "active_width": [lambda w=w: gs.active_width(grown(), w).__enter__() for w in ({}, {"x": 1}, None, 3, "base")],
     "get_width": each(get_width, (*NO_NETS, plain())),
+    "allocate": each(lambda m: gs.allocate(m, gs.width_space(SLIM), macs=0.5, score=len), (*NO_NETS, plain()))
+    + each(lambda share: gs.allocate(SLIM, gs.width_space(SLIM), macs=share, score=len, input_size=SIZE), (0, -1)),
+    "route": each(lambda m: gs.route(m, gs.width_space(SLIM), after="stages.0"), (*NO_NETS, plain()))
+    + each(lambda a: gs.route(SLIM, gs.width_space(SLIM), after=a, input_size=SIZE), ("x", "", [], ["x"], "stages.2")),
     "slim": each(gs.slim, NO_NETS) + [lambda: gs.slim(grown())]
     + each(lambda levels: gs.slim(plain(), levels), ((), (1.0, 0.5), (0.5,), (0, 1.0), (NAN, 1.0), "x", None, 3)),
     "cut": each(gs.cut, (*NO_NETS, plain())) + each(lambda w: gs.cut(SLIM, w), ({}, {"x": 1}, 3, "base"))

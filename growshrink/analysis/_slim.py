@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import Flow, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
@@ -21,8 +20,7 @@ from growshrink.base.ties import ties
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.slim import ChannelGroup, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer
-from growshrink.layers.slim import add_statistics as _add_statistics
-from growshrink.layers.swaps import make_dense, make_skippable, make_slim
+from growshrink.layers.swaps import keep_statistics, make_dense, make_skippable, make_slim
 from growshrink.layers.widths import Slots, Width, active_width, width_space
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.transforms._fuse import check_unchanged
@@ -105,22 +103,6 @@ def slim(
 def left_alone(model: nn.Module) -> dict[str, str]:
     """Groups of channels that a slim net always runs whole, by their first layer, with the reason."""
     return dict(vars(model).get("slim_left_alone", {}))
-
-
-def keep_statistics(model: nn.Module, widths: Sequence[Width]) -> None:
-    """Give the batch norms of a slim net statistics of their own at each of these widths, in place; see `slim`."""
-    shared = next(module.slim.statistics for module in model.modules() if isinstance(module, SlimLayer))
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and not isinstance(module, SlimLayer):
-            make_slim(module, SlimAxes(None, None, shared))
-    before = Slots(model).get()
-    for width in widths:
-        with active_width(model, width):
-            for module in model.modules():
-                if isinstance(module, SlimLayer):
-                    _add_statistics(module, len(shared.widths))
-        shared.widths.append(dict(width))
-    shared.choose(before)
 
 
 def cut(

@@ -4,11 +4,12 @@ A swap leaves the object what it is to everybody who holds it: parameters, buffe
 that an optimizer keeps. No other file assigns `__class__`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.copying import copy_net
 from growshrink.errors import GrowError, check_model
@@ -19,7 +20,8 @@ from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear
 from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
-from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, write_active
+from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, add_statistics, write_active
+from growshrink.layers.widths import Slots, Width, active_width
 
 
 class Swap(NamedTuple):
@@ -133,6 +135,22 @@ def make_dense(model: nn.Module) -> None:
                     setattr(module, name, nn.Identity().train(child.training))
                 vars(child).pop("skipped", None)
                 child.__class__ = child.plain_class  # type: ignore[assignment]
+
+
+def keep_statistics(model: nn.Module, widths: Sequence[Width]) -> None:
+    """Give the batch norms of a slim net statistics of their own at each of these widths, in place."""
+    shared = next(module.slim.statistics for module in model.modules() if isinstance(module, SlimLayer))
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not isinstance(module, SlimLayer):
+            make_slim(module, SlimAxes(None, None, shared))
+    before = Slots(model).get()
+    for width in widths:
+        with active_width(model, width):
+            for module in model.modules():
+                if isinstance(module, SlimLayer):
+                    add_statistics(module, len(shared.widths))
+        shared.widths.append(dict(width))
+    shared.choose(before)
 
 
 def mark_left(module: nn.Module) -> None:

@@ -73,15 +73,15 @@ class Slots:
         check_model(model)
         self._slots: dict[str, _Slot] = {}
         self._statistics: OwnStatistics | None = None
-        #: The layers in which a group of a slim net has channels.
-        self.layers: dict[str, list[SlimLayer]] = {}
+        #: The layers in which a group of a slim net has channels, by name.
+        self.layers: dict[str, dict[str, SlimLayer]] = {}
         bodies: set[int] = set()
         for name, module in model.named_modules():
             if isinstance(module, SlimLayer):
                 self._statistics = module.slim.statistics
                 for group in dict.fromkeys(module.slim.groups()):
                     self._slots.setdefault(group.name, _Slot(None, group))
-                    self.layers.setdefault(group.name, []).append(module)
+                    self.layers.setdefault(group.name, {})[name] = module
             elif isinstance(module, SkippableBlock):
                 self._slots[name] = _Slot(module, None)
             elif isinstance(module, Branch):
@@ -97,6 +97,10 @@ class Slots:
 
     def __iter__(self) -> Iterator[tuple[str, _Slot]]:
         return iter(self._slots.items())
+
+    def names_of(self, name: str) -> list[str]:
+        """The modules that a slot is in: layers of a slim net, or the one that carries its name."""
+        return list(self.layers.get(name, (name,)))
 
     def get(self) -> dict[str, int]:
         """The active width."""

@@ -1,5 +1,6 @@
 """Training a net inside the family of wider nets that share its weights (NetAug), and the ways out of it."""
 
+from growshrink.supernet._route import route as route
 from growshrink.supernet.choose import WidthChoice as WidthChoice
 from growshrink.supernet.choose import choose_width as choose_width
 from growshrink.supernet.choose import default_candidates as default_candidates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.base.copying import copy_net
-from growshrink.errors import WidthError
+from growshrink.errors import WidthError, did_you_mean
 from growshrink.layers.widths import Slots, Width
 from growshrink.proofs.probes import random_images, randomize_norms_
 
@@ -29,6 +30,7 @@ class UnitChain:
         if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
             raise WidthError(f"{_REFUSAL} {type(model).__name__} has no forward_features and forward_head.")
         self._head: Any = model.forward_head
+        self.input_size = trace(model, input_size).input_size
         units = _units("", model)
         inside = _called_within_features(model, units, input_size)
         self._names = [name for name, _ in units if name in inside]
@@ -54,15 +56,34 @@ class UnitChain:
 
     def prefix(self, x: Tensor, start: int) -> Tensor:
         """Images `(N, C, H, W)` -> the input of unit number `start`."""
-        for unit in self._units[:start]:
+        return self.between(x, 0, start)
+
+    @property
+    def length(self) -> int:
+        """How many units there are."""
+        return len(self._units)
+
+    def end_of(self, name: str) -> int:
+        """The number of the unit behind those of this name, or inside it."""
+        found = [i for i, unit in enumerate(self._names, 1) if f"{unit}.".startswith(f"{name}.")]
+        if not found:
+            raise WidthError(f"{name}: no unit of the model is called so{did_you_mean(name, self._names)}")
+        return found[-1]
+
+    def within(self, layers: Sequence[str], start: int, stop: int) -> bool:
+        """Whether all of these layers lie in the units from `start` to `stop` (exclusive; the last: or in the head)."""
+        units = [next((i for i, n in enumerate(self._names) if f"{la}.".startswith(f"{n}.")), None) for la in layers]
+        return all(start <= (self.length if unit is None else unit) < stop + (stop == self.length) for unit in units)
+
+    def between(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """The input of unit number `start` -> that of unit number `stop`."""
+        for unit in self._units[start:stop]:
             x = unit(x)
         return x
 
     def suffix(self, x: Tensor, start: int) -> Tensor:
         """The input of unit number `start` -> logits."""
-        for unit in self._units[start:]:
-            x = unit(x)
-        return self._head(x)
+        return self._head(self.between(x, start, self.length))
 
     def widened_from(self, start: int, width: Width, base: Width) -> dict[str, int]:
         """`width` in unit number `start` and behind it, `base` before."""

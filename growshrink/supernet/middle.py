@@ -73,7 +73,7 @@ def slot_axes(slots: Slots) -> dict[str, list[Axis | Span]]:
     for slot_name, slot in slots:
         body = slot.body
         found[slot_name] = list(axes(body)) if isinstance(body, PureBottleneck) else []
-        for layer in slots.layers.get(slot_name, ()):
+        for layer in slots.layers.get(slot_name, {}).values():
             assert isinstance(body, ChannelGroup)
             found[slot_name] += [
                 Span(layer, key, dim, start, each, slot.full)

@@ -194,7 +194,7 @@ def test_spaces_that_cannot_be(options, message):
 
 @pytest.mark.parametrize("call", [gs.width_space, gs.layers.get_width, lambda m: gs.set_width(m, {})])
 def test_a_plain_net_has_no_widths(call):
-    with pytest.raises(WidthError, match="carries no branches.*growshrink.grow comes first"):
+    with pytest.raises(WidthError, match="carries no branches.*growshrink.grow .or growshrink.slim. comes first"):
         call(net())
 
 

@@ -1,0 +1,93 @@
+"""What choosing a net for every image could bring, before anything is trained to choose."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from growshrink.analysis.stats import Bootstrap, Estimate, Floats
+from growshrink.errors import AnalysisError
+
+#: Thresholds of the cascade's curve.
+POINTS = 19
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A way to choose a net for every image: mean MACs, top-1 in percent, and points over the random mix there."""
+
+    name: str
+    macs: float
+    top1: float
+    over_mix: Estimate
+
+
+def headroom(
+    right: ArrayLike,
+    macs: ArrayLike,
+    *,
+    confidence: ArrayLike | None = None,
+    gates: Mapping[str, ArrayLike] | None = None,
+    num: int = 1000,
+    seed: int = 0,
+) -> list[Policy]:
+    """Bound every gate by a table of which of M nets is right on which of N images.
+
+    A random mix of the nets needs no gate: its top-1 is the upper hull of theirs over MACs, a straight line between
+    two. The oracle takes the cheapest net that is right, the cheapest of all where none is. The cascade runs one net
+    after the other until one is confident enough, and pays for all it ran.
+
+    Args:
+        right: Whether each net is right, `(N, M)`.
+        macs: MACs of the nets, `(M,)`, rising.
+        confidence: Of each net, e.g. the softmax's maximum, `(N, M)`; without it there is no cascade.
+        gates: Choices by name of a trained gate, `(N,)`, whose own MACs are left out.
+        num: Resamples of the images, for the intervals of 95 %.
+        seed: Seed of those.
+
+    Returns:
+        Each net, the oracle, the cascade at quantiles of its confidence, and the gates.
+
+    Raises:
+        AnalysisError: The shapes do not fit, or MACs do not rise.
+    """
+    right, macs = np.asarray(right, dtype=np.float64), np.asarray(macs, dtype=np.float64)
+    if right.ndim != 2 or macs.shape != right.shape[1:] or not (np.diff(macs) > 0).all() or len(macs) < 2:
+        raise AnalysisError(f"right of shape {right.shape} and macs of {macs.shape}: must be (N, M), and (M,), rising.")
+    rows, count = np.arange(len(right)), len(macs)
+    cheapest = np.where(right.any(1), right.argmax(1), 0)
+    chosen = {f"net {net}": (np.full(len(right), net), macs[net]) for net in range(count)}
+    chosen["oracle"] = cheapest, macs[cheapest]
+    if confidence is not None:
+        sure = np.asarray(confidence, dtype=np.float64)
+        for share in np.linspace(0, 1, POINTS + 2)[1:-1]:
+            enough = sure[:, :-1] >= np.quantile(sure[:, :-1], share)
+            stop = np.where(enough.any(1), enough.argmax(1), count - 1)
+            chosen[f"cascade {share:.2f}"] = stop, np.cumsum(macs)[stop]
+    for name, choice in (gates or {}).items():
+        taken = np.asarray(choice, dtype=np.intp)
+        chosen[name] = taken, macs[taken]
+    boot, found = Bootstrap(len(right), num=num, seed=seed), []
+    for name, (choice, spent) in chosen.items():
+        hit, paid = right[rows, choice], np.broadcast_to(spent, len(right))
+
+        def over_mix(index: NDArray[np.int64], hit: Floats = hit, paid: Floats = paid) -> float:
+            return float(100 * (hit[index].mean() - _mix(macs, right[index].mean(0), float(paid[index].mean()))))
+
+        estimate = boot.interval(over_mix(rows), boot.of(over_mix))
+        found.append(Policy(name, float(paid.mean()), float(100 * hit.mean()), estimate))
+    return found
+
+
+def _mix(macs: Floats, top1: Floats, at: float) -> float:
+    """The best top-1 of a random mix of nets with mean MACs of `at`: the upper hull, flat beyond its ends."""
+    best = -np.inf
+    for one in range(len(macs)):
+        for two in range(one, len(macs)):
+            if macs[one] <= at <= macs[two] and two > one:
+                share = (at - macs[one]) / (macs[two] - macs[one])
+                best = max(best, top1[one] + share * (top1[two] - top1[one]))
+        if macs[one] <= at:
+            best = max(best, top1[one])
+    return float(best) if np.isfinite(best) else float(top1[0])

@@ -1,0 +1,298 @@
+"""route: a gate chooses for every image which width the rest of the net runs at."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from itertools import pairwise
+from operator import or_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
+from growshrink.errors import WidthError
+from growshrink.layers.slim import SlimLayer
+from growshrink.layers.swaps import keep_statistics
+from growshrink.layers.widths import Slots, WidthSpace, active_width
+from growshrink.proofs._profile import flop_counter, profile
+from growshrink.supernet.chain import UnitChain
+from growshrink.training.calibrate import calibrate_bn
+
+
+class Gate(nn.Module):
+    """Features `(N, C, H, W)` -> logits of the choices `(N, M)`: pooled, linear, ReLU, linear."""
+
+    def __init__(self, channels: int, choices: int, hidden: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(channels, hidden), nn.Linear(hidden, choices)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits; the largest is taken."""
+        return self.last(torch.relu(self.first(x.mean((2, 3)))))
+
+
+class Routed(nn.Module):
+    """A slim net in which gates choose, image by image, the width of the units behind them. See `growshrink.route`.
+
+    Attributes:
+        model: The slim net.
+        gates: One for each place.
+        costs: Of each place and choice its MACs, over the full net's; `fixed` are those of the rest, gates included.
+    """
+
+    def __init__(
+        self, model: nn.Module, chain: UnitChain, starts: Sequence[int], space: WidthSpace, rest: float, hidden: int
+    ) -> None:
+        super().__init__()
+        self.model, self.gates = model, nn.ModuleList()
+        self.threshold: float | None = None
+        self.costs: list[list[float]] = []
+        self._chain, self._slots, self._ends = chain, Slots(model), [*starts, chain.length]
+        self._always: int | None = None
+        self._fixed = space.level(rest)
+        self._own: list[list[dict[str, int]]] = []
+        for start, stop in pairwise(self._ends):
+            inside = [name for name in self._fixed if chain.within(self._slots.names_of(name), start, stop)]
+            levels = [space.level(i / space.diversity) for i in range(space.diversity + 1)]
+            choices = {
+                tuple(level[name] for name in inside): {name: level[name] for name in inside} for level in levels
+            }
+            if len(choices) < 2:
+                raise WidthError(f"nothing has a width between units {start} and {stop} alone: take other places.")
+            self._own.append(list(choices.values()))
+        self._statistics = next(m.slim.statistics for m in model.modules() if isinstance(m, SlimLayer))
+        self._first = len(self._statistics.widths)
+        most = max(map(len, self._own))
+        alike = [[own[min(number, len(own) - 1)] for own in self._own] for number in range(most)]
+        keep_statistics(model, [reduce(or_, parts, self._fixed) for parts in alike])
+        for place, own in enumerate(self._own):
+            self.register_buffer(f"counts_{place}", torch.zeros(len(own)), persistent=False)
+        self._measure(hidden, space.full)
+
+    @torch.no_grad()
+    def _measure(self, hidden: int, full: Mapping[str, int]) -> None:
+        """Make the gates, and count what every choice costs."""
+        size, like = self._chain.input_size, next(self.model.parameters())
+        with active_width(self.model, full):
+            whole = profile(self.model, size).macs
+        twin = copy_net(self).to("meta").eval()
+        x, spent = torch.empty(2, *size, device="meta", dtype=like.dtype), 0.0
+        with twin._restored(), flop_counter() as counter:
+
+            def macs() -> float:
+                return counter.get_total_flops() / 4 / whole  # two images
+
+            twin._choose(0, 0)
+            x = twin._chain.prefix(x, self._ends[0])
+            for place, own in enumerate(self._own):
+                gate = Gate(x.shape[1], len(own), hidden).to(like)
+                self.gates.append(gate)
+                spent += sum(parameter.numel() for parameter in gate.parameters() if parameter.ndim > 1) / whole
+                self.costs.append([])
+                twin.gates.append(gate)
+                spent += macs() if place == 0 else 0.0
+                for choice in range(len(own)):
+                    before = macs()
+                    out = twin._segment(place, x, choice)
+                    self.costs[-1].append(macs() - before)
+                x = out
+        self.fixed = spent
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, C, H, W)` -> logits `(N, num_classes)`; every image runs what its gate chooses, in train mode too."""
+        with self._restored():
+            x = self._prefix(x)
+            for place in range(len(self.gates)):
+                x = self._cascaded(x) if self.threshold is not None else self._grouped(place, x)
+            return x
+
+    def loss(self, x: Tensor, target: Tensor, *, price: float = 0.0, exact: bool | None = None) -> Tensor:
+        """Mean cross-entropy + `price` times the MACs (over the full net's), as an expectation over the gates' choices.
+
+        Args:
+            x: Images `(N, C, H, W)`.
+            target: Classes `(N,)`.
+            price: Weight of the MACs.
+            exact: Run every path of choices, and weigh its loss by its probability; False draws one by Gumbel's noise,
+                and passes gradients straight through. None is exact up to 8 paths.
+
+        Source: straight-through Gumbel-softmax: Jang et al. (arXiv:1611.01144), at temperature 1.
+        """
+        exact = math.prod(map(len, self._own)) <= 8 if exact is None else exact
+        with self._restored():
+            x = self._prefix(x)
+            if not exact:
+                cost = x.new_full((len(x),), self.fixed)
+                for place, gate in enumerate(self.gates):
+                    drawn = F.gumbel_softmax(gate(x), hard=True)
+                    outs = [self._segment(place, x, choice) for choice in range(drawn.shape[1])]
+                    x = torch.stack(
+                        [torch.einsum("n...,n->n...", out, share) for out, share in zip(outs, drawn.T, strict=True)]
+                    ).sum(0)
+                    cost = cost + drawn @ drawn.new_tensor(self.costs[place])
+                return (F.cross_entropy(x, target, reduction="none") + price * cost).mean()
+            terms = [
+                log_p.exp() * (F.cross_entropy(logits, target, reduction="none") + price * (self.fixed + cost))
+                for log_p, logits, cost in self._paths(x, 0)
+            ]
+        return torch.stack(terms).sum(0).mean()
+
+    def every_choice(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of each choice of the last place `(N, M, num_classes)`, and of its gate `(N, M)`."""
+        last = len(self.gates) - 1
+        with self._restored():
+            x = self._prefix(x)
+            for place in range(last):
+                x = self._grouped(place, x)
+            gate = self.gates[last](x)
+            return torch.stack([self._segment(last, x, c) for c in range(len(self._own[last]))], 1), gate
+
+    def cascade(self, threshold: float) -> "Routed":
+        """The same net with the softmax's confidence in place of the gate: the control that needs no training.
+
+        Choices run one after another, narrowest first, until one is at least so sure. WidthError with several places.
+        """
+        if len(self.gates) != 1:
+            raise WidthError(f"a cascade has one place, this net has {len(self.gates)}.")
+        twin = copy.copy(self)
+        twin._buffers = {**self._buffers, "counts_0": torch.zeros_like(self.counts(0))}
+        twin.threshold = threshold
+        return twin
+
+    @property
+    def usage(self) -> list[Tensor]:
+        """Share of the images of each choice so far in eval mode, `(M,)` for each place; of a cascade the last run."""
+        return [self.counts(place) / self.counts(place).sum().clamp_min(1) for place in range(len(self.gates))]
+
+    @property
+    def macs(self) -> float:
+        """Mean MACs of an image so far, over the full net's."""
+        costs = [torch.tensor(own) for own in self.costs]
+        if self.threshold is not None:
+            costs = [own.cumsum(0) for own in costs]
+        return self.fixed + sum(float(share.cpu().float() @ own) for share, own in zip(self.usage, costs, strict=True))
+
+    @property
+    def most_used(self) -> dict[str, int]:
+        """The width that `growshrink.cut` makes a static net of: the choice of most images, place by place."""
+        chosen = (own[int(share.argmax())] for own, share in zip(self._own, self.usage, strict=True))
+        return reduce(or_, chosen, self._fixed)
+
+    def calibrate(self, batches: Iterable[Tensor]) -> None:
+        """Take the batch norm statistics of every choice from training images, in place."""
+        batches = list(batches)
+        try:
+            for choice in range(max(map(len, self._own))):
+                self._always = choice
+                calibrate_bn(self, batches)
+        finally:
+            self._always = None
+
+    def counts(self, place: int) -> Tensor:
+        """Images of each choice so far in eval mode, `(M,)`; zero them to start again."""
+        return self.get_buffer(f"counts_{place}")
+
+    def _restored(self) -> Any:
+        return active_width(self.model, self._slots.get())
+
+    def _choose(self, place: int, choice: int) -> None:
+        self._slots.set({**self._fixed, **self._own[place][min(choice, len(self._own[place]) - 1)]})
+        self._statistics.active = self._first + choice
+
+    def _prefix(self, x: Tensor) -> Tensor:
+        self._choose(0, self._always or 0)  # its statistics are the same for all choices
+        return self._chain.prefix(x, self._ends[0])
+
+    def _segment(self, place: int, x: Tensor, choice: int) -> Tensor:
+        self._choose(place, choice)
+        x = self._chain.between(x, self._ends[place], self._ends[place + 1])
+        return x if place + 1 < len(self._own) else self._chain.suffix(x, self._ends[-1])
+
+    def _paths(self, x: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Log probability, logits and cost of every path of choices from a place on."""
+        if place == len(self.gates):
+            yield x.new_zeros(len(x)), x, 0.0
+            return
+        chances = self.gates[place](x).log_softmax(1)
+        for choice, cost in enumerate(self.costs[place]):
+            for log_p, logits, rest in self._paths(self._segment(place, x, choice), place + 1):
+                yield chances[:, choice] + log_p, logits, cost + rest
+
+    def _grouped(self, place: int, x: Tensor) -> Tensor:
+        choice, num, out = self.gates[place](x).argmax(1), len(self._own[place]), None
+        exporting = torch.compiler.is_exporting()
+        if self._always is not None:
+            choice = torch.full_like(choice, min(self._always, num - 1))
+        elif not (self.training or exporting):
+            self.counts(place).add_(choice.bincount(minlength=num))
+        for number in range(num):
+            rows = (choice == number).nonzero().flatten()
+            if exporting or len(rows) or (out is None and number == num - 1):
+                given = F.pad(rows, (0, 1)) if exporting else rows  # an exporter wants to know that there are some
+                part = self._segment(place, x.index_select(0, given), number).narrow(0, 0, rows.shape[0])
+                out = part.new_zeros(x.shape[0], *part.shape[1:]) if out is None else out
+                out = out.index_copy(0, rows, part)
+        assert out is not None
+        return out
+
+    def _cascaded(self, x: Tensor) -> Tensor:
+        rows, out = torch.arange(len(x), device=x.device), None
+        for number in range(len(self._own[0])):
+            part = self._segment(0, x.index_select(0, rows), number)
+            out = part.clone() if out is None else out.index_copy(0, rows, part)
+            assert self.threshold is not None
+            unsure = part.softmax(1).amax(1) < self.threshold
+            last = number == len(self._own[0]) - 1
+            self.counts(0)[number] += len(rows) if last else int((~unsure).sum())
+            rows = rows[unsure]
+            if last or not len(rows):
+                break
+        assert out is not None
+        return out
+
+
+def route(
+    model: nn.Module,
+    space: WidthSpace,
+    *,
+    after: str | Sequence[str],
+    rest: float = 1.0,
+    hidden: int = 16,
+    seed: int = 0,
+    input_size: InputSize | None = None,
+) -> Routed:
+    """Let gates choose, image by image, at which level of a slim net's space the rest of it runs.
+
+    The batch is grouped by choice and every group runs dense, so that it is really faster. Train the supernet first,
+    then `routed.calibrate(batches)`, then the gates' parameters by `routed.loss`; `growshrink.analysis.headroom` says
+    beforehand what a gate could bring. `growshrink.cut(routed.model, routed.most_used)` is the static exit.
+
+    Args:
+        model: A slim net that is a chain of units; a copy of it is routed.
+        space: Its width space: the choices are the levels of the slots that lie behind the place alone.
+        after: Units that gates come after, `"stages.0"`: one (DS-Net), or several in order; each chooses for what lies
+            between it and the next (RNP; with blocks=True whether blocks run: SkipNet).
+        rest: Level of every slot that no gate chooses for.
+        hidden: Hidden size of the gates.
+        seed: Seed of their initialisation.
+        input_size: `(C, H, W)`; None takes the model's own.
+
+    Raises:
+        WidthError: The model is no chain, a place is no unit of it, or nothing behind it has widths of its own.
+
+    Source: Li et al., Dynamic Slimmable Network (arXiv:2103.13258); Wang et al., SkipNet (arXiv:1711.09485); Lin et
+    al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.
+    """
+    space.check(model)
+    model = copy_net(model)
+    chain = UnitChain(model, input_size)
+    starts = [chain.end_of(name) for name in ([after] if isinstance(after, str) else after)]
+    if starts != sorted(set(starts)) or not starts or starts[-1] >= chain.length:
+        raise WidthError(f"after={after!r}: must be units in the order in which they run, not the last.")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return Routed(model, chain, starts, space, rest, hidden)
