@@ -166,7 +166,7 @@ def evolve(
     for _ in range(max(0, evaluations // population - 1)):
         best = [dict(zip(names, key, strict=True)) for key in sorted(known, key=lambda k: -known[k])[: population // 4]]
         for number in range(population):
-            child: dict[str, int] = valid(partial(mutated if number % 2 else crossed, best))
+            child = valid(partial(mutated, best) if number % 2 else partial(crossed, best))
             known[tuple(child.values())] = score(child)
     return dict(zip(names, max(known, key=lambda k: known[k]), strict=True))
 
