@@ -168,7 +168,7 @@ def evolve(
         for number in range(population):
             child = valid(partial(mutated, best) if number % 2 else partial(crossed, best))
             known[tuple(child.values())] = score(child)
-    return dict(zip(names, max(known, key=lambda k: known[k]), strict=True))
+    return dict(zip(names, max(known, key=known.__getitem__), strict=True))
 
 
 def policies(
