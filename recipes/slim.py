@@ -168,7 +168,7 @@ def evolve(
         for number in range(population):
             child = valid(partial(mutated, best) if number % 2 else partial(crossed, best))
             known[tuple(child.values())] = score(child)
-    return dict(zip(names, max(known, key=known.__getitem__), strict=True))
+    return dict(zip(names, max(known.items(), key=lambda item: item[1])[0], strict=True))
 
 
 def policies(
