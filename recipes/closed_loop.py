@@ -7,7 +7,8 @@ For each seed the same net is trained twice on the same batches, for the same nu
 rates, and lam 0 from the same update on: once lam falls by a cosine, once by gs.schedules.ClosedLoop. Both are fused.
 What counts is the paired difference of their test accuracies, with its 95 % interval (Student's t).
 
-Leaves runs/NAME/ with report.md, report.json, lam.png and run.json.
+Leaves runs/NAME/ with report.md, report.json, lam.png and run.json, and results.jsonl with a line for each net: a run
+that was stopped continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from scipy.stats import t as student
 
 import growshrink as gs
+from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import NotNegative
 from growshrink.base.writing import save_picture, write_atomic, write_json
@@ -29,6 +32,8 @@ from growshrink.cli.options import LengthOptions, ModelOptions, Options, RunOpti
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError, did_you_mean
 from growshrink.training import TrainConfig, evaluate, fit
+
+COSINE, LOOP = "cosine", "closed loop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +53,23 @@ class RecordedLoop(gs.schedules.ClosedLoop):
 
     def __init__(self, deadline: int, *, tolerance: float) -> None:
         super().__init__(deadline, tolerance=tolerance)
-        self.curve: dict[int, float] = {}
+        self.curve: list[float] = []
 
     def __call__(self, update: int) -> float:
         """See `ClosedLoop`."""
         value = super().__call__(update)
-        self.curve[update] = value
+        if update == len(self.curve):
+            self.curve.append(value)
         return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `ClosedLoop`."""
+        return {**super().state_dict(), "curve": self.curve}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `ClosedLoop`."""
+        super().load_state_dict(state)
+        self.curve = list(state["curve"])
 
 
 def main(args: Args) -> None:
@@ -66,43 +81,47 @@ def main(args: Args) -> None:
         raise RunError(
             f"--model {args.model.name}: no net that is grown at birth{did_you_mean(args.model.name, known)}"
         )
-    with args.recorded("closed-loop") as path:
-        print(run(args, path))
+    with args.results("closed-loop") as results:
+        print(run(args, results))
+        results.finish()
 
 
-def run(args: Args, path: Path) -> str:
+def run(args: Args, results: Results) -> str:
     """All pairs, and what they say."""
-    top1: dict[str, list[float]] = {"cosine": [], "closed loop": []}
-    curves: list[dict[int, float]] = []
-    for seed in range(args.length.seeds):
-        feed = args.feed(seed)
-        updates = num_updates(feed, args.length.epochs)
-        zero_at = max(1, round(args.length.deadline * updates))
-        loop = RecordedLoop(zero_at, tolerance=args.loss_tolerance)
-        for name, lam in (("cosine", gs.schedules.cosine(1.0, 0.0, steps=zero_at)), ("closed loop", loop)):
-            torch.manual_seed(seed)
-            net = fit(
-                args.model.make(feed)[0],
-                feed.train,
-                args.training,
-                updates=updates,
-                lam=lam,
-                label=f"seed {seed}: {name}",
-                progress=not args.running.quiet,
-            )
-            top1[name].append(evaluate(gs.fuse(net, input_size=feed.input_size), feed.test).top1)
-        curves.append(loop.curve)
+    jobs = {f"seed {seed}, {name}": (seed, name) for seed in range(args.length.seeds) for name in (COSINE, LOOP)}
+    feed = args.feed(0)
+    updates = num_updates(feed, args.length.epochs)
+    zero_at = max(1, round(args.length.deadline * updates))
     cosine = gs.schedules.cosine(1.0, 0.0, steps=zero_at)
-    draw(path / "lam.png", curves, {update: cosine(update) for update in range(updates)})
-    write_json(path / "report.json", {"top1": top1, "difference": difference(top1), "updates": updates})
+    for key in args.jobs(results, list(jobs), args.model.make(feed)[0], feed, updates):
+        seed, name = jobs[key]
+        feed, loop = args.feed(seed), RecordedLoop(zero_at, tolerance=args.loss_tolerance)
+        torch.manual_seed(seed)
+        net = fit(
+            args.model.make(feed)[0],
+            feed.train,
+            args.training,
+            updates=updates,
+            lam=cosine if name == COSINE else loop,
+            label=key,
+            progress=not args.running.quiet,
+            train=results.kept(key),
+        )
+        score = evaluate(gs.fuse(net, input_size=feed.input_size), feed.test).top1
+        results.append({"key": key, "top1": score, "curve": loop.curve})
+    done = {jobs[key]: record for key, record in results.done().items()}
+    seeds = range(args.length.seeds)
+    top1 = {name: [done[seed, name]["top1"] for seed in seeds] for name in (COSINE, LOOP)}
+    draw(results.path / "lam.png", [done[seed, LOOP]["curve"] for seed in seeds], [cosine(u) for u in range(updates)])
+    write_json(results.path / "report.json", {"top1": top1, "difference": difference(top1), "updates": updates})
     text = report(args, top1)
-    write_atomic(path / "report.md", text.encode())
+    write_atomic(results.path / "report.md", text.encode())
     return text
 
 
 def difference(top1: dict[str, list[float]]) -> tuple[float, float, float]:
     """Mean of the paired differences, closed loop less cosine, and the ends of its 95 % interval."""
-    pairs = [a - b for a, b in zip(top1["closed loop"], top1["cosine"], strict=True)]
+    pairs = [a - b for a, b in zip(top1[LOOP], top1[COSINE], strict=True)]
     mean = statistics.mean(pairs)
     half = float(student.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
     return mean, mean - half, mean + half
@@ -129,18 +148,18 @@ closed loop is **{verdict}**. {length.epochs:g} epochs each, lam 0 after {length
 """
 
 
-def draw(path: Path, curves: list[dict[int, float]], cosine: dict[int, float]) -> None:
+def draw(path: Path, curves: list[list[float]], cosine: list[float]) -> None:
     """Lam by update."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(7, 3.5), layout="constrained")).subplots()
-    axes.plot(list(cosine), list(cosine.values()), "k--", label="cosine")
+    axes.plot(cosine, "k--", label=COSINE)
     for seed, curve in enumerate(curves):
-        axes.plot(list(curve), list(curve.values()), lw=0.8, label=f"closed loop, seed {seed}")
+        axes.plot(curve, lw=0.8, label=f"{LOOP}, seed {seed}")
     axes.set(xlabel="update", ylabel="lam")
     axes.legend(fontsize=7)
     save_picture(figure, path, dpi=120)
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__)
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

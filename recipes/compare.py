@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from curve import write_curve
 from growshrink.base.limits import InFolder, Threads
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import read_json
 from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
@@ -128,7 +128,7 @@ def train(args: Args, experiment: Experiment, jobs: Sequence[Job], out: Path, wh
     threads = max(1, torch.get_num_threads() // args.workers)
     with (
         ProcessPoolExecutor(args.workers, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool,
-        tqdm(total=len(missing), desc=what, unit="run", disable=args.running.quiet, ncols=110) as bar,
+        progress_bar(total=len(missing), what=what, unit="run", show=not args.running.quiet) as bar,
     ):
         futures = {pool.submit(do, job, progress=False): job for job in missing}
         try:

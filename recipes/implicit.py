@@ -15,7 +15,6 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import timm
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 import growshrink as gs
 from growshrink.algebra import Solver
+from growshrink.analysis.results import Results
 from growshrink.analysis.stats import paired
 from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import OneOf
@@ -85,22 +85,29 @@ def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     if args.length.seeds < 2:
         raise PlanError(f"--seeds {args.length.seeds}: must be at least 2.")
-    with args.recorded("implicit") as path:
-        print(run(args, path))
-    print(f"Read {path / 'report.md'}")
+    with args.results("implicit") as results:
+        print(run(args, results))
+        results.finish()
+    print(f"Read {results.path / 'report.md'}")
 
 
-def run(args: Args, path: Path) -> str:
+def run(args: Args, results: Results) -> str:
     """Train every arm with every seed, report; returns the report."""
     rows: dict[str, Row] = {}
-    for seed in range(args.length.seeds):
-        feed = args.feed(seed)
-        for name in dict.fromkeys((CONTROL, *args.arms)):
-            row = rows.setdefault(name, row_of(args, name, feed, rows))
-            train(args, name, feed, seed, row)
-            write_json(path / "report.json", {arm: asdict(found) for arm, found in rows.items()})
+    feed = args.feed(0)
+    for name in dict.fromkeys((CONTROL, *args.arms)):
+        rows[name] = row_of(args, name, feed, rows)
+    jobs = {f"seed {seed}, {name}": (seed, name) for seed in range(args.length.seeds) for name in rows}
+    updates = num_updates(feed, args.length.epochs)  # MACs are equal
+    for key in args.jobs(results, list(jobs), make(args, CONTROL, feed), feed, updates):
+        seed, name = jobs[key]
+        results.append({"key": key, "found": train(args, name, args.feed(seed), seed, rows[name].epochs)})
+    for key, (_, name) in jobs.items():
+        for column, value in results.done()[key]["found"].items():
+            getattr(rows[name], column).append(value)
+    write_json(results.path / "report.json", {arm: asdict(row) for arm, row in rows.items()})
     text = report(args, rows)
-    write_atomic(path / "report.md", text.encode())
+    write_atomic(results.path / "report.md", text.encode())
     return text
 
 
@@ -122,11 +129,11 @@ def row_of(args: Args, name: str, feed: Feed, rows: dict[str, Row]) -> Row:
     return Row(gs.profile(net, feed.input_size).params, macs, epochs, saved_bytes(net.train(), images))
 
 
-def train(args: Args, name: str, feed: Feed, seed: int, row: Row) -> None:
-    """Train one net, and note what it is worth."""
+def train(args: Args, name: str, feed: Feed, seed: int, epochs: float) -> dict[str, Any]:
+    """Train one net; what it is worth, by the columns of a `Row`."""
     torch.manual_seed(seed)
     net, counter = make(args, name, feed), Evaluations()
-    updates = max(20, num_updates(feed, row.epochs))
+    updates = max(20, num_updates(feed, epochs))
     lam = gs.schedules.hold_then_vanish(hold=updates // 2, vanish=updates // 4)
     start = time.process_time()
     with counter:
@@ -139,15 +146,15 @@ def train(args: Args, name: str, feed: Feed, seed: int, row: Row) -> None:
             label=f"seed {seed}: {name}",
             progress=not args.running.quiet,
         )
-    row.seconds.append(time.process_time() - start)
-    row.evaluations.append(counter.mean)
+    found: dict[str, Any] = {"seconds": time.process_time() - start, "evaluations": counter.mean}
     if (norm := ImplicitReLU.mean_norm(net)) is not None:
-        row.norms.append(norm)
+        found["norms"] = norm
     if ARMS[name].get("branch"):
         net = gs.fuse(net, input_size=feed.input_size)
-    row.top1.append(evaluate(net, feed.test).top1)
+    found["top1"] = evaluate(net, feed.test).top1
     if any(isinstance(m, ConvEquilibrium) and m.steps == 0 for m in net.modules()):
-        row.unrolled.append([evaluate(gs.unroll(net, steps), feed.test).top1 for steps in UNROLLED])
+        found["unrolled"] = [evaluate(gs.unroll(net, steps), feed.test).top1 for steps in UNROLLED]
+    return found
 
 
 class Evaluations:
@@ -233,4 +240,4 @@ def report(args: Args, rows: dict[str, Row]) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__)
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

@@ -27,11 +27,11 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis.stats import paired
 from growshrink.base.limits import Argument, Count, OneOf
+from growshrink.base.progress import progress_bar
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick, read_pairs
 from growshrink.cli.options import BatchOptions, LengthOptions, ModelName, RunOptions, command
@@ -265,7 +265,7 @@ def train_one(args: Args, name: str, seed: int, train: Canvases, test: Canvases,
     rate = gs.schedules.cosine(lr, 0.0, updates)
     order = torch.Generator().manual_seed(seed)
     start = time.process_time()
-    for update in tqdm(range(updates), f"seed {seed}: {name}", leave=False, disable=args.running.quiet):
+    for update in progress_bar(range(updates), f"seed {seed}: {name}", show=not args.running.quiet):
         optimizer.param_groups[0]["lr"] = rate(update)
         chosen = torch.randint(len(train.objects), (batch_size,), generator=order)
         objects = [train.objects[n] for n in chosen.tolist()]

@@ -10,7 +10,8 @@ which is a ReLU at every lam; and the default, which keeps one ReLU a block. The
 compared with linear classifiers fitted to the same pixels directly.
 
 Leaves runs/NAME/ with report.md (read this), report.json, templates.png (one picture per class: the rows of the
-matrix), one_layer.safetensors (the matrix) and run.json.
+matrix), one_layer.safetensors (the matrix), run.json, and the nets; a run that was stopped continues when the same
+command is given again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +31,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
+from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates
+from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
@@ -84,43 +88,55 @@ def main(args: Args) -> None:
     built_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
     if (name := args.model.name) not in built_grown:
         raise RunError(f"--model {name}: no ReduceNet that is grown at birth{did_you_mean(name, built_grown)}")
-    with args.recorded("one-layer") as path:
-        print(run(args, path))
-    print(f"Read {path / 'report.md'}")
+    with args.results("one-layer") as results:
+        print(run(args, results))
+        results.finish()
+    print(f"Read {results.path / 'report.md'}")
 
 
-def run(args: Args, path: Path) -> str:
+def run(args: Args, results: Results) -> str:
     """Train, collapse, fit, report; returns the table."""
-    rows: dict[str, Row] = {}
-    pictures: dict[str, nn.Sequential] = {}
-    collapse_error = 0.0
-    for seed in range(args.length.seeds):
-        feed = args.memory_feed(seed)
-        found = {name: train(args, name, feed, seed) for name in (LINEAR, BUGGY, DEFAULT)}
-        exact = copy.deepcopy(found[LINEAR]).double()
-        error = gs.compare(exact, gs.collapse(exact, feed.input_size), input_size=feed.input_size).max_rel
-        collapse_error = max(collapse_error, error)
-        found[MATRIX] = gs.collapse(found[LINEAR], feed.input_size)
-        found |= fit_directly(feed)
-        for name, net in found.items():
-            layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules())
-            row = rows.setdefault(name, Row(layers, gs.profile(net, feed.input_size).macs))
-            row.top1.append(evaluate(net, feed.test).top1)
-            row.defect.append(gs.depth.affinity_defect(net, feed.input_size))
-        if not pictures:
-            pictures = {name: net for name, net in found.items() if isinstance(net, nn.Sequential)}
-            write_atomic(path / "one_layer.safetensors", save(dict(pictures[MATRIX].state_dict())))
-            draw(path / "templates.png", pictures, feed)
-    text = table(rows)
-    write_json(
-        path / "report.json",
-        {"collapse_max_rel": collapse_error, "rows": {name: asdict(row) for name, row in rows.items()}},
-    )
-    write_atomic(path / "report.md", report(args, rows, collapse_error).encode())
-    return text
+    keys, feed = [f"seed {seed}" for seed in range(args.length.seeds)], args.memory_feed(0)
+    updates = 3 * num_updates(feed, args.length.epochs)
+    for key in args.jobs(results, keys, args.model.make(feed)[0], feed, updates):
+        results.append({"key": key, **run_seed(args, results, keys.index(key))})
+    done = [results.done()[key] for key in keys]
+    rows = {
+        name: Row(row["layers"], row["macs"], *([each["rows"][name][k] for each in done] for k in ("top1", "defect")))
+        for name, row in done[0]["rows"].items()
+    }
+    collapse_error = max(each["collapse_max_rel"] for each in done)
+    about = {"collapse_max_rel": collapse_error, "rows": {name: asdict(row) for name, row in rows.items()}}
+    write_json(results.path / "report.json", about)
+    write_atomic(results.path / "report.md", report(args, rows, collapse_error).encode())
+    return table(rows)
 
 
-def train(args: Args, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
+def run_seed(args: Args, results: Results, seed: int) -> dict[str, Any]:
+    """What the nets and the classifiers of a seed are worth; the pictures are of the first."""
+    feed = args.memory_feed(seed)
+    found = {name: train(args, results, name, feed, seed) for name in (LINEAR, BUGGY, DEFAULT)}
+    exact = copy.deepcopy(found[LINEAR]).double()
+    error = gs.compare(exact, gs.collapse(exact, feed.input_size), input_size=feed.input_size).max_rel
+    found[MATRIX] = gs.collapse(found[LINEAR], feed.input_size)
+    found |= fit_directly(feed)
+    if seed == 0:
+        pictures = {name: net for name, net in found.items() if isinstance(net, nn.Sequential)}
+        write_atomic(results.path / "one_layer.safetensors", save(dict(pictures[MATRIX].state_dict())))
+        draw(results.path / "templates.png", pictures, feed)
+    rows = {
+        name: {
+            "layers": sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in net.modules()),
+            "macs": gs.profile(net, feed.input_size).macs,
+            "top1": evaluate(net, feed.test).top1,
+            "defect": gs.depth.affinity_defect(net, feed.input_size),
+        }
+        for name, net in found.items()
+    }
+    return {"collapse_max_rel": error, "rows": rows}
+
+
+def train(args: Args, results: Results, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
     """One of the three nets, trained, and fused where that is possible."""
     torch.manual_seed(seed)
     kwargs = (*args.model.model_kwargs, f"linear={name != DEFAULT}")
@@ -132,7 +148,14 @@ def train(args: Args, name: str, feed: MemoryFeed, seed: int) -> nn.Module:
     updates = num_updates(feed, args.length.epochs)
     lam = gs.schedules.hold_then_vanish(hold=updates // 5, vanish=round(args.length.deadline * updates) - updates // 5)
     label, progress = f"seed {seed}: {name}", not args.running.quiet
-    net = fit(net, feed.train, args.training, updates=updates, lam=lam, label=label, progress=progress)
+    file = f"net-{seed}-{(LINEAR, BUGGY, DEFAULT).index(name)}.safetensors"
+
+    def made() -> Mapping[str, Tensor]:
+        how: dict[str, Any] = {"label": label, "progress": progress, "train": results.kept(file)}
+        return fit(net, feed.train, args.training, updates=updates, lam=lam, **how).state_dict()
+
+    load_weights(net, results.made_once(seed, file, made))
+    net.eval()
     return net if name == BUGGY else gs.fuse(net, input_size=feed.input_size)
 
 
@@ -246,4 +269,4 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__)
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -75,7 +74,7 @@ def main(args: Args) -> None:
     """Run it, or a part of it; errors of the user's are raised as GrowShrinkError."""
     if args.length.seeds < 2 or not args.lrs or not args.arms:
         raise AnalysisError("needs at least 2 --seeds, one of --lrs and one of --arms.")
-    with Results(args.running.out or Path("runs") / f"retrain-{args.title}", args.identity()) as results:
+    with args.results("retrain") as results:
         tuning = [TUNING + args.running.seed + number for number in range(args.tuning_seeds)]
         measured = args.seeds()
         rates = best_rates(work(args, results, [(s, a, lr) for s in tuning for a in args.arms for lr in args.lrs]))
@@ -101,7 +100,7 @@ def work(args: Args, results: Results, runs: Sequence[tuple[int, str, float]]) -
     """Do the runs (seed, arm, learning rate) that are missing; the records of all of them."""
     by_key = {key_of(*run): run for run in runs}
     keys = list(by_key)
-    for key in results.unfinished(keys):
+    for key in results.unfinished(keys, args.say):
         seed, arm, lr = by_key[key]
         feed = args.memory_feed(seed)  # every seed has a val split of its own, all have one test split
         model, dense = dense_net(args, results, feed, seed)

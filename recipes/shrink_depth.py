@@ -10,7 +10,8 @@ programming. For each cut it continues from the trained net: just those activati
 exactly, into a larger kernel or (slim) into a 3x3, whichever the clock prefers. Next to each stands what the same
 shape reaches when it is trained plainly, from scratch, for the same compute.
 
-Leaves runs/NAME/ with report.md (read this), report.json, pareto.png, merged-N.safetensors and run.json.
+Leaves runs/NAME/ with report.md (read this), report.json, pareto.png, merged-N.safetensors, run.json, and the nets.
+A run that was stopped continues when the same command is given again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import copy
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,13 @@ from typing import Any, Literal
 import timm
 import torch
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 import growshrink as gs
+from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import PartOf, Positive
+from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, Options, RunOptions, TimingOptions
@@ -40,11 +43,14 @@ from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
 from growshrink.depth.knob import DepthPlan, depth_frontier, measure_plans, plan_depth, segment_harms
 from growshrink.depth.latency import Latencies, measure_latencies
-from growshrink.depth.segments import Cut, merge_cut, plain_at_depth, uncut, vanish_cut
+from growshrink.depth.segments import Cut, Segment, merge_cut, plain_at_depth, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, did_you_mean
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate, fit
+
+#: The key of what was timed and chosen.
+CUTS = "cuts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,51 +93,75 @@ def main(args: Args) -> None:
         raise RunError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
     if not args.timing.turns:
         raise PlanError("--turns 0: must be at least 1.")
-    with args.recorded("depth") as path:
-        rows, latencies = run(args, path)
-        write_report(args, path, rows, latencies)
-    print(f"{table(rows)}\nRead {path / 'report.md'}")
+    with args.results("depth") as results:
+        rows, hardware = run(args, results)
+        write_report(args, results.path, rows, hardware)
+        results.finish()
+    print(f"{table(rows)}\nRead {results.path / 'report.md'}")
 
 
-def run(args: Args, path: Path) -> tuple[list[Row], Latencies]:
-    """Train, choose, shrink, merge, compare."""
-    rows: list[Row] = []
-    latencies: Latencies | None = None
-    aloud, config = not args.running.quiet, args.training
-    say, again = partial(tell, aloud), replace(config, lr=config.lr / 2)
-    for seed in range(args.length.seeds):
-        torch.manual_seed(seed)
-        feed = args.feed(seed)
-        size = feed.input_size
-        model, _ = args.model.make(feed)
-        first, more = num_updates(feed, args.length.epochs), num_updates(feed, args.shrink_epochs)
-        train = partial(fit, batches=feed.train, progress=aloud)
-        model = train(model, config=config, updates=first, label=f"seed {seed}: the net")
-        say(f"seed {seed}: the trained net, test top-1 {evaluate(model, feed.test).top1:.2f} %")
-        spent = first * training_macs(model, size)
-        if latencies is None:
-            latencies, rows = choose(args, model, feed)
-        for number, row in enumerate(rows):
-            shrunk: nn.Module = vanish_cut(model, row.cut)
-            cost = spent + more * training_macs(shrunk, size)
-            lam = schedule_of(args, more) if row.cut != uncut(model) else gs.schedules.constant(0.0)
-            shrunk = train(shrunk, config=again, updates=more, lam=lam, label=f"seed {seed}: {row.name}")
-            exact = copy.deepcopy(shrunk).double().eval()
-            gs.assert_equivalent(exact, merge_cut(exact, row.cut, input_size=size), input_size=size)
-            merged = merge_cut(shrunk, row.cut, input_size=size)
-            row.macs = gs.profile(merged, size).macs
-            row.knob.append(evaluate(merged, feed.test).top1)
-            if seed == 0:
-                state = {k: v.contiguous() for k, v in merged.state_dict().items()}
-                write_atomic(path / f"merged-{number}.safetensors", save(state))
-            torch.manual_seed(seed)
-            plain: nn.Module = plain_at_depth(model, row.cut)
-            same_cost = round(cost / training_macs(plain, size))
-            plain = train(plain, config=config, updates=same_cost, label=f"seed {seed}: {row.name}, plainly")
-            row.plain.append(evaluate(plain, feed.test).top1)
-            say(f"seed {seed}: {row.name}: test top-1 {row.knob[-1]:.2f} %, trained plainly {row.plain[-1]:.2f} %")
-    assert latencies is not None
-    return rows, latencies
+def run(args: Args, results: Results) -> tuple[list[Row], str]:
+    """Train, choose, shrink, merge, compare; the machine too."""
+    feed = args.feed(0)
+    first, more = num_updates(feed, args.length.epochs), num_updates(feed, args.shrink_epochs)
+    untrained = args.model.make(feed)[0]
+    each = 2 * more + first + first / (1 + len(args.targets))  # of all seeds, as if every target had a cut of its own
+    for key in args.jobs(results, [CUTS], untrained, feed, each * args.length.seeds * (1 + len(args.targets))):
+        latencies, chosen = choose(args, trained_net(args, results, args.feed(0), 0), feed)
+        results.append({"key": key, "hardware": latencies.hardware, "rows": [asdict(row) for row in chosen]})
+    about = results.done()[CUTS]
+    rows = [Row(**{**row, "cut": tuple(Segment(*segment) for segment in row["cut"])}) for row in about["rows"]]
+    jobs = {f"seed {s}: {row.name}": (s, n) for s in range(args.length.seeds) for n, row in enumerate(rows)}
+    for key in args.jobs(results, list(jobs), untrained, feed, each):
+        seed, number = jobs[key]
+        results.append({"key": key, **shrink(args, results, seed, number, rows[number])})
+    for key, (_, number) in jobs.items():
+        found = results.done()[key]
+        rows[number].macs = found["macs"]
+        rows[number].knob.append(found["knob"])
+        rows[number].plain.append(found["plain"])
+    return rows, about["hardware"]
+
+
+def trained_net(args: Args, results: Results, feed: Feed, seed: int) -> nn.Module:
+    """The net of a seed, which all of its cuts begin with."""
+    torch.manual_seed(seed)
+    model, name = args.model.make(feed)[0], f"net-{seed}.safetensors"
+    how: dict[str, Any] = {"progress": not args.running.quiet, "train": results.kept(name)}
+
+    def made() -> Mapping[str, Tensor]:
+        updates = num_updates(feed, args.length.epochs)
+        return fit(model, feed.train, args.training, updates=updates, label=f"seed {seed}: the net", **how).state_dict()
+
+    load_weights(model, results.made_once(seed, name, made))
+    return model.eval()
+
+
+def shrink(args: Args, results: Results, seed: int, number: int, row: Row) -> dict[str, Any]:
+    """Give up the activations of a cut and merge its blocks; beside it the same shape, trained plainly."""
+    feed, config, aloud = args.feed(seed), args.training, not args.running.quiet
+    size, label = feed.input_size, f"seed {seed}: {row.name}"
+    first, more = num_updates(feed, args.length.epochs), num_updates(feed, args.shrink_epochs)
+    model = trained_net(args, results, feed, seed)
+    shrunk: nn.Module = vanish_cut(model, row.cut)
+    cost = first * training_macs(model, size) + more * training_macs(shrunk, size)
+    lam = schedule_of(args, more) if row.cut != uncut(model) else gs.schedules.constant(0.0)
+    train = partial(fit, batches=feed.train, progress=aloud)
+    again = replace(config, lr=config.lr / 2)
+    shrunk = train(shrunk, config=again, updates=more, lam=lam, label=label, train=results.kept(f"{label}, knob"))
+    exact = copy.deepcopy(shrunk).double().eval()
+    gs.assert_equivalent(exact, merge_cut(exact, row.cut, input_size=size), input_size=size)
+    merged = merge_cut(shrunk, row.cut, input_size=size)
+    if seed == 0:
+        state = {k: v.contiguous() for k, v in merged.state_dict().items()}
+        write_atomic(results.path / f"merged-{number}.safetensors", save(state))
+    torch.manual_seed(seed)
+    plain: nn.Module = plain_at_depth(model, row.cut)
+    label, same_cost = f"{label}, plainly", round(cost / training_macs(plain, size))
+    plain = train(plain, config=config, updates=same_cost, label=label, train=results.kept(label))
+    found = {"knob": evaluate(merged, feed.test).top1, "plain": evaluate(plain, feed.test).top1}
+    tell(aloud, f"{label}: test top-1 {found['plain']:.2f} %, by the knob {found['knob']:.2f} %")
+    return {"macs": gs.profile(merged, size).macs, **found}
 
 
 def choose(args: Args, model: nn.Module, feed: Feed) -> tuple[Latencies, list[Row]]:
@@ -196,11 +226,11 @@ def spread(values: list[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.2f} .. {max(values):.2f})"
 
 
-def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) -> None:
+def write_report(args: Args, path: Path, rows: list[Row], hardware: str) -> None:
     """report.md, report.json, pareto.png."""
     errors = [abs(row.error) for row in rows]
     report: dict[str, Any] = {
-        "hardware": latencies.hardware,
+        "hardware": hardware,
         "worst_prediction_error": max(errors),
         "rows": [{**asdict(row), "cut": [list(segment) for segment in row.cut]} for row in rows],
     }
@@ -214,7 +244,7 @@ def write_report(args: Args, path: Path, rows: list[Row], latencies: Latencies) 
 ![accuracy against latency](pareto.png)
 
 * Latencies: lowest deciles of turns taken together, {args.timing.latency_batch} image(s) at a time, on
-  {latencies.hardware}. Predictions are at most {100 * max(errors):.0f} % off
+  {hardware}. Predictions are at most {100 * max(errors):.0f} % off
   (as shares of the net's time). Cuts that were measured slower than the net have been left out before any training.
 * Turning the knob was better than training the same shape plainly for the same training MACs in {wins} of {pairs}
   comparisons over {args.length.seeds} seed(s). Differences below the spread of the seeds mean nothing.
@@ -247,4 +277,4 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, Args, __doc__)
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

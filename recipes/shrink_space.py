@@ -18,23 +18,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis import stats
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.results import Results
-from growshrink.analysis.scores import SCORES, Bench
+from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.shrink import RANDOM, ShrinkPlan, shrink
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
@@ -67,9 +66,12 @@ def main(args: Args) -> None:
     """Run it, or a part of it; errors of the user's are raised as GrowShrinkError."""
     if args.judged < 2 or not args.drivers or not args.data.val_fraction:
         raise AnalysisError("needs at least 2 --judged, one of --drivers, and --val-fraction > 0.")
-    with Results(args.running.out or Path("runs") / f"shrink-{args.title}", args.identity()) as results:
+    with args.results("shrink") as results:
         loops = {f"seed {seed}, {driver}": (seed, driver) for seed in args.seeds() for driver in args.drivers}
-        for key in results.unfinished(list(loops)):
+        feed = args.memory_feed()
+        net, about = args.net(feed, args.running.seed)
+        space, _ = as_supernet(net, about, input_size=feed.input_size, seed=args.running.seed)
+        for key in args.jobs(results, list(loops), net, feed, updates_of(args, feed, space)):
             results.append({"key": key, **run_loop(args, results, *loops[key])})
         records = [results.done()[key] for key in loops]
         summary = compare(records, args.drivers)
@@ -80,12 +82,22 @@ def main(args: Args) -> None:
         print(f"{results.path / 'shrink_space.json'} has the figures, results.jsonl every loop with its scores.")
 
 
+def updates_of(args: Args, feed: MemoryFeed, space: gs.layers.WidthSpace) -> float:
+    """Of a loop and its share of the supernet, about; a forward pass counts a third."""
+    loop, widths = args.loop, list(map(len, space.choices.values()))
+    steps = min(loop.max_iterations, -(-(sum(widths) - len(widths)) // loop.drop))
+    trained = steps * num_updates(feed, loop.later_epochs) + num_updates(feed, loop.first_epochs) / len(args.drivers)
+    by_accuracy = sum(driver not in (*FAST, RANDOM) for driver in args.drivers) / len(args.drivers)
+    scored = args.judged * len(feed.data.test) + by_accuracy * steps * loop.samples * max(widths) * len(feed.data.val)
+    return trained + scored / feed.train.batch_size / 3
+
+
 def run_loop(args: Args, results: Results, seed: int, driver: str) -> dict[str, Any]:
     """One driver on one seed: what is left, and how good its subnets are."""
     feed = args.memory_feed(seed)
     init, model, space = first_stage(args, results, feed, seed)
     done = f"loop {len(results.done()) + 1} of {args.length.seeds * len(args.drivers)}, seed {seed}, {driver}"
-    with tqdm(unit="update", desc=done, disable=args.running.quiet, leave=False) as bar:
+    with progress_bar(what=done, show=not args.running.quiet) as bar:
         shrunk = shrink(
             init,
             model,
@@ -128,7 +140,8 @@ def first_stage(
 
     def make() -> Mapping[str, Tensor]:
         with args.bar(num_updates(feed, epochs), f"supernet {seed}") as advance:
-            train_supernet(model, feed, epochs=epochs, config=args.training, seed=seed, after_update=advance)
+            how: dict[str, Any] = {"after_update": advance, "train": results.kept(f"supernet-{seed}")}
+            train_supernet(model, feed, epochs=epochs, config=args.training, seed=seed, **how)
         return model.state_dict()
 
     load_weights(model, results.made_once(seed, f"supernet-{seed}.safetensors", make))

@@ -23,6 +23,8 @@ from growshrink.base.writing import save_picture, write_atomic
 from growshrink.cycle import CycleResult
 
 PAGE = "report.html"
+#: A learning rate below this is not lowered further.
+TOO_LOW = 0.005
 #: Classes at most that a confusion matrix is labelled with.
 MOST_LABELS = 40
 
@@ -109,9 +111,12 @@ def advice(told: Told) -> list[str]:
     about, final, rows, said = told.report["about"], told.report["final"], told.rows, list[str]()
     chance, lr, updates = max(told.majority, 100 / len(told.counts)), about["config"]["lr"], about["updates"]
     if told.top1 <= chance + told.noise / 2:
+        rate = f"high: try four times the --epochs, or --lr {lr / 4:.2g}"
+        if lr < TOO_LOW:
+            rate = f"low: try four times the --epochs, or --lr {10 * lr:.2g}"
         said.append(
             f"The net is at chance: {told.top1:.1f} %, and the largest class alone has {chance:.1f} %. {updates:,} "
-            f"updates are too few, or the learning rate is too high: try four times the --epochs, or --lr {lr / 4:.2g}."
+            f"updates are too few, or the learning rate is too {rate}."
         )
     said += _on_growing(told)
     if rows[-1]["train_loss"] < 0.3 * rows[-1]["val_loss"]:
@@ -140,9 +145,10 @@ def _on_growing(told: Told) -> list[str]:
     if told.baseline is None:
         return [f"{grew}. Whether it was worth it, the plain net for the same compute can tell: add --baseline."]
     gain, sure = told.top1 - told.baseline.top1, math.sqrt(2) * told.noise
-    ended = (
-        f"{grew} and ended {abs(gain):.1f} points {'higher' if gain > 0 else 'lower'} than it does for the same compute"
+    where = (
+        f"{abs(gain):.1f} points {'higher' if gain > 0 else 'lower'} than" if abs(gain) >= 0.05 else "level with where"
     )
+    ended = f"{grew} and ended {where} it does for the same compute"
     if gain < -sure:
         return [f"{ended}: use --rounds 0."]
     if gain <= sure:

@@ -14,7 +14,8 @@ and among subnets of equal MACs, with bootstrap intervals and a verdict by a rul
 "-") and its accuracy, in a column for each seed that it was trained with.
 
 Leaves DIR/ with ranking.csv (every subnet), ranking.json (figures, verdicts, the best), angle_rank.png, and, where it
-was trained here, init.safetensors and supernet.safetensors.
+was trained here, init.safetensors and supernet.safetensors. A run that was stopped continues when the same command is
+given again.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from typing import Annotated, Any
 
 import numpy as np
 from torch import nn
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis._angle import AngleTable, Floats, Index, supernet_table
 from growshrink.analysis._rank import Ranking, jsonable
 from growshrink.analysis.plots import draw_angles
+from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
-from growshrink.analysis.trained import as_supernet, num_updates, train_supernet, with_random_labels
+from growshrink.analysis.trained import num_updates, with_random_labels
 from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
@@ -48,16 +49,19 @@ from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, co
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError
-from growshrink.runs.folder import RunFolder
-from growshrink.supernet import load_supernet, save_supernet
+from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import evaluate
-from inputs import NetFiles
+from inputs import NetFiles, trained_supernet
 
 MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.
 MANY = 2_000_000
 SLOW_MANY = 5_000
+#: Subnets that are scored and kept together, where scores run the net.
+PART = 100
+#: The key of the training.
+TRAINED = "the supernet is trained"
 ScoreName = Annotated[str, OneOf("no such score", tuple(SCORES))]
 
 
@@ -105,10 +109,13 @@ def main(args: Args) -> None:
         raise AnalysisError("--widths needs --untrained and --trained, and goes without --also, which runs the net.")
     if args.truth is not None:
         read_rows(args.truth)  # before anything is trained
-    began = time.monotonic()
-    with args.running.claim(f"angle-{args.model.model or MODEL}") as folder:
+    if files.untrained is None:
+        args = replace(args, model=replace(args.model, model=args.model.model or MODEL))
+    identity = args.identity()
+    identity["options"] |= files.digests()
+    with args.results("angle", identity) as results:
         feed = make_feed(args) if files.untrained is None or args.also else None
-        init, trained, table, about = make_table(args, feed, folder)
+        init, trained, table, about = make_table(args, feed, results)
         if not any(np.nan_to_num(angles).max() > 0 for angles in table.layer_angles.values()):
             raise AnalysisError("the trained weights are the initial ones: there is no angle to rank by.")
         index = choose(args, table)
@@ -117,7 +124,7 @@ def main(args: Args) -> None:
         bench = None
         if feed is not None and init is not None and trained is not None:
             device = args.running.torch_device()
-            bench = Bench(init.to(device), trained.to(device), table, feed, progress=bar_of(args))
+            bench = Bench(init.to(device), trained.to(device), table, feed)
         if slow and truth is None and len(index) > SLOW_MANY:
             raise AnalysisError(f"--also {' '.join(slow)} of {len(index):,} subnets: draw some with --num, or --truth.")
 
@@ -126,7 +133,7 @@ def main(args: Args) -> None:
         seconds = time.perf_counter() - clock
         columns: dict[str, Floats] = {name: np.asarray(getattr(scores, name), dtype=np.float64) for name in FAST}
         if truth is None and bench is not None:
-            columns |= {name: SCORES[name](bench, index) for name in slow}
+            columns |= {name: score_slowly(args, results, name, bench, index) for name in slow}
         if args.sort not in columns:
             raise AnalysisError(f"--sort {args.sort}: needs --also {args.sort}, and no --truth (which it is then of).")
         order = np.argsort(-columns[args.sort], kind="stable")  # NaN last
@@ -135,7 +142,7 @@ def main(args: Args) -> None:
         if scores.num_undefined:
             print(f"{scores.num_undefined} subnets have no angle: a zero norm.")
 
-        ranking = judge(args, table, truth, bench, slow) if truth is not None else None
+        ranking = judge(args, results, table, truth, bench, slow) if truth is not None else None
         about |= {"command": command(), "options": plain_options(args), "versions": versions()}
         taus = between(columns)
         result: dict[str, Any] = {
@@ -153,7 +160,7 @@ def main(args: Args) -> None:
             print("\n" + ranking.table())
         else:
             print("Whether any of them knows which subnets are good, only --truth can tell.")
-        write_csv(folder.path / "ranking.csv", table, index, columns, order)
+        write_csv(results.path / "ranking.csv", table, index, columns, order)
         colour = None
         title = f"{about['name']}: {len(index):,} subnets"
         if truth is not None:  # the picture is of the subnets that something is known of
@@ -161,14 +168,14 @@ def main(args: Args) -> None:
             columns = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
             colour = np.mean(list(truth.columns.values()), axis=0)
             title = f"{about['name']}: the {len(colour):,} subnets of {args.truth}"
-        draw_angles(folder.path / "angle_rank.png", columns, colour, title)
-        write_json(folder.path / "ranking.json", jsonable(result))
-        folder.write_marker("finished", {"command": about["command"], "seconds": time.monotonic() - began})
-        print(f"{folder.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
+        draw_angles(results.path / "angle_rank.png", columns, colour, title)
+        write_json(results.path / "ranking.json", jsonable(result))
+        results.finish()
+        print(f"{results.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
 
 
 def make_table(
-    args: Args, feed: Feed | None, folder: RunFolder
+    args: Args, feed: Feed | None, results: Results
 ) -> tuple[nn.Module | None, nn.Module | None, AngleTable, dict[str, Any]]:
     """The supernet before and after training (None: of a net that only a table describes), and its angle table."""
     if args.widths is not None:
@@ -176,7 +183,7 @@ def make_table(
         variables, layers = gs.analysis.read_width_table(args.widths)
         states = (clean_keys(read_tensors(path)) for path in (args.files.untrained, args.files.trained))
         return None, None, AngleTable(layers, variables, *states), {"name": args.widths.stem}
-    init, trained, space, about = train(args, feed, folder) if args.files.untrained is None else load(args)
+    init, trained, space, about = train(args, feed, results) if args.files.untrained is None else load(args)
     return init, trained, supernet_table(init, trained, space, input_size=tuple(about["input_size"])), about
 
 
@@ -187,28 +194,23 @@ def make_feed(args: Args) -> MemoryFeed:
 
 
 def train(
-    args: Args, feed: Feed | None, folder: RunFolder
+    args: Args, feed: Feed | None, results: Results
 ) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
     """A supernet trained here; both of its states are left in the folder."""
     assert feed is not None
-    seed, epochs, total = args.running.seed, args.length.epochs, num_updates(feed, args.length.epochs)
-    args = replace(args, model=replace(args.model, model=args.model.model or MODEL))
-    init, made = args.net(feed, seed)
-    space, about = as_supernet(init.cpu(), made, input_size=feed.input_size, seed=seed)
-    trained = copy.deepcopy(init).to(args.running.torch_device())
-    with args.bar(total, "training") as advance:
-        train_supernet(
-            trained, feed, epochs=epochs, config=args.training, mode=args.mode, seed=seed, after_update=advance
-        )
-    folder.write_marker("running", {"command": command()})
-    save_supernet(folder.path / "init.safetensors", init, space, about)
-    save_supernet(folder.path / "supernet.safetensors", trained, space, about)
+    total = num_updates(feed, args.length.epochs)
+    for key in args.jobs(results, [TRAINED], args.net(feed, args.running.seed)[0], feed, total):
+        _, trained, space, _ = trained_supernet(args, results, feed, mode=args.mode)
+        top1 = {"base": space.base, "full": space.full}
+        found = {name: evaluate(calibrated(trained, feed, w), feed.val).top1 for name, w in top1.items()}
+        results.append({"key": key, **found})
+    init, trained, space, about = trained_supernet(args, results, feed, mode=args.mode)
+    found = results.done()[TRAINED]
     labels = "random labels" if args.random_labels else "its labels"
-    top1 = {"base": space.base, "full": space.full}
-    found = ", ".join(
-        f"{name} {evaluate(calibrated(trained, feed, w), feed.val).top1:.1f} %" for name, w in top1.items()
+    print(
+        f"{about['name']} trained on {feed.name} with {labels} for {total} updates: val top-1 base "
+        f"{found['base']:.1f} %, full {found['full']:.1f} %"
     )
-    print(f"{about['name']} trained on {feed.name} with {labels} for {total} updates: val top-1 {found}")
     return init, trained, space, about
 
 
@@ -251,11 +253,21 @@ def choose(args: Args, table: AngleTable) -> Index:
     return table.all()
 
 
-def judge(args: Args, table: AngleTable, truth: Truth, bench: Bench | None, slow: list[str]) -> Ranking:
+def score_slowly(args: Args, results: Results, name: str, bench: Bench, index: Index) -> Floats:
+    """A score that runs the net for every subnet, in parts that are kept."""
+    parts = {f"{name}, subnets from {at:,}": index[at : at + PART] for at in range(0, len(index), PART)}
+    for key in results.unfinished(list(parts), args.say):
+        results.append({"key": key, "values": jsonable(SCORES[name](bench, parts[key]).tolist())})
+    return np.concatenate([np.array(results.done()[key]["values"], dtype=np.float64) for key in parts])
+
+
+def judge(
+    args: Args, results: Results, table: AngleTable, truth: Truth, bench: Bench | None, slow: list[str]
+) -> Ranking:
     """How every score agrees with the truth."""
     known = table.score(truth.index)
     scores = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
-    scores |= {name: SCORES[name](bench, truth.index) for name in slow if bench is not None}
+    scores |= {name: score_slowly(args, results, name, bench, truth.index) for name in slow if bench is not None}
     return gs.rank(scores, list(truth.columns.values()), num_resamples=args.resamples, seed=args.running.seed)
 
 
@@ -305,10 +317,5 @@ def write_csv(path: Path, table: AngleTable, index: Index, columns: dict[str, Fl
     write_atomic(path, text.getvalue().encode())
 
 
-def bar_of(args: Args) -> Any:
-    """A progress bar around what takes long."""
-    return lambda items: tqdm(items, unit="subnet", disable=args.running.quiet, leave=False)
-
-
 if __name__ == "__main__":
-    run_program(main, Args, __doc__)
+    run_program(main, Args, __doc__, go_on="the same command continues from here")

@@ -30,11 +30,11 @@ import torch
 import tyro
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.base.limits import Positive
+from growshrink.base.progress import progress_bar
 from growshrink.cli.forms import pick
 from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
@@ -113,7 +113,7 @@ def main(args: Args) -> int:
 def cover_all(args: Args, groups: list[list[str]], results: dict[tuple[str, str], Result], others: Counter[str]) -> int:
     """Fill `results` and the count of `others`, a line on the screen each; how many are wrong."""
     num_wrong = 0
-    for group in (bar := tqdm(groups, unit="net", leave=False)):
+    for group in (bar := progress_bar(groups, unit="net")):
         name = next((name for name in group if num_params(name) <= args.max_params * 1e6), None)
         if name is None:
             others["too large"] += 1

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import timm
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import growshrink as gs
+from growshrink.base.progress import progress_bar
 from growshrink.cli.forms import pick
 from growshrink.cli.program import run_program
 from growshrink.layers.grown import grown_modules
@@ -43,7 +43,7 @@ def main(args: Args) -> int:
     names = args.nets.models or [name for name in timm.list_models("reducenet*") if "_x" in name]
     print(f"{'model':24s} {'grown':>5s}" + "".join(f"{title:>10s}" for title in COLUMNS))
     num_wrong = 0
-    for name in (bar := tqdm(names, unit="net", leave=False)):
+    for name in (bar := progress_bar(names, unit="net")):
         model = timm.create_model(name)
         cfg = timm.get_pretrained_cfg(name)
         assert cfg is not None

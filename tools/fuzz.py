@@ -29,7 +29,6 @@ from random import Random
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
@@ -38,6 +37,7 @@ from fuzzing.commands import check_command
 from fuzzing.files import check_file
 from fuzzing.real import COUNT, check_real, counts
 from growshrink.base.limits import Count
+from growshrink.base.progress import progress_bar
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
 from growshrink.cli.program import run_program
@@ -54,7 +54,7 @@ class Cases:
     def numbers(self, unit: str) -> Any:
         """Their numbers, with a progress bar."""
         first = self.running.seed
-        return tqdm(range(first, first + self.count), unit=unit, disable=self.running.quiet)
+        return progress_bar(range(first, first + self.count), unit=unit, show=not self.running.quiet)
 
 
 @dataclass(frozen=True, kw_only=True)

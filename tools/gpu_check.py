@@ -22,13 +22,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tqdm import tqdm
 
 from gpu_checks import CHECKS
 from gpu_speeds import SPEEDS
 from gpu_witness import Witness
 from growshrink.base.environment import versions
 from growshrink.base.limits import InFile, OneOf, Positive
+from growshrink.base.progress import progress_bar
 from growshrink.base.timing import machine
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
@@ -81,11 +81,11 @@ def main(args: Args) -> int:
         write_json(out / "gpu_check.json", {**found, "lines": witness.lines()})
         write_atomic(out / "gpu_check.md", report(about, checks, speeds, witness.lines()).encode())
 
-    for name in tqdm([name for name in CHECKS if name in wanted], "checks", disable=args.running.quiet, ncols=110):
+    for name in progress_bar([name for name in CHECKS if name in wanted], "checks", show=not args.running.quiet):
         with witness:
             checks[name] = attempt(CHECKS[name], device, args.tiny)
         write()
-    for name in tqdm([name for name in SPEEDS if name in wanted], "speeds", disable=args.running.quiet, ncols=110):
+    for name in progress_bar([name for name in SPEEDS if name in wanted], "speeds", show=not args.running.quiet):
         late = time.monotonic() - began > 60 * args.minutes * MEASURING
         speeds[name] = {"error": "left out: the time was up"} if late else attempt(SPEEDS[name], device, args.tiny)
         write()

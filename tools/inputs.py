@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
+from torch import nn
 
+import growshrink as gs
+from growshrink.analysis.results import Results
+from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.limits import InFile, OutFile, Pixels
-from growshrink.cli.options import BatchOptions, ModelName
+from growshrink.cli.options import BatchOptions, ModelName, StudyOptions
+from growshrink.data.feed import Feed
+from growshrink.errors import RunError
+from growshrink.supernet import load_supernet, save_supernet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +38,46 @@ class NetFiles:
     """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net grown at birth."""
     trained: InFile | None = None
     """The same net after it: supernet.safetensors, or a state_dict alone."""
+
+    def digests(self) -> dict[str, str]:
+        """What is in the files that are named."""
+        found = {}
+        for name, path in vars(self).items():
+            if path is not None:
+                try:
+                    found[name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+                except OSError as error:
+                    raise RunError(f"--{name} {path}: not readable ({error.strerror}).") from error
+        return found
+
+
+def trained_supernet(
+    args: StudyOptions, results: Results, feed: Feed, number: int = 0, *, name: str = "", **how: Any
+) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace, dict[str, Any]]:
+    """Supernet `number`, before and after training: trained by one process, and left in the folder of the results.
+
+    Args:
+        args: Says what and how long.
+        results: Of all processes.
+        feed: What it is trained on.
+        number: Added to the seed.
+        name: Added to the names of the files.
+        how: For `train_supernet`.
+    """
+    seed, epochs = args.running.seed + number, args.length.epochs
+    paths = [results.path / f"{part}{name}.safetensors" for part in ("init", "supernet")]
+    with results.once(number):
+        if not paths[1].exists():
+            init, made = args.net(feed, seed)
+            space, about = as_supernet(init.cpu(), made, input_size=feed.input_size, seed=seed)
+            trained = copy.deepcopy(init).to(args.running.torch_device())
+            how |= {"epochs": epochs, "config": args.training, "seed": seed, "train": results.kept(f"supernet{name}")}
+            with args.bar(num_updates(feed, epochs), f"supernet {number}") as advance:
+                train_supernet(trained, feed, after_update=advance, **how)
+            save_supernet(paths[0], init, space, about)
+            save_supernet(paths[1], trained, space, about)
+    (init, space, about), (trained, _, _) = map(load_supernet, paths)
+    return init, trained, space, about
 
 
 @dataclass(frozen=True, kw_only=True)

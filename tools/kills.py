@@ -40,6 +40,7 @@ from tqdm import tqdm
 import growshrink as gs
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, Positive
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import read_json
 from growshrink.base.writing import PARTIAL, write_json
 from growshrink.cli.forms import pick
@@ -83,7 +84,7 @@ def main(args: Args) -> int:
     seed = args.running.seed
     with (
         args.running.claim("kills") as folder,
-        tqdm(total=args.kills, unit="kill", disable=args.running.quiet) as bar,
+        progress_bar(total=args.kills, unit="kill", show=not args.running.quiet) as bar,
     ):
         folder.write_marker("running", {"options": OPTIONS, "seed": seed, "fresh": args.fresh})
         with Attempt(folder.path / "undisturbed", fresh=args.fresh) as alone:

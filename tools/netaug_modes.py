@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.base.limits import Count, OneOf
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import parse_json, read_bytes
 from growshrink.base.writing import json_line, write_atomic
 from growshrink.cli.forms import pick, plain_options
@@ -136,7 +136,7 @@ def train(args: Args, data: DataSet, arm: str, seed: int) -> dict[str, Any]:
         task.attach(trainer.optimizer)
         cost = StepCost(task, feed.input_size).mean()
     began = time.perf_counter()
-    with tqdm(total=updates, desc=f"{arm}, seed {seed}", disable=args.running.quiet) as bar:
+    with progress_bar(total=updates, what=f"{arm}, seed {seed}", show=not args.running.quiet) as bar:
         trainer.train(
             updates,
             learning_rate=rewarm(cosine(1.0, 0.0, steps=updates), [0], 100),

@@ -12,9 +12,9 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from growshrink.base.limits import Positive
+from growshrink.base.progress import progress_bar
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.cli.forms import pick
 from growshrink.cli.options import RunOptions
@@ -97,7 +97,7 @@ class Bench:
 
     def bar(self, count: int, what: str) -> Iterator[int]:
         """`range(count)` with a progress bar."""
-        return iter(tqdm(range(count), what[:60], unit="pair", leave=False, disable=not self.progress, ncols=110))
+        return iter(progress_bar(range(count), what[:60], unit="pair", show=self.progress))
 
 
 @dataclass(frozen=True, kw_only=True)

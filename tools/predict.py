@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 from growshrink.base.limits import Checkpoint, Count, InFile
+from growshrink.base.progress import progress_bar
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.cli.forms import pick
 from growshrink.cli.options import BatchOptions, RunOptions
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["file", "class", "share", *(f"share of {name}" for name in source.classes)])
-        bar = tqdm(total=len(paths), desc="predicting", unit="image", delay=2, disable=args.running.quiet)
+        bar = progress_bar(total=len(paths), what="predicting", unit="image", delay=2, show=not args.running.quiet)
         for index, made in enumerate(predict(paths, net, source, args.batches.batch_size)):
             bar.update()
             if isinstance(made, str):

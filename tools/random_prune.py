@@ -18,9 +18,7 @@ random_prune.json, random_prune.png, and, for --space widths, truth.csv, which t
 
 from __future__ import annotations
 
-import copy
 import csv
-import hashlib
 import io
 import os
 from collections.abc import Callable, Iterator
@@ -31,7 +29,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.analysis._angle import supernet_table
@@ -51,19 +48,20 @@ from growshrink.analysis.study import (
     plan_widths,
     summarise,
 )
-from growshrink.analysis.trained import as_supernet, num_updates, train_net, train_supernet
+from growshrink.analysis.trained import num_updates, train_net
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
-from growshrink.errors import AnalysisError, RunError, did_you_mean
-from growshrink.supernet import load_supernet, save_supernet
+from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.supernet import load_supernet
 from growshrink.training import evaluate
-from inputs import NetFiles
+from inputs import NetFiles, trained_supernet
 
 SPACES = ("channels", "widths")
 
@@ -111,15 +109,15 @@ def main(args: Args) -> None:
     check(args)
     default = "reducenet20_x4" if args.widths() else "reducenet20"
     args = replace(args, model=replace(args.model, model=args.model.model or default))
-    out = args.running.out or Path("runs") / f"prune-{args.title}"
-    with Results(out, identity(args)) as results:
+    with args.results("prune", identity(args)) as results:
         feed = args.memory_feed()
         calibration = [feed.train.batch(update)[0] for update in range(args.statistics)]
+        args.announce(args.net(feed, args.running.seed)[0], feed, updates_of(args, results, feed))
         spaces, plan, draws = make_plan(args, results, feed)
         keys = [candidate.key for candidate in plan]
         by_key = {candidate.key: candidate for candidate in plan}
         if found := len(results.done().keys() & set(keys)):
-            print(f"{out}: {found} of {len(keys)} subnets are there already.")
+            print(f"{results.path}: {found} of {len(keys)} subnets are there already.")
         with progress(args, results, keys) as advance:
             for key in results.unfinished(keys):
                 candidate = by_key[key]
@@ -127,6 +125,15 @@ def main(args: Args) -> None:
                 advance()
         if int(os.environ.get("RANK", "0")) == 0:
             report(args, results, keys, spaces, draws, feed)
+
+
+def updates_of(args: Args, results: Results, feed: MemoryFeed) -> float:
+    """What is missing, as updates: nets to train and subnets to judge; a forward pass counts a third."""
+    file, num = "supernet" if args.widths() else "net", 1 if args.files.trained else args.length.seeds
+    trained = [args.files.trained or (results.path / f"{file}-{n}.safetensors").exists() for n in range(num)]
+    each = (args.statistics + len(feed.data.val) / feed.train.batch_size) / 3 + num_updates(feed, args.alone)
+    subnets = num * (args.subnets + len(criteria_of(args)) * (1 + args.null_draws)) - len(results.done())
+    return trained.count(False) * num_updates(feed, args.length.epochs) + max(0, subnets) * each
 
 
 def check(args: Args) -> None:
@@ -153,12 +160,7 @@ def identity(args: Args) -> dict[str, Any]:
     """What has to be the same for all that work on a run: files by what is in them."""
     found = args.identity()
     found["options"]["criteria"] = list(criteria_of(args))
-    for name, path in vars(args.files).items():
-        if path is not None:
-            try:
-                found["options"][name] = hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-            except OSError as error:
-                raise RunError(f"--{name} {path}: not readable ({error.strerror}).") from error
+    found["options"] |= args.files.digests()
     return found
 
 
@@ -221,7 +223,8 @@ def plain_net(args: Args, results: Results, feed: Feed, number: int) -> nn.Modul
 
     def make() -> dict[str, Tensor]:
         with args.bar(num_updates(feed, epochs), f"net {number}") as advance:
-            train_net(model, feed, epochs=epochs, config=args.training, after_update=advance)
+            how: dict[str, Any] = {"after_update": advance, "train": results.kept(f"net-{number}")}
+            train_net(model, feed, epochs=epochs, config=args.training, **how)
         return model.state_dict()
 
     load_weights(model, args.files.trained or results.made_once(number, f"net-{number}.safetensors", make))
@@ -232,22 +235,12 @@ def supernet(
     args: Args, results: Results, feed: Feed, number: int
 ) -> tuple[nn.Module, nn.Module, gs.layers.WidthSpace]:
     """Supernet number `number`, before and after training."""
-    device, seed, epochs = args.running.torch_device(), args.running.seed + number, args.length.epochs
     if args.files.trained is not None:
         trained, space, _ = load_supernet(args.files.trained)
         init = trained if args.files.untrained is None else load_supernet(args.files.untrained)[0]
     else:
-        paths = [results.path / f"{name}-{number}.safetensors" for name in ("init", "supernet")]
-        with results.once(number):
-            if not paths[1].exists():
-                init, made = args.net(feed, seed)
-                space, about = as_supernet(init.cpu(), made, input_size=feed.input_size, seed=seed)
-                trained = copy.deepcopy(init).to(device)
-                with args.bar(num_updates(feed, epochs), f"net {number}") as advance:
-                    train_supernet(trained, feed, epochs=epochs, config=args.training, seed=seed, after_update=advance)
-                save_supernet(paths[0], init, space, about)
-                save_supernet(paths[1], trained, space, about)
-        (init, _, _), (trained, space, _) = map(load_supernet, paths)
+        init, trained, space, _ = trained_supernet(args, results, feed, number, name=f"-{number}")
+    device = args.running.torch_device()
     return init.to(device), trained.to(device), space
 
 
@@ -311,7 +304,7 @@ def write_truth(path: Path, records: list[dict[str, Any]]) -> None:
 def progress(args: Args, results: Results, keys: list[str]) -> Iterator[Any]:
     """A progress bar over subnets, those that other processes finish included."""
     wanted = set(keys)
-    with tqdm(total=len(keys), unit="subnet", disable=args.running.quiet, leave=False) as bar:
+    with progress_bar(total=len(keys), unit="subnet", show=not args.running.quiet) as bar:
 
         def advance() -> None:
             bar.update(len(results.done().keys() & wanted) - bar.n)

@@ -25,10 +25,10 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 import growshrink as gs
 from growshrink.base.limits import Count, Positive
+from growshrink.base.progress import progress_bar
 from growshrink.cli.forms import pick
 from growshrink.cli.options import GrowOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
@@ -81,7 +81,7 @@ def main(args: Args) -> int:
         raise RunError(f"--file {file}: exists; choose another name or remove it.")
     began = time.perf_counter()
     rounds: list[Round] = []
-    for entry in tqdm(soak(args), total=args.grow.rounds, unit="round", disable=args.running.quiet):
+    for entry in progress_bar(soak(args), total=args.grow.rounds, unit="round", show=not args.running.quiet):
         rounds.append(entry)
         if file is not None:
             write_line(file, entry)

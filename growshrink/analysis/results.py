@@ -10,13 +10,16 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from growshrink.analysis.keeping import train_kept
 from growshrink.base.locking import lock_byte, unlock_byte
+from growshrink.base.progress import duration
 from growshrink.base.reading import parse_json, read_json
 from growshrink.base.writing import json_line, write_atomic, write_json
 from growshrink.errors import RunError
@@ -37,6 +40,7 @@ class Results(AbstractContextManager["Results"]):
     Args:
         path: The folder: made, or taken part in.
         identity: What the run is; the same for all that take part.
+        about: What else run.json says.
 
     Attributes:
         damaged: Lines that are not what was written, because a process died in the middle; they are computed again.
@@ -45,7 +49,7 @@ class Results(AbstractContextManager["Results"]):
         RunError: The folder holds something else, or a run with another identity.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.damaged = 0
         self._done: dict[str, dict[str, Any]] = {}
@@ -64,7 +68,7 @@ class Results(AbstractContextManager["Results"]):
                 if (path / MARKER).exists():
                     check_same(path, identity)
                 else:
-                    write_json(path / MARKER, {"status": "running", **identity})
+                    write_json(path / MARKER, {"status": "running", **identity, **(about or {})})
         except BaseException:
             os.close(self._locks)
             raise
@@ -103,11 +107,13 @@ class Results(AbstractContextManager["Results"]):
             file.flush()
             os.fsync(file.fileno())
 
-    def unfinished(self, keys: Sequence[str]) -> Iterator[str]:
+    def unfinished(self, keys: Sequence[str], say: Callable[[str], object] | None = None) -> Iterator[str]:
         """Keys to compute and `append` here, one at a time; ends when all of `keys` are done, by whomever.
 
         All processes have to give the same keys in the same order. What a process that died has left is taken over.
+        After each key `say` is told how long the rest will take.
         """
+        began, missing = time.monotonic(), len(set(keys) - self.done().keys())
         while True:
             waiting = False
             for number, key in enumerate(keys):
@@ -119,6 +125,9 @@ class Results(AbstractContextManager["Results"]):
                 try:
                     if key not in self.done():  # it may have been finished since we looked
                         yield key
+                        if say and (left := len(set(keys) - self.done().keys())):
+                            rest = left * (time.monotonic() - began) / max(1, missing - left)
+                            say(f"{len(keys) - left} of {len(keys)} done, about {duration(rest)} left")
                 finally:
                     unlock_byte(self._locks, number)
             if not waiting and all(key in self.done() for key in keys):
@@ -143,6 +152,10 @@ class Results(AbstractContextManager["Results"]):
             if not path.exists():
                 write_atomic(path, save({key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}))
         return path
+
+    def kept(self, name: str) -> Callable[..., Tensor]:
+        """`Trainer.train` that goes on where a killed process was, by checkpoints in the folder; see `train_kept`."""
+        return partial(train_kept, self.path / f"{name}.training")
 
     @contextmanager
     def _locked(self, number: int) -> Iterator[None]:

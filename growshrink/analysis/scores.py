@@ -5,10 +5,9 @@ def mine(bench: Bench, index: Index) -> Floats:
     ...one number for each row of index, higher is better, NaN where there is none
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +31,8 @@ BATCH = 128
 class Bench:
     """What scores may look at, and must not modify: the supernet as initialised and trained, its angle table, the data.
 
-    Batch norm statistics of every subnet are taken from the same `num_calibration` training batches; `progress` wraps
-    what takes long, e.g. with a progress bar. No score may look at the test split of `feed`.
+    Batch norm statistics of every subnet are taken from the same `num_calibration` training batches. No score may look
+    at the test split of `feed`.
     """
 
     init: nn.Module
@@ -41,7 +40,6 @@ class Bench:
     table: AngleTable
     feed: Feed
     num_calibration: int = 8
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 
     def minibatch(self) -> tuple[Tensor, Tensor]:
         """The same training images and labels every time, at least `BATCH` of them if there are as many."""
@@ -144,7 +142,7 @@ def _each(bench: Bench, model: nn.Module, index: Index, of: Callable[[nn.Module]
     slots, values = Slots(net), []
     with torch.random.fork_rng(devices=[]):  # dropout
         torch.default_generator.manual_seed(0)
-        for row in bench.progress(index):
+        for row in index:
             slots.set(bench.table.width(row))
             values.append(of(net))
     return np.array(values, dtype=np.float64)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from growshrink import schedules
 from growshrink.algebra.dataflow import InputSize
@@ -47,7 +47,7 @@ def train_supernet(
     mode: str = "single",
     seed: int = 0,
     start: int = 0,
-    after_update: Callable[[], None] | None = None,
+    **more: Any,
 ) -> int:
     """Train the widths of a grown net together, in place, activations alive; see `train_net`.
 
@@ -55,7 +55,7 @@ def train_supernet(
     """
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     task = NetAugTask(model, criterion, verbose=False, space=space, mode=mode, seed=seed, input_size=feed.input_size)
-    stop = train_net(model, feed, epochs=epochs, config=config, start=start, after_update=after_update, task=task)
+    stop = train_net(model, feed, epochs=epochs, config=config, start=start, task=task, **more)
     task.detach()
     return stop
 
@@ -69,10 +69,12 @@ def train_net(
     start: int = 0,
     after_update: Callable[[], None] | None = None,
     task: NetAugTask | None = None,
+    train: Callable[..., Tensor] = Trainer.train,
 ) -> int:
     """Train a net in place, learning rate falling by a cosine; a `task` computes the loss in place of the trainer.
 
-    Updates are counted from `start`, which decides about their batches; returns the number of the next one.
+    Updates are counted from `start`, which decides about their batches; returns the number of the next one. `train`
+    does them; `Results.kept` gives one that is resumed.
     """
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start
@@ -80,7 +82,8 @@ def train_net(
         task.attach(trainer.optimizer)
     total = num_updates(feed, epochs)
     rate = schedules.cosine(1.0, 0.0, total)
-    trainer.train(
+    train(
+        trainer,
         start + total,
         learning_rate=lambda update: rate(update - start),
         lam=schedules.constant(1.0),

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
+
+from growshrink.base.progress import progress_bar
 
 Call = Callable[[], object]
 
@@ -58,7 +59,7 @@ def interleaved_timings(
             call()
         repeats[name] = max(1, round(TURN / max(seconds_of(call, own_thread=own_thread), 1e-9)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in tqdm(range(rounds), "latencies", unit="round", leave=False, disable=not progress, ncols=110):
+    for _ in progress_bar(range(rounds), "latencies", unit="round", show=progress):
         for name, call in calls.items():
             call()  # its weights and code are back in the caches
             times[name].append(1e3 * seconds_of(call, repeats[name], own_thread=own_thread))

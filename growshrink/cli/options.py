@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +13,8 @@ import timm
 import torch
 import tyro
 from torch import nn
-from tqdm import tqdm
 
+from growshrink.analysis.results import Results
 from growshrink.base.environment import versions
 from growshrink.base.limits import (
     Argument,
@@ -35,8 +35,10 @@ from growshrink.base.limits import (
     Threads,
     Whole,
 )
+from growshrink.base.progress import duration, progress_bar
 from growshrink.base.ranks import num_ranks, run_on_rank0, this_rank
 from growshrink.base.reading import read_json
+from growshrink.base.timing import seconds_interleaved
 from growshrink.branches.spec import PRESETS
 from growshrink.cli.forms import pick, plain_options, read_pairs
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
@@ -48,8 +50,8 @@ from growshrink.errors import RunError
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
 from growshrink.models.naming import plain_form
-from growshrink.runs.folder import MARKER, RunFolder, claim_together
-from growshrink.training.choosing import choose_speed
+from growshrink.runs.folder import MARKER, RunFolder, claim_together, difference
+from growshrink.training.choosing import choose_speed, training_step
 from growshrink.training.trainer import TrainConfig
 
 ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, lambda name: _is_model(name))]
@@ -285,6 +287,8 @@ class RunOptions:
         return device
 
 
+#: Of the time of a training, without scoring and the optimizer.
+SHARE_OF_TRAINING = 0.8
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
 #: Of the data, what has to be the same for a run to be resumed.
@@ -345,20 +349,47 @@ class Options:
         options = {name: value for name, value in plain_options(self).items() if name not in RUNNING}
         return {"program": Path(sys.argv[0]).stem, "options": options}
 
-    @contextmanager
-    def recorded(self, program: str) -> Iterator[Path]:
-        """Claim the folder of a run, and say there what it is and, at the end, that it is finished."""
+    def results(self, program: str, identity: Mapping[str, Any] | None = None) -> Results:
+        """The results of the program: in --out, or in runs/PROGRAM-DATA-MODEL, numbered if others are there.
+
+        Where there are some of the same `identity` (by default all options) already, they are continued.
+        """
         self.running.set_threads()
-        with self.running.claim(f"{self.title}-{program}") as folder:
-            record = {"command": command(), "options": plain_options(self), "versions": versions()}
-            folder.write_marker("running", record)
-            yield folder.path
-            folder.write_marker("finished", record)
+        identity = identity or self.identity()
+        path, number = self.running.out, 1
+        while path is None:
+            name = f"{program}-{self.title}" + f"-{number}" * (number > 1)
+            marker, number = Path("runs") / name / MARKER, number + 1
+            if not marker.parent.exists() or marker.exists() and not difference(read_json(marker), identity):
+                path = marker.parent
+        return Results(path, identity, {"command": command(), "versions": versions()})
+
+    def say(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.running.quiet:
+            print(f"{Path(sys.argv[0]).stem}: {text}.", file=sys.stderr, flush=True)
+
+    def jobs(self, results: Results, keys: Sequence[str], net: nn.Module, feed: Feed, updates: float) -> Iterator[str]:
+        """Keys to compute (see `Results.unfinished`), of so many updates each; says how long they will take."""
+        self.announce(net, feed, updates * len(set(keys) - results.done().keys()))
+        yield from results.unfinished(keys, self.say)
+
+    def announce(self, net: nn.Module, feed: Feed, updates: float) -> None:
+        """Say how long so many updates of `net` take on this machine, by a few that are timed on a copy.
+
+        A forward pass alone counts a third.
+        """
+        if updates and not self.running.quiet:
+            device = self.running.torch_device()
+            step = training_step(net, feed.input_size, feed.train.batch_size, device, amp=self.training.amp)
+            seconds = seconds_interleaved({"step": step}, device=device)["step"]
+            about = duration(updates * seconds / SHARE_OF_TRAINING)
+            self.say(f"about {about} on this machine ({updates:,.0f} updates of {1e3 * seconds:.3g} ms)")
 
     @contextmanager
     def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:
         """Show a progress bar; what is to be called after each update."""
-        with tqdm(total=updates, unit="update", desc=what, disable=self.running.quiet, leave=False) as bar:
+        with progress_bar(total=updates, what=what, show=not self.running.quiet) as bar:
             yield bar.update
 
 

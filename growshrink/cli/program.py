@@ -4,7 +4,6 @@ import errno
 import inspect
 import io
 import itertools
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +11,11 @@ from contextlib import contextmanager, redirect_stderr
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import tyro
 
+from growshrink.base.progress import PlainLines
 from growshrink.base.stopping import Stopped, handled
 from growshrink.cli.forms import form_of, read_form
 from growshrink.errors import GrowShrinkError, RunError
@@ -45,20 +45,6 @@ def run_program(
     stream: Any = sys.stderr if sys.stderr.isatty() else PlainLines(sys.stderr)
     with redirect_stderr(stream), guarded(go_on):
         sys.exit(main(read_options(args, doc)) or 0)
-
-
-class PlainLines:
-    """A stream into a file or a pipe, without codes that move a cursor; what overwrites a line begins a new one."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        """Write text as lines."""
-        return self._stream.write(re.sub(r"\r[ \r]*", "\n", re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
 
 
 def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] | None = None) -> T:

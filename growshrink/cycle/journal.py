@@ -6,8 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from growshrink.base.progress import progress_bar
 from growshrink.base.ranks import this_rank
 from growshrink.base.writing import json_line, write_atomic
 from growshrink.cycle.records import RoundRecord, Row
@@ -23,10 +22,7 @@ class Journal:
         self._path = folder / "log.jsonl"
         self._writer = _tensorboard_writer(folder) if tensorboard else None
         self._progress = progress
-        every = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file has no use for ten bars a second
-        self._bar = tqdm(
-            total=total, unit="update", disable=not progress, dynamic_ncols=True, smoothing=0.05, mininterval=every
-        )
+        self._bar = progress_bar(total=total, show=progress, smoothing=0.05, leave=True)
 
     def restart(self, rows: Iterable[Row], update: int) -> None:
         """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""

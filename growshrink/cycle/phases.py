@@ -275,11 +275,12 @@ class Hold(_Grown):
             run.record.gradients_at_update_2 = gradients(run.trainer)
 
     def leave(self, run: Run) -> None:
-        """Score the peak, which may become the teacher."""
+        """Score the peak, which may become the teacher; where all is linear there is none, as nothing will be lost."""
         record, plan = run.record, self.span.plan
         peak = run.trainer.best if run.augmentation is None else run.augmentation.full_net(run.trainer)
         broadcast_nets_([peak])
-        record.top1.peak = run.top1(peak)
+        if plan.teaches_peak or not plan.linear:
+            record.top1.peak = run.top1(peak)
         if run.augmentation is None:
             record.gradients_at_peak = gradients(run.trainer)
         if plan.teaches_peak:

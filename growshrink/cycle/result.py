@@ -71,7 +71,7 @@ def rounds_table(rounds: Sequence[RoundRecord], *, markdown: bool) -> str:
 def _retention(record: RoundRecord) -> str:
     if record.retention is not None:
         return f"{record.retention:.2f}"
-    return "-" if record.top1.before is None or not record.branch else "no gain"
+    return "-" if None in (record.top1.before, record.top1.peak) or not record.branch else "no gain"
 
 
 def _percent(value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.swaps import expand_online
-from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
+from growshrink.runs.checkpoints import newest_checkpoint
 from growshrink.runs.folder import RunFolder, check_same, claim_together, difference
 from growshrink.supernet import NetAugTask
 from growshrink.training._evaluate import Loss
@@ -237,7 +237,7 @@ def identity_of(
 
 def restore(run: Run, phases: Phases, plan: CyclePlan) -> None:
     """Load the newest checkpoint that is whole, if there is one; `run.phase` is then where to continue."""
-    newest = _newest(run.folder.path, run.journal.warn)
+    newest = newest_checkpoint(run.folder.path, run.journal.warn)
     if newest is None:  # killed before the first checkpoint: start again
         run.journal.restart([], 0)
         return
@@ -299,20 +299,3 @@ def _check_log(state: RunState, plan: CyclePlan) -> None:
                     f"its round {change.round} has grown {change.branches!r} of ratio {change.ratio!r}, "
                     "which is not in the plan."
                 )
-
-
-def _newest(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that is whole, or None if there is none at all.
-
-    Raises:
-        RunError: There are checkpoints, and all of them are damaged.
-    """
-    found = find_checkpoints(folder)
-    for path in found:
-        try:
-            return path, load_checkpoint(path)
-        except RunError as error:
-            warn(f"{error} Trying the one before.")
-    if found:
-        raise RunError(f"{folder}: its checkpoints ({len(found)}) are all damaged; choose another folder.")
-    return None

@@ -8,14 +8,15 @@ and stay on the device; a crop copies whole pixel rows out of a strided view of 
 bytes by bit masks, which vectorise where `torch.where` with a broadcast condition does not.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from timm.data import Mixup
 from torch import Tensor
+from torch.nn import functional as F
 
 from growshrink.base.config import check_fields
 from growshrink.base.limits import Interval, NotNegative, Share
@@ -23,6 +24,8 @@ from growshrink.base.seeding import generator, own_randomness
 from growshrink.data.datasets import Split
 from growshrink.errors import DataError
 
+#: Uniform numbers that decide about an image.
+DRAWS = 9
 Magnitude = Annotated[int, Interval(0, 30)]
 
 
@@ -32,7 +35,7 @@ class PhotoAugment:
 
     Attributes:
         resized_crop: Least share of the area that a random crop keeps, which is then resized (arXiv:1409.4842).
-        jitter: Largest relative change of brightness, contrast and saturation, and four times that of the hue.
+        jitter: Largest relative change of brightness, contrast and saturation, and four times that of the hue in turns.
         randaugment: Magnitude of two random operations of RandAugment's (arXiv:1909.13719).
         mixup: Alpha of the Beta distribution of the share of another image that is blended in (arXiv:1710.09412).
         cutmix: Likewise, of the area pasted from another image (arXiv:1905.04899); with mixup too, either at random.
@@ -52,15 +55,16 @@ class PhotoAugment:
         """Whether labels become shares of classes."""
         return self.mixup > 0 or self.cutmix > 0
 
-    def change(self, images_NHWC: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Change uint8 images, each as its seed says, on the CPU."""
-        if not (self.resized_crop or self.jitter or self.randaugment):
-            return images_NHWC
-        transform, changed = _transform(self, *images_NHWC.shape[1:3]), []
-        for image, seed in zip(images_NHWC.cpu().permute(0, 3, 1, 2), seeds, strict=True):
-            with own_randomness(seed):
-                changed.append(transform(image))
-        return torch.stack(changed).permute(0, 2, 3, 1).contiguous().to(images_NHWC.device)
+    def change(self, images_NHWC: Tensor, draws_ND: Tensor) -> Tensor:
+        """Change uint8 images, each by its own `DRAWS` uniform numbers in [0, 1)."""
+        images = images_NHWC.permute(0, 3, 1, 2)
+        if self.resized_crop:
+            images = _bytes(_crop(images.float(), draws_ND[:, :4], self.resized_crop))
+        if self.randaugment:
+            images = _randaugment(images, (draws_ND[:, 8] * 2**24).long().tolist(), self.randaugment)
+        if self.jitter:
+            images = _bytes(_jitter(images.float(), draws_ND[:, 4:8], self.jitter))
+        return images.permute(0, 2, 3, 1).contiguous()
 
     def mix(self, images_NCHW: Tensor, labels_N: Tensor, num_classes: int, seed: int) -> tuple[Tensor, Tensor]:
         """Mix each image with another of the batch, in place; labels become shares, float (N, num_classes)."""
@@ -70,18 +74,49 @@ class PhotoAugment:
         return images, labels.float()
 
 
-@lru_cache(maxsize=8)
-def _transform(photo: PhotoAugment, height: int, width: int) -> Any:
+def _bytes(images: Tensor) -> Tensor:
+    return images.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _crop(images_NCHW: Tensor, draws_N4: Tensor, least: float) -> Tensor:
+    """Cut out a window of at least this share of the area, and resize it, which never shrinks it."""
+    area, ratio, left, top = draws_N4.unbind(1)
+    area, ratio = least + (1 - least) * area, (4 / 3) ** (2 * ratio - 1)
+    width, height = ((area * factor).sqrt().clamp(max=1.0) for factor in (ratio, 1 / ratio))
+    theta_N23 = draws_N4.new_zeros(len(draws_N4), 2, 3)
+    for axis, (size, place) in enumerate(((width, left), (height, top))):
+        theta_N23[:, axis, axis], theta_N23[:, axis, 2] = size, (1 - size) * (2 * place - 1)
+    grid = F.affine_grid(theta_N23, list(images_NCHW.shape), align_corners=False)
+    return F.grid_sample(images_NCHW, grid, padding_mode="border", align_corners=False)
+
+
+def _jitter(images_NCHW: Tensor, draws_N4: Tensor, most: float) -> Tensor:
+    """Change brightness, then contrast, saturation and hue, all of them linear; hue turns about the axis of greys."""
+    change = most * (2 * draws_N4 - 1)
+    brightness, contrast, saturation, _ = (1 + change)[:, :, None, None, None].unbind(1)
+    colours = images_NCHW.shape[1] == 3
+    grey_C = images_NCHW.new_tensor((0.299, 0.587, 0.114) if colours else (1.0,))
+    images = images_NCHW * brightness
+    mean = torch.einsum("nchw,c->n", images, grey_C)[:, None, None, None] / images[0, 0].numel()
+    images = torch.lerp(mean, images, contrast)
+    if not colours:
+        return images
+    turn = change[:, 3, None, None] * (math.pi / 2)
+    axes = images.new_tensor([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    eye = torch.eye(3, device=images.device)
+    rotation = turn.cos() * eye + (1 - turn.cos()) / 3 + turn.sin() * axes
+    return torch.einsum("nij,njhw->nihw", rotation @ torch.lerp(grey_C.expand(3, 3), eye, saturation[..., 0]), images)
+
+
+def _randaugment(images_NCHW: Tensor, seeds: Sequence[int], magnitude: int) -> Tensor:
+    """torchvision's, image by image: it changes all images of a batch alike."""
     from torchvision.transforms import v2
 
-    steps: list[Any] = []
-    if photo.resized_crop:
-        steps.append(v2.RandomResizedCrop((height, width), scale=(photo.resized_crop, 1.0), antialias=True))
-    if photo.randaugment:
-        steps.append(v2.RandAugment(magnitude=photo.randaugment))
-    if photo.jitter:
-        steps.append(v2.ColorJitter(photo.jitter, photo.jitter, photo.jitter, photo.jitter / 4))
-    return v2.Compose(steps)
+    transform, changed = v2.RandAugment(magnitude=magnitude), []
+    for image, seed in zip(images_NCHW.cpu(), seeds, strict=True):
+        with own_randomness(seed):
+            changed.append(transform(image))
+    return torch.stack(changed).to(images_NCHW.device)
 
 
 Batch = tuple[Tensor, Tensor]
@@ -254,9 +289,9 @@ class TrainBatches:
         labels, photo = self._labels.index_select(0, image), self.augment.photo
         if photo == PhotoAugment():
             return self._normalise(images), labels
-        seeds = self._order.draw(update, (2**32,), "photo")[0].tolist()
-        images = self._normalise(photo.change(images, seeds))
-        return photo.mix(images, labels, self._num_classes, seeds[0]) if photo.mixes else (images, labels)
+        drawn = torch.stack(self._order.draw(update, (2**24,) * DRAWS, "photo"), 1)
+        images = self._normalise(photo.change(images, (drawn / 2**24).to(images.device)))
+        return photo.mix(images, labels, self._num_classes, int(drawn[0, 0])) if photo.mixes else (images, labels)
 
 
 def eval_batches(

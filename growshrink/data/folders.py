@@ -25,8 +25,8 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import parse_json, read_tensors
 from growshrink.data.formats import check_fits
 from growshrink.errors import DataError, RunError
@@ -234,7 +234,7 @@ def _decode_into(
                 images[index] = image.pixels
         return found
 
-    bar = tqdm(total=len(paths), desc="decoding", unit="image", delay=2, disable=not progress)
+    bar = progress_bar(total=len(paths), what="decoding", unit="image", delay=2, show=progress)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, bar:
         for found in pool.map(task, range(0, len(paths), _FILES_A_TASK)):
             for index, image in found:

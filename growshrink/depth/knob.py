@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.progress import progress_bar
 from growshrink.depth.latency import Latencies, measure_cuts
 from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
 from growshrink.errors import PlanError
@@ -65,7 +65,7 @@ def segment_harms(
     """
     own = loss(model)
     harms = {}
-    for segment in tqdm(all_segments(model, longest), "harms", leave=False, disable=not progress, ncols=110):
+    for segment in progress_bar(all_segments(model, longest), "harms", show=progress):
         harms[segment] = 0.0
         if segment.length > 1:
             silenced = vanish_cut(model, cut_at(model, segment))

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from growshrink.base.config import check_fields
 from growshrink.base.environment import versions
 from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
+from growshrink.base.progress import progress_bar
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.cycle.source import Source
 from growshrink.data.datasets import DataSet
@@ -92,7 +92,7 @@ def export(
         int8.check_data(source, data)
     threads = torch.get_num_threads()
     steps = 3 + options.pt2 + options.onnx + 2 * (options.int8 != "none") + bool(options.rounds)
-    with tqdm(total=steps, unit="step", disable=not options.progress, leave=False, ncols=110) as bar:
+    with progress_bar(total=steps, unit="step", show=options.progress) as bar:
 
         def doing(what: str) -> None:
             bar.set_description(what)

@@ -7,7 +7,7 @@ named tensors and one JSON document in the file's metadata, beside a digest of b
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a folder, newest first."""
     return sorted((p for p in folder.glob("checkpoint-*.safetensors") if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def newest_checkpoint(folder: Path, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    Raises:
+        RunError: There are checkpoints, and all of them are damaged.
+    """
+    found = find_checkpoints(folder)
+    for path in found:
+        try:
+            return path, load_checkpoint(path)
+        except RunError as error:
+            warn(f"{error} Trying the one before.")
+    if found:
+        raise RunError(f"{folder}: its checkpoints ({len(found)}) are all damaged; choose another folder.")
+    return None
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -14,10 +14,10 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
+from growshrink.base.progress import progress_bar
 from growshrink.base.ranks import average_update_
 from growshrink.branches import Modulated, penalties
 from growshrink.data.batches import Batch
@@ -285,6 +285,8 @@ class Trainer:
             with self._autocast(images_NCHW):
                 return self.loss(self.model, batch)
         others_N, share = labels_N, 1.0
+        if self.config.mixup and labels_N.is_floating_point():
+            raise PlanError(f"mixup={self.config.mixup!r}: the batches are mixed already; set one of the two to 0.")
         if self.config.mixup:  # labels may be those of several nets side by side, in turn
             share = float(np.random.default_rng(self.update).beta(self.config.mixup, self.config.mixup))
             others_N = labels_N.unflatten(0, (len(images_NCHW), -1)).flip(0).flatten()
@@ -377,6 +379,7 @@ def fit(
     lam: Schedule | ClosedLoop = constant(1.0),  # noqa: B008 - has no state
     label: str = "",
     progress: bool = False,
+    train: Callable[..., Tensor] = Trainer.train,
 ) -> nn.Module:
     """Train `model` in place for some updates: a warm-up of 5 %, then half a cosine down to a learning rate of 0.
 
@@ -388,6 +391,7 @@ def fit(
         lam: A schedule, or a closed loop, which then observes the training loss.
         label: Label of the progress bar.
         progress: Show one.
+        train: What does the updates; `Results.kept` gives one that is resumed.
 
     Returns:
         The net to judge, in eval mode.
@@ -398,8 +402,9 @@ def fit(
     trainer = Trainer(model, config, batches)
     on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
     learning_rate = rewarm(cosine(1.0, 0.0, updates), [0], warmup=updates // 20)
-    with tqdm(total=updates, desc=label, unit="update", leave=False, disable=not progress, ncols=110) as bar:
-        mean = trainer.train(updates, learning_rate=learning_rate, lam=lam, on_loss=on_loss, after_update=bar.update)
+    how: dict[str, Any] = {"learning_rate": learning_rate, "lam": lam, "on_loss": on_loss}
+    with progress_bar(total=updates, what=label, show=progress) as bar:
+        mean = train(trainer, updates, after_update=bar.update, **how)
     loss = float(mean)
     if not loss < float("inf"):
         raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")

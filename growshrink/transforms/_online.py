@@ -7,12 +7,12 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
+from growshrink.base.progress import progress_bar
 from growshrink.base.timing import interleaved_timings
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
@@ -93,7 +93,7 @@ def collapse_online(
         for name, why in online.items():
             if name in sizes:
                 alike.setdefault(_key(_online_copy(expanded, name, why), sizes[name]), []).append(name)
-        for same in tqdm(alike.values(), "measuring", leave=False, disable=not progress, ncols=110):
+        for same in progress_bar(alike.values(), "measuring", show=progress):
             module = _online_copy(expanded, same[0], online[same[0]])
             timing = _measure(module, sizes[same[0]], batch_size, rounds)
             timings |= dict.fromkeys(same, timing)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import growshrink
 from growshrink.base import stopping
+from growshrink.base.progress import progress_bar
 from growshrink.base.stopping import Stopped, finishing, handled
 from growshrink.cli.program import guarded, run_program
 from growshrink.errors import RunError
@@ -60,9 +61,14 @@ def test_bars_write_no_codes_into_files(capsys, monkeypatch):
         with tqdm(total=3, mininterval=0) as outer, tqdm(total=2, position=1, leave=False, mininterval=0) as inner:
             inner.update(), outer.update(3)
             outer.write("a word", file=sys.stderr)
+        for _ in progress_bar(range(1000), "ours"):
+            pass
 
     _, err = outcome(main, capsys, monkeypatch)
-    assert "\x1b" not in err and "\r" not in err and "3/3" in err and "\na word\n" in err
+    assert "\x1b" not in err and "\r" not in err and "3/3" in err and "\na word\n" in err and "ours" not in err
+    monkeypatch.setattr("growshrink.base.progress.PAUSE", 0.0)
+    _, err = outcome(main, capsys, monkeypatch)
+    assert "\x1b" not in err and "\r" not in err and "ours: 100%" in err
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
-from growshrink.data.batches import Augment, PhotoAugment, TrainBatches
+from growshrink.data.batches import DRAWS, Augment, PhotoAugment, TrainBatches
 from growshrink.data.datasets import Split
 from growshrink.errors import DataError
 
@@ -52,6 +53,37 @@ def test_a_batch_is_a_pure_function_of_seed_and_update(kind):
 def test_each_image_has_parameters_of_its_own(kind):
     images = batches(KINDS[kind], same=True).batch(0)[0]
     assert len(images.unique(dim=0)) >= 4
+
+
+def test_a_crop_is_torchvisions_and_one_of_all_is_none():
+    images = split().images[:2]
+    draws = torch.zeros(2, DRAWS)
+    draws[:, 1] = 0.5  # as the image is
+    draws[0, :4] = torch.tensor([0.0, 0.5, 1.0, 0.0])  # a quarter, at the upper right
+    draws[1, 0] = 1.0  # all of it
+    found = PhotoAugment(resized_crop=0.25).change(images, draws).permute(0, 3, 1, 2)
+    image = images[0].permute(2, 0, 1).double()
+    expected = v2.functional.resized_crop(image, 0, 6, 5, 6, [10, 12], antialias=False)
+    inner = (slice(None), slice(1, -1), slice(1, -1))  # at the window's edge the crop sees its neighbours
+    assert (found[0][inner] - expected[inner]).abs().max() <= 0.51
+    assert torch.equal(found[1], images[1].permute(2, 0, 1))
+
+
+def test_jitter_is_torchvisions_one_change_at_a_time():
+    images = split().images[:1] // 2 + 64  # nothing is clamped
+    image = images[0].permute(2, 0, 1)
+    half = torch.full((1, DRAWS), 0.5)
+    for place, twin in enumerate(("brightness", "contrast", "saturation"), start=4):
+        draws = half.clone()
+        draws[:, place] = 0.8
+        found = PhotoAugment(jitter=0.5).change(images, draws)[0].permute(2, 0, 1)
+        expected = getattr(v2.functional, f"adjust_{twin}")(image.double() / 255, 1.3) * 255
+        assert (found - expected).abs().max() <= 0.51, twin
+    draws = half.clone()
+    draws[:, 7] = 1.0
+    red = torch.tensor([[[[200, 10, 10]]]], dtype=torch.uint8)
+    found = PhotoAugment(jitter=1.0).change(red, draws).flatten()  # a quarter of a turn, towards green
+    assert found[1] > found[0] > found[2] and torch.equal(PhotoAugment(jitter=0.5).change(images, half), images)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -1,6 +1,7 @@
 """recipes/one_layer.py, closed_loop.py and shrink_depth.py as their users run them, on the digits, briefly."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -43,18 +44,25 @@ def test_one_layer(tmp_path, capsys):
 
     assert main("one_layer", *BRIEF, 2, "--out", out) == 2
     error = capsys.readouterr().err
-    assert error.startswith("one_layer: ") and error.count("\n") == 1 and "finished run" in error
+    assert error.startswith("one_layer: ") and error.count("\n") == 1 and "the run in it has another options" in error
 
 
 def test_closed_loop(tmp_path, capsys):
     out = tmp_path / "run"
-    assert main("closed_loop", *BRIEF, 1, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out) == 0
+    args = (*BRIEF[:2], "--epochs", 1, "--model", "vanillanet_5_x1", "--seeds", "2", "--out", out)
+    assert main("closed_loop", *args) == 0
     found = json.loads((out / "report.json").read_text())
     mean, low, high = found["difference"]
     first, second = (a - b for a, b in zip(found["top1"]["closed loop"], found["top1"]["cosine"], strict=True))
     assert mean == pytest.approx((first + second) / 2) and low <= mean <= high
     assert high - mean == pytest.approx(12.706 * abs(first - second) / 2, rel=1e-3)  # Student's t
-    assert "95 % interval" in capsys.readouterr().out and (out / "lam.png").stat().st_size > 1000
+    said = capsys.readouterr()
+    assert "95 % interval" in said.out and (out / "lam.png").stat().st_size > 1000
+    assert re.search(r"about \d+ s on this machine \(80 updates of", said.err) and "3 of 4 done, about" in said.err
+    done = (out / "results.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "results.jsonl").write_bytes(b"".join(done[:3]))  # it was stopped in the last net
+    assert main("closed_loop", *args) == 0
+    assert (out / "results.jsonl").read_bytes() == b"".join(done) and capsys.readouterr().out == said.out
 
 
 def layers(model):

@@ -2,9 +2,12 @@
 
 import base64
 import csv
+import html
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -82,7 +85,7 @@ def test_the_report_is_one_page_with_its_pictures_and_commands_that_work(finishe
     for source in page.pictures:
         Image.open(io.BytesIO(base64.b64decode(source.removeprefix(head)))).verify()
     text = (finished / "report.md").read_text()
-    assert '| always "cat" | 33.33 |' in text
+    assert '| always "cat" | 33.33 |' in text and "retention" not in text and "no gain" not in text  # all is linear
     assert "The images are your own and no rounds were asked for" in text and "KiB of RAM" in text
     commands = text.rpartition("```bash\n")[2].partition("\n```")[0].splitlines()
     assert [line.split()[1] for line in commands] == ["tools/predict.py", "tools/export.py", "tools/export.py"]
@@ -108,6 +111,34 @@ def test_the_report_is_one_page_with_its_pictures_and_commands_that_work(finishe
     ):
         assert run(PREDICT, finished, images, "--out", tmp_path / "p") == 2
         assert words in capsys.readouterr().err
+
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+#: Appended to the page: what the browser made of it.
+LOOK = """<script>window.onload = () => {
+  const pictures = [...document.images].map(image => image.naturalWidth)
+  const tables = [...document.querySelectorAll("table")].map(table => table.getBoundingClientRect().height)
+  const wide = document.documentElement.scrollWidth - window.innerWidth
+  document.title = JSON.stringify({pictures, tables, wide, seen: document.body.innerText.length})
+}</script>"""
+
+
+def looked_at(page, width, scratch):
+    """What a browser with a window of this width makes of a page."""
+    (scratch / "page.html").write_text(page.read_text() + LOOK)
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--dump-dom"]
+    done = subprocess.run([*command, f"--user-data-dir={scratch / 'profile'}", (scratch / "page.html").as_uri()],
+                          capture_output=True, text=True, timeout=300, check=True)  # fmt: skip
+    return json.loads(html.unescape(re.search("<title>(.*?)</title>", done.stdout)[1]))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium")
+def test_a_browser_shows_the_report(finished, tmp_path):
+    for width in (1200, 500):
+        found = looked_at(finished / "report.html", width, tmp_path)
+        assert len(found["pictures"]) == 2 and min(found["pictures"]) > 500
+        assert found["tables"] and min(found["tables"]) > 20 and found["wide"] <= 0 and found["seen"] > 1000
 
 
 def test_a_finished_run_says_what_it_was_not_trained_with(finished, pets, capsys):
@@ -242,7 +273,9 @@ def test_too_few_images_and_epochs_are_told_before_anything_is_decoded(pets, tmp
     assert not list(tmp_path.iterdir())
 
 
-def told(top1=50.0, cost=1.0, plain=None, rounds=1, rows=((0.5, 0.5, 40.0), (0.5, 0.5, 50.0)), counts=(100, 100)):
+def told(
+    top1=50.0, cost=1.0, plain=None, rounds=1, rows=((0.5, 0.5, 40.0), (0.5, 0.5, 50.0)), counts=(100, 100), lr=0.1
+):
     """A run with these figures; a row is training loss, val loss, val top-1."""
     report = {
         "final": {"top1": top1, "balanced": top1},
@@ -251,7 +284,7 @@ def told(top1=50.0, cost=1.0, plain=None, rounds=1, rows=((0.5, 0.5, 40.0), (0.5
         "classes": ["cat", "dog"],
         "rounds": [{}] * rounds,
         "training": {"cost": cost, "macs": 1e9},
-        "about": {"config": {"lr": 0.1}, "updates": 100},
+        "about": {"config": {"lr": lr}, "updates": 100},
     }
     updates = range(100 // len(rows), 101, 100 // len(rows))
     keys = ("train_loss", "val_loss", "val_top1")
@@ -263,7 +296,9 @@ def told(top1=50.0, cost=1.0, plain=None, rounds=1, rows=((0.5, 0.5, 40.0), (0.5
 FINE = told(90.0, rows=((0.5, 0.5, 89.0),) * 10)
 SENTENCES = {
     "The net is at chance: 51.0 %": (told(51.0), told(80.0)),
-    "or --lr 0.025": (told(51.0), FINE),
+    "learning rate is too high: try four times the --epochs, or --lr 0.025": (told(51.0), told(51.0, lr=0.001)),
+    "learning rate is too low: try four times the --epochs, or --lr 0.01": (told(51.0, lr=0.001), told(51.0)),
+    "ended level with where it does for the same compute": (told(80.0, 3.8, 80.0), told(80.0, 3.8, 81.0)),
     "Growing cost 3.8 times as many updates of the plain net and ended 22.0 points lower": (
         told(60.0, 3.8, 82.0),
         FINE,
@@ -296,3 +331,54 @@ def test_classes_that_are_uneven_are_weighed_and_judged_alike(tmp_path, capsys):
     config = json.loads((out / "run.json").read_text())["config"]
     weights = config["class_weights"]
     assert weights[1] > 3 * weights[0] and config["metric"] == "balanced"
+
+
+#: A run that provokes each sentence of advice; images of noise are alike in all classes.
+PROVOKED = {
+    "The net is at chance": ("pets", "--rounds", "0", "--epochs", "1", "--lr", "1e-6"),
+    "lower than it does for the same compute: use --rounds 0": (
+        *("pets", "--baseline", "--rounds", "1", "--base", "0", "--epochs", "10", "--ratio", "8", "--lr", "0.002"),
+    ),
+    "higher than it does for the same compute, more than chance explains": (
+        *("pets", "--baseline", "--rounds", "1", "--base", "0", "--branches", "repvgg", "--epochs", "20"),
+        *("--freeze", "(?!.*branches|stem.bn.bias)"),  # the plain net learns next to nothing
+    ),
+    "level with where it does for the same compute, no more than chance explains": ("pets", "--baseline"),
+    "can tell: add --baseline": ("pets", "--rounds", "1", "--base", "0", "--epochs", "10"),
+    "The net knows the training images by heart": (
+        "noise",
+        "--rounds",
+        "0",
+        "--epochs",
+        "60",
+        "--crop",
+        "0",
+        "--flip",
+        "False",
+    ),
+    "It was still learning": ("more", "--rounds", "0", "--epochs", "10", "--lr", "0.0006"),
+    "The classes are uneven": ("uneven", "--rounds", "0", "--epochs", "1"),
+    "top-1 is known to": ("pets", "--rounds", "0", "--epochs", "1"),
+    "the cautious recipe was taken": ("pets", "--epochs", "9"),
+    "There are too few updates to grow": ("pets", "--epochs", "2"),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("sentence", PROVOKED)
+def test_a_sentence_is_said_after_the_run_that_it_is_for(pets, tmp_path, sentence):
+    kind, *words = PROVOKED[sentence]
+    data = pets
+    if kind == "more":
+        data = write_images(tmp_path / "more", ("cat", "dog", "eel"), counts=(80, 30))
+    elif kind != "pets":
+        data = write_images(tmp_path / "data", ("cat", "dog"))
+        for number, path in enumerate(sorted(data.rglob("*.png"))):
+            if kind == "noise":
+                pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+            elif path.parts[-3:-1] == ("test", "dog") and path.stem != "0":
+                path.unlink()
+    words += ["--epochs", "12"] * ("--epochs" not in words) + ["--lr", "0.05"] * ("--lr" not in words)
+    assert run(RECIPE, "--data", data, "--out", tmp_path / "run", *NET, "--batch-size", "8", "--quiet", *words) == 0
+    assert sentence in (tmp_path / "run" / "report.md").read_text()

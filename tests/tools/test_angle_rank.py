@@ -143,4 +143,4 @@ def test_states_that_do_not_belong_together(run, tmp_path, capsys):
     code, _, err = main(capsys, *saved(run), "--random-labels", "--out", tmp_path / "c")
     assert code == 2 and "--random-labels is about training" in err
     code, _, err = main(capsys, *saved(run), "--out", run[0])
-    assert code == 2 and "Nothing is overwritten" in err
+    assert code == 2 and "the run in it has another options" in err

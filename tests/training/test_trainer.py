@@ -379,9 +379,14 @@ def test_mixup_of_nets_side_by_side_is_mixup_of_each():
     torch.testing.assert_close(losses[0], (losses[1] + losses[2]) / 2)
 
 
-def test_mixup_refuses_a_teacher_whose_answers_are_of_other_images():
+def test_mixup_refuses_a_teacher_whose_answers_are_of_other_images_and_mixed_batches():
     with pytest.raises(PlanError, match="mixup=0.4: not with a teacher"):
         trainer(mixup=0.4).train(1, teacher=TeacherNet(net(seed=1), weight=0.5, temperature=1.0), **FLAT)
+    run = trainer(mixup=0.4)
+    images, labels = run.batches.batch(0)
+    run.batches = SimpleNamespace(batch=lambda update: (images, torch.nn.functional.one_hot(labels).float()))
+    with pytest.raises(PlanError, match="the batches are mixed already"):
+        run.train(1, **FLAT)
 
 
 def test_layers_before_the_head_learn_less_and_frozen_ones_nothing_grown_or_not():
