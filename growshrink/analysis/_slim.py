@@ -165,11 +165,11 @@ def _check_layers(model: nn.Module, names: set[str]) -> None:
 def _commit(
     model: nn.Module,
     axes: Axes,
-    choices: Mapping[str, Sequence[int]],
+    choices: Mapping[str, tuple[int, ...]],
     blocks: Sequence[str],
     left_alone: dict[str, str],
 ) -> None:
-    groups = {name: ChannelGroup(name, values) for name, values in choices.items()}
+    groups = {name: ChannelGroup(name, values, values[-1]) for name, values in choices.items()}
     shared = OwnStatistics()
     for name, layer in list(model.named_modules()):
         sides = [axes.get((name, outputs)) for outputs in (True, False)]

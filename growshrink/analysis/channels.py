@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
-from growshrink.analysis.layers import output_positions
+from growshrink.analysis.layers import LayerCosts
 from growshrink.base.copying import copy_net
 from growshrink.branches import RowFactors
 from growshrink.errors import AnalysisError, check_model, did_you_mean
@@ -90,14 +90,7 @@ class ChannelSpace:
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Parameters and MACs of N nets, `(N,)` each; `index` is `(N, groups)`, as of an `AngleTable`."""
-        widths = np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], axis=1)
-        params, macs = (np.full(len(widths), constant, dtype=np.int64) for constant in self._cost[0])
-        for out, inside, weights, positions, vectors in self._cost[1]:
-            outs = out[0] + widths @ out[1]
-            ins = inside[0] + widths @ inside[1]
-            params += outs * ins * weights + outs * vectors
-            macs += outs * ins * weights * positions
-        return params, macs
+        return self._costs.of(np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], 1))
 
     def cut(self, kept: Kept, model: nn.Module | None = None) -> nn.Module:
         """A copy of the net (or of another `model` of its structure) with only the `kept` channels, in eval mode."""
@@ -199,7 +192,7 @@ class ChannelSpace:
 
     def _failure(self, names: Sequence[str]) -> str:
         """Why the net cannot be pruned to middle widths of these groups; empty where it can."""
-        self._cost = self._cost_terms()
+        self._costs = LayerCosts(self.model, self.inputs, self.axes(), list(self._groups))
         row = [len(choices) // 2 if name in names else len(choices) - 1 for name, choices in self.choices.items()]
         kept = {name: np.arange(choices[i]) for (name, choices), i in zip(self.choices.items(), row, strict=True)}
         try:
@@ -213,40 +206,6 @@ class ChannelSpace:
             f"with fewer channels it has {found.params:,} parameters and {found.macs:,} MACs, its graph says "
             f"{params[0]:,} and {macs[0]:,}: it cannot be pruned by the graph"
         )
-
-    def _cost_terms(self) -> tuple[tuple[int, int], list[Any]]:
-        """Constant parameters and MACs, and for every tensor with channels how its sizes follow from the widths."""
-        positions = output_positions(self.model, self.inputs)
-        sides: dict[tuple[str, bool], NDArray[np.int64]] = {}
-        numbers = {name: i for i, name in enumerate(self._groups)}
-        for group in self._groups.values():
-            for dependency, module, entries in group.places:
-                outputs = "in_channels" not in dependency.handler.__name__
-                per = sides.setdefault((module, outputs), np.zeros(len(numbers), dtype=np.int64))
-                per[numbers[group.name]] += len(entries[0])
-        full = np.array([group.channels for group in self._groups.values()])
-        terms = []
-        for name, module in self.model.named_modules():
-            if (name, True) not in sides and (name, False) not in sides:
-                continue
-            zero = np.zeros(len(numbers), dtype=np.int64)
-            out, inside = sides.get((name, True), zero), sides.get((name, False), zero)
-            tensors = list(module.parameters(recurse=False))
-            if not tensors:
-                continue
-            sizes, weights, vectors = (len(tensors[0]), 1), 0, len(tensors)  # a norm
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                vectors = int(module.bias is not None)
-                if getattr(module, "groups", 1) > 1:  # depthwise: others are left alone
-                    weights = module.weight[0].numel()
-                else:
-                    sizes, weights = (sizes[0], module.weight.shape[1]), module.weight[0, 0].numel()
-            outs, ins = (sizes[0] - int(out @ full), out), (sizes[1] - int(inside @ full), inside)
-            terms.append((outs, ins, weights, positions.get(name, 0), vectors))
-        self._cost = ((0, 0), terms)
-        whole = profile(self.model, self.inputs)
-        params, macs = self.cost(np.array([[len(c) - 1 for c in self.choices.values()]]))
-        return (whole.params - int(params[0]), whole.macs - int(macs[0])), terms
 
 
 def channel_usage(grown: nn.Module) -> dict[str, Floats]:

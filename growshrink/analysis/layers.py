@@ -1,12 +1,14 @@
 """What a subnet keeps of every tensor, for nets whose subnets are prefixes of channels."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import inputs_for
@@ -17,7 +19,8 @@ from growshrink.errors import AnalysisError, RunError
 from growshrink.layers.as_conv import WeightLayer
 from growshrink.layers.slim import SkippableBlock
 from growshrink.layers.widths import Slots, active_width
-from growshrink.supernet.middle import Axis, slot_axes
+from growshrink.proofs._profile import profile
+from growshrink.supernet.middle import slot_axes
 
 State = Mapping[str, Tensor]
 """Tensors by name, e.g. a state_dict."""
@@ -82,12 +85,10 @@ def supernet_layers(model: nn.Module, input_size: InputLike) -> list[Layer]:
     branches: dict[str, str] = {}  # prefix of the dotted names below a branch -> its slot
     for name, found_axes in slot_axes(slots).items():
         for axis in found_axes:
-            if isinstance(axis, Axis):
-                side = Side(name, blocks=axis.groups if axis.dim == 0 else 1, divisor=axis.groups)
-            elif axis.start or axis.tensor.shape[axis.dim] != axis.channels * axis.each:
+            whole = axis.channels * axis.each
+            if whole and axis.tensor is not None and (axis.start or axis.tensor.shape[axis.dim] != whole):
                 raise AnalysisError(f"{name}: in one of its layers other channels lie beside its own: no prefix.")
-            else:
-                side = Side(name, times=axis.each)
+            side = Side(name, blocks=axis.groups if axis.dim == 0 else 1, divisor=axis.groups, times=axis.each)
             sides.setdefault((id(axis.module), axis.name), {})[axis.dim] = side
     for name, slot in slots:
         if isinstance(slot.branch, SkippableBlock):
@@ -155,6 +156,57 @@ def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
                 )
             if not bool(torch.isfinite(state[name]).all()):
                 raise AnalysisError(f"{name}: has values that are not finite in {which}.")
+
+
+class LayerCosts:
+    """Parameters and MACs of an image by widths: of groups of channels, and of blocks (1 or 0).
+
+    Args:
+        model: The net at full width.
+        input_size: `(C, H, W)`.
+        axes: As of `ChannelSpace.axes`.
+        names: Groups and blocks in the order of the columns of widths.
+        blocks: Which of them are modules that may be off.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        input_size: InputLike,
+        axes: Mapping[tuple[str, bool], Mapping[str, Tensor]],
+        names: Sequence[str],
+        blocks: Sequence[str] = (),
+    ) -> None:
+        positions, full = output_positions(model, input_size), [0] * len(names)
+        #: Of each parameter: constant and factors of its first two sizes, blocks it is in, entries, positions.
+        self._terms: list[tuple[list[tuple[int, NDArray[np.int64]]], list[int], int, int]] = []
+        for name, module in model.named_modules():
+            inside = [i for i, block in enumerate(names) if block in blocks and f"{name}.".startswith(f"{block}.")]
+            for parameter in module.parameters(recurse=False):
+                sizes = []
+                for dim, length in enumerate(parameter.shape[:2]):
+                    each = np.zeros(len(names), dtype=np.int64)
+                    for group, entries in axes.get((name, dim == 0), {}).items():
+                        each[names.index(group)] += entries.shape[1]
+                        full[names.index(group)] = len(entries)
+                        length -= entries.numel()
+                    sizes.append((length, each))
+                macs = positions.get(name, 0) if parameter.ndim > 1 else 0
+                self._terms.append((sizes, inside, parameter.shape[2:].numel(), macs))
+        self._other = 0
+        whole = [1 if name in blocks else width for name, width in zip(names, full, strict=True)]
+        self._other = profile(model, input_size).macs - int(self.of(np.array([whole]))[1][0])
+
+    def of(self, widths: NDArray[np.integer[Any]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Parameters and MACs `(N,)` at widths `(N, names)`."""
+        params, macs = np.zeros(len(widths), dtype=np.int64), np.full(len(widths), self._other, dtype=np.int64)
+        for sizes, inside, rest, positions in self._terms:
+            count = rest * widths[:, inside].prod(1)
+            for constant, each in sizes:
+                count = count * (constant + widths @ each)
+            params += count
+            macs += count * positions
+        return params, macs
 
 
 def output_positions(model: nn.Module, input_size: InputLike) -> dict[str, int]:

@@ -19,13 +19,13 @@ from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis._slim import cut
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
-from growshrink.analysis.layers import output_positions
+from growshrink.analysis.layers import LayerCosts
 from growshrink.base.config import check_fields
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
-from growshrink.layers.slim import SkippableBlock, SlimLayer, tensor_axes
+from growshrink.layers.slim import SkippableBlock, SlimLayer
 from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
 #: DrawnWidths after which a budget counts as one that nothing meets.
@@ -73,38 +73,18 @@ class SlimSpace:
 
     def __init__(self, model: nn.Module, input_size: InputLike = None) -> None:
         self.choices = dict(width_space(model).choices)
-        names, slots = list(self.choices), Slots(model)
-        blocks = {f"{name}.": names.index(name) for name, slot in slots if isinstance(slot.branch, SkippableBlock)}
-        with active_width(model, {name: slot.full for name, slot in slots}):
-            positions = output_positions(model, input_size)
-        #: Of each parameter: sizes of its first two axes as constants and by slot, blocks it is in, entries, positions.
-        self._terms: list[tuple[list[tuple[int, Floats]], list[int], int, int]] = []
+        axes: dict[tuple[str, bool], dict[str, Tensor]] = {}
         for name, module in model.named_modules():
-            axes = {(k, dim): axis for k, dim, axis in tensor_axes(module)} if isinstance(module, SlimLayer) else {}
-            inside = [number for block, number in blocks.items() if f"{name}.".startswith(block)]
-            for key, parameter in module.named_parameters(recurse=False):
-                sizes = []
-                for dim, length in enumerate(parameter.shape[:2]):
-                    each = np.zeros(len(names))
-                    for group, entries in axes[key, dim].parts if (key, dim) in axes else ():
-                        each[names.index(group.name)] += entries.shape[1]
-                        length -= entries.numel()
-                    sizes.append((length, each))
-                rest = parameter.shape[2:].numel()
-                macs = positions.get(name, 0) if parameter.ndim > 1 else 0
-                self._terms.append((sizes, inside, rest, macs))
+            for dim, axis in enumerate(module.slim[:2]) if isinstance(module, SlimLayer) else ():
+                axes[name, dim == 0] = {group.name: entries for group, entries in axis.parts} if axis else {}
+        slots = Slots(model)
+        blocks = [name for name, slot in slots if isinstance(slot.branch, SkippableBlock)]
+        with active_width(model, {name: slot.full for name, slot in slots}):
+            self._costs = LayerCosts(model, input_size, axes, list(self.choices), blocks)
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See `Space.cost`."""
-        widths = np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], axis=1)
-        params, macs = np.zeros((2, len(widths)))
-        for sizes, inside, rest, positions in self._terms:
-            count = rest * widths[:, inside].prod(1)
-            for constant, each in sizes:
-                count = count * (constant + widths @ each)
-            params += count
-            macs += count * positions
-        return params.astype(np.int64), macs.astype(np.int64)
+        return self._costs.of(np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], 1))
 
 
 @dataclass(frozen=True)

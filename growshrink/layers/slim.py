@@ -8,29 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from growshrink.errors import WidthError
 
-#: Keys of the batch norm statistics that belong to one width, before its number.
-_OWN = ("slim_mean", "slim_var")
+#: Keys of the batch norm statistics that belong to one width, before its number, and of those they stand for.
+_OWN = {"slim_mean": "running_mean", "slim_var": "running_var"}
+#: Attributes that say how many channels a layer has.
+_SIZES = (
+    ("out_channels", "out_features", "num_features", "num_channels", "num_parameters"),
+    ("in_channels", "in_features"),
+)
 
 
+@dataclass(eq=False)
 class ChannelGroup:
-    """Channels that live and die together: what has a width in a slim net.
+    """Channels that live and die together, named by their first layer; `choices` are the rising widths they have."""
 
-    Attributes:
-        name: Its first layer.
-        choices: Rising widths, the last of which is the full one.
-        width: How many are active.
-    """
-
-    def __init__(self, name: str, choices: Sequence[int]) -> None:
-        self.name, self.choices = name, tuple(choices)
-        self.width = self.choices[-1]
+    name: str
+    choices: tuple[int, ...]
+    width: int
 
 
 class SlimAxis:
@@ -55,22 +55,6 @@ class SlimAxis:
             self._found[key] = count if bool(stays[:count].all()) else stays.nonzero().flatten().to(device)
         return self._found[key]
 
-    def spans(self, group: ChannelGroup) -> list[tuple[int, int]]:
-        """Start, and entries of each channel, of the runs in which the channels of a group follow one another.
-
-        WidthError where they lie in another order.
-        """
-        found: list[tuple[int, int]] = []
-        for entries in (part for own, part in self.parts if own is group):
-            each, counts = entries.shape[1], torch.arange(len(entries))
-            if torch.equal(entries.flatten(), entries[0, 0] + torch.arange(entries.numel())):
-                found.append((int(entries[0, 0]), each))
-            elif all(torch.equal(column, column[0] + counts) for column in entries.T):
-                found += [(int(column[0]), 1) for column in entries.T]
-            else:
-                raise WidthError(f"{group.name}: its channels lie in no order in one of its layers.")
-        return found
-
     def size(self) -> int:
         """How many entries run."""
         kept = self.kept()
@@ -82,6 +66,17 @@ class SlimAxis:
         if isinstance(kept, int):
             return tensor if kept == self.length else tensor.narrow(dim, 0, kept)
         return tensor.index_select(dim, kept)
+
+    def spans(self, group: ChannelGroup) -> list[tuple[int, int]]:
+        """Start, and entries of a channel, of each run of a group's channels; WidthError where they lie in no order."""
+        found: list[tuple[int, int]] = []
+        for entries in (part for own, part in self.parts if own is group):
+            counts = torch.arange(entries.numel())
+            columns = [entries.flatten()] if torch.equal(entries.flatten(), entries[0, 0] + counts) else entries.T
+            if not all(torch.equal(column, column[0] + counts[: len(column)]) for column in columns):
+                raise WidthError(f"{group.name}: its channels lie in no order in one of its layers.")
+            found += [(int(column[0]), len(column) // len(entries)) for column in columns]
+        return found
 
 
 @dataclass(eq=False)
@@ -96,25 +91,16 @@ class OwnStatistics:
         self.active = next((i for i, own in enumerate(self.widths) if own == width), None)
 
 
-@dataclass(frozen=True, eq=False)
-class SlimAxes:
+class SlimAxes(NamedTuple):
     """The output and input channels of a layer (None: all run), and what the layers of a net share."""
 
     outputs: SlimAxis | None
     inputs: SlimAxis | None
     statistics: OwnStatistics
 
-    def groups(self) -> Iterator[ChannelGroup]:
-        """The groups that take part."""
-        for axis in (self.outputs, self.inputs):
-            yield from (group for group, _ in axis.parts) if axis is not None else ()
-
 
 class SlimLayer(nn.Module):
-    """A layer that runs on the channels of the active width. Never constructed: see `growshrink.slim`.
-
-    Parameters, buffers and their keys stay what they are in the plain layer.
-    """
+    """A layer that runs on the channels of the active width; parameters and keys stay. Made by `growshrink.slim`."""
 
     plain_class: ClassVar[type[nn.Module]]
     slim: SlimAxes
@@ -133,20 +119,15 @@ class SlimLayer(nn.Module):
             for key in cut:
                 del own[key]
             own.update(before)
-            if self.training:
-                self._keep_statistics(cut)
-
-    def _keep_statistics(self, cut: Mapping[str, Any]) -> None:
-        """Write statistics back that were updated in a copy."""
-        for key in ("running_mean", "running_var"):
-            whole, outputs = self._buffers.get(key), self.slim.outputs
-            if whole is not None and outputs is not None and key in cut and self.slim.statistics.active is None:
-                if isinstance(kept := outputs.kept(whole.device), Tensor):
-                    whole.data.index_copy_(0, kept, cut[key])  # .data: an earlier pass may have saved them
+            outputs = self.slim.outputs
+            for key in _OWN.values() if self.training and self.slim.statistics.active is None else ():
+                whole = self._buffers.get(key)  # its prefix is a view; another part was a copy that is written back
+                if whole is not None and outputs and isinstance(kept := outputs.kept(whole.device), Tensor):
+                    whole.data.index_copy_(0, kept, cut[key])  # .data: an earlier pass may have saved it
 
 
 class SkippableBlock(nn.Module):
-    """A residual block that is the identity while it is `skipped`. Never constructed: see `growshrink.slim`."""
+    """A residual block that is the identity while it is `skipped`. Made by `growshrink.slim`."""
 
     plain_class: ClassVar[type[nn.Module]]
     skipped = False
@@ -158,48 +139,38 @@ class SkippableBlock(nn.Module):
 
 def tensor_axes(layer: SlimLayer) -> Iterator[tuple[str, int, SlimAxis]]:
     """Key, dim and axis of the parameters and buffers of a layer that have channels in them."""
-    slim = layer.slim
     for key, tensor in (*layer._parameters.items(), *layer._buffers.items()):
-        if tensor is not None and not key.startswith(_OWN):
-            if slim.outputs is not None and tensor.ndim:
-                yield key, 0, slim.outputs
-            if slim.inputs is not None and tensor.ndim > 1:
-                yield key, 1, slim.inputs
+        if tensor is not None and not key.startswith(tuple(_OWN)):
+            for dim, axis in enumerate(layer.slim[:2]):
+                if axis is not None and tensor.ndim > dim:
+                    yield key, dim, axis
 
 
 def active_values(layer: SlimLayer) -> dict[str, Any]:
     """What a layer has in place of its own attributes at the active width: tensors, and sizes that it reads."""
     found: dict[str, Any] = {}
     for key, dim, axis in tensor_axes(layer):
-        tensor = found.get(key)
-        tensor = getattr(layer, key) if tensor is None else tensor
-        taken = axis.take(tensor, dim)
-        if taken is not tensor:
+        tensor = found[key] if key in found else getattr(layer, key)
+        if (taken := axis.take(tensor, dim)) is not tensor:
             found[key] = taken
-    outputs, active = layer.slim.outputs, layer.slim.statistics.active
+    outputs, _, statistics = layer.slim
     if found and outputs is not None:
         if getattr(layer, "groups", 1) > 1:  # depthwise: others are left alone
             found["groups"] = outputs.size()
         if len(getattr(layer, "normalized_shape", ())) == 1:
             found["normalized_shape"] = (outputs.size(),)
-    if active is not None and f"{_OWN[0]}_{active}" in layer._buffers:
-        found |= {f"running_{own[5:]}": layer._buffers[f"{own}_{active}"] for own in _OWN}
+    for own, key in _OWN.items() if statistics.active is not None else ():
+        if f"{own}_{statistics.active}" in layer._buffers:
+            found[key] = layer._buffers[f"{own}_{statistics.active}"]
     return found
 
 
 def add_statistics(layer: SlimLayer, number: int) -> None:
     """Give a norm statistics of its own for width number `number`, the active one: those of the shared ones."""
-    if layer._buffers.get("running_mean") is not None:
-        for own in _OWN:
-            shared = layer._buffers[f"running_{own[5:]}"]
-            assert shared is not None
+    for own, key in _OWN.items():
+        if (shared := layer._buffers.get(key)) is not None:
             taken = shared if layer.slim.outputs is None else layer.slim.outputs.take(shared, 0)
             layer.register_buffer(f"{own}_{number}", taken.detach().clone())
-
-
-#: Attributes that say how many channels a layer has.
-_OUTPUT_SIZES = ("out_channels", "out_features", "num_features", "num_channels", "num_parameters")
-_INPUT_SIZES = ("in_channels", "in_features")
 
 
 def write_active(layer: SlimLayer) -> None:
@@ -211,11 +182,11 @@ def write_active(layer: SlimLayer) -> None:
             layer._buffers[key] = value.detach().clone()
         else:
             setattr(layer, key, value)
-    slim = layer.slim
+    outputs, inputs, _ = layer.slim
     depthwise = getattr(layer, "groups", 1) > 1
-    for axis, sizes in ((slim.outputs, _OUTPUT_SIZES), (slim.outputs if depthwise else slim.inputs, _INPUT_SIZES)):
+    for axis, sizes in zip((outputs, outputs if depthwise else inputs), _SIZES, strict=True):
         for key in sizes:
             if axis is not None and isinstance(vars(layer).get(key), int):
                 setattr(layer, key, axis.size())
-    for key in [key for key in layer._buffers if key.startswith(_OWN)]:
+    for key in [key for key in layer._buffers if key.startswith(tuple(_OWN))]:
         del layer._buffers[key]

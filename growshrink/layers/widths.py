@@ -79,7 +79,7 @@ class Slots:
         for name, module in model.named_modules():
             if isinstance(module, SlimLayer):
                 self._statistics = module.slim.statistics
-                for group in dict.fromkeys(module.slim.groups()):
+                for group, _ in (part for axis in module.slim[:2] if axis for part in axis.parts):
                     self._slots.setdefault(group.name, _Slot(None, group))
                     self.layers.setdefault(group.name, {})[name] = module
             elif isinstance(module, SkippableBlock):

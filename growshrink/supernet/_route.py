@@ -3,10 +3,10 @@
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import reduce
 from itertools import pairwise
 from operator import or_
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from growshrink.proofs._profile import flop_counter, profile
 from growshrink.supernet.chain import UnitChain
 from growshrink.training.calibrate import calibrate_bn
 
+#: Paths of choices up to which the loss is the expectation over all of them.
+MOST_PATHS = 8
+
 
 class Gate(nn.Module):
     """Features `(N, C, H, W)` -> logits of the choices `(N, M)`: pooled, linear, ReLU, linear."""
@@ -31,7 +34,7 @@ class Gate(nn.Module):
         self.first, self.last = nn.Linear(channels, hidden), nn.Linear(hidden, choices)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits; the largest is taken."""
+        """The largest is taken."""
         return self.last(torch.relu(self.first(x.mean((2, 3)))))
 
 
@@ -49,136 +52,119 @@ class Routed(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.gates = model, nn.ModuleList()
-        self.threshold: float | None = None
         self.costs: list[list[float]] = []
         self._chain, self._slots, self._ends = chain, Slots(model), [*starts, chain.length]
-        self._always: int | None = None
+        self._threshold: float | None = None  # a cascade's
+        self._always: int | None = None  # the choice of all images
         self._fixed = space.level(rest)
-        self._own: list[list[dict[str, int]]] = []
+        self._own: list[list[dict[str, int]]] = []  # what a choice sets
+        levels = [space.level(i / space.diversity) for i in range(space.diversity + 1)]
         for start, stop in pairwise(self._ends):
             inside = [name for name in self._fixed if chain.within(self._slots.names_of(name), start, stop)]
-            levels = [space.level(i / space.diversity) for i in range(space.diversity + 1)]
             choices = {
                 tuple(level[name] for name in inside): {name: level[name] for name in inside} for level in levels
             }
             if len(choices) < 2:
                 raise WidthError(f"nothing has a width between units {start} and {stop} alone: take other places.")
             self._own.append(list(choices.values()))
+            self.register_buffer(f"counts_{len(self._own) - 1}", torch.zeros(len(choices)), persistent=False)
         self._statistics = next(m.slim.statistics for m in model.modules() if isinstance(m, SlimLayer))
         self._first = len(self._statistics.widths)
-        most = max(map(len, self._own))
-        alike = [[own[min(number, len(own) - 1)] for own in self._own] for number in range(most)]
+        alike = [[own[min(number, len(own) - 1)] for own in self._own] for number in range(self._most)]
         keep_statistics(model, [reduce(or_, parts, self._fixed) for parts in alike])
-        for place, own in enumerate(self._own):
-            self.register_buffer(f"counts_{place}", torch.zeros(len(own)), persistent=False)
         self._measure(hidden, space.full)
 
     @torch.no_grad()
     def _measure(self, hidden: int, full: Mapping[str, int]) -> None:
         """Make the gates, and count what every choice costs."""
-        size, like = self._chain.input_size, next(self.model.parameters())
+        like, counted, x = next(self.model.parameters()), 0, torch.empty(2, *self._chain.input_size, device="meta")
         with active_width(self.model, full):
-            whole = profile(self.model, size).macs
+            whole = profile(self.model, self._chain.input_size).macs
         twin = copy_net(self).to("meta").eval()
-        x, spent = torch.empty(2, *size, device="meta", dtype=like.dtype), 0.0
         with twin._restored(), flop_counter() as counter:
 
-            def macs() -> float:
-                return counter.get_total_flops() / 4 / whole  # two images
+            def macs() -> float:  # since the last call
+                nonlocal counted
+                counted, before = counter.get_total_flops(), counted
+                return (counted - before) / 4 / whole  # two images
 
-            twin._choose(0, 0)
-            x = twin._chain.prefix(x, self._ends[0])
+            x = twin._prefix(x.to(like.dtype))
+            self.fixed = macs()
             for place, own in enumerate(self._own):
-                gate = Gate(x.shape[1], len(own), hidden).to(like)
-                self.gates.append(gate)
-                spent += sum(parameter.numel() for parameter in gate.parameters() if parameter.ndim > 1) / whole
+                twin.gates.append(self.gates.append(Gate(x.shape[1], len(own), hidden).to(like))[place])
                 self.costs.append([])
-                twin.gates.append(gate)
-                spent += macs() if place == 0 else 0.0
                 for choice in range(len(own)):
-                    before = macs()
                     out = twin._segment(place, x, choice)
-                    self.costs[-1].append(macs() - before)
+                    self.costs[place].append(macs())
                 x = out
-        self.fixed = spent
+        self.fixed += sum(p.numel() for p in self.gates.parameters() if p.ndim > 1) / whole
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, C, H, W)` -> logits `(N, num_classes)`; every image runs what its gate chooses, in train mode too."""
         with self._restored():
             x = self._prefix(x)
-            for place in range(len(self.gates)):
-                x = self._cascaded(x) if self.threshold is not None else self._grouped(place, x)
+            for place in range(len(self._own)):
+                x = self._grouped(place, x) if self._threshold is None else self._cascaded(x, self._threshold)
             return x
 
     def loss(self, x: Tensor, target: Tensor, *, price: float = 0.0, exact: bool | None = None) -> Tensor:
-        """Mean cross-entropy + `price` times the MACs (over the full net's), as an expectation over the gates' choices.
+        """Mean cross-entropy + `price` times the MACs (over the full net's), expected over the gates' choices.
 
         Args:
             x: Images `(N, C, H, W)`.
             target: Classes `(N,)`.
             price: Weight of the MACs.
-            exact: Run every path of choices, and weigh its loss by its probability; False draws one by Gumbel's noise,
-                and passes gradients straight through. None is exact up to 8 paths.
-
-        Source: straight-through Gumbel-softmax: Jang et al. (arXiv:1611.01144), at temperature 1.
+            exact: Weigh the loss of every path of choices by its probability; False draws one by Gumbel's noise, and
+                passes gradients straight through (Jang et al., arXiv:1611.01144). None is exact up to 8 paths.
         """
-        exact = math.prod(map(len, self._own)) <= 8 if exact is None else exact
+        exact = math.prod(map(len, self._own)) <= MOST_PATHS if exact is None else exact
         with self._restored():
-            x = self._prefix(x)
-            if not exact:
-                cost = x.new_full((len(x),), self.fixed)
-                for place, gate in enumerate(self.gates):
-                    drawn = F.gumbel_softmax(gate(x), hard=True)
-                    outs = [self._segment(place, x, choice) for choice in range(drawn.shape[1])]
-                    x = torch.stack(
-                        [torch.einsum("n...,n->n...", out, share) for out, share in zip(outs, drawn.T, strict=True)]
-                    ).sum(0)
-                    cost = cost + drawn @ drawn.new_tensor(self.costs[place])
-                return (F.cross_entropy(x, target, reduction="none") + price * cost).mean()
-            terms = [
-                log_p.exp() * (F.cross_entropy(logits, target, reduction="none") + price * (self.fixed + cost))
-                for log_p, logits, cost in self._paths(x, 0)
-            ]
-        return torch.stack(terms).sum(0).mean()
+            paths = list((self._paths if exact else self._drawn)(self._prefix(x), 0))
+        losses = [
+            F.cross_entropy(out, target, reduction="none") + price * (self.fixed + cost) for _, out, cost in paths
+        ]
+        return torch.stack([share * loss for (share, _, _), loss in zip(paths, losses, strict=True)]).sum(0).mean()
 
     def every_choice(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of each choice of the last place `(N, M, num_classes)`, and of its gate `(N, M)`."""
-        last = len(self.gates) - 1
+        last = len(self._own) - 1
         with self._restored():
             x = self._prefix(x)
             for place in range(last):
                 x = self._grouped(place, x)
-            gate = self.gates[last](x)
-            return torch.stack([self._segment(last, x, c) for c in range(len(self._own[last]))], 1), gate
+            outs = [self._segment(last, x, choice) for choice in range(len(self._own[last]))]
+            return torch.stack(outs, 1), self.gates[last](x)
 
     def cascade(self, threshold: float) -> "Routed":
         """The same net with the softmax's confidence in place of the gate: the control that needs no training.
 
         Choices run one after another, narrowest first, until one is at least so sure. WidthError with several places.
         """
-        if len(self.gates) != 1:
-            raise WidthError(f"a cascade has one place, this net has {len(self.gates)}.")
+        if len(self._own) != 1:
+            raise WidthError(f"a cascade has one place, this net has {len(self._own)}.")
         twin = copy.copy(self)
-        twin._buffers = {**self._buffers, "counts_0": torch.zeros_like(self.counts(0))}
-        twin.threshold = threshold
+        twin._buffers = {"counts_0": torch.zeros_like(self.counts(0))}
+        twin._threshold = threshold
         return twin
+
+    def counts(self, place: int) -> Tensor:
+        """Images of each choice so far in eval mode `(M,)`, of a cascade the last it ran; zero them to start again."""
+        return self.get_buffer(f"counts_{place}")
 
     @property
     def usage(self) -> list[Tensor]:
-        """Share of the images of each choice so far in eval mode, `(M,)` for each place; of a cascade the last run."""
-        return [self.counts(place) / self.counts(place).sum().clamp_min(1) for place in range(len(self.gates))]
+        """Share of the images of each choice so far, `(M,)` for each place."""
+        return [self.counts(place) / self.counts(place).sum().clamp_min(1) for place in range(len(self._own))]
 
     @property
     def macs(self) -> float:
         """Mean MACs of an image so far, over the full net's."""
-        costs = [torch.tensor(own) for own in self.costs]
-        if self.threshold is not None:
-            costs = [own.cumsum(0) for own in costs]
-        return self.fixed + sum(float(share.cpu().float() @ own) for share, own in zip(self.usage, costs, strict=True))
+        costs = [torch.tensor(own) if self._threshold is None else torch.tensor(own).cumsum(0) for own in self.costs]
+        return self.fixed + sum(float(share.cpu() @ own) for share, own in zip(self.usage, costs, strict=True))
 
     @property
     def most_used(self) -> dict[str, int]:
-        """The width that `growshrink.cut` makes a static net of: the choice of most images, place by place."""
+        """The width of the static net that `growshrink.cut` makes of `model`: what most images take at each place."""
         chosen = (own[int(share.argmax())] for own, share in zip(self._own, self.usage, strict=True))
         return reduce(or_, chosen, self._fixed)
 
@@ -186,21 +172,21 @@ class Routed(nn.Module):
         """Take the batch norm statistics of every choice from training images, in place."""
         batches = list(batches)
         try:
-            for choice in range(max(map(len, self._own))):
+            for choice in range(self._most):
                 self._always = choice
                 calibrate_bn(self, batches)
         finally:
             self._always = None
 
-    def counts(self, place: int) -> Tensor:
-        """Images of each choice so far in eval mode, `(M,)`; zero them to start again."""
-        return self.get_buffer(f"counts_{place}")
+    @property
+    def _most(self) -> int:
+        return max(map(len, self._own))
 
-    def _restored(self) -> Any:
+    def _restored(self) -> AbstractContextManager[nn.Module]:
         return active_width(self.model, self._slots.get())
 
     def _choose(self, place: int, choice: int) -> None:
-        self._slots.set({**self._fixed, **self._own[place][min(choice, len(self._own[place]) - 1)]})
+        self._slots.set(self._fixed | self._own[place][min(choice, len(self._own[place]) - 1)])
         self._statistics.active = self._first + choice
 
     def _prefix(self, x: Tensor) -> Tensor:
@@ -212,19 +198,29 @@ class Routed(nn.Module):
         x = self._chain.between(x, self._ends[place], self._ends[place + 1])
         return x if place + 1 < len(self._own) else self._chain.suffix(x, self._ends[-1])
 
-    def _paths(self, x: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Log probability, logits and cost of every path of choices from a place on."""
-        if place == len(self.gates):
-            yield x.new_zeros(len(x)), x, 0.0
+    def _paths(self, x: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Probability, logits and cost of every path of choices from a place on."""
+        if place == len(self._own):
+            yield x.new_ones(len(x)), x, x.new_zeros(len(x))
             return
-        chances = self.gates[place](x).log_softmax(1)
+        shares = self.gates[place](x).softmax(1)
         for choice, cost in enumerate(self.costs[place]):
-            for log_p, logits, rest in self._paths(self._segment(place, x, choice), place + 1):
-                yield chances[:, choice] + log_p, logits, cost + rest
+            for share, logits, rest in self._paths(self._segment(place, x, choice), place + 1):
+                yield shares[:, choice] * share, logits, cost + rest
+
+    def _drawn(self, x: Tensor, place: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same of one path that is drawn, whose gradients go to the gates that it was drawn by."""
+        total = x.new_zeros(len(x))
+        for place, gate in enumerate(self.gates):
+            drawn = F.gumbel_softmax(gate(x), hard=True)
+            outs = [self._segment(place, x, choice) for choice in range(drawn.shape[1])]
+            x = torch.stack([torch.einsum("n...,n->n...", *pair) for pair in zip(outs, drawn.T, strict=True)]).sum(0)
+            total = total + drawn @ drawn.new_tensor(self.costs[place])
+        yield torch.ones_like(total), x, total
 
     def _grouped(self, place: int, x: Tensor) -> Tensor:
-        choice, num, out = self.gates[place](x).argmax(1), len(self._own[place]), None
-        exporting = torch.compiler.is_exporting()
+        num, exporting, out = len(self._own[place]), torch.compiler.is_exporting(), None
+        choice = self.gates[place](x).argmax(1)
         if self._always is not None:
             choice = torch.full_like(choice, min(self._always, num - 1))
         elif not (self.training or exporting):
@@ -239,19 +235,17 @@ class Routed(nn.Module):
         assert out is not None
         return out
 
-    def _cascaded(self, x: Tensor) -> Tensor:
-        rows, out = torch.arange(len(x), device=x.device), None
-        for number in range(len(self._own[0])):
+    def _cascaded(self, x: Tensor, threshold: float) -> Tensor:
+        rows, num = torch.arange(len(x), device=x.device), len(self._own[0])
+        out = x.new_empty(0)
+        for number in range(num):
             part = self._segment(0, x.index_select(0, rows), number)
-            out = part.clone() if out is None else out.index_copy(0, rows, part)
-            assert self.threshold is not None
-            unsure = part.softmax(1).amax(1) < self.threshold
-            last = number == len(self._own[0]) - 1
-            self.counts(0)[number] += len(rows) if last else int((~unsure).sum())
-            rows = rows[unsure]
-            if last or not len(rows):
+            out = out.index_copy(0, rows, part) if number else part
+            sure = (part.softmax(1).amax(1) >= threshold) | (number == num - 1)
+            self.counts(0)[number] += sure.sum()
+            rows = rows[~sure]
+            if not len(rows):
                 break
-        assert out is not None
         return out
 
 

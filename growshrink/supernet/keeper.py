@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Slots, Width
-from growshrink.supernet.middle import Axis, Span, slot_axes
+from growshrink.supernet.middle import Axis, slot_axes
 
 
 class FrozenSlices:
@@ -29,7 +29,7 @@ class FrozenSlices:
         self._slots, self._after_step = slots, after_step
         self._widest: dict[str, int] = {}
         #: Where it lies, the width it lies beyond, the parameter, its state's key (None: the parameter itself), values.
-        self._kept: list[tuple[Axis | Span, int, Tensor, str | None, Tensor]] = []
+        self._kept: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
         self._fresh = _fresh_state(optimizer)
         self._axes = slot_axes(slots)
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -53,7 +53,7 @@ class FrozenSlices:
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        found: list[tuple[Axis | Span, int, Tensor, str | None, Tensor]] = []
+        found: list[tuple[Axis, int, Tensor, str | None, Tensor]] = []
         for name, slot in self._slots:
             width = self._widest.get(name, slot.full)  # of a gradient that is not ours, nothing is kept
             if width == 0:

@@ -17,13 +17,17 @@ from growshrink.layers.widths import Slots
 class Axis(NamedTuple):
     """Tensor `name` of `module` has one entry a middle channel along `dim`, in `groups` blocks.
 
-    Along dim 1, that of the pointwise kernel, each output channel sees the block of its own group only.
+    Along dim 1, that of the pointwise kernel, each output channel sees the block of its own group only. Of a group of a
+    slim net it has `each` entries for each of the `channels`, from `start` on.
     """
 
     module: nn.Module
     name: str
     dim: int
     groups: int
+    start: int = 0
+    each: int = 1
+    channels: int = 0
 
     @property
     def tensor(self) -> Tensor | None:
@@ -32,6 +36,8 @@ class Axis(NamedTuple):
 
     def beyond(self, tensor: Tensor, width: int) -> Tensor:
         """The entries of `tensor`, shaped like this one, that a net of `width` does not use; a view."""
+        if self.channels:
+            return tensor.narrow(self.dim, self.start + width * self.each, (self.channels - width) * self.each)
         if self.dim == 1:
             return tensor[:, width // self.groups :]
         return tensor.unflatten(0, (self.groups, -1))[:, width // self.groups :]
@@ -47,36 +53,16 @@ class Axis(NamedTuple):
         return tensor.index_select(0, (order_GK + starts).flatten())
 
 
-class Span(NamedTuple):
-    """Tensor `name` of `module` has `each` entries a channel of a group along `dim`, from `start` on."""
-
-    module: nn.Module
-    name: str
-    dim: int
-    start: int
-    each: int
-    channels: int
-
-    @property
-    def tensor(self) -> Tensor:
-        """The tensor as it is now."""
-        return getattr(self.module, self.name)
-
-    def beyond(self, tensor: Tensor, width: int) -> Tensor:
-        """See `Axis.beyond`."""
-        return tensor.narrow(self.dim, self.start + width * self.each, (self.channels - width) * self.each)
-
-
-def slot_axes(slots: Slots) -> dict[str, list[Axis | Span]]:
+def slot_axes(slots: Slots) -> dict[str, list[Axis]]:
     """By slot, every parameter and buffer with an axis of its channels; WidthError where they lie in no order."""
-    found: dict[str, list[Axis | Span]] = {}
+    found: dict[str, list[Axis]] = {}
     for slot_name, slot in slots:
         body = slot.body
         found[slot_name] = list(axes(body)) if isinstance(body, PureBottleneck) else []
         for layer in slots.layers.get(slot_name, {}).values():
             assert isinstance(body, ChannelGroup)
             found[slot_name] += [
-                Span(layer, key, dim, start, each, slot.full)
+                Axis(layer, key, dim, 1, start, each, slot.full)
                 for key, dim, axis in tensor_axes(layer)
                 for start, each in axis.spans(body)
             ]
