@@ -36,8 +36,8 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, add_int8, jobs_of, keep_plan, run_job
 from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
-from growshrink.evidence.scan import ScanPlan, write_scan_report
 from growshrink.evidence.table import write_table
+from halving import ScanPlan, write_scan_report
 
 #: Where the published experiments lie.
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"

@@ -30,7 +30,7 @@ from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, feed_of, run_job
 from growshrink.evidence.record import PLAN_FILE, Job, RunRecord, read_plan, read_runs
-from growshrink.evidence.scan import BOUNDS, ScanPlan, candidates_of, halve, winner, write_scan_report
+from halving import BOUNDS, ScanPlan, candidates_of, halve, winner, write_scan_report
 
 
 @dataclass(frozen=True, kw_only=True)

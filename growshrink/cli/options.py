@@ -291,11 +291,8 @@ class RunOptions:
 SHARE_OF_TRAINING = 0.8
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
-#: Of the data, what has to be the same for a run to be resumed.
-_OF_THE_DATA = (
-    *("image_size", "skip_damaged", "stream", "val_fraction", "crop", "flip", "cutout", "resized_crop"),
-    *("jitter", "randaugment", "mixup", "cutmix"),
-)
+#: Of the data, what need not be the same for a run to be resumed, or is told by its feed.
+_NOT_OF_THE_DATA = ("data", "data_dir", "cache", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +335,7 @@ class Options:
         running = self.running
         running.set_threads()
         config = config or replace(self.training, **running.decide_speed(model, feed, folder))
-        options = {name: getattr(self.data, name) for name in _OF_THE_DATA}
+        options = {name: value for name, value in vars(self.data).items() if name not in _NOT_OF_THE_DATA}
         about = {"command": command(), "seed": running.seed, "model": about, "options": options, **more}
         keywords: dict[str, Any] = {name: getattr(running, name) for name in ("tensorboard", "save_every", "keep")}
         keywords |= {"device": running.torch_device(), "progress": not running.quiet, "about": about}

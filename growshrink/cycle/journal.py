@@ -56,17 +56,14 @@ class Journal:
         if not self._mute:
             self._bar.write(text, file=sys.stderr)
 
-    def say(self, text: str) -> None:
-        """A line above the bar."""
-        if self._progress:
-            self._bar.write(text)
-
     def end_round(self, record: RoundRecord) -> None:
-        """A line on the round that is over."""
+        """A line above the bar on the round that is over."""
+        if not self._progress:
+            return
         stages = ("before", "peak", "vanished", "fused", "end")
         parts = [f"{name} {value:.2f}" for name in stages if (value := getattr(record.top1, name)) is not None]
         undone = " (undone)" if record.undone else ""
-        self.say(f"round {record.number} ({', '.join(record.branch)}): val top-1 {' -> '.join(parts)}{undone}")
+        self._bar.write(f"round {record.number} ({', '.join(record.branch)}): val top-1 {' -> '.join(parts)}{undone}")
 
     def close(self) -> None:
         """Remove nothing, close everything."""

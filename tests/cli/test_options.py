@@ -3,6 +3,7 @@
 The cases are generated from the programs' own dataclasses, so that a new option, or a new program, is among them.
 """
 
+import itertools
 import signal
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
 HELPERS = {
     "recipes/curve.py",
+    "recipes/halving.py",
     "recipes/starting.py",
     "recipes/telling.py",
     "tools/gpu_checks.py",
@@ -205,11 +207,15 @@ def test_what_an_option_cannot_be_is_refused_in_one_line(program, place, capsys)
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_what_is_fine_is_within_the_limits(program, place):
-    args, _ = options_of(program)
-    for name, value, words in values_of(program):
+    """All options at once that have a first such value, all that have a second, ..."""
+    args, options = options_of(program)
+    fine, before = {}, BEFORE.get(program, [])[program in CLASSES :]
+    for name, value, _ in values_of(program):
         if reason(program, name, value):
-            words = words[1:] if program in CLASSES else words
-            read_options(args, None, words[: len(words) - len(BEHIND.get(program, []))])
+            fine.setdefault(name, []).append(options[name].spell(value))
+    for spelt in itertools.zip_longest(*fine.values(), fillvalue=""):
+        typed = sorted((each.replace(" ", "=", 1) for each in spelt if each), key=lambda each: each.startswith("--"))
+        read_options(args, None, [*before, *typed] if typed[0].startswith("--") else typed)
 
 
 def test_the_table_of_what_is_fine_names_options_only():

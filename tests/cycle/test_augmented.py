@@ -117,8 +117,9 @@ def test_supernets_are_kept_for_the_tools(tmp_path):
     feed = Feed.make()
     import timm
 
+    kwargs = {"width": 0.25, "num_classes": 4, "depths": (1, 1, 1)}
     gs.run_cycle(
-        timm.create_model("reducenet20", width=0.25, num_classes=4),
+        timm.create_model("reducenet20", **kwargs),
         feed,
         plan,
         out_dir=tmp_path / "run",
@@ -126,9 +127,9 @@ def test_supernets_are_kept_for_the_tools(tmp_path):
         about={
             "model": {
                 "name": "reducenet20",
-                "kwargs": {"width": 0.25, "num_classes": 4},
+                "kwargs": kwargs,
                 "plain_name": "reducenet20",
-                "plain_kwargs": {"width": 0.25, "num_classes": 4},
+                "plain_kwargs": kwargs,
             }
         },
     )

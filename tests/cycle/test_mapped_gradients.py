@@ -16,6 +16,7 @@ from growshrink.evidence.arms import ARMS
 from growshrink.training import TrainConfig, Trainer
 from growshrink.training.gradient_maps import dependence, pixel_maps
 from nets import rel
+from sampled import sampled
 
 SOURCES = [
     FromBranches(),
@@ -41,13 +42,13 @@ def run(path, gradients, *, fail_at=None, **kwargs):
     return gs.run_cycle(small(outputs=4), feed, plan(gradients), out_dir=path, **{"config": CONFIG, **kwargs})
 
 
-@pytest.mark.parametrize("gradients", SOURCES, ids=str)
+@pytest.mark.parametrize("gradients", sampled(SOURCES, SOURCES[2:]), ids=str)
 def test_the_cost_is_known_before_and_resumed_runs_are_the_same(tmp_path, gradients):
     whole, feed = run(tmp_path / "whole", gradients), Feed.make()
     costs = Costs(small(outputs=4), plan(gradients), feed.train, SIZE)
     assert lay_out(plan(gradients), 4).macs(costs) == whole.training_macs
     assert CyclePlan.from_dict(plan(gradients).to_dict()) == plan(gradients)
-    for index, update in enumerate((0, 2, 6, 11)):
+    for index, update in enumerate((2, 6, 11)):
         with pytest.raises(Interrupt):
             run(tmp_path / "cut", gradients, fail_at=update, resume=index > 0, save_every=1)
     resumed = run(tmp_path / "cut", gradients, resume=True)

@@ -172,11 +172,10 @@ def test_training_macs_are_what_a_count_by_hand_gives(tmp_path, of):
 @pytest.mark.parametrize(
     ("branches", "model"),
     [
-        ((("nest",),), {}),
-        ((("insert", "bottleneck"),), {}),
-        ((("bottleneck", "insert"), ("nest", "insert")), {"bias": True}),
-        ((("bottleneck",), ("insert",)), {"bias": True, "norm": False}),
-        ((("bottleneck",),), {"dropout": 0.5}),
+        exhaustive(((("nest",),), {})),
+        exhaustive(((("insert", "bottleneck"),), {})),
+        exhaustive(((("bottleneck", "insert"), ("nest", "insert")), {"bias": True})),
+        ((("bottleneck",), ("nest", "insert")), {"bias": True, "norm": False, "dropout": 0.5}),
         ((("condconv", "bottleneck", "se"), ("moe", "guided")), {"bias": True}),
     ],
     ids=str,
@@ -240,7 +239,7 @@ def test_a_net_born_grown_lives_until_its_first_round_ends(tmp_path):
 
 
 def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, monkeypatch):
-    kwargs = {"num_classes": 4, "width": 0.25}
+    kwargs = {"num_classes": 4, "width": 0.25, "depths": (1, 1, 1)}
     about = {"model": {"name": "reducenet20", "plain_name": "reducenet20", "plain_kwargs": kwargs}}
     model = timm.create_model("reducenet20", **kwargs)
     result = run(tmp_path, model, two_rounds((("bottleneck",),)), about=about)
@@ -257,7 +256,7 @@ def test_the_report_of_a_timm_model_says_how_to_use_it_and_it_works(tmp_path, mo
     assert "![curves](curves.png)" in text and "exactly the plain net's" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
-    assert result.table().splitlines()[2].startswith("1     | bottleneck in 9 layers |")
+    assert result.table().splitlines()[2].startswith("1     | bottleneck in 3 layers |")
 
 
 def test_a_run_without_rounds_is_plain_training(tmp_path):

@@ -1,12 +1,20 @@
 """Successive halving over depth and width."""
 
+import sys
+from pathlib import Path
+
 import pytest
 from records import record_of
 from test_experiment import TINY
 
 import growshrink as gs
 from growshrink.errors import PlanError
-from growshrink.evidence.scan import Candidate, Entry, ScanPlan, candidates_of, front, halve, rungs_of
+from program import args_of
+
+args_of(Path(__file__).parents[2] / "recipes" / "scan.py")  # the recipes' folder is on the path while they are imported
+halving = sys.modules["halving"]
+Candidate, Entry, ScanPlan, candidates_of = halving.Candidate, halving.Entry, halving.ScanPlan, halving.candidates_of
+front, halve, rungs_of = halving.front, halving.halve, halving.rungs_of
 
 SIZE = (1, 8, 8)
 

@@ -9,6 +9,7 @@ import torch
 from growshrink.analysis import scores
 from growshrink.data.datasets import load_data
 from program import run
+from sampled import exhaustive
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 RETRAIN = ["--epochs", "0.2", "--seeds", "2", "--lrs", "0.1", "--tolerance", "0.2"]
@@ -56,12 +57,9 @@ def test_shrink_space_compares_drivers_on_images_that_no_driver_has_seen(tmp_pat
     ("recipe", "args", "message"),
     [
         ("prune_retrain.py", ["--arms", "finetune"], "--arms finetune: no such arm; did you mean fine-tune"),
-        ("prune_retrain.py", ["--criterion", "l3"], "--criterion l3: no such criterion"),
+        exhaustive(("prune_retrain.py", ["--criterion", "l3"], "--criterion l3: no such criterion")),
         ("prune_retrain.py", ["--seeds", "1"], "needs at least 2 --seeds"),
-        ("prune_retrain.py", ["--macs", "0"], "--macs 0: must be above 0"),
         ("shrink_space.py", ["--drivers", "angel"], "--drivers angel: no such score; did you mean angle"),
-        ("shrink_space.py", ["--drop", "0"], "--drop 0: must be at least 1"),
-        ("shrink_space.py", ["--seeds", "0"], "--seeds 0: must be at least 1"),
     ],
 )
 def test_options_that_are_wrong(tmp_path, capsys, recipe, args, message):

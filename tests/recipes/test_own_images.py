@@ -23,6 +23,7 @@ import growshrink as gs
 from growshrink.cli.program import read_options
 from growshrink.errors import RunError
 from program import args_of, run
+from sampled import exhaustive
 
 ROOT = Path(__file__).parents[2]
 RECIPE, PREDICT = ROOT / "recipes" / "grow_cycle.py", ROOT / "tools" / "predict.py"
@@ -101,7 +102,8 @@ def test_the_report_is_one_page_with_its_pictures_and_commands_that_work(finishe
     assert sum(int(line.split()[0]) for line in out.splitlines()[:-1]) == 18
     with Image.open(finished / "predictions" / "predictions.png") as sheet:
         assert min(sheet.size) > 300
-    assert run(ROOT / "tools" / "export.py", *commands[2].split()[2:], "--turns", "3", "--quiet") == 0
+    quick = ("--turns", "3", "--no-pt2", "--no-onnx", "--quiet")  # tests/tools/test_export.py has the rest
+    assert run(ROOT / "tools" / "export.py", *commands[2].split()[2:], *quick) == 0
     assert "parameters" in capsys.readouterr().out
     (tmp_path / "none").mkdir()
     (tmp_path / "bad.png").write_bytes(b"no image")
@@ -242,7 +244,7 @@ def test_a_folder_of_timms_is_taken_up_by_its_name(finished, pets, tmp_path):
     [
         (("--epochs", "9"), [("orepa",)], "the cautious recipe was taken"),
         (("--epochs", "2"), [], "There are too few updates to grow: the plain net is trained (8 epochs of 8 updates"),
-        (("--epochs", "20", "--rounds", "1"), [("bottleneck",)], ""),
+        exhaustive((("--epochs", "20", "--rounds", "1"), [("bottleneck",)], "")),
         (("--hours", "0.5"), [("orepa",)], "--hours 0.5: "),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which depth and width of a plain net to deploy under a bound on its cost: successive halving.
+"""What scan.py scans (not a program): depth and width of a plain net under a bound on its cost, by successive halving.
 
 Every candidate is small enough by construction, is grown with the branches of an arm and trained for a short budget;
 the better half is trained for twice as long, until one is left.
