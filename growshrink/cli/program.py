@@ -34,13 +34,8 @@ def run_program(
     """Run a program on the options of its command line, and exit.
 
     Exit codes: what `main` returns (None is 0); 2 for bad options, a `GrowShrinkError` or a disk that is full or
-    broken; 130 after Ctrl-C and 143 after SIGTERM. All but the first come with one line on stderr.
-
-    Args:
-        main: The program.
-        args: A dataclass of its options.
-        doc: What --help says.
-        go_on: How an interrupted run is continued, for the line.
+    broken; 130 after Ctrl-C and 143 after SIGTERM. All but the first come with one line on stderr, in which `go_on`
+    says how an interrupted run is continued.
     """
     stream: Any = sys.stderr if sys.stderr.isatty() else PlainLines(sys.stderr)
     with redirect_stderr(stream), guarded(go_on):
@@ -48,15 +43,10 @@ def run_program(
 
 
 def read_options(args: Callable[..., T], doc: str | None, words: Sequence[str] | None = None) -> T:
-    """The options of a command line, all within their limits.
+    """The options of a command line (by default this process's), all within their limits; RunError for others.
 
-    Args:
-        args: A dataclass of the options (see `growshrink.cli.forms`), or a union of several, each a program of its own.
-        doc: What --help says, before what the dataclass says of itself.
-        words: The command line, by default this process's own.
-
-    Raises:
-        RunError: It is not a command line of this program, or an option lies beyond its limits.
+    `args` is a dataclass of the options (see `growshrink.cli.forms`), or a union of several, each a program of its own;
+    `doc` is what --help says before what the dataclass says of itself.
     """
     forms = {form_of(cls): cls for cls in get_args(args) or (args,)}
     about = "" if len(forms) > 1 else inspect.cleandoc(args.__doc__ or "")

@@ -34,13 +34,8 @@ def teacher_nets(
 ) -> dict[int, nn.Module]:
     """The other nets that teach, by number of the round, as they are before any training; no random stream is moved.
 
-    Args:
-        plan: The plan; its seed is the weights'.
-        feed: What they are to learn from.
-        model_about: "plain_name" and "plain_kwargs" of the run's net, for the teacher "wider".
-        given: Nets in place of those that the plan names.
-
-    PlanError where there is no such net, or it does not fit the data.
+    The plan's seed is the weights'; "plain_name" and "plain_kwargs" of `model_about` make the teacher "wider", `given`
+    stand in place of nets that the plan names. PlanError where there is no such net, or it does not fit the data.
     """
     rounds, given = dict(enumerate(plan.rounds, start=1)), given or {}
     others = {number: entry.teacher for number, entry in rounds.items() if entry.teacher and entry.teacher.is_net}
@@ -119,15 +114,8 @@ class NetCost:
 class Costs:
     """The nets of a run and their costs, made once; layouts of any length are then counted at once.
 
-    Args:
-        model: As it would be given to `run_cycle`.
-        plan: Its rounds; their lengths do not matter.
-        batches: Of the run; only their size is looked at.
-        input_size: `(C, H, W)`.
-        teachers: Nets of `teacher_nets`, by number of the round.
-
-    Attributes:
-        first: The net the run begins with; `plain` is the plain net, `grown` that of each round.
+    Arguments as for `run_cycle`; `teachers` are those of `teacher_nets`. `first` is the net the run begins with,
+    `plain` the plain net, `grown` has that of each round.
     """
 
     def __init__(

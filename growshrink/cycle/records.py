@@ -147,16 +147,9 @@ class Row:
 
 @dataclass
 class Top1:
-    """Top-1 on the val split at the stages of a round; None where there is no such stage.
+    """Top-1 on the val split at the stages of a round (see the glossary of reports); None where there is no such stage.
 
-    Attributes:
-        before: The net as the round found it.
-        peak: Grown, activations alive.
-        base: At the narrowest width, where widths are sampled.
-        vanished: Grown, lam = 0.
-        dropped: Vanished, the branches cut off instead of merged.
-        fused: The plain net right after merging.
-        end: After the tail.
+    `base` is at the narrowest width, where widths are sampled.
     """
 
     before: float | None = None
@@ -210,7 +203,7 @@ class Merged:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A number of the plain net, and the same of the grown one."""
+    """A number of the plain net, and of the grown one."""
 
     plain: int
     grown: int
@@ -229,11 +222,9 @@ class LeftBy:
     """How a round with sampled widths ended.
 
     Attributes:
-        every: Updates from one augmented net to the next.
+        every: Updates from one augmented net to the next, out of so many `nets`.
         inplace_distil: Share of the base's loss that came from the wider net.
-        nets: How many nets there were to draw from.
         step_macs: MACs of an average update, an image.
-        exit: Kind of the exit.
         width: What was merged: "base", "full", a level, or the widths by name.
         candidates: What was tried, the best first.
     """
@@ -305,11 +296,9 @@ class RoundRecord:
 
 @dataclass
 class RunState:
-    """What a checkpoint holds beside tensors.
+    """What a checkpoint holds beside tensors; `lam` are states of closed loops by number of the round.
 
-    Attributes:
-        lam: States of the closed loops by number of the round.
-        teacher_log: Entries of the log that make the teacher's structure; None without one that is a net of the run's.
+    `teacher_log` is the number of entries of the log that make the teacher, None unless it is a net of the run's.
     """
 
     log: list[Change] = field(default_factory=list)

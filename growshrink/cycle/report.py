@@ -59,11 +59,7 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
 
 
 def save_plain(result: CycleResult, plain: nn.Module, feed: Feed) -> None:
-    """Write the deployed net and prove it: read back from disk into the plain architecture, strictly, and compared.
-
-    Raises:
-        RunError: Keys, shapes or outputs are not the plain net's.
-    """
+    """Write the deployed net; RunError unless it can be read into the plain architecture, with the same outputs."""
     state = {key: value.detach().cpu().contiguous() for key, value in result.model.state_dict().items()}
     about = {key: list(getattr(feed, key)) for key in ("classes", "input_size", "mean", "std")}
     metadata = {"run": json.dumps({"about": result.model_about, **about}, sort_keys=True)}  # safetensors keeps no order

@@ -40,10 +40,8 @@ _PATIENCE = 10
 class Saving(ExitStack):
     """A context manager: inside it the first SIGTERM or Ctrl-C of a program is only noted, for `due` to tell.
 
-    Args:
-        every: Updates from one checkpoint to the next; None for no more than there are anyway.
-        keep: How many checkpoints are kept.
-        device: Where the ranks meet, and the run trains.
+    A checkpoint is due `every` so many updates (None: no more than there are anyway), and `keep` of them are kept; the
+    ranks meet on `device`, where the run trains.
     """
 
     def __init__(self, every: int | None, keep: int, device: torch.device) -> None:

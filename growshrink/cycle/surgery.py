@@ -43,10 +43,9 @@ def grow_nets(trainer: Trainer, change: Grew, where: str | None, input_size: Inp
 
 
 def collapse_net(trainer: Trainer, lam: float, number: int) -> Collapsed | None:
-    """Merge the branches of the model (not of its average) that are linear at `lam` into kernels, for training.
+    """Merge the model's branches (not the average's) that are linear at `lam` into kernels, for training.
 
-    Whatever was faster: a run is to be the same on every machine. Returns the entry of the growth log for round
-    `number`; None where no branch is linear.
+    Not only where it is faster: a run is to be the same on every machine. None where no branch is linear.
     """
     model = trainer.model
     set_lambda(model, lam)

@@ -67,10 +67,9 @@ class Job(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class SeedScore(Checked):
-    """Top-1 of the net of one seed, in percent, and its loss on the test split.
+    """Top-1 of the net of one seed, in percent, and its loss on the test split (None: judged on the val split only).
 
-    `val` is 0 for a trial that diverged, `test` None for a net that is judged on the val split only; `int8_tensor` and
-    `int8_channel` are top-1 on the test split in int8, one scale per layer and per output channel, None until taken.
+    `int8_tensor` and `int8_channel` are top-1 in int8, one scale per layer and per output channel, None until taken.
     """
 
     seed: int

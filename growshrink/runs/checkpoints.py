@@ -25,11 +25,7 @@ _NAME = re.compile(r"checkpoint-(\d{9})\.safetensors")
 
 
 def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Write `state` as the checkpoint of `update` and remove all but the newest `keep`.
-
-    Raises:
-        RunError: It cannot be written; the older ones are all there.
-    """
+    """Write `state` as the checkpoint of `update` and remove all but the newest `keep`; RunError where it cannot be."""
     tensors: dict[str, Tensor] = {}
     document = json.dumps(_flatten(state, "", tensors))
     path = folder / f"checkpoint-{update:09d}.safetensors"
@@ -44,11 +40,7 @@ def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: i
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that `save_checkpoint` was given, tensors on the CPU.
-
-    Raises:
-        RunError: The file is damaged or something else.
-    """
+    """The state that `save_checkpoint` was given, tensors on the CPU; RunError for a damaged file, or another."""
     metadata: dict[str, str] = {}
 
     def check(header: dict[str, str]) -> None:

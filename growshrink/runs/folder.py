@@ -39,11 +39,9 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     @staticmethod
     def claim(path: Path, *, resume: bool = False) -> RunFolder:
-        """Make the folder, or take over the unfinished run in it if `resume`.
+        """Make the folder, or take over the run in it if `resume`.
 
-        Raises:
-            RunError: The folder holds something else, a finished or unfinished run (without `resume`), or is in use by
-                another process.
+        RunError if it holds something else, or without `resume` a run, or is in use by another process.
         """
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -84,8 +84,7 @@ class ClosedLoop:
     def observe(self, signal: Tensor | float) -> None:
         """Take in the signal of one update, the training loss say: a number, or a 0-dim tensor on any device.
 
-        With `torch.distributed` initialised, every rank has to call this equally often: the mean over the ranks is
-        what counts, so that all of them have the same lam.
+        With `torch.distributed` every rank has to call this equally often: the mean over the ranks is what counts.
         """
         self._pending = self._pending + (signal.detach().double() if isinstance(signal, Tensor) else signal)
         self._count += 1
@@ -136,15 +135,9 @@ class LoopSpan(NamedTuple):
 
 
 class LamControl:
-    """Lam over a run, by update: called like any schedule, and told the training loss of every update.
+    """Lam over a run, by update: a schedule, but in the rounds of `spans` (by number) closed loops; see `ClosedLoop`.
 
-    In a round with a closed loop lam is 1 in the hold, falls as the training loss allows, and is 0 when the plan's
-    vanishing is over, at the latest; see `ClosedLoop`. Where a teacher comes in at the end of the hold, the losses
-    from before, which are others, do not count.
-
-    Args:
-        schedule: Lam everywhere else.
-        spans: The closed loops by number of the round.
+    Where a teacher comes in at the end of the hold, the losses from before, which are others, do not count.
     """
 
     def __init__(self, schedule: Schedule, spans: Mapping[int, LoopSpan]) -> None:

@@ -69,14 +69,9 @@ class KernelMap:
 
 
 def kernel_map(name: str, module: Grown) -> KernelMap | None:
-    """The sum of A A^T over the layer's kernel and its branches, in float64; None where nothing of it is trained.
+    """The sum of A A^T over a layer's kernel and its branches, in float64; None where nothing of it is trained.
 
-    Args:
-        name: Of the layer, in messages.
-        module: Not changed.
-
-    Raises:
-        GradientError: A branch is not linear in what it trains.
+    `name` is the layer's, in messages; GradientError where a branch is not linear in what it trains.
     """
     if isinstance(module, nn.ConvTranspose2d):
         raise GradientError(

@@ -100,10 +100,9 @@ class Task(Protocol):
 
 
 class Trainer:
-    """A model in training.
+    """A model in training; a change of structure happens in place, between two calls of `train`.
 
     Attributes:
-        model: What is trained; a change of structure happens in place, between two calls of `train`.
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
         optimizer: Made by timm's factory; follows a change of structure, see `structure_changed`.
         gradient_maps: Applied in every update, or None; see `map_gradients`.
@@ -218,9 +217,8 @@ class Trainer:
     def calibrate_average(self, num_batches: int = 50) -> None:
         """Recalibrate the batch norms of the averaged net on the last batches it was trained on.
 
-        The averaged statistics are those of other weights, and reach back to before lam was 0: fused with them, a net
-        would be worth less than it is. Statistics that are frozen in training (see `collapse_online`) no longer
-        track the data, but are what the weights were trained with: the average takes them from the model.
+        Its averaged statistics are those of other weights, and reach back to before lam was 0. Statistics that are
+        frozen in training (see `collapse_online`) are what the weights were trained with: it takes them from the model.
         """
         if self.ema is None or not self.update:
             return
@@ -239,9 +237,7 @@ class Trainer:
     def map_gradients(self, maps: GradientMaps | None) -> None:
         """Apply `maps` in every update from now on, after gradients are averaged over the ranks; None ends that.
 
-        Raises:
-            PlanError: The config clips gradients: branches trained apart would be clipped otherwise.
-            GradientError: The optimizer, or the net, is none that the maps are for.
+        PlanError where gradients are clipped, GradientError where optimizer or net are none that the maps are for.
         """
         if maps is not None and self.config.clip_grad is not None:
             raise PlanError(f"clip_grad={self.config.clip_grad!r}: clipping is not linear; map_gradients needs None.")
@@ -393,11 +389,7 @@ def fit(
         progress: Show one.
         train: What does the updates; `Results.kept` gives one that is resumed.
 
-    Returns:
-        The net to judge, in eval mode.
-
-    Raises:
-        RunError: The loss is no longer finite.
+    Returns the net to judge, in eval mode; RunError where the loss is no longer finite.
     """
     trainer = Trainer(model, config, batches)
     on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
