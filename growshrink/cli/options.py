@@ -291,7 +291,7 @@ class RunOptions:
 SHARE_OF_TRAINING = 0.8
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
-#: Of the data, what need not be the same for a run to be resumed, or is told by its feed.
+#: Of the data, what need not be the same for a run to be resumed, or is known from its feed.
 _NOT_OF_THE_DATA = ("data", "data_dir", "cache", "batch_size")
 
 

@@ -25,7 +25,7 @@ class Journal:
         self._bar = progress_bar(total=total, show=progress, smoothing=0.05, leave=True)
 
     def restart(self, rows: Iterable[Row], update: int) -> None:
-        """Go on after `update` updates: `rows` are what has been written so far, later ones are forgotten."""
+        """Continue after `update` updates: `rows` are what has been written so far, later ones are forgotten."""
         if not self._mute:
             write_atomic(self._path, "".join(json_line(asdict(row)) for row in rows).encode())
         if self._progress:

@@ -196,7 +196,7 @@ class Prepare(_InRound):
         run.train_instead(run.teachers[self.round])
 
     def leave(self, run: Run) -> None:
-        """Let it teach, and go on with the run's net as it was."""
+        """Let it teach, and restore the run's net as it was."""
         broadcast_nets_(run.trainer.nets)
         run.set_teacher(run.trainer.best, of_the_run=False)
         run.go_back()

@@ -189,7 +189,7 @@ def draw_arm_curves(runs: Sequence[RunRecord], out: Path) -> bool:
             style = {"color": "black", "linewidth": 2.5, "zorder": 3}
         axis.plot(macs, top1, label=arm, **style)
         best = max(best, *top1)  # a peak may be above all that comes of it
-        finals += [top1[-1]] * (run.scores[0].test is not None)  # else that of a net nobody trained
+        finals += [top1[-1]] * (run.scores[0].test is not None)  # else that of a net without any training
     if finals:
         axis.set_ylim(min(finals) - 12, best + 1)
     axis.set_xlabel("training MACs of a net (forward and backward, teachers included)")
