@@ -54,8 +54,10 @@ from growshrink.runs.folder import MARKER, RunFolder, claim_together, difference
 from growshrink.training.choosing import choose_speed, training_step
 from growshrink.training.trainer import TrainConfig
 
-ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, lambda name: _is_model(name))]
-DataName = Annotated[str, OneOf("no such data set, nor is it a folder", tuple(SOURCES), lambda name: _is_data(name))]
+_is_data = lambda name: name in SOURCES or Path(name).expanduser().is_dir()  # noqa: E731
+_is_model = lambda name: timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))  # noqa: E731
+ModelName = Annotated[str, OneOf("timm knows no such model", timm.list_models, _is_model)]
+DataName = Annotated[str, OneOf("no such data set, nor is it a folder", tuple(SOURCES), _is_data)]
 BranchName = Annotated[str, OneOf("no such branch", lambda: ["none", *Branch.kinds, *PRESETS], joined=True)]
 """A+B for both."""
 
@@ -112,7 +114,6 @@ class DataOptions(BatchOptions):
         """Make batches of the data set."""
         common: dict[str, Any] = {"batch_size": self.batch_size, "seed": seed, "device": device}
         common |= {"rank": this_rank(), "world_size": num_ranks()}
-        fraction = self.val_fraction
         photo = PhotoAugment(self.resized_crop, self.jitter, self.randaugment, self.mixup, self.cutmix)
         if self.stream:
             if photo.mixes:
@@ -122,16 +123,16 @@ class DataOptions(BatchOptions):
                 loader["scale"] = (self.resized_crop, 1.0)
             if self.randaugment:
                 loader["auto_augment"] = f"rand-m{self.randaugment}"
-            where, size = self.data_dir or Path(self.name), self.image_size
-            return stream_data(where, image_size=size, val_fraction=fraction, **common, **loader)
-        reading: dict[str, Any] = {"image_size": self.image_size, "val_fraction": fraction, "seed": seed}
+            where = self.data_dir or Path(self.name)
+            return stream_data(where, image_size=self.image_size, val_fraction=self.val_fraction, **common, **loader)
+        reading: dict[str, Any] = {"image_size": self.image_size, "val_fraction": self.val_fraction, "seed": seed}
         reading |= {"skip_damaged": self.skip_damaged, "use_cache": self.cache, "progress": progress}
         data = load_data(self.name, self.data_dir, **reading)
         if not this_rank():
             for note in data.notes:
                 print(f"data: {note}.", file=sys.stderr)
-        crop = data.input_size[1] // 8 if self.crop is None else self.crop
-        crop = 0 if self.crop is None and self.resized_crop else crop
+        usual = 0 if self.resized_crop else data.input_size[1] // 8
+        crop = usual if self.crop is None else self.crop
         flip = self.name != "digits" if self.flip is None else self.flip
         return MemoryFeed.of(data, augment=Augment(crop, flip, self.cutout, photo), **common)
 
@@ -238,10 +239,9 @@ class RunOptions:
 
     def claim(self, name: str) -> RunFolder:
         """Claim the folder of the run, by default runs/NAME, before anything else is done."""
-        out, resume = self.out, self.resume
-        if out is not None:
-            return claim_together(lambda: RunFolder.claim(out, resume=resume))
-        return claim_together(lambda: RunFolder.claim_next(Path("runs"), name, resume=resume))
+        if (out := self.out) is not None:
+            return claim_together(lambda: RunFolder.claim(out, resume=self.resume))
+        return claim_together(lambda: RunFolder.claim_next(Path("runs"), name, resume=self.resume))
 
     def set_threads(self) -> None:
         """Let torch take as many threads as asked for."""
@@ -429,11 +429,3 @@ class ExperimentOptions:
 def command() -> str:
     """Return the command line of this process."""
     return shlex.join(["python", *sys.argv])
-
-
-def _is_data(name: str) -> bool:
-    return name in SOURCES or Path(name).expanduser().is_dir()
-
-
-def _is_model(name: str) -> bool:
-    return timm.is_model(name) or name.startswith(("hf-hub:", "local-dir:"))

@@ -58,10 +58,6 @@ class Augmentation:
         """MACs an image of the updates from `start` to `stop`, all passes and the teacher's."""
         return self._cost.total(start, stop)
 
-    def full_net(self, trainer: Trainer) -> nn.Module:
-        """A copy of the net to be judged, at full width, with statistics of its own."""
-        return recalibrated(trainer, self.space.full)
-
     def judged(self, trainer: Trainer) -> nn.Module:
         """The net to score while training: the one to judge, with statistics of its own where no update has any."""
         if NUM_AUGMENTED[self.task.mode]:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from growshrink.base.config import Checked, Variant
 from growshrink.base.limits import NotNegative
+from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.records import Fused, Rewound, Undone
 from growshrink.cycle.running import Run
 from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets, undo
@@ -95,7 +96,7 @@ class _Merge(Exit, kind=""):
             if moved:
                 calibrate_bn(net, images)
         run.augment(None, None)
-        run.same_on_all_ranks()
+        broadcast_nets_(trainer.nets)
         merged = fuse_nets(trainer, run.top1, run.size)
         record.take(merged)
         run.changed(Fused(update=trainer.update, round=record.number, max_rel=merged.max_rel, effect=merged.effect))

@@ -50,13 +50,9 @@ class Phases:
         """The rounds."""
         return tuple({phase.round: phase.span for phase in self.all if phase.span is not None}.values())
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return [phase.start for phase in self.all]
-
     def at(self, update: int) -> Phase:
         """The phase that update number `update` (the first is 0) belongs to."""
-        return self.all[bisect_right(self._starts, update) - 1]
+        return self.all[bisect_right(self.all, update, key=lambda phase: phase.start) - 1]
 
     def macs(self, costs: Costs) -> int:
         """Exactly what `run_cycle` reports as `training_macs` of such a run on one rank afterwards."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from growshrink.base.copying import copy_net
 from growshrink.base.ranks import broadcast_nets_
-from growshrink.cycle.augmented import Augmentation
+from growshrink.cycle.augmented import Augmentation, recalibrated
 from growshrink.cycle.costs import Costs, NetCost
 from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
@@ -261,7 +261,7 @@ class Hold(_Grown):
             options = {name: getattr(plan, name) for name in ("ratio", "init", "guide")}
             change = replace(change, branches=list(plan.branch), **options)
             change = grow_nets(run.trainer, change, plan.where, run.size)
-        run.same_on_all_ranks()
+        broadcast_nets_(run.trainer.nets)
         run.changed(change)
         if plan.widths is not None:
             run.save_supernet("init")
@@ -276,8 +276,8 @@ class Hold(_Grown):
 
     def leave(self, run: Run) -> None:
         """Score the peak, which may become the teacher; where all is linear there is none, as nothing will be lost."""
-        record, plan = run.record, self.span.plan
-        peak = run.trainer.best if run.augmentation is None else run.augmentation.full_net(run.trainer)
+        record, plan, widths = run.record, self.span.plan, run.augmentation
+        peak = run.trainer.best if widths is None else recalibrated(run.trainer, widths.space.full)
         broadcast_nets_([peak])
         if plan.teaches_peak or not plan.linear:
             record.top1.peak = run.top1(peak)
@@ -336,7 +336,7 @@ class Tail(_InRound):
 def merge_linear(run: Run, phase: Phase) -> None:
     """Merge the branches that are linear when a phase begins into their kernels, for training."""
     if change := collapse_net(run.trainer, run.lam(phase.start), phase.round):
-        run.same_on_all_ranks()
+        broadcast_nets_(run.trainer.nets)  # statistics were taken on images of each rank's own
         run.changed(change)
 
 

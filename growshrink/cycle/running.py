@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from growshrink.base.config import to_dict
 from growshrink.base.copying import copy_net
-from growshrink.base.ranks import any_rank, broadcast_nets_, num_ranks, run_on_rank0, this_rank
+from growshrink.base.ranks import any_rank, num_ranks, run_on_rank0, this_rank
 from growshrink.base.stopping import Stopped, finishing
 from growshrink.cycle.augmented import Augmentation, save_net
 from growshrink.cycle.journal import Journal
@@ -270,10 +270,6 @@ class Run:
             save_checkpoint(self.folder.path, update, values, self.saving.keep)
         if update < self.total:
             self.saving.leave_if_asked(f"after update {update} of {self.total}, saved in {self.folder.path}")
-
-    def same_on_all_ranks(self) -> None:
-        """Give every rank the nets of rank 0: statistics were taken on images of each rank's own."""
-        broadcast_nets_(self.trainer.nets)
 
 
 def find_not_finite(trainer: Trainer) -> str | None:

@@ -282,7 +282,8 @@ class TrainBatches:
             images ^= difference.bitwise_and_(_mask(flip)[:, None, None, None])
         if side := self.augment.cutout:
             axes = (self._rows, cut_y), (self._columns, cut_x)
-            rows, columns = (_mask(_between(i - cut[:, None] + side // 2, side)) for i, cut in axes)
+            offsets = (i - cut[:, None] + side // 2 for i, cut in axes)
+            rows, columns = (_mask((offset >= 0) & (offset < side)) for offset in offsets)
             flat = images.view(-1, height, width * channels)
             difference = flat.bitwise_xor(self._fill)
             flat ^= difference.bitwise_and_(rows[:, :, None] & columns[:, None, :])
@@ -336,10 +337,6 @@ class _Normalise:
     def __call__(self, images: Tensor) -> Tensor:
         flat = images.flatten(1).float().mul_(self._scale).add_(self._shift)
         return flat.view(len(flat), *self._shape).permute(0, 3, 1, 2)
-
-
-def _between(offset: Tensor, side: int) -> Tensor:
-    return (offset >= 0) & (offset < side)
 
 
 def _mask(condition: Tensor) -> Tensor:
