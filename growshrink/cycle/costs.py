@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from growshrink.base.copying import copy_net
 from growshrink.base.seeding import generator
 from growshrink.cycle.plan import CyclePlan
 from growshrink.cycle.records import plain_net
+from growshrink.cycle.running import NetCost
 from growshrink.cycle.source import Recipe, read_source
 from growshrink.cycle.teaching import Teacher
 from growshrink.data.feed import Feed, UpdateBatches, check_model_fits
 from growshrink.errors import GrowShrinkError, PlanError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
-from growshrink.proofs._profile import profile, training_macs
+from growshrink.proofs._profile import training_macs
 from growshrink.transforms import collapse_online, collapse_report, grow
 
 
@@ -95,20 +95,6 @@ def _renormalised(net: nn.Module, feed: Feed, mean: Sequence[float], std: Sequen
     change = nn.Conv2d(len(mean), len(mean), 1, groups=len(mean))
     change.load_state_dict({"weight": (std_C / own_std).view(-1, 1, 1, 1), "bias": (mean_C - own_mean) / own_std})
     return nn.Sequential(change, net)
-
-
-@dataclass(frozen=True)
-class NetCost:
-    """A net, and its MACs of an image: forward and backward, and forward alone."""
-
-    net: nn.Module
-    train: int
-    forward: int
-
-    @staticmethod
-    def of(net: nn.Module, input_size: InputSize, batch_size: int) -> NetCost:
-        """Counted on the meta device."""
-        return NetCost(net, training_macs(net, input_size, batch_size), profile(net, input_size).macs)
 
 
 class Costs:

@@ -8,15 +8,15 @@ from typing import ClassVar
 from growshrink.base.copying import copy_net
 from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.augmented import Augmentation, recalibrated
-from growshrink.cycle.costs import Costs, NetCost
+from growshrink.cycle.costs import Costs
 from growshrink.cycle.gradients import MapSource
-from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, plain_net, shapes_of
-from growshrink.cycle.running import Run
+from growshrink.cycle.records import Grew, RoundRecord, Size, Top1, shapes_of
+from growshrink.cycle.running import NetCost, Run
 from growshrink.cycle.spans import RoundSpan
 from growshrink.cycle.surgery import collapse_net, gradients, grow_nets
 from growshrink.cycle.teaching import Lessons
 from growshrink.layers.grown import grown_modules
-from growshrink.proofs._profile import profile, training_macs
+from growshrink.proofs._profile import profile
 from growshrink.schedules import Schedule, cosine
 from growshrink.training.distil import TeacherNet
 from growshrink.transforms import growth_report
@@ -116,8 +116,7 @@ class Phase(ABC):
             return
         if self.grown and self.stop == span.grown_stop:
             span.plan.exit.leave(run)
-            plain = NetCost.of(run.trainer.model, run.size, run.feed.train.batch_size)
-            run.state.macs_spent += run.images_per_update * span.plan.exit.macs(plain.forward, plain.train)
+            run.state.macs_spent += run.images_per_update * span.plan.exit.macs(run.plain.forward, run.plain.train)
         if self.stop == span.stop:
             run.end_round()
 
@@ -342,8 +341,9 @@ def merge_linear(run: Run, phase: Phase) -> None:
 
 def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool = False) -> None:
     """Begin the record of a round after the growth, and its lessons; `before` is the top-1 it begins with."""
-    plan, size, model, plain = span.plan, run.size, run.trainer.model, plain_net(run.initial, run.size)
-    then, now = profile(model if built_grown else plain, size), profile(model, size)
+    plan, size, model = span.plan, run.size, run.trainer.model
+    now = profile(model, size)
+    then = now if built_grown else run.plain.size
     record = RoundRecord(
         number=span.number,
         branch=["born grown"] if built_grown else list(plan.branch),
@@ -354,7 +354,7 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
         num_skipped=len(growth_report(model, input_size=size).skipped) if plan.branch else 0,
         params=Size(plain=then.params, grown=now.params),
         macs=Size(plain=then.macs, grown=now.macs),
-        plain_step_macs=training_macs(plain, size, run.feed.train.batch_size),
+        plain_step_macs=run.plain.train,
         tail_share=span.tail_share,
         macs_before=run.state.macs_spent,
         top1=Top1(before=None if built_grown else before),
@@ -364,8 +364,9 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
         if run.teaching.net is None:
             run.set_teacher(run.placed(copy_net(net)), of_the_run=False)
         record.teacher_updates = updates = span.start - span.begin
-        record.teacher_macs = updates * run.images_per_update * training_macs(net, size, run.feed.train.batch_size)
+        cost = NetCost.of(net, size, run.feed.train.batch_size)
+        record.teacher_macs = updates * run.images_per_update * cost.train
         record.macs_before -= record.teacher_macs
-        record.answers_macs = span.lessons.number * run.images_per_update * profile(net, size).macs
+        record.answers_macs = span.lessons.number * run.images_per_update * cost.forward
         record.teacher_top1 = run.top1(run.teaching.net)
     run.state.rounds.append(record)

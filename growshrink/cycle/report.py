@@ -13,13 +13,12 @@ from growshrink.base.config import to_dict
 from growshrink.base.ranks import run_on_rank0, this_rank
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cycle.layout import Phases
-from growshrink.cycle.records import RoundRecord, plain_net
+from growshrink.cycle.records import RoundRecord
 from growshrink.cycle.result import CycleResult, glossary, rounds_table
 from growshrink.cycle.running import Run
 from growshrink.data.feed import Feed
 from growshrink.errors import EquivalenceError, RunError
 from growshrink.proofs import assert_equivalent, profile
-from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import PLAIN_FILE
 from growshrink.training._evaluate import judge
 
@@ -27,7 +26,6 @@ from growshrink.training._evaluate import judge
 def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleResult:
     """Score the net of a run that has come to its end, write everything down, and mark the run as finished."""
     best, size, state = run.trainer.best.eval(), run.size, run.state
-    plain = plain_net(run.initial, size)
     worst = 12 if getattr(run.feed, "nets", 1) == 1 else 0
     judged = run_on_rank0(lambda: judge(best, run.feed.test, worst, run.loss))
     result = CycleResult(
@@ -40,17 +38,15 @@ def leave_result(run: Run, phases: Phases, about: Mapping[str, Any]) -> CycleRes
         val=run.score(),
         judged=judged,
         classes=run.feed.classes,
-        plain=profile(plain, size),
+        plain=run.plain.size,
         deployed=profile(best, size),
         training_macs=state.macs_spent,
-        plain_training_macs=phases.total
-        * run.images_per_update
-        * training_macs(plain, size, run.feed.train.batch_size),
+        plain_training_macs=phases.total * run.images_per_update * run.plain.train,
         seconds=state.seconds,
         about=about,
     )
     if this_rank() == 0:
-        save_plain(result, plain, run.feed)
+        save_plain(result, run.plain.net, run.feed)
         write_json(result.out_dir / "report.json", result.to_dict())
         write_json(result.out_dir / "growth_log.json", {"entries": to_dict(state.log)})
         write_atomic(result.out_dir / "report.md", _markdown(result, draw_curves(result)).encode())

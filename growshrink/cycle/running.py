@@ -7,24 +7,27 @@ import signal
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import InitVar, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import to_dict
 from growshrink.base.copying import copy_net
 from growshrink.base.ranks import any_rank, num_ranks, run_on_rank0, this_rank
 from growshrink.base.stopping import Stopped, finishing
 from growshrink.cycle.augmented import Augmentation, save_net
 from growshrink.cycle.journal import Journal
-from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState, replay
+from growshrink.cycle.records import Change, Grew, RoundRecord, Row, RunState, plain_net, replay
 from growshrink.cycle.surgery import set_values, snapshot, values_of
 from growshrink.cycle.teaching import Lessons, Teaching
 from growshrink.data.feed import Feed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.layers.grown import grown_modules
-from growshrink.proofs._profile import training_macs
+from growshrink.proofs import Profile
+from growshrink.proofs._profile import profile, training_macs
 from growshrink.runs.checkpoints import find_checkpoints, save_checkpoint
 from growshrink.runs.folder import RunFolder
 from growshrink.schedules import Schedule
@@ -67,6 +70,25 @@ class Saving(ExitStack):
         if self._asked:
             number = self._came() or signal.SIGTERM  # it was another rank that was asked
             raise Stopped(number, f"stopped by {signal.Signals(number).name} {where}")
+
+
+@dataclass(frozen=True)
+class NetCost:
+    """A net, the MACs of an image forward and backward, and its size, counted on the meta device."""
+
+    net: nn.Module
+    train: int
+    size: Profile
+
+    @staticmethod
+    def of(net: nn.Module, input_size: InputSize, batch_size: int) -> NetCost:
+        """Count it."""
+        return NetCost(net, training_macs(net, input_size, batch_size), profile(net, input_size))
+
+    @property
+    def forward(self) -> int:
+        """MACs of an image forward."""
+        return self.size.macs
 
 
 @dataclass(eq=False, kw_only=True)
@@ -116,6 +138,11 @@ class Run:
         self.journal = Journal(self.folder.path, self.total, progress=progress, tensorboard=tensorboard)
 
     # ---- structure
+
+    @cached_property
+    def plain(self) -> NetCost:
+        """The plain net, as the run began with it, and what it costs."""
+        return NetCost.of(plain_net(self.initial, self.size), self.size, self.feed.train.batch_size)
 
     @property
     def record(self) -> RoundRecord:

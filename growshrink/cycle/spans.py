@@ -7,8 +7,9 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
-from growshrink.cycle.costs import Costs, NetCost
+from growshrink.cycle.costs import Costs
 from growshrink.cycle.plan import Round
+from growshrink.cycle.running import NetCost
 from growshrink.cycle.teaching import Lessons
 from growshrink.layers.widths import width_space
 from growshrink.schedules import Schedule, hold_then_vanish, linear
