@@ -118,6 +118,7 @@ def test_no_exit_and_no_phase_is_compared_by_name():
     assert found == []
 
 
+@pytest.mark.exhaustive
 def test_a_plan_passes_few_functions(tmp_path):
     """Counted in a run of two rounds: functions that are handed the plan, or a part of it, and their files."""
     parts = (CyclePlan, Round, Exit, Teacher, NetAug)
