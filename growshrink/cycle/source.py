@@ -123,11 +123,9 @@ def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:
         name, kwargs = plain_form(about["name"], about["kwargs"], grown=about.get("grow") is None)
         size = tuple(about["input_size"])
         return _merged(path, supernet, recipe, name=name, kwargs=kwargs, input_size=size, **_of_the_run(path))
-    if "plain_name" in (about := _about(path, header)):
-        known = _of_the_header(path, header, about, recipe)
-        return Source(
-            path, _made(known["name"], known["kwargs"], tensors, path), data=_of_the_run(path).get("data"), **known
-        )
+    if (known := _of_the_header(path, header, recipe)) is not None:
+        plain = _made(known["name"], known["kwargs"], tensors, path)
+        return Source(path, plain, data=_of_the_run(path).get("data"), **known)
     return _of_a_state_dict(path, clean_keys(tensors), recipe)
 
 
@@ -237,23 +235,17 @@ def run_of(header: Mapping[str, str]) -> dict[str, Any]:
     return {key: parse_json(text) for key, text in header.items()}  # before 0.3 each had a key of its own
 
 
-def _about(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """What a file says of its model; empty where it says nothing."""
-    try:
-        return dict(run_of(header).get("about", {}))
-    except (TypeError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: its metadata is damaged ({error}).") from error
-
-
-def _of_the_header(path: Path, header: Mapping[str, str], about: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """What `cycle.result.save_plain` wrote beside the weights."""
+def _of_the_header(path: Path, header: Mapping[str, str], recipe: Recipe) -> dict[str, Any] | None:
+    """What a run wrote beside its weights; None where a file says nothing of its model."""
     try:
         run = run_of(header)
+        if "plain_name" not in (about := dict(run.get("about", {}))):
+            return None
         known = {key: tuple(run[key]) for key in ("input_size", "mean", "std", "classes")}
         size = _input_size(known["input_size"], recipe)
         return {**known, "input_size": size, "name": about["plain_name"], "kwargs": dict(about["plain_kwargs"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: its metadata is not that of {PLAIN_FILE} of a run ({error!r}).") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: its metadata is damaged, or not that of {PLAIN_FILE} of a run ({error!r}).") from error
 
 
 def _of_the_run(path: Path) -> dict[str, Any]:
