@@ -234,14 +234,10 @@ def draw_curves(result: CycleResult) -> bool:
     rows, phases = result.history, result.phases
     _draw_scores(result, axes[0], axes[1])
     _draw_schedules(result, axes[2])
-    cost = axes[3]
-    cost.plot(
-        [0, *(row.update for row in rows)], [0, *(row.training_macs for row in rows)], color="C4", label="this run"
-    )
+    cost, spent = axes[3], [(0, 0), *((row.update, row.training_macs) for row in rows)]
+    cost.plot(*zip(*spent, strict=True), color="C4", label="this run")
     cost.plot([0, phases.total], [0, result.plain_training_macs], "--", color="0.6", label="plain net, as many updates")
-    cost.set_ylabel("training MACs")
-    cost.set_xlabel("optimizer updates (shaded: grown)")
-    cost.set_xlim(0, phases.total)
+    cost.set(ylabel="training MACs", xlabel="optimizer updates (shaded: grown)", xlim=(0, phases.total))
     for axis in axes:
         for span in phases.spans:
             axis.axvspan(span.start, span.grown_stop, color="0.93", linewidth=0, zorder=0)
@@ -260,16 +256,15 @@ def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
     accuracy.plot(updates, top1, color="C0")
     interesting = [row.val_top1 for row in rows if row.round] or top1  # the climb from chance would hide the rest
     margin = 0.08 * (max(top1) - min(interesting)) or 1.0
-    accuracy.set_ylim(min(interesting) - margin, max(top1) + margin)
-    accuracy.set_ylabel("val: minus the loss" if "loss" in result.about else "val top-1 (%)")
+    what = "val: minus the loss" if "loss" in result.about else "val top-1 (%)"
+    accuracy.set(ylim=(min(interesting) - margin, max(top1) + margin), ylabel=what)
     for change in result.growth_log:
         place = (change.update, 1.0)
         accuracy.annotate(f"{change.kind} {change.round}", place, xycoords=("data", "axes fraction"), va="bottom")
     teachers = any(record.teacher is not None for record in result.rounds)
     loss.plot(updates, [row.train_loss for row in rows], color="C1", label="training" + " (and teacher)" * teachers)
     loss.plot(updates, [row.val_loss for row in rows], color="C0", label="val")
-    loss.set_yscale("log")
-    loss.set_ylabel("loss")
+    loss.set(yscale="log", ylabel="loss")
 
 
 def _draw_schedules(result: CycleResult, axis: Any) -> None:

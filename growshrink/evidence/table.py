@@ -192,8 +192,8 @@ def draw_arm_curves(runs: Sequence[RunRecord], out: Path) -> bool:
         finals += [top1[-1]] * (run.scores[0].test is not None)  # else that of a net without any training
     if finals:
         axis.set_ylim(min(finals) - 12, best + 1)
-    axis.set_xlabel("training MACs of a net (forward and backward, teachers included)")
-    axis.set_ylabel("val top-1 (%), mean over the seeds of the run")
+    label = "training MACs of a net (forward and backward, teachers included)"
+    axis.set(xlabel=label, ylabel="val top-1 (%), mean over the seeds of the run")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize="small", ncols=2)
     save_picture(figure, out / "curves.png")

@@ -379,17 +379,9 @@ def fit(
 ) -> nn.Module:
     """Train `model` in place for some updates: a warm-up of 5 %, then half a cosine down to a learning rate of 0.
 
-    Args:
-        model: Any net.
-        batches: What it is fed with.
-        config: How; with `ema_decay` the averaged net is returned, recalibrated.
-        updates: How long.
-        lam: A schedule, or a closed loop, which then observes the training loss.
-        label: Label of the progress bar.
-        progress: Show one.
-        train: What does the updates; `Results.kept` gives one that is resumed.
-
-    Returns the net to judge, in eval mode; RunError where the loss is no longer finite.
+    With `ema_decay` the averaged net is returned, recalibrated. A closed loop as `lam` observes the training loss, and
+    `label` names the progress bar. Returns the net to judge, in eval mode; RunError where the loss is not finite.
+    `train` does the updates; `Results.kept` gives one that is resumed.
     """
     trainer = Trainer(model, config, batches)
     on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
