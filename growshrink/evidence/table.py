@@ -21,7 +21,7 @@ _INT8_LEGEND = (
 _LEGEND = (
     "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
     "included: those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward "
-    "passes before a fuse that recalibrate the statistics of norms.) Seeds {seeds}. Test top-1 in percent, the test "
+    "passes before a fuse that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test "
     "split having had no part in any choice; difference to plain with the same seed (weights, val split, order of "
     "images), its 95 % interval by Student's t, and the same with the noise estimated from all arms together "
     "(pooled). p: of the pooled test, corrected for "
