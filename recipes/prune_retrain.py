@@ -25,16 +25,6 @@ from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.analysis.results import Results
-from growshrink.analysis.retrain import (
-    RETRAIN_ARMS,
-    Dense,
-    best_rates,
-    compare_arms,
-    format_comparison,
-    run_arm,
-    start_arm,
-    train_dense,
-)
 from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf, Positive
@@ -47,6 +37,16 @@ from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, evaluate
+from retraining import (
+    RETRAIN_ARMS,
+    Dense,
+    best_rates,
+    compare_arms,
+    format_comparison,
+    run_arm,
+    start_arm,
+    train_dense,
+)
 
 #: Tuning seeds are these on: no measured run shares a net with them.
 TUNING = 100_000

@@ -30,7 +30,6 @@ from growshrink.analysis import WidthScore, headroom, stats
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, draw_widths, width_of
 from growshrink.analysis.results import Results
-from growshrink.analysis.retrain import reinitialise
 from growshrink.analysis.trained import train_net, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf, Share
@@ -41,6 +40,7 @@ from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, ScoringBatches
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
+from retraining import reinitialise
 
 #: MACs of the nets that are looked for, over the full net's: those of the uniform levels.
 LEVELS = (0.25, 0.5, 0.75, 1.0)

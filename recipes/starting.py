@@ -25,7 +25,7 @@ from growshrink.data.feed import Feed
 from growshrink.data.folders import class_counts
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.grown import grown_modules
-from growshrink.models.naming import plain_form
+from growshrink.models.staged import plain_form
 from growshrink.runs.folder import PLAIN_FILE
 
 

@@ -39,6 +39,11 @@ def net(name="reducenet20", seed=0, **kwargs):
         return timm.create_model(name, num_classes=10, **kwargs)
 
 
+def small(name="reducenet20", **kwargs):
+    """`net` with one block a stage: for what the number of blocks has nothing to do with."""
+    return net(name, depths=(1, 1, 1), **kwargs)
+
+
 def randomized(model, seed=1):
     """`model`, in place, with random norms and biases: nothing is at a default that would hide a mistake."""
     generator = torch.Generator().manual_seed(seed)

@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from growshrink.cli.forms import parts_of
 
 
-def run(path, *args):
+def run(path: Path, *args: object) -> Any:
     """Run the program at `path` with `args` as its user would; its exit code."""
     threads, interval = torch.get_num_threads(), tqdm.monitor_interval
     argv = [str(path), *map(str, args)]
@@ -33,7 +34,7 @@ def run(path, *args):
     return 0
 
 
-def completed(path, *args):
+def completed(path: Path, *args: object) -> subprocess.CompletedProcess[str]:
     """The same, with its output, as `subprocess.run` gives it."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
@@ -42,11 +43,17 @@ def completed(path, *args):
 
 
 @cache
-def args_of(path, name="Args"):
-    """The dataclass of a program's options, and the options by name."""
-    spec = importlib.util.spec_from_file_location(f"options_of_{path.stem}", path)
+def module_of(path: Path) -> Any:
+    """The module of a program, or of what lies beside one, without running it."""
+    spec: Any = importlib.util.spec_from_file_location(f"module_of_{path.stem}", path)
     with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    found = getattr(module, name)
+    return module
+
+
+@cache
+def args_of(path: Path, name: str = "Args") -> tuple[Any, dict[str, Any]]:
+    """The dataclass of a program's options, and the options by name."""
+    found = getattr(module_of(path), name)
     return found, {name: option for _, options in parts_of(found).values() for name, option in options.items()}

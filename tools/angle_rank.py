@@ -34,12 +34,10 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis._angle import AngleTable, Floats, Index, supernet_table
 from growshrink.analysis._rank import Ranking, jsonable
-from growshrink.analysis.plots import draw_angles
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.analysis.trained import num_updates, with_random_labels
-from growshrink.analysis.truth import Truth, read_rows, read_truth, subnet_name
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.reading import clean_keys, read_tensors
@@ -53,6 +51,8 @@ from growshrink.supernet import load_supernet
 from growshrink.supernet.passes import MODES
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
+from pictures import draw_angles
+from truth import Truth, read_rows, read_truth, subnet_name
 
 MODEL = "reducenet20_x4"
 #: More subnets than this are not enumerated without being asked.

@@ -34,20 +34,9 @@ import growshrink as gs
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA, ChannelSpace
-from growshrink.analysis.plots import draw_yield
 from growshrink.analysis.prune import Budget, DrawnWidths, SupernetSpace, draw_widths
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import Bench
-from growshrink.analysis.study import (
-    PICKERS,
-    RANDOM,
-    PlannedNet,
-    format_summary,
-    measure,
-    plan_channels,
-    plan_widths,
-    summarise,
-)
 from growshrink.analysis.trained import num_updates, train_net
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
@@ -62,6 +51,17 @@ from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.supernet import load_supernet
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
+from pictures import draw_yield
+from study import (
+    PICKERS,
+    RANDOM,
+    PlannedNet,
+    format_summary,
+    measure,
+    plan_channels,
+    plan_widths,
+    summarise,
+)
 
 SPACES = ("channels", "widths")
 

@@ -1,8 +1,7 @@
 """The operator algebra: an affine convolution as a value.
 
-A `ConvMap` is what a stack of convolutions, batch norms in eval mode, identities and average pools computes:
-`x -> conv(pad(x), kernel) + bias`. It composes (`then`), adds (`+`), and becomes an `nn.Conv2d`. Every operation
-gives the exact operator, the values at the borders included, or raises `AlgebraError` with the reason.
+A `ConvMap` is what a stack of convolutions, batch norms in eval mode, identities and average pools computes. Every
+operation gives the exact operator, the values at the borders included, or raises `AlgebraError` with the reason.
 
 Shape letters: N batch, O output channels, I input channels, M middle channels, H and W height and width.
 Background: Ding et al., Diverse Branch Block (arXiv:2103.13425), section 3; the border conditions are ours.

@@ -1,9 +1,8 @@
-"""Which operation consumes which output: one forward pass observed at operator level.
+"""Which operation consumes which output: forward passes observed at operator level.
 
-Module hooks alone do not see `bn(z) + z` or `relu_(y); bn(y)`. Here every aten operator of one pass is seen, so a
-second reader of a tensor is found however it is written. The pass runs on the meta device (no arithmetic, no
-memory), on a copy; it falls back to a real pass for models that cannot run on meta. There is one pass in eval mode and
-one in train mode for every input size.
+Module hooks alone do not see `bn(z) + z` or `relu_(y); bn(y)`. Here every aten operator of a pass is seen, so a second
+reader of a tensor is found however it is written. Passes, one in eval mode and one in train mode for every input size,
+run on the meta device (no arithmetic, no memory), or really, for models that cannot run on meta.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from growshrink.algebra.inputs import InputLike, Inputs, given_inputs
 from growshrink.algebra.inputs import InputSize as InputSize
-from growshrink.base.copying import copy_net
-from growshrink.base.ties import ties
+from growshrink.base.copying import copy_net, ties
 from growshrink.errors import GrowShrinkError, check_model
 
 _SIZES_TO_TRY = (32, 64, 224, 28, 8)
@@ -128,12 +126,13 @@ def trace(model: nn.Module, input_size: InputLike = None) -> Flow:
             convolution, or tries the usual ones: a guess.
     """
     check_model(model, scripted=False)
-    inputs = given_inputs(input_size)
-    flow = _first_that_runs(model, _candidates(model) if inputs is None else [inputs], train=False)
-    others = {f"at {other}": _first_that_runs(model, [other], train=False) for other in flow.inputs.others}
+    inputs, copy = given_inputs(input_size), copy_net(model)
+    flow = _first_that_runs(model, copy, _candidates(model) if inputs is None else [inputs])
+    others = {f"at {other}": _first_that_runs(model, copy, [other]) for other in flow.inputs.others}
     for given in flow.inputs.each():
         try:
-            others[f"in train mode at {replace(given, guessed=False)}"] = _first_that_runs(model, [given], train=True)
+            found = _first_that_runs(model, copy, [given], train=True)
+            others[f"in train mode at {replace(given, guessed=False)}"] = found
         except GrowShrinkError as error:
             reason = str(error.__cause__).split("\n")[0][:200]
             warnings.warn(f"the model does not run in train mode, readers there are not seen: {reason}", stacklevel=3)
@@ -155,10 +154,11 @@ def _rivals(model: nn.Module, ran: set[str]) -> dict[str, str]:
     return {name: idle[len(mean)] for name, mean in means if mean is not None and len(mean) in idle}
 
 
-def _first_that_runs(model: nn.Module, candidates: Sequence[Inputs], train: bool) -> Flow:
+def _first_that_runs(model: nn.Module, copy: nn.Module, candidates: Sequence[Inputs], train: bool = False) -> Flow:
+    """One pass of `copy`, which goes to the meta device, or else of a further copy that stays where it is."""
     last_error: Exception | None = None
     for device in ("meta", None):
-        replica = copy_net(model).train(train)
+        replica = (copy if device else copy_net(model)).train(train)
         for module in replica.modules():
             if isinstance(module, nn.SyncBatchNorm):
                 module.eval()  # its statistics would wait for other processes
@@ -182,7 +182,7 @@ def shared_parameters(model: nn.Module) -> set[str]:
 def inputs_for(model: nn.Module, input_size: InputLike = None) -> Inputs:
     """What is given, or what the model is found to run on in eval mode."""
     check_model(model, scripted=False)
-    return given_inputs(input_size) or _first_that_runs(model, _candidates(model), train=False).inputs
+    return given_inputs(input_size) or _first_that_runs(model, copy_net(model), _candidates(model)).inputs
 
 
 def _candidates(model: nn.Module) -> list[Inputs]:
@@ -293,7 +293,7 @@ class _Recorder(TorchDispatchMode):
 
     def keepers(self, known: set[int]) -> None:
         """Note as read what a batch norm reads and something still holds after the pass: an attribute, an object."""
-        self._alive[0] = torch.empty(0)  # held by nobody else
+        self._alive[0] = torch.empty(0)  # held by nothing else
         normed = {key for key, names in self._producers.items() if any(r.norm for n in names for r in self.readers[n])}
 
         def held() -> set[int]:
@@ -311,6 +311,8 @@ class _Recorder(TorchDispatchMode):
         source = args[0] if op in _VIEWS and isinstance(args[0], Tensor) else None
         if source is None or id(source) not in self._channels:
             self.consumed(op, tree_leaves((args, kwargs)))
+            if op == "native_batch_norm" and args[0].is_meta:  # torch decomposes it there, slowly: half of a pass
+                return torch.empty_like(args[0]), *args[0].new_empty(2, args[0].shape[1]).unbind()
             return func(*args, **(kwargs or {}))
         view = func(*args, **(kwargs or {}))
         channels = _axis_in_view(op, source, args[1:], view, self._channels[id(source)])

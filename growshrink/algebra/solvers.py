@@ -1,4 +1,4 @@
-"""Fixed points z = f(z), solved for every sample of a batch by itself."""
+"""Fixed points z = f(z), solved for every sample of a batch independently."""
 
 import warnings
 from collections.abc import Callable

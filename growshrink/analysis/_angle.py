@@ -61,9 +61,8 @@ class AngleScores:
 class AngleTable:
     r"""The sums that angles of subnets are made of, by layer and width.
 
-    For each pair of states (initial, trained) the columns are :math:`|w_0|^2`, :math:`|w_1|^2 - |w_0|^2` and
-    :math:`|w_1 - w_0|^2`: without the cancellation of products at small angles, see `angle_of`. The structural null has
-    in place of a layer's cosine at each width the mean of its cosines over all widths.
+    Columns are :math:`|w_0|^2`, and of each trained state :math:`|w_1|^2 - |w_0|^2` and :math:`|w_1 - w_0|^2`, see
+    `angle_of`. The structural null takes for a layer's cosine at each width the mean of its cosines over all widths.
 
     Args:
         layers: What a subnet keeps of each tensor, e.g. `supernet_layers(model, input_size)`.
@@ -240,7 +239,7 @@ class AngleTable:
     def _factor(self, names: tuple[str, ...], table: Floats) -> tuple[tuple[int, ...], tuple[int, ...], Floats]:
         lengths = [len(self.choices[name]) for name in names]
         strides = tuple(math.prod(lengths[i + 1 :]) for i in range(len(names)))
-        return tuple(self.names.index(name) for name in names), strides, table
+        return tuple(map(self.names.index, names)), strides, table
 
 
 def angle_of(norm0: Floats, difference: Floats, distance: Floats) -> Floats:
@@ -325,8 +324,8 @@ def angle(
         trained: The same net, trained.
         space: Its width space; of another supernet the choices of each width by name.
         widths: Subnets, each a width of the space; None is every one.
-        layers: What a subnet keeps of each tensor, for supernets that were not grown: `growshrink.analysis.Layer` and
-            `Side`, or as read by `growshrink.analysis.read_width_table`. `positions` that are 0 are taken from a pass.
+        layers: What a subnet keeps of each tensor (`growshrink.analysis.Layer`, `read_width_table`), for supernets that
+            were not grown. `positions` that are 0 are taken from a pass.
         input_size: `(C, H, W)`, for the MACs; None takes the model's own.
         example_inputs: In place of a size, a batch; see `growshrink.grow`.
 

@@ -21,10 +21,10 @@ FEW = 200
 
 @dataclass(frozen=True)
 class Agreement:
-    """How one score agrees with the truth. Everything has a bootstrap interval; NaN where a figure has no value.
+    """How one score agrees with the truth, with bootstrap intervals; NaN where a figure has no value.
 
-    `precision` and `regret` are of the k best by score (see `stats`), `tau_within` is tau-b within bins of MACs, and
-    `beyond` the partial Spearman given the baselines: 0 where the score knows nothing that they do not.
+    `precision` and `regret` are of the k best by score, `tau_within` is tau-b within bins of MACs, `beyond` the partial
+    Spearman given the baselines: 0 where the score knows nothing that they do not.
     """
 
     tau_a: Estimate
@@ -84,24 +84,22 @@ class Ranking:
         rows += [[name, *map(_cell, vars(agreement).values())] for name, agreement in self.agreement.items()]
         lengths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, lengths, strict=True)).rstrip() for row in rows]
-        lines.append(
-            f"{self.n} subnets, {self.confidence:.0%} intervals of {self.num_resamples} paired resamples; precision "
-            f"and regret of the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the "
-            "pairs are tied in truth."
-        )
-        if self.left_out:
-            lines.append(f"{self.left_out} subnets have no finite score, or truth, and were left out.")
-        if self.n < FEW:
-            lines.append(f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints.")
-        if self.ceiling is None:
-            lines.append("The truth was measured once: its seed noise, which bounds every tau, is not known.")
-        else:
-            lines.append(
+        noise = "The truth was measured once: its seed noise, which bounds every tau, is not known."
+        if self.ceiling is not None:
+            noise = (
                 f"tau-b {self.seed_agreement:.3f} between measurements of the truth with other seeds: a score without "
                 f"any error would have about {self.ceiling:.3f} with their mean."
             )
-        lines += [f"{name}: {verdict.reason}" for name, verdict in self.verdicts.items()]
-        return "\n".join(lines)
+        lines += [
+            f"{self.n} subnets, {self.confidence:.0%} intervals of {self.num_resamples} paired resamples; precision "
+            f"and regret of the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the "
+            "pairs are tied in truth.",
+            f"{self.left_out} subnets have no finite score, or truth, and were left out." * bool(self.left_out),
+            f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints." * (self.n < FEW),
+            noise,
+            *(f"{name}: {verdict.reason}" for name, verdict in self.verdicts.items()),
+        ]
+        return "\n".join(filter(None, lines))
 
 
 def rank(
@@ -133,6 +131,37 @@ def rank(
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
     """
     baselines = (baselines,) if isinstance(baselines, str) else tuple(baselines)
+    columns, measured, left_out = _read(scores, truth, baselines)
+    target = np.mean(measured, axis=0)
+    n, several = len(target), len(measured) > 1
+    k = max(1, round(n / 10)) if k is None else k
+    num_bins = max(1, min(num_bins, n // 8))
+    bins = stats.size_bins(columns["macs"], num_bins)
+    boot = Bootstrap(n, num=num_resamples, seed=seed, confidence=confidence)
+    agreement, within = {}, {}
+    beyond = _beyond(columns, target, baselines, boot)
+    for name, column in columns.items():
+        agreement[name], within[name] = _agreement(column, target, beyond[name], bins, k, boot)
+    verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
+    return Ranking(
+        agreement,
+        verdicts,
+        n=n,
+        left_out=left_out,
+        k=k,
+        num_bins=num_bins,
+        tied_truth=stats.kendall(target, target).tied_x / math.comb(n, 2),
+        seed_agreement=stats.seed_agreement(measured) if several else None,
+        ceiling=stats.noise_ceiling(measured) if several else None,
+        confidence=confidence,
+        num_resamples=num_resamples,
+    )
+
+
+def _read(
+    scores: Mapping[str, ArrayLike], truth: Any, baselines: Sequence[str]
+) -> tuple[dict[str, Floats], list[Floats], int]:
+    """Columns of scores, one or several of truth, of the subnets that have all of them, and how many have not."""
     if not baselines:
         raise AnalysisError("baselines=(): name at least one score that any other has to beat.")
     try:
@@ -150,34 +179,11 @@ def rank(
     columns = {name: column[finite] for name, column in columns.items()}
     measured = [column[finite] for column in measured]
     target = np.mean(measured, axis=0)
-    n, several = len(target), len(measured) > 1
-    if n < 8:
-        raise AnalysisError(f"{n} subnets with a finite truth and finite scores: too few to rank.")
+    if len(target) < 8:
+        raise AnalysisError(f"{len(target)} subnets with a finite truth and finite scores: too few to rank.")
     if np.ptp(target) == 0:
         raise AnalysisError("the truth is the same for all subnets: there is nothing to rank.")
-    k = max(1, round(n / 10)) if k is None else k
-    num_bins = max(1, min(num_bins, n // 8))
-    bins = stats.size_bins(columns["macs"], num_bins)
-    boot = Bootstrap(n, num=num_resamples, seed=seed, confidence=confidence)
-
-    agreement, within = {}, {}
-    beyond = _beyond(columns, target, baselines, boot)
-    for name, column in columns.items():
-        agreement[name], within[name] = _agreement(column, target, beyond[name], bins, k, boot)
-    verdicts = {name: _verdict(name, agreement, within, baselines, boot) for name in columns if name not in baselines}
-    return Ranking(
-        agreement,
-        verdicts,
-        n=n,
-        left_out=int((~finite).sum()),
-        k=k,
-        num_bins=num_bins,
-        tied_truth=stats.kendall(target, target).tied_x / math.comb(n, 2),
-        seed_agreement=stats.seed_agreement(measured) if several else None,
-        ceiling=stats.noise_ceiling(measured) if several else None,
-        confidence=confidence,
-        num_resamples=num_resamples,
-    )
+    return columns, measured, int((~finite).sum())
 
 
 def _beyond(
@@ -185,13 +191,16 @@ def _beyond(
 ) -> dict[str, Estimate]:
     """Partial Spearman of each score given the baselines but itself; those with equal controls are fitted at once."""
     groups = [[name] for name in baselines] + [[name for name in columns if name not in baselines]]
-    found = {}
+    found: dict[str, Estimate] = {}
     for names in filter(None, groups):
+        own = np.stack([columns[name] for name in names])
         controls = [columns[other] for other in baselines if other not in names]
-        resampled = boot.partial_spearman([columns[name] for name in names], truth, controls)
-        for name, samples in zip(names, resampled, strict=True):
-            value = stats.partial_spearman(columns[name], truth, controls)
-            found[name] = boot.interval(value, samples)
+
+        def partial(i: Any, own: Floats = own, controls: list[Floats] = controls) -> Any:
+            return stats.partial_spearman(own[:, i], truth[i], [control[i] for control in controls])
+
+        values, resampled = partial(slice(None)), boot.of(partial)
+        found |= {name: boot.interval(*each) for name, *each in zip(names, values, resampled.T, strict=True)}
     return found
 
 

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import Flow, trace
-from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
-from growshrink.algebra.outputs import output_leaves
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, output_leaves
 from growshrink.analysis.channels import ChannelSpace
-from growshrink.base.copying import copy_net
+from growshrink.base.copying import copy_net, ties
 from growshrink.base.reading import reason
-from growshrink.base.ties import ties
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.slim import ChannelGroup, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer

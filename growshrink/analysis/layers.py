@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,17 @@ def read_width_table(path: Path) -> tuple[dict[str, tuple[int, ...]], list[Layer
 def check_states(layers: Iterable[Layer], states: Iterable[State]) -> None:
     """AnalysisError unless every state has every layer, with the same shapes and finite values."""
     states = list(states)
-    for layer in layers:
-        name = layer.name
-        for number, state in enumerate(states):
-            which = "the initial weights" if number == 0 else "the trained weights"
-            if name not in state:
-                raise AnalysisError(f"{name}: missing in {which}; both must be of the net that is ranked.")
-            shape, first = tuple(state[name].shape), tuple(states[0][name].shape)
-            if shape != first:
-                raise AnalysisError(
-                    f"{name}: {first} in the initial weights, {shape} in the trained ones; both must be of one net."
-                )
-            if not bool(torch.isfinite(state[name]).all()):
-                raise AnalysisError(f"{name}: has values that are not finite in {which}.")
+    for name, (number, state) in product((layer.name for layer in layers), list(enumerate(states))):
+        which = "the trained weights" if number else "the initial weights"
+        if name not in state:
+            raise AnalysisError(f"{name}: missing in {which}; both must be of the net that is ranked.")
+        shape, first = tuple(state[name].shape), tuple(states[0][name].shape)
+        if shape != first:
+            raise AnalysisError(
+                f"{name}: {first} in the initial weights, {shape} in the trained ones; both must be of one net."
+            )
+        if not bool(torch.isfinite(state[name]).all()):
+            raise AnalysisError(f"{name}: has values that are not finite in {which}.")
 
 
 class LayerCosts:

@@ -8,7 +8,6 @@ Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,17 +32,6 @@ MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
 
 
-class Space(Protocol):
-    """Subnets by widths, and what they cost."""
-
-    @property
-    def choices(self) -> Mapping[str, Sequence[int]]:
-        """Rising widths by name."""
-
-    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
-
-
 @dataclass(frozen=True, eq=False)
 class SupernetSpace:
     """The widths of a trained supernet, whose subnets keep the first channels; `table` has their costs."""
@@ -57,7 +45,7 @@ class SupernetSpace:
         return self.table.choices
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Parameters and MACs of `(N, names)` subnets."""
+        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
         scores = self.table.score(index)
         return scores.params, scores.macs
 
@@ -83,8 +71,11 @@ class SlimSpace:
             self._costs = LayerCosts(model, input_size, axes, list(self.choices), blocks)
 
     def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """See `Space.cost`."""
+        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
         return self._costs.of(np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], 1))
+
+
+Space = SupernetSpace | ChannelSpace | SlimSpace
 
 
 @dataclass(frozen=True)
@@ -107,8 +98,7 @@ class Budget:
 class DrawnWidths:
     """Widths drawn under a budget: `index` is `(N, names)`, `params` and `macs` `(N,)`.
 
-    `drawn` were looked at, the rejected included; of these `accepted` met the budget, of which `index` has the first N,
-    perhaps without repetitions.
+    Of `drawn` widths `accepted` met the budget, of which `index` has the first N, perhaps without repetitions.
     """
 
     index: NDArray[np.intp]

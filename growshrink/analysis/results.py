@@ -35,7 +35,7 @@ _PAUSE = 0.2
 
 
 class Results(AbstractContextManager["Results"]):
-    """The results of one run, which other processes may be working on too. A context manager.
+    """The results of one run, which other processes may be working on too.
 
     Args:
         path: The folder: made, or taken part in.
@@ -139,11 +139,9 @@ class Results(AbstractContextManager["Results"]):
         with self._locked(_SETUP):
             write_json(self.path / MARKER, {**read_json(self.path / MARKER), "status": "finished"})
 
-    @contextmanager
-    def once(self, number: int) -> Iterator[None]:
+    def once(self, number: int) -> AbstractContextManager[None]:
         """One process at a time is inside, for each number: to make what all of them need."""
-        with self._locked(_SETUP + 1 + number):
-            yield
+        return self._locked(_SETUP + 1 + number)
 
     def made_once(self, number: int, name: str, make: Callable[[], Mapping[str, Tensor]]) -> Path:
         """The file of tensors `name`, which one process makes, for all of them."""

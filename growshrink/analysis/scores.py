@@ -29,10 +29,9 @@ BATCH = 128
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What scores may look at, and must not modify: the supernet as initialised and trained, its angle table, the data.
+    """What scores may look at, and must not modify; not the test split of `feed`.
 
-    Batch norm statistics of every subnet are taken from the same `num_calibration` training batches. No score may look
-    at the test split of `feed`.
+    Batch norm statistics of every subnet are taken from the same `num_calibration` training batches.
     """
 
     init: nn.Module

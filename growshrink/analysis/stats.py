@@ -6,7 +6,7 @@ Figures are defined for ties (tau-b), or are expectations over all ways to break
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # its parts are loaded where they are used: scipy.stats takes most of a second
@@ -48,7 +48,8 @@ def kendall(x: ArrayLike, y: ArrayLike) -> Kendall:
     """
     x, y = _columns(x, y)
     pairs = math.comb(len(x), 2)
-    tied_x, tied_y = (_tied_pairs(column) for column in (x, y))
+    groups = (np.unique(column, return_counts=True)[1] for column in (x, y))
+    tied_x, tied_y = (int((counts * (counts - 1) // 2).sum()) for counts in groups)
     if pairs in (tied_x, tied_y):
         return Kendall(0.0, math.nan, tied_x, tied_y)
     tau_b = float(scipy.stats.kendalltau(x, y, method="asymptotic").statistic)
@@ -69,19 +70,26 @@ def pearson(x: Floats, y: Floats) -> float:
     return float(x @ y) / scale if scale > 0 else math.nan
 
 
-def partial_spearman(x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike]) -> float:
+def partial_spearman(x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike]) -> Any:
     """Spearman's correlation of x and y that is left once both have been explained by `controls`.
 
     The ranks of x and of y are fitted by least squares with polynomials of the controls' ranks (up to the third power,
-    and their products), and what the fits leave is correlated. NaN if a fit leaves nothing (up to rounding).
+    and their products), and what the fits leave is correlated. NaN if a fit leaves nothing (up to rounding). Several
+    columns x `(K, N)` are fitted at once and give `(K,)`.
     """
-    x, y = _columns(x, y)
-    design = _powers([_unit_ranks(np.asarray(c, dtype=np.float64)) for c in controls], len(x))
-    both = np.stack([_unit_ranks(x), _unit_ranks(y)], axis=1)
-    left = both - design @ np.linalg.lstsq(design, both, rcond=1e-9)[0]
-    if (left**2).sum(0).min() < NOTHING_LEFT * len(x):
-        return math.nan
-    return pearson(left[:, 0], left[:, 1])
+    every = [_columns(column, y)[0] for column in (*np.atleast_2d(np.asarray(x, dtype=np.float64)), y)]
+    ranks = [_unit_ranks(np.asarray(control, dtype=np.float64)) for control in controls]
+    squares = [rank * rank for rank in ranks]
+    terms = [np.ones(len(every[0])), *ranks, *squares, *map(np.multiply, squares, ranks)]
+    design = np.stack([*terms, *(ranks[i] * ranks[j] for i in range(len(ranks)) for j in range(i))], axis=1)
+    left = np.stack([_unit_ranks(column) for column in every], axis=1)
+    left -= design @ scipy.linalg.lstsq(design, left, cond=1e-9, lapack_driver="gelsy")[0]
+    enough = (left**2).sum(0) >= NOTHING_LEFT * len(left)
+    found = [
+        pearson(own, left[:, -1]) if there and enough[-1] else math.nan
+        for own, there in zip(left.T, enough, strict=True)
+    ]
+    return np.array(found[:-1]) if np.ndim(x) > 1 else found[0]
 
 
 def size_bins(size: ArrayLike, num_bins: int = 10) -> NDArray[np.int64]:
@@ -107,8 +115,7 @@ def kendall_within(x: ArrayLike, y: ArrayLike, bins: ArrayLike) -> float:
 
 def top_k_precision(score: ArrayLike, truth: ArrayLike, k: int) -> float:
     """The share of the k best by score that are among the k best by truth, expected over ways to break ties."""
-    score, truth = _columns(score, truth)
-    _check_k(k, len(score))
+    score, truth = _columns(score, truth, k)
     return float(_membership(score, k) @ _membership(truth, k)) / k
 
 
@@ -118,8 +125,7 @@ def regret(score: ArrayLike, truth: ArrayLike, k: int) -> float:
     If m places are left for the g items tied at the border, their best is the largest of m drawn from g without
     replacement, :math:`P(\max \le v_{(j)}) = \binom{j}{m} / \binom{g}{m}`.
     """
-    score, truth = _columns(score, truth)
-    _check_k(k, len(score))
+    score, truth = _columns(score, truth, k)
     border = np.partition(score, -k)[-k]
     sure, tied = truth[score > border], np.sort(truth[score == border])
     m, g = k - len(sure), len(tied)
@@ -146,16 +152,15 @@ class Bootstrap:
         offset = np.arange(num)[:, None] * n
         self.counts = np.bincount((self.index + offset).ravel(), minlength=num * n).reshape(num, n)
 
-    def of(self, statistic: Callable[[NDArray[np.int64]], float]) -> Floats:
-        """`statistic(index)` of each resample, `(num,)`."""
+    def of(self, statistic: Callable[[NDArray[np.int64]], Any]) -> Floats:
+        """`statistic(index)` of each resample, `(num, ...)`."""
         return np.array([statistic(index) for index in self.index])
 
     def kendall(self, x: ArrayLike, y: ArrayLike, bins: ArrayLike | None = None) -> tuple[Floats, Floats]:
         """tau-a and tau-b of each resample (within `bins`, if given), `(num,)` each.
 
         An item is never paired with itself, so tau-a lacks the bias of about 1/n that pairs of copies would add; tau-b
-        is what `kendall` gives for the resample. Pairs are compared in blocks within a bin, in the order of x: half of
-        all pairs, and a tenth of that in ten bins.
+        is what `kendall` gives for the resample.
         """
         x, y = _columns(x, y)
         agree, untied_x, untied_y, all_pairs = np.zeros((4, len(self.counts)))
@@ -179,37 +184,6 @@ class Bootstrap:
         mean_x, mean_y, xx, yy, xy = sums.T
         with np.errstate(invalid="ignore", divide="ignore"):
             return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
-
-    def partial_spearman(self, columns: Sequence[Floats], y: Floats, controls: Sequence[Floats]) -> list[Floats]:
-        """`partial_spearman` of each of `columns` with y in each resample, `(num,)` a column.
-
-        The fits are projections on a basis that Cholesky's method finds in two passes (CholeskyQR2, as exact as
-        Householder's method for condition numbers up to 1e8): one for all columns. Controls that depend on each other
-        in a resample are fitted by least squares instead.
-
-        Source: Yamamoto et al., Roundoff error analysis of the CholeskyQR2 algorithm (ETNA 44, 2015).
-        """
-        every = [*controls, *columns, y]
-        orders = [np.argsort(column, kind="stable") for column in every]
-        starts = [_starts(column[order]) for column, order in zip(every, orders, strict=True)]
-        found = np.empty((len(columns), len(self.counts)))
-        for number, (counts, index) in enumerate(zip(self.counts, self.index, strict=True)):
-            drawn = np.flatnonzero(counts)
-            ranks = [_counted_ranks(counts, *where)[drawn] for where in zip(orders, starts, strict=True)]
-            root = np.sqrt(counts[drawn])[:, None]
-            basis = _basis(root * _powers(ranks[: len(controls)], len(drawn)))
-            if basis is None:
-                picked = [c[index] for c in controls]
-                found[:, number] = [partial_spearman(c[index], y[index], picked) for c in columns]
-                continue
-            left = root * np.stack(ranks[len(controls) :], axis=1)
-            left -= basis @ (basis.T @ left)
-            squares = (left**2).sum(0)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                values = (left[:, -1] @ left[:, :-1]) / np.sqrt(squares[:-1] * squares[-1])
-            enough = np.minimum(squares[:-1], squares[-1]) >= NOTHING_LEFT * len(y)
-            found[:, number] = np.where(enough, values, math.nan)
-        return list(found)
 
     def interval(self, value: float, samples: Floats) -> Estimate:
         """`value` with the percentile interval of `samples`; NaN where a resample has no value."""
@@ -270,7 +244,7 @@ def equivalent_draws(values: ArrayLike, value: float) -> float:
 
 @dataclass(frozen=True)
 class Paired:
-    """Outcome of `paired`: mean difference with its interval, exact p, and effect size d_z (mean over sd)."""
+    """Mean difference with its interval, exact p, and effect size d_z (mean over sd) of n pairs."""
 
     difference: Estimate
     p: float
@@ -370,10 +344,12 @@ def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
     return math.nan if math.isnan(agreement) else 2 / math.pi * math.asin(math.sqrt(m * r / (1 + (m - 1) * r)))
 
 
-def _columns(x: ArrayLike, y: ArrayLike) -> tuple[Floats, Floats]:
+def _columns(x: ArrayLike, y: ArrayLike, k: int = 1) -> tuple[Floats, Floats]:
     x, y = _finite(x), _finite(y)
     if x.shape != y.shape or len(x) < 2:
         raise AnalysisError(f"{len(x)} values against {len(y)}: x and y must have equal length, at least 2.")
+    if not 1 <= k <= len(x):
+        raise AnalysisError(f"the best {k} of {len(x)}: must be between 1 and {len(x)}.")
     return x, y
 
 
@@ -388,28 +364,11 @@ def _finite(values: ArrayLike) -> Floats:
     return values
 
 
-def _check_k(k: int, n: int) -> None:
-    if not 1 <= k <= n:
-        raise AnalysisError(f"the best {k} of {n}: must be between 1 and {n}.")
-
-
-def _tied_pairs(column: Floats) -> int:
-    counts = np.unique(column, return_counts=True)[1]
-    return int((counts * (counts - 1) // 2).sum())
-
-
 def _membership(values: Floats, k: int) -> Floats:
     """Probability of being among the k largest when ties are broken at random."""
     border = np.partition(values, -k)[-k]
     above, tied = values > border, values == border
     return above + tied * ((k - above.sum()) / tied.sum())
-
-
-def _powers(ranks: Sequence[Floats], n: int) -> Floats:
-    """1, the ranks, their squares, cubes and products, `(n, terms)`."""
-    squares = [rank * rank for rank in ranks]
-    terms = [np.ones(n), *ranks, *squares, *(square * rank for square, rank in zip(squares, ranks, strict=True))]
-    return np.stack([*terms, *(ranks[i] * ranks[j] for i in range(len(ranks)) for j in range(i))], axis=1)
 
 
 def _starts(ordered: Floats) -> NDArray[np.int64]:
@@ -436,29 +395,6 @@ def _agreeing_pairs(counts: NDArray[np.int64], x: Floats, y: Floats, block: int 
         sign[tail:] *= np.arange(tail, stop)[:, None] < first[None, start:stop]
         total += ((weights[:, :stop] @ sign) * weights[:, start:stop]).sum(1, dtype=np.float64)
     return total
-
-
-def _counted_ranks(counts: NDArray[np.int64], order: NDArray[np.int64], starts: NDArray[np.int64]) -> Floats:
-    """`_unit_ranks` of the draws of a resample, for every item; `starts` of groups of equal values in `order`."""
-    groups = np.add.reduceat(counts[order], starts)
-    middle = np.cumsum(groups) - (groups - 1) / 2
-    ranks = np.empty(len(order))
-    ranks[order] = np.repeat(middle, np.diff(starts, append=len(order)))
-    n = int(counts.sum())
-    return 2 * (ranks - (n + 1) / 2) / max(1, n - 1)
-
-
-def _basis(design: Floats) -> Floats | None:
-    """An orthonormal basis of the columns; None if they (nearly) depend on each other."""
-    for _ in range(2):
-        try:
-            triangle = np.linalg.cholesky(design.T @ design)
-        except np.linalg.LinAlgError:
-            return None
-        if np.diag(triangle).min() < 1e-6 * np.diag(triangle).max():
-            return None
-        design = scipy.linalg.solve_triangular(triangle, design.T, lower=True).T
-    return design
 
 
 def _unit_ranks(values: Floats) -> Floats:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,21 +77,30 @@ def train_net(
     Updates are counted from `start`, which decides about their batches; returns the number of the next one. `train`
     does them; `Results.kept` gives one that is resumed.
     """
-    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
-    trainer.update = start
+    total = num_updates(feed, epochs)
+    options: dict[str, Any] = {"train": train, "task": task, "after_update": after_update}
+    trainer, train_to = cosine_trainer(model, feed, config, total, start, **options)
     if task is not None:
         task.attach(trainer.optimizer)
-    total = num_updates(feed, epochs)
-    rate = schedules.cosine(1.0, 0.0, total)
-    train(
-        trainer,
-        start + total,
-        learning_rate=lambda update: rate(update - start),
-        lam=schedules.constant(1.0),
-        task=task,
-        after_update=after_update,
-    )
+    train_to(start + total)
     return start + total
+
+
+def cosine_trainer(
+    model: nn.Module,
+    feed: Feed,
+    config: TrainConfig,
+    total: int,
+    start: int = 0,
+    *,
+    train: Callable[..., Tensor] = Trainer.train,
+    **options: Any,
+) -> tuple[Trainer, Callable[[int], object]]:
+    """A trainer without averages, and its `train`, learning rate falling by a cosine over `total` updates."""
+    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
+    trainer.update = start
+    rate = schedules.cosine(1.0, 0.0, total, start)
+    return trainer, partial(train, trainer, learning_rate=rate, lam=schedules.constant(1.0), **options)
 
 
 def num_updates(feed: Feed, epochs: float) -> int:

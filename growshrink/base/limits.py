@@ -33,14 +33,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Interval(Limit):
-    """A number in an interval, so never NaN.
-
-    Attributes:
-        low: The least.
-        high: The greatest.
-        above: Whether `low` itself is too little.
-        below: Whether `high` itself is too much.
-    """
+    """A number from `low` to `high`, so never NaN; with `above`, `below` not these themselves."""
 
     low: float
     high: float = MANY
@@ -58,13 +51,10 @@ class Interval(Limit):
 
 @dataclass(frozen=True)
 class OneOf(Limit):
-    """A name that is known.
+    """A name that is known, or, `joined`, several with plus signs between.
 
-    Attributes:
-        what: What to say of a name that is not.
-        names: The names, or what tells them when they are needed.
-        known: Whether a name is known; by default those in `names` are.
-        joined: Split the value at plus signs: each part is a name.
+    `what` is said of one that is not, `names` are those there are, or what tells them when they are needed; `known`
+    says whether a name is, by default whether it is one of these.
     """
 
     what: str
@@ -82,12 +72,7 @@ class OneOf(Limit):
 
 @dataclass(frozen=True)
 class ExistingPath(Limit):
-    """The path of something to be read.
-
-    Attributes:
-        file: Whether it may be a file.
-        folder: Whether it may be a folder.
-    """
+    """The path of something to be read: a `file`, a `folder`, or either."""
 
     file: bool = False
     folder: bool = False
@@ -107,11 +92,7 @@ class ExistingPath(Limit):
 
 @dataclass(frozen=True)
 class Writable(Limit):
-    """The path of something to be written: above it there are folders only, as far as there is anything.
-
-    Attributes:
-        file: Whether it is a file that is written, not a folder.
-    """
+    """The path of a `file` or a folder to be written: above it there are folders only, as far as there is anything."""
 
     file: bool = False
 

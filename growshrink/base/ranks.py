@@ -1,8 +1,8 @@
 """Several processes, the ranks, that train one net: all of them hold the same net, bit for bit, after every update.
 
-Gradients, batch norm statistics and the loss of an update are averaged over the ranks in one all-reduce after the
-backward pass. Nothing is wrapped and nothing hangs on the parameters, so that a net may change its structure between
-two updates (DistributedDataParallel silently reduces only what was there when it was made).
+Gradients, batch norm statistics and the loss of an update are averaged in one all-reduce after the backward pass.
+Nothing hangs on the parameters, so a net may change its structure between two updates (DistributedDataParallel silently
+reduces only what was there when it was made).
 """
 
 import os
@@ -33,11 +33,7 @@ def this_rank() -> int:
 
 @contextmanager
 def joined(device: str) -> Iterator[None]:
-    """Be a rank for as long as this lasts, if torchrun started the process; else nothing.
-
-    Args:
-        device: Where it trains; GPUs join by NCCL, all else by gloo.
-    """
+    """Be a rank for as long as this lasts, if torchrun started the process: GPUs by NCCL, all else by gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
@@ -90,11 +86,7 @@ def broadcast_nets_(nets: Sequence[nn.Module]) -> None:
 
 
 def run_on_rank0(compute: Callable[[], T]) -> T:
-    """What `compute` returns on rank 0, on every rank; plain values.
-
-    Raises:
-        RunError: On every rank, if it is what rank 0 raised.
-    """
+    """What `compute` returns on rank 0, on every rank; plain values. A RunError of rank 0 is raised on every rank."""
     if num_ranks() == 1:
         return compute()
     told: list[Any] = [None, None]

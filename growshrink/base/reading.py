@@ -57,12 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, check: Callable[[dict[str, str]], None] = lambda header: None) -> dict[str, Tensor]:
     """The tensors of a safetensors file, on the CPU.
 
-    Args:
-        path: The file.
-        check: Is shown the metadata in the file's head first, and may raise.
-
-    Raises:
-        RunError: It is no such file, or damaged.
+    `check` is shown the metadata in the file's head first, and may raise. RunError: it is no such file, or damaged.
     """
     try:
         with open(path, "rb") as file:
@@ -94,12 +89,9 @@ def clean_keys(state: Mapping[str, T]) -> dict[str, T]:
 
 
 def load_weights(model: nn.Module, path: Path, prefix: str = "") -> None:
-    """Load a state_dict from a safetensors file, strictly; of its names those that start with `prefix`, without it.
+    """Load a state_dict from a safetensors file, strictly; of its names (`clean_keys`) those below `prefix`.
 
-    Names are taken as `clean_keys` leaves them.
-
-    Raises:
-        RunError: The file is no such file, or of another model.
+    RunError: it is no such file, or of another model.
     """
     tensors = clean_keys(read_tensors(path))
     try:

@@ -12,12 +12,8 @@ import torch
 def generator(purpose: str, *numbers: int) -> torch.Generator:
     """A CPU generator that depends on its arguments alone; torch's global generator is neither read nor moved.
 
-    The arguments are hashed: seeds 0, 1, 2, ... of one purpose have nothing in common, which consecutive raw
-    seeds do not promise.
-
-    Args:
-        purpose: what the numbers are drawn for; two purposes with the same numbers are independent.
-        numbers: for example a seed and an epoch.
+    They are hashed: draws for two purposes, or of seeds 0, 1, 2, ..., have nothing in common. `purpose` is what the
+    numbers are drawn for, `numbers` are for example a seed and an epoch.
 
     >>> draws = [torch.randint(1000, (3,), generator=generator("order", 0, epoch)).tolist() for epoch in (4, 4, 5)]
     >>> draws[0] == draws[1], draws[1] == draws[2]

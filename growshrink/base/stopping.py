@@ -16,10 +16,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The process was asked to stop, and did.
-
-    A KeyboardInterrupt, so that nothing that catches errors takes it for one.
-    """
+    """The process was asked to stop, and did; a KeyboardInterrupt, which nothing that catches errors catches."""
 
     def __init__(self, number: int, text: str = "") -> None:
         super().__init__(text)
@@ -32,10 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class _Requests:
-    """The signals that came to this process: `came` is the first of them, which decides the exit code.
-
-    While `finishing` is at work (`waiting`), the first signal is only noted.
-    """
+    """The signals of this process: `came` is the first; while `finishing` is at work (`waiting`) it is only noted."""
 
     def __init__(self) -> None:
         self.came: int | None = None
@@ -59,11 +53,7 @@ _requests: _Requests | None = None
 
 @contextmanager
 def handled() -> Iterator[Callable[[], int | None]]:
-    """Turn SIGINT and SIGTERM into `Stopped` for as long as this lasts.
-
-    Yields:
-        The signal that came so far, or None: some scripts swallow every KeyboardInterrupt.
-    """
+    """Turn SIGINT and SIGTERM into `Stopped` for as long as this lasts; yields what tells the signal that came."""
     global _requests
     if threading.current_thread() is not threading.main_thread():  # where Python has no handlers
         yield lambda: None
@@ -83,9 +73,7 @@ def handled() -> Iterator[Callable[[], int | None]]:
 def finishing() -> Iterator[Callable[[], int | None]]:
     """Only note the first signal for as long as this lasts; a second one stops the process at once.
 
-    Yields:
-        The signal that came, or None. The caller saves and may raise `Stopped`, which the end of the block raises
-        in any case.
+    Yields what tells the signal that came, or None. The caller saves; the end of the block raises `Stopped`.
     """
     requests = _requests
     if requests is None:

@@ -43,15 +43,9 @@ def interleaved_timings(
 ) -> dict[str, float]:
     """Time several calls, interleaved: milliseconds per warm call of each.
 
-    All calls take turns, round after round, so a slow spell of the machine meets all of them alike. The result is the
-    lowest decile over the rounds: other processes only ever add to a time, on a busy machine to most turns.
-
-    Args:
-        calls: By name.
-        rounds: How many turns each takes.
-        own_thread: Leave out the time in which the thread waited for a core. For calls that do all their work in one
-            thread: on a busy machine a call longer than a slice of time is never timed whole otherwise.
-        progress: Show a progress bar.
+    All calls take `rounds` turns, so a slow spell of the machine meets all of them alike. The result is the lowest
+    decile over the rounds: other processes only ever add to a time, on a busy machine to most turns. `own_thread`, for
+    calls that do all their work in one thread, leaves out the time in which it waited for a core.
     """
     repeats = {}
     for name, call in calls.items():

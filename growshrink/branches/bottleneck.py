@@ -1,14 +1,15 @@
-"""The branches whose activation vanishes: beside a kernel, in each other, behind a kernel."""
+"""The branches whose activation vanishes: beside a kernel, in each other, behind a kernel, at equilibrium."""
 
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap, compose
-from growshrink.branches.geometry import freeze_, leave_one_trained_, scaled_identity
+from growshrink.branches.base import freeze_, leave_one_trained_, scaled_identity
 from growshrink.layers.activations import VanishingReLU
-from growshrink.layers.bottleneck import PureBottleneck, he_fan_out_
+from growshrink.layers.bottleneck import PureBottleneck, geometry_of, he_fan_out_
 from growshrink.layers.branch import Branch, middle_width
+from growshrink.layers.equilibrium import ImplicitReLU
 from growshrink.layers.mapping import convmap_of
 from growshrink.layers.swaps import attach
 
@@ -25,17 +26,8 @@ class Bottleneck(Branch, kind="bottleneck"):
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)
-        self.body = PureBottleneck(
-            conv.in_channels,
-            middle_width(conv.out_channels, conv.groups, ratio),
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            groups=conv.groups,
-            padding_mode=conv.padding_mode,
-        )
+        middle = middle_width(conv.out_channels, conv.groups, ratio)
+        self.body = PureBottleneck(conv.in_channels, middle, conv.out_channels, **geometry_of(conv))
         self.norm = nn.BatchNorm2d(conv.out_channels)
 
     def make_linear_(self, scale: float, trained: str) -> None:
@@ -89,3 +81,16 @@ class Insert(Branch, kind="insert"):
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         names, channels, dtype = ("act", "pointwise", "norm"), kernel.out_channels, kernel.kernel.dtype
         return compose([kernel, *(convmap_of(getattr(self, name), name, channels, dtype) for name in names)])
+
+
+class Implicit(Bottleneck, kind="implicit"):
+    r"""A bottleneck whose middle solves :math:`h = f_\lambda(A h + BN(B x))`, with a 1x1 recurrence A of norm below 1.
+
+    At lam = 0 that is :math:`(I - A)^{-1} BN(B x)`, one kxk kernel, borders included. A starts with norm 0.5.
+    """
+
+    make_linear_ = Branch.make_linear_
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio)
+        self.body.act = ImplicitReLU(self.body.conv.out_channels, conv.groups)

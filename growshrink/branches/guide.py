@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from growshrink.algebra.dataflow import Flow
 from growshrink.base.copying import copy_net
-from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors, several
+from growshrink.branches.base import several
+from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors
 from growshrink.errors import GrowError, GrowShrinkError, check_model
 
 #: Numbers that a guide says of an image.
@@ -82,12 +83,10 @@ class GuidedKernel(Guided, KernelFactors, kind="guided_kernel"):
 
 
 class Guide(nn.Module):
-    """Images `(N, C, H, W)` -> embeddings `(N, EMBEDDING)`.
+    """Images `(N, C, H, W)`, of one `size`, -> embeddings `(N, EMBEDDING)`.
 
-    Args:
-        net: Maps images to vectors; None is DeepMoE's shallow net, four strided 3x3.
-        size: `(C, H, W)` of an image.
-        classes: For the classification loss of the shallow net; 0 for none.
+    `net` maps images to vectors; None is DeepMoE's shallow net, four strided 3x3, with a classification loss of
+    `classes` (0: none).
     """
 
     seen: Any = None

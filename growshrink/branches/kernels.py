@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.branches.geometry import ONE_TAP, even_sides, freeze_, leave_one_trained_, like
+from growshrink.branches.base import ONE_TAP, even_sides, freeze_, leave_one_trained_, like, several
 from growshrink.layers.branch import Branch
 
 
@@ -49,9 +49,8 @@ class Mixture(Kernels, kind="mixture"):
 
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         super().__init__(conv, ratio)
-        num_kernels = max(1, round(ratio))
-        self.conv = like(conv, out_channels=num_kernels * conv.out_channels)  # kernel after kernel
-        self.mix = nn.Parameter(torch.full((num_kernels,), 0.5))
+        self.conv = like(conv, out_channels=several(ratio) * conv.out_channels)  # kernel after kernel
+        self.mix = nn.Parameter(torch.full((several(ratio),), 0.5))
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
         kernels_EOIHW = self.conv.weight.to(dtype).unflatten(0, (len(self.mix), -1))

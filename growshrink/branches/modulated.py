@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap
-from growshrink.branches.geometry import like
+from growshrink.branches.base import like, several
 from growshrink.errors import GrowError
 from growshrink.layers.activations import Fading
 from growshrink.layers.branch import Branch
@@ -23,14 +23,10 @@ from growshrink.layers.grown import convolve
 
 
 class Modulated(Branch, kind=""):
-    """Base of the branches whose numbers depend on the data.
+    """Base of the branches whose numbers, A = `size` of them, depend on the data; their mean begins at `start`.
 
-    Args:
-        conv: What the branch is for.
-        ratio: As for every branch; the number of kernels where a kind has several.
-        router: Global average pool `(N, C)`, of the input where kernels are mixed, else of the output -> `(N, A)`.
-        size: A.
-        start: What the mean of the numbers starts at.
+    `router` maps the global average pool `(N, C)`, of the input where kernels are mixed, else of the output, to
+    `(N, A)`. `ratio` is the number of kernels where a kind has several.
     """
 
     biased = False
@@ -87,10 +83,7 @@ class RowFactors(Modulated, kind=""):
 
 
 class KernelFactors(Modulated, kind=""):
-    """Base of the branches that mix kernels, summed with the layer's own in one grouped convolution.
-
-    Args: as `Modulated`, and `num`, E, the kernels that are mixed, each with a start as if it were alone.
-    """
+    """Base of the branches that mix E = `num` kernels, summed with the layer's own in one grouped convolution."""
 
     per_image = True
     bias: nn.Parameter | None
@@ -287,8 +280,3 @@ class ManifoldPruning(SqueezeExcite, kind="manidp"):
 def two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """Linear, ReLU, linear: what squeezes and attends."""
     return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
-
-
-def several(ratio: float) -> int:
-    """How many kernels a ratio asks for."""
-    return max(1, round(ratio))

@@ -1,8 +1,7 @@
 """The published forms of branches, where the default ones differ: `BranchSpec(published=True)`.
 
 The blocks of the papers replace a convolution that has a bias and no norm behind it once it is deployed: every path
-ends in a norm of its own, the kernel's too, and the sum is not normed again. (OREPA has scales for norms, and the one
-norm behind the sum.) They are facts of the papers and of their authors' code, in formulas of ours.
+ends in a norm of its own, the kernel's too. (OREPA has scales for norms, and one norm behind the sum.)
 """
 
 import math
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap, Pair
-from growshrink.branches.base import Chain
-from growshrink.branches.geometry import ONE_TAP, even_sides, like, padding_of
+from growshrink.branches.base import ONE_TAP, Chain, even_sides, like, padding_of
 from growshrink.branches.kernels import Kernels, chain_kernel
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, convmap_of

@@ -49,7 +49,7 @@ from growshrink.data.stream import stream_data
 from growshrink.errors import RunError
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
-from growshrink.models.naming import plain_form
+from growshrink.models.staged import plain_form
 from growshrink.runs.folder import MARKER, RunFolder, claim_together, difference
 from growshrink.training.choosing import choose_speed, training_step
 from growshrink.training.trainer import TrainConfig

@@ -19,7 +19,7 @@ from growshrink.base.reading import clean_keys, parse_json, read_json
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
-from growshrink.models.naming import plain_form
+from growshrink.models.staged import plain_form
 from growshrink.runs.folder import PLAIN_FILE
 from growshrink.supernet.files import about_weights, load_supernet
 from growshrink.transforms import drop, fuse, grow

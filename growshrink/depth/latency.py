@@ -58,13 +58,12 @@ def measure_latencies(
 ) -> Latencies:
     """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
 
-    Each segment is timed as the net in which it alone is merged: alone, with its input always in the cache, a large
-    kernel looks up to 15 % faster than it is. Some cuts of the whole net are timed too, and the changes are those that
-    fit all times best (least squares). What has been measured on this hardware, with this version of torch, for a net
-    of this shape comes from the disk; delete the file to measure again.
+    Each segment is timed as the net in which it alone is merged (alone, its input always in the cache, a large kernel
+    looks up to 15 % faster), beside some cuts of the whole net; the changes fit all times best (least squares). What
+    has been measured on this hardware and torch for a net of this shape comes from the disk.
 
     A segment has at most `longest` blocks; the net's weights do not matter. `cache` is a folder for the tables, one
-    JSON file per hardware; None neither reads nor writes one.
+    JSON file per hardware, to be deleted to measure again; None neither reads nor writes one.
     """
     segments = all_segments(model, longest)
     hardware = hardware_name(next(model.parameters()).device)
@@ -97,12 +96,11 @@ def read_table(path: Path) -> dict[str, Any]:
     table = read_json(path)
     try:
         numbers = [ms for entry in table["nets"].values() for ms in (entry["net_ms"], *entry["change_ms"].values())]
-        sound = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+        if all(type(number) in (int, float) and math.isfinite(number) for number in numbers):
+            return table
     except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise RunError(f"{path}: not a table of latencies; delete it, to measure again.")
-    return table
+        pass
+    raise RunError(f"{path}: not a table of latencies; delete it, to measure again.")
 
 
 def _fit(merged: Sequence[Counter[str]], ms: Sequence[float]) -> dict[str, Any]:

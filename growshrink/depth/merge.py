@@ -5,8 +5,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import nn
@@ -71,7 +71,7 @@ def merge_runs(
     borders, or not done: build the net with all padding in front (`pad="front"` of a ReduceNet).
 
     Merging can increase the cost of a net (two 3x3: 18 multiplications, the 5x5: 25); whether it is faster has to be
-    measured (`growshrink.depth.knob`).
+    measured (`recipes/shrink_depth.py` does).
 
     Args:
         model: A plain net (fuse a grown one first).
@@ -96,7 +96,11 @@ def merge_runs(
         raise MergeError(f"there are no two convolutions to merge: {reasons or 'none follows another'}.")
     if if_costlier == "warn" and (costly := _costly(runs)):
         warnings.warn(f"merging increases the cost of {costly}", stacklevel=2)
-    commit = partial(_commit, runs=runs, input_size=size)
+
+    def commit(model: nn.Module) -> None:
+        _prepare(model, size)
+        _merge(model, runs)
+
     model = model if inplace else copy_net(model)
     try:
         check_unchanged(model, commit, size)
@@ -230,18 +234,15 @@ def _selected(
 
 def _compose(model: nn.Module, names: Sequence[str]) -> ConvMap:
     """The map of convolutions in a row; AlgebraError, with the name, where they are not one convolution."""
-    total: ConvMap | None = None
+    first, *maps = (ConvMap.from_conv2d(cast(nn.Conv2d, model.get_submodule(name))) for name in names)
     try:
-        for name in names:
-            conv = model.get_submodule(name)
-            assert isinstance(conv, nn.Conv2d)
-            total = ConvMap.from_conv2d(conv) if total is None else total.then(ConvMap.from_conv2d(conv))
-        assert total is not None
-        if len(names) > 1:  # alone, a convolution may be padded as it likes
-            total.to_conv2d()  # refuses lopsided padding
+        for name, following in zip(names[1:], maps, strict=True):  # noqa: B007 - the name is for the error
+            first = first.then(following)
+        if maps:  # alone, a convolution may be padded as it likes
+            first.to_conv2d()  # refuses lopsided padding
     except AlgebraError as error:
         raise AlgebraError(str(error), module=name) from error
-    return total
+    return first
 
 
 def _run(model: nn.Module, flow: Flow, names: Sequence[str]) -> ConvRun:
@@ -287,9 +288,8 @@ def _cut(model: nn.Module, flow: Flow, chain: list[str], *, cheapest: bool) -> t
     if not cheapest:
         found, start = [], 0
         while start < len(chain):
-            stop = max(s for b, s in runs if b == start)
-            found.append(runs[start, stop])
-            start = stop
+            found.append(runs[start, max(s for b, s in runs if b == start)])
+            start += len(found[-1].names)
     for run in found[1:]:
         reasons.setdefault(run.names[0], "it would cost more MACs")
     cuts = {run.names[0] for run in found}
@@ -321,13 +321,7 @@ def _merge(model: nn.Module, runs: tuple[ConvRun, ...]) -> None:
             replace_module(model, name, nn.Identity().train(module.training))
 
 
-def _commit(model: nn.Module, runs: tuple[ConvRun, ...], input_size: InputSize) -> None:
-    _prepare(model, input_size)
-    _merge(model, runs)
-
-
 def _costly(runs: Iterable[ConvRun]) -> str:
-    """The runs that cost more merged, for messages."""
     return ", ".join(
         f"{run.names[0]} .. {run.names[-1]} ({run.macs_before:,} -> {run.macs_after:,} MACs)"
         for run in runs

@@ -20,9 +20,7 @@ from growshrink.transforms import fold
 
 TIMM_FILE = "model.safetensors"
 FOLDED_FILE = "folded.safetensors"
-PT2_FILE = "folded.pt2"
 ONNX_FILE = "folded.onnx"
-DYNAMIC_PT2_FILE, DYNAMIC_ONNX_FILE = "dynamic.pt2", "dynamic.onnx"
 ONNX_INPUT = "images"
 
 Function = Callable[[Tensor], Tensor]
@@ -62,7 +60,7 @@ def write_folded(source: Source, folder: Path) -> nn.Module:
     return read
 
 
-def write_pt2(folded: nn.Module, source: Source, folder: Path, file: str = PT2_FILE) -> Function:
+def write_pt2(folded: nn.Module, source: Source, folder: Path, file: str = "folded.pt2") -> Function:
     """folded.pt2: a `torch.export` program with any batch size; torch alone runs it, on the CPU and elsewhere."""
     path = folder / file
     batch = torch.zeros(2, *source.input_size)  # a batch of one would be taken for a constant
@@ -71,7 +69,7 @@ def write_pt2(folded: nn.Module, source: Source, folder: Path, file: str = PT2_F
     return torch.export.load(path).module()
 
 
-def write_onnx(folded: nn.Module, source: Source, folder: Path, *, threads: int, file: str = ONNX_FILE) -> Function:
+def write_onnx(folded: nn.Module, source: Source, folder: Path, *, file: str = ONNX_FILE) -> Function:
     """folded.onnx: input `images` (batch, C, H, W), any batch size, output `logits`; runs in onnxruntime."""
     require_onnx()
     import onnx
@@ -91,15 +89,15 @@ def write_onnx(folded: nn.Module, source: Source, folder: Path, *, threads: int,
             verbose=False,
         )
     onnx.checker.check_model(str(path), full_check=True)
-    return onnx_function(path, threads=threads)
+    return onnx_function(path)
 
 
-def onnx_function(path: Path, *, threads: int) -> Function:
-    """What an ONNX file computes, by onnxruntime on the CPU."""
+def onnx_function(path: Path) -> Function:
+    """What an ONNX file computes, by onnxruntime on the CPU, with as many threads as torch has."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {ONNX_INPUT: x.contiguous().numpy()})[0])
 

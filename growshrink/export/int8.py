@@ -110,16 +110,16 @@ def int8_scores(source: Source, data: DataSet, *, calibration: int = 256, seed: 
         RunError: ONNX is not installed, or the data is not the net's.
     """
     check_data(source, data)
-    images, threads = calibration_images(source, data, calibration, seed), torch.get_num_threads()
+    images = calibration_images(source, data, calibration, seed)
     functions: dict[str, Function] = {}
     with tempfile.TemporaryDirectory() as scratch, quiet():
         folder = Path(scratch)
-        write_onnx(fold(source.plain, input_size=source.input_size).eval(), source, folder, threads=threads)
+        write_onnx(fold(source.plain, input_size=source.input_size).eval(), source, folder)
         for granularity in GRANULARITIES:
             path = folder / f"{granularity}.onnx"
             reduced = needs_reduced_range()
             quantise(folder / ONNX_FILE, path, images, granularity=granularity, reduce_range=reduced)
-            functions[granularity] = onnx_function(path, threads=threads)
+            functions[granularity] = onnx_function(path)
         return score_all(functions, source, data)
 
 

@@ -1,6 +1,6 @@
-"""The export itself: every file written, read back, compared, timed, and told about."""
+"""The export itself: every file written, read back, compared with the net it was made from, timed, and reported."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from growshrink.base.config import check_fields
+from growshrink.base.copying import copy_net
 from growshrink.base.environment import versions
 from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
 from growshrink.base.progress import progress_bar
@@ -18,13 +19,21 @@ from growshrink.cycle.source import Source
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import artefacts, int8
-from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, PT2_FILE, TIMM_FILE, Function, write_folded
-from growshrink.export.checks import exactness
+from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, TIMM_FILE, Function, write_folded
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
 from growshrink.export.report import write_report
+from growshrink.proofs._compare import (
+    EXACT_FLOAT32,
+    EXACT_FLOAT64,
+    Comparison,
+    branch_effect,
+    compare,
+    net_rounding_float32,
+)
 from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
+from growshrink.transforms import fold, fuse
 
 RANGES_PICTURE = "ranges.png"
 
@@ -69,7 +78,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the net into `folder` in every format, with report.md, report.json and ranges.png.
 
-    Each file is read back and compared on random images with the net it was made from (see `checks.exactness`).
+    Each file is read back and compared on random images with the net it was made from (see `exactness`).
 
     Args:
         source: The net.
@@ -90,7 +99,6 @@ def export(
         if data is None:
             raise RunError("--int8 needs --data: training images to calibrate with, test images for the accuracy.")
         int8.check_data(source, data)
-    threads = torch.get_num_threads()
     steps = 3 + options.pt2 + options.onnx + 2 * (options.int8 != "none") + bool(options.rounds)
     with progress_bar(total=steps, unit="step", show=options.progress) as bar:
 
@@ -102,20 +110,7 @@ def export(
         artefacts.write_timm(source, folder)
         doing("folded")
         folded = write_folded(source, folder)
-        programs: dict[str, Function] = {}
-        if options.pt2:
-            doing("torch.export")
-            programs[PT2_FILE] = artefacts.write_pt2(folded, source, folder)
-            if source.dynamic is not None:
-                file = artefacts.DYNAMIC_PT2_FILE
-                programs[file] = artefacts.write_pt2(source.dynamic, source, folder, file)
-        if options.onnx:
-            doing("ONNX")
-            with artefacts.quiet():
-                programs[ONNX_FILE] = artefacts.write_onnx(folded, source, folder, threads=threads)
-                if source.dynamic is not None:
-                    file = artefacts.DYNAMIC_ONNX_FILE
-                    programs[file] = artefacts.write_onnx(source.dynamic, source, folder, threads=threads, file=file)
+        programs = _programs(source, folded, folder, options, doing)
         doing("checks")
         report: dict[str, Any] = {
             "source": _about(source),
@@ -123,26 +118,8 @@ def export(
             "cost": _cost(source, folded),
             "weight_ranges": _ranges(folded, folder),
         }
-        if options.int8 != "none":
-            assert data is not None
-            doing("int8")
-            quantised = folder / int8.INT8_FILE
-            images = int8.calibration_images(source, data, options.calibration, options.seed)
-            reduced = int8.needs_reduced_range()
-            with artefacts.quiet():
-                int8.quantise(folder / ONNX_FILE, quantised, images, granularity=options.int8, reduce_range=reduced)
-            program = programs[int8.INT8_FILE] = artefacts.onnx_function(quantised, threads=threads)
-            doing("accuracy")
-            judged: dict[str, Function] = {"float32": source.plain, "float32, ONNX": programs[ONNX_FILE]}
-            judged["int8"] = program
-            report["int8"] = {
-                "granularity": options.int8,
-                "weight_bits": 7 if reduced else 8,
-                "calibration_images": len(images),
-                "data": data.name,
-                "test_images": len(data.test),
-                "scores": {name: asdict(found) for name, found in int8.score_all(judged, source, data).items()},
-            }
+        if options.int8 != "none" and data is not None:
+            report["int8"] = _quantised(source, programs, folder, options, data, doing)
         if options.rounds:
             doing("latency")
             report["latency"] = _latency(source, {FOLDED_FILE: folded, **programs}, options)
@@ -151,6 +128,56 @@ def export(
     report["versions"] = versions()
     write_report(folder, report)
     return report
+
+
+def _programs(
+    source: Source, folded: nn.Module, folder: Path, options: ExportOptions, doing: Callable[[str], None]
+) -> dict[str, Function]:
+    """What the programs that are written compute, by file: of the folded net, and of the dynamic one if it is there."""
+    programs: dict[str, Function] = {}
+    nets = {"folded": folded} if source.dynamic is None else {"folded": folded, "dynamic": source.dynamic}
+    if options.pt2:
+        doing("torch.export")
+        for name, net in nets.items():
+            programs[f"{name}.pt2"] = artefacts.write_pt2(net, source, folder, f"{name}.pt2")
+    if options.onnx:
+        doing("ONNX")
+        with artefacts.quiet():
+            for name, net in nets.items():
+                programs[f"{name}.onnx"] = artefacts.write_onnx(net, source, folder, file=f"{name}.onnx")
+    return programs
+
+
+def _quantised(
+    source: Source,
+    programs: dict[str, Function],
+    folder: Path,
+    options: ExportOptions,
+    data: DataSet,
+    doing: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write int8.onnx, add it to the programs, and score it beside the nets it comes from."""
+    doing("int8")
+    images = int8.calibration_images(source, data, options.calibration, options.seed)
+    reduced = int8.needs_reduced_range()
+    with artefacts.quiet():
+        path = folder / int8.INT8_FILE
+        int8.quantise(folder / ONNX_FILE, path, images, granularity=options.int8, reduce_range=reduced)
+    programs[int8.INT8_FILE] = artefacts.onnx_function(path)
+    doing("accuracy")
+    judged: dict[str, Function] = {
+        "float32": source.plain,
+        "float32, ONNX": programs[ONNX_FILE],
+        "int8": programs[int8.INT8_FILE],
+    }
+    return {
+        "granularity": options.int8,
+        "weight_bits": 7 if reduced else 8,
+        "calibration_images": len(images),
+        "data": data.name,
+        "test_images": len(data.test),
+        "scores": {name: asdict(found) for name, found in int8.score_all(judged, source, data).items()},
+    }
 
 
 def _about(source: Source) -> dict[str, Any]:
@@ -194,3 +221,60 @@ def _latency(source: Source, functions: Mapping[str, Function], options: ExportO
         "ms": times,
         "over_plain": {name: ms / times["plain net"] for name, ms in times.items()},
     }
+
+
+#: At which the batch dimension of exported programs is tried; they were traced at 2.
+BATCH_SIZES = (1, 2, 7, 16)
+
+
+def exactness(source: Source, folded: nn.Module, programs: Mapping[str, Function], seed: int) -> dict[str, Any]:
+    """Differences on random images, each with what is allowed.
+
+    In float64 the transforms are judged, in float32 what was written: the weights in files (`folded`), and what other
+    files compute (`programs`, by name).
+
+    Returns:
+        `checks`, a list of rows (`net`, `against`, `dtype`, `max_abs`, `max_rel`, `allowed`, `ok`); `rounding_float32`
+        of the plain net (None where it does not run in float64); and, of a net that was grown, `effect_of_branches`.
+    """
+    size: dict[str, Any] = {"input_size": source.input_size, "seed": seed}
+    exact = _in_float64(source.plain, source, seed)
+    rounding = None if exact is None else net_rounding_float32(exact, source.plain, **size)
+    allowed = {"float64": EXACT_FLOAT64, "float32": max(EXACT_FLOAT32, 10 * (rounding or 0.0))}
+    checks: list[dict[str, Any]] = []
+
+    def add(net: str, against: str, dtype: str, found: Comparison) -> None:
+        row = {"net": net, "against": against, "dtype": dtype, "max_abs": found.max_abs, "max_rel": found.max_rel}
+        checks.append({**row, "allowed": allowed[dtype], "ok": found.max_rel <= allowed[dtype]})
+
+    result: dict[str, Any] = {"rounding_float32": rounding, "checks": checks}
+    if source.grown is not None:
+        grown = _in_float64(source.grown, source, seed)
+        if grown is not None:
+            fused = fuse(grown, input_size=source.input_size)
+            add("fused", "grown", "float64", compare(grown, fused, **size))
+            result["effect_of_branches"] = branch_effect(grown, **size)
+        add("fused", "grown", "float32", compare(source.grown, source.plain, dtype=torch.float32, **size))
+    if exact is not None:
+        folded_exactly = fold(exact, input_size=source.input_size)
+        add("folded", "plain", "float64", compare(exact, folded_exactly, **size))
+    add("folded", "plain", "float32", compare(source.plain, folded, dtype=torch.float32, **size))
+    for name, program in programs.items():
+        dynamic = source.dynamic if name.startswith("dynamic") else None
+        for number in BATCH_SIZES:
+            x = random_images(source.input_size, number, torch.float32, seed)
+            with torch.no_grad():
+                found = Comparison.of((dynamic or source.plain)(x), program(x))
+            add(f"{name}, batch of {number}", "dynamic" if dynamic else "plain", "float32", found)
+    return result
+
+
+@torch.no_grad()
+def _in_float64(net: nn.Module, source: Source, seed: int) -> nn.Module | None:
+    """A copy in float64; None where it does not run: some nets make float32 constants inside."""
+    double = copy_net(net).double()
+    try:
+        double(random_images(source.input_size, 2, torch.float64, seed))
+    except RuntimeError:
+        return None
+    return double

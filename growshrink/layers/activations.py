@@ -14,14 +14,10 @@ from growshrink.errors import AlgebraError, GrowShrinkError, check_model
 
 
 class Vanishing(nn.Module):
-    """Something that does not merge and fades, as `lam` falls from 1 to 0, into something that does.
+    """Something that does not merge and fades, as `lam` (at first in [0, 1]) falls from 1 to 0, into what does.
 
     `lam` is a 0-dim float32 buffer: it travels with the state_dict and across devices, `torch.compile` does not
     recompile when it changes, and a cast of the model to another dtype leaves it (and other buffers) float32.
-
-    Args:
-        lam: Initial value, in [0, 1].
-        device: Where the buffer is made.
     """
 
     #: `lam` is 0 and stays so: a map may be taken of it without reading it (see growshrink.collapse_online).
@@ -65,15 +61,14 @@ class VanishingReLU(Vanishing):
     .. math:: f(x) = x \text{ if } x > 0 \text{ else } (1 - \lambda) x
 
     `lam = 1` is ReLU (of finite values; -inf gives NaN), `lam = 0` is the identity bit for bit (infinities, NaN and
-    signed zeros included). The same function as `lam * relu(x) + (1 - lam) * x`, without the `0 * inf` that form has
-    at `lam = 0` and without its in-place trap (`relu_` would overwrite the `x` of the second term).
+    signed zeros included: no `lam * relu(x) + (1 - lam) * x`, with its `0 * inf`).
 
     Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape -> the same shape and dtype."""
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # TorchScript compiles no `and` of these two
             if self._lam_is_free_to_read(x):
                 return F.leaky_relu(x, 1.0 - float(self.lam))
         # The cast comes first: in the other order torch.fx would bake lam into its graph as a constant.
@@ -101,15 +96,9 @@ class Fading(Vanishing):
 
     .. math:: c = m + \lambda (g - m)
 
-    `lam = 1` is g and `lam = 0` is m, bit for bit (of finite g). m is the constant nearest to g in least squares. It
-    follows the batches while the module trains and lam is above 0, and rests from then on; ranks average it as they do
-    the statistics of batch norms.
-
-    Args:
-        size: Numbers for each image.
-        start: What m starts at.
-        lam: Initial value, in [0, 1].
-        device: Where the buffers are made.
+    `lam = 1` is g and `lam = 0` is m, bit for bit (of finite g). m, `size` numbers that begin at `start`, follows the
+    batches while the module trains and lam is above 0, and rests from then on; ranks average it as they do the
+    statistics of batch norms.
 
     >>> fade = Fading(2, start=0.5, lam=0.0)
     >>> fade(torch.tensor([[0.0, 3.0]])).tolist()

@@ -1,6 +1,6 @@
 """Layers as the convolutions of images that they are: what branches are built for, and merged into."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,13 @@ def as_conv(layer: nn.Module) -> nn.Conv2d:
     assert isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose2d))
     if isinstance(layer, nn.Linear):
         conv: nn.Conv2d = TokenConv2d(layer.in_features, layer.out_features, 1, device="meta")
-    elif isinstance(layer, nn.Conv1d):
-        padding = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
-        options = {"stride": (1, *layer.stride), "dilation": (1, *layer.dilation), "padding": padding}
-        kernel_size = (1, *layer.kernel_size)
-        conv = _meta_conv(layer, kernel_size, **options, padding_mode=layer.padding_mode)
     else:
-        conv = _meta_conv(layer, layer.kernel_size, dilation=layer.dilation)
+        options: dict[str, Any] = {"kernel_size": layer.kernel_size, "dilation": layer.dilation}
+        if isinstance(layer, nn.Conv1d):
+            options = {key: (1, *getattr(layer, key)) for key in ("kernel_size", "stride", "dilation")}
+            options["padding"] = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
+            options["padding_mode"] = layer.padding_mode
+        conv = nn.Conv2d(layer.in_channels, layer.out_channels, groups=layer.groups, device="meta", **options)
     conv.weight = nn.Parameter(_kernel(layer), requires_grad=layer.weight.requires_grad)
     conv.bias = layer.bias
     return conv.train(layer.training)
@@ -62,14 +62,3 @@ def _kernel(layer: nn.Linear | nn.Conv1d | nn.ConvTranspose2d) -> Tensor:
     if isinstance(layer, nn.Linear):
         return weight[:, :, None, None]
     return weight[:, :, None] if isinstance(layer, nn.Conv1d) else adjoint(weight, layer.groups)
-
-
-def _meta_conv(layer: nn.Conv1d | nn.ConvTranspose2d, kernel_size: object, **options: object) -> nn.Conv2d:
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        kernel_size,  # type: ignore[arg-type]
-        groups=layer.groups,
-        device="meta",
-        **options,  # type: ignore[arg-type]
-    )

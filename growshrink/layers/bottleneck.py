@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,11 @@ class PureBottleneck(Mergeable):
         mid_channels: M, the middle width; must be divisible by `groups`.
         out_channels: O.
         kernel_size: Kernel size of the kxk; the 1x1 has stride 1, and the same groups.
-        stride: Stride of the kxk.
         padding: Padding of the kxk.
-        dilation: Dilation of the kxk.
         groups: Groups of both convolutions.
-        padding_mode: Padding mode of the kxk.
         device: Where the parameters are made.
         dtype: Type of the parameters (lam stays float32).
+        geometry: `stride`, `dilation` and `padding_mode` of the kxk.
     """
 
     def __init__(
@@ -43,35 +42,22 @@ class PureBottleneck(Mergeable):
         out_channels: int,
         kernel_size: int | tuple[int, int] = 3,
         *,
-        stride: int | tuple[int, int] = 1,
         padding: int | tuple[int, int] | str = 1,
-        dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **geometry: Any,
     ) -> None:
         super().__init__()
         if type(mid_channels) is not int or mid_channels < 1 or mid_channels % groups:
             raise GrowError(f"{mid_channels=}: must be a whole number above 0, divisible by {groups=}.")
         self.out_channels = out_channels
         self.width = mid_channels  # how many middle channels are active; see growshrink.set_width
-        self.conv = nn.Conv2d(
-            in_channels,
-            mid_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=False,
-            padding_mode=padding_mode,  # type: ignore[arg-type]
-            device=device,
-            dtype=dtype,
-        )
+        options: dict[str, Any] = {"groups": groups, "bias": False, "device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(in_channels, mid_channels, kernel_size, padding=padding, **geometry, **options)
         self.bn = nn.BatchNorm2d(mid_channels, device=device, dtype=dtype)
         self.act = VanishingReLU(device=device)
-        self.pointwise = nn.Conv2d(mid_channels, out_channels, 1, groups=groups, bias=False, device=device, dtype=dtype)
+        self.pointwise = nn.Conv2d(mid_channels, out_channels, 1, **options)
         self.reset_parameters()
 
     @torch.jit.ignore
@@ -125,6 +111,12 @@ class PureBottleneck(Mergeable):
         return self.as_convmap().to_conv2d(dtype=self.pointwise.weight.dtype)
 
 
+def geometry_of(conv: nn.Conv2d) -> dict[str, Any]:
+    """How a convolution slides, as arguments for another one."""
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(conv, name) for name in names}
+
+
 def he_fan_out_(conv: nn.Conv2d, nonlinearity: str = "relu") -> None:
     """Redraw a kernel: normal, scaled by the fan out of one group (He et al., arXiv:1502.01852)."""
     gain = nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
@@ -140,11 +132,7 @@ def prefix(tensor: Tensor, width: int, groups: int, dim: int = 0) -> Tensor:
 
 
 def _norm_prefix(norm: nn.BatchNorm2d, mid: Tensor, groups: int) -> Tensor:
-    """The channels of `norm` that belong to `mid`, a prefix of what it was made for; updates their statistics.
-
-    Its own forward is called, on its own tensors cut short, so that SyncBatchNorm and a momentum of None stay what
-    they are.
-    """
+    """`norm` of `mid`, a prefix of what it was made for: its own forward on its own tensors cut short."""
     if isinstance(norm, nn.Identity):
         return mid
     whole = {name: getattr(norm, name) for name in ("weight", "bias", "running_mean", "running_var")}

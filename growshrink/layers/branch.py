@@ -69,22 +69,18 @@ class Branch(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """What the branch adds to its convolution's output.
+        """What the branch adds, `(N, O, H', W')`, to its convolution's output.
 
         Args:
             x: Input of the convolution, `(N, I, H, W)`.
             y: Its output so far, earlier branches included, `(N, O, H', W')`.
-
-        Returns:
-            `(N, O, H', W')`.
         """
 
     @abstractmethod
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
         """What the branch adds, as an affine map of x, differentiable in its parameters.
 
-        Args:
-            kernel: The map of the convolution so far (x to y); its dtype is the one to compute in.
+        `kernel` is the map of the convolution so far (x to y), its dtype the one to compute in.
         """
 
     def kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -94,11 +90,8 @@ class Branch(nn.Module, ABC):
     def make_linear_(self, scale: float, trained: str) -> None:
         """Take the branch's norms and activations away and freeze factors, until what it adds is linear in its weights.
 
-        Constants are buffers, so that nothing that makes parameters trainable trains them.
-
-        Args:
-            scale: Constant factor on every output channel.
-            trained: Which convolution of several in a row is trained, the "first" or the "last".
+        Constants, among them the factor `scale` on every output channel, are buffers, which nothing trains. `trained`
+        is which convolution of several in a row is trained, the "first" or the "last".
         """
         raise GrowError(f"branch={self.kind!r} has no form without norms.")
 

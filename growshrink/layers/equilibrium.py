@@ -34,7 +34,7 @@ def equilibrium(
     Args:
         func: `(z, *inputs) -> z`, sample by sample: no batch norm. It may read parameters.
         start: `(N, ...)`, not differentiated.
-        inputs: Tensors that `func` depends on and that are no parameters: kept where a checkpoint sees them.
+        inputs: Other tensors that `func` depends on: kept where a checkpoint sees them.
         solver: Method, tolerance, and kind of gradient.
         name: For warnings and errors.
 

@@ -3,7 +3,7 @@
 import copy
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from timm.layers import Conv2dSame, pad_same, register_notrace_module
@@ -14,12 +14,11 @@ from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import FuseError, check_model
 from growshrink.layers.as_conv import as_conv, own_layout
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, named
 
 
 class _KernelAlone:
-    """`weight` of a grown layer: told to whoever reads it in eval mode, a merging function of somebody else's maybe."""
+    """`weight` of a grown layer: warns what reads it in eval mode, perhaps a merging function of another library."""
 
     def __get__(self, layer: Any, owner: type | None = None) -> Any:
         if layer is None or "weight" not in layer._parameters:
@@ -38,7 +37,7 @@ class Grown(Mergeable):
     """A layer with branches: what the grown classes have in common."""
 
     if TYPE_CHECKING:  # TorchScript cannot read the annotations of a class in this file
-        branches: nn.ModuleList
+        branches: Any  # an nn.ModuleList of `Branch`es
         weight: Tensor
         bias: Any  # declared otherwise by every layer
     else:
@@ -75,7 +74,7 @@ class Grown(Mergeable):
         for index, branch in enumerate(self.branches):
             if not branch.skipped:
                 with named(f"branches.{index}"):
-                    total = total + cast(Branch, branch).as_convmap(total)
+                    total = total + branch.as_convmap(total)
         return total
 
     def fuse(self) -> nn.Module:
@@ -98,10 +97,9 @@ class Grown(Mergeable):
 class GrownConv2d(Grown, nn.Conv2d):
     """A convolution with branches: `y = conv(x); for each branch: y = y + branch(x, y)`.
 
-    `weight` and `bias` stay under the keys they had in the plain net, and stay the same `nn.Parameter` objects, so
-    checkpoints load and optimizers keep their state. Never constructed: an existing `nn.Conv2d` becomes one, and an
-    `nn.Conv2d` again, in place (`growshrink.layers.swaps`). A class of convolutions with a forward of its own has a
-    subclass here.
+    `weight` and `bias` stay the same `nn.Parameter` objects under the same keys, so checkpoints load and optimizers
+    keep their state. Never constructed: an existing `nn.Conv2d` becomes one, and again an `nn.Conv2d`, in place
+    (`growshrink.layers.swaps`).
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.Conv2d
@@ -118,7 +116,7 @@ class GrownConv2d(Grown, nn.Conv2d):
     @torch.jit.unused
     def _joined(self, x: Tensor) -> Tensor:
         """The layer with the kernels for each image that are part of its own."""
-        joined = [cast(Branch, branch) for branch in self.branches if branch.joined and not branch.skipped]
+        joined = [branch for branch in self.branches if branch.joined and not branch.skipped]
         if not joined:
             return self._conv_forward(x, self.weight, self.bias)
         kernel, bias = self.weight, self.bias

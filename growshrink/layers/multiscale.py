@@ -25,8 +25,8 @@ class ConvEquilibrium(nn.Module):
     Each A is a padded 3x3 convolution of C `channels`, scaled to a norm of at most 0.9: a contraction by construction,
     unlike the cell of Multiscale Deep Equilibrium Models (Bai et al., arXiv:2006.08656).
 
-    With `levels` L the weight is `(T, L, C, C, 3, 3)`, where T is 1, or the number of steps after `gs.unroll`. `steps`
-    are explicit evaluations, which export; None solves. `factory` are `device` and `dtype`.
+    With `levels` L the weight is `(T, L, C, C, 3, 3)`, T the steps after `gs.unroll`, else 1. `steps` are explicit
+    evaluations, which export; None solves. `factory` are `device` and `dtype`.
     """
 
     __constants__ = ["bounded"]  # False after gs.unroll: TorchScript then sees nothing of `kernels`

@@ -1,9 +1,7 @@
 """Modules that train several linear branches at the cost of one convolution: their kernel is merged in every step.
 
 A branch without a live activation, whose norms have frozen statistics, is a kernel that depends on its parameters
-alone. To compute that kernel costs nothing per image, to run the branch does; output and gradients are the same.
-The grown modules of a net change their class for as long as they are online, and nothing else: parameters, buffers
-and their names stay.
+alone: output and gradients are the same. Grown modules change their class while they are online, and nothing else.
 
 Source: online re-parameterisation (OREPA, Hu et al., arXiv:2204.00826) and collapsed training (SESR, Bhardwaj et al.,
 arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
@@ -11,7 +9,7 @@ arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
@@ -20,7 +18,6 @@ from torch import Tensor, nn
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import CollapseError
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.branch import Branch
 from growshrink.layers.grown import GrownConv2d, GrownConv2dSame
 
 
@@ -71,7 +68,7 @@ class OnlineConv2d(OnlineModule, GrownConv2d):
         total = ConvMap.from_conv2d(self, dtype)
         for branch in self.branches:
             if branch.merged and not branch.skipped:
-                total = total + cast(Branch, branch).as_convmap(total)
+                total = total + branch.as_convmap(total)
         return total
 
 

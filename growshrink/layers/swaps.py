@@ -17,8 +17,7 @@ from growshrink.layers.activations import vanishing
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
-from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear
-from growshrink.layers.grown_norm import GrownNorm2d, GrownNormAct2d
+from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear, GrownNorm2d, GrownNormAct2d
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
 from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, add_statistics, write_active
 from growshrink.layers.widths import Slots, Width, active_width
@@ -96,7 +95,6 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
         layer.branches = layer.container(branches).train(layer.training)
     join = isinstance(layer, GrownConv2d)
     for branch in layer.branches:
-        assert isinstance(branch, Branch)
         join &= branch.parallel  # one that reads the output finds in it what came before, and nothing else
         branch.joined = join and branch.per_image
     return layer
@@ -154,7 +152,7 @@ def keep_statistics(model: nn.Module, widths: Sequence[Width]) -> None:
 
 
 def mark_left(module: nn.Module) -> None:
-    """Mark the parameters of a module that leaves its net, for whoever else holds them (see `left_net`)."""
+    """Mark the parameters of a module that leaves its net, for optimizers that hold them (see `left_net`)."""
     for parameter in module.parameters():
         vars(parameter)["left_net"] = True
 
@@ -178,11 +176,7 @@ def go_online(module: nn.Module) -> None:
 def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo `collapse_online`: the branches run one by one again, their norms learn statistics, lam may rise.
 
-    A net that is not collapsed comes back as it is.
-
-    Args:
-        model: A grown net.
-        inplace: Work on `model` itself; otherwise on a deep copy.
+    A net that is not collapsed comes back as it is; a copy unless `inplace`.
     """
     check_model(model)
     model = model if inplace else copy_net(model)

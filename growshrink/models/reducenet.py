@@ -12,10 +12,9 @@ Two sizes of input: `reducenet{20,32,44,56,110}` (and `_x1, _x2, _x4, _x8`) for 
 the layers of the grown net, stem and classifier included; the plain net of `reducenet20` has 11.
 
 Source: https://github.com/ohmydroid/reducenet (May 2023), whose block, 3x3 -> BN -> activation -> 1x1 -> BN, this is.
-It has no code to fuse, and at the commit with its table of accuracies (f16c096) an in-place ReLU kept the net from ever
-becoming linear, so those are not results of a net that fuses. The activation that vanishes is VanillaNet's deep
-training (arXiv:2305.12972). Unlike the source, a block here ends in a ReLU that stays; `linear=True` builds the form
-without it.
+At the commit with its table of accuracies (f16c096) an in-place ReLU kept the net from ever becoming linear, so those
+are not results of a net that fuses. The activation that vanishes is VanillaNet's deep training (arXiv:2305.12972).
+Unlike the source, a block here ends in a ReLU that stays; `linear=True` builds the form without it.
 
 Two padded 3x3 convs are not one 5x5 conv: at the border the second one pads with zeros what the first would fill. With
 all padding in front of the first they are, so nets whose layers are to merge are trained with `pad="front"` (Kim et

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import inputs_for
-from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, Inputs, given_inputs
-from growshrink.algebra.outputs import paired_leaves
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.base.seeding import own_randomness
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
@@ -115,7 +114,10 @@ def compare(
     Works on copies: modes, statistics and random streams of `a` and `b` are untouched. `max_rel` refers to `a`. The
     inputs are `num_inputs` images of `input_size` (None takes that of `a`) or the batch `example_inputs`, see `grow`.
     """
-    return _compare(a, b, given_inputs(input_size, example_inputs), num_inputs, dtype, seed)
+    if type(num_inputs) is not int or num_inputs < 1:
+        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
+    batch = (given_inputs(input_size, example_inputs) or inputs_for(a)).batch(num_inputs, dtype, seed=seed)
+    return Comparison.of(_run(a, batch, dtype), _run(b, batch, dtype))
 
 
 def assert_equivalent(
@@ -135,7 +137,7 @@ def assert_equivalent(
     and as the same class (convolutions: both with a bias or both without; a bias may have moved into the norm behind).
     """
     inputs = given_inputs(input_size, example_inputs) or inputs_for(a)
-    result = _compare(a, b, inputs, num_inputs, dtype, seed)
+    result = compare(a, b, input_size=inputs, num_inputs=num_inputs, dtype=dtype, seed=seed)
     if not result.max_rel <= tolerance:
         x = inputs.batch(num_inputs, dtype, seed=seed)
         raise EquivalenceError(
@@ -178,13 +180,13 @@ def verify(
         randomize_norms_(model, seed)
     exact, rounded = copy_net(model).double(), copy_net(model).float()
     double, single = (
-        _compare(net, transform(copy_net(net)), inputs, 8, dtype, seed)
+        compare(net, transform(copy_net(net)), input_size=inputs, dtype=dtype, seed=seed)
         for net, dtype in ((exact, torch.float64), (rounded, torch.float32))
     )
     dtype = next((p.dtype for p in model.parameters()), torch.float64)
     own = None
     if dtype not in (torch.float64, torch.float32):
-        own = _compare(model, transform(copy_net(model)), inputs, 8, dtype, seed).max_rel
+        own = compare(model, transform(copy_net(model)), input_size=inputs, dtype=dtype, seed=seed).max_rel
     rounding = net_rounding_float32(exact, rounded, input_size=inputs, seed=seed)
     effect = branch_effect(exact, input_size=inputs, seed=seed)
     if not effect >= LEAST_EFFECT:
@@ -215,18 +217,9 @@ def branch_effect(model: nn.Module, *, input_size: InputLike, seed: int = 0) -> 
     for norm in [] if branches else [m for m in silent.modules() if isinstance(m, _BatchNorm)]:
         norm.register_forward_hook(lambda _, args, output: args[0])
     try:
-        return _compare(model, silent, given_inputs(input_size), 8, torch.float64, seed).max_rel
+        return compare(model, silent, input_size=input_size, seed=seed).max_rel
     except EquivalenceError:  # other shapes: a detector that finds other boxes
         return float("inf")
-
-
-def _compare(
-    a: nn.Module, b: nn.Module, inputs: Inputs | None, num_inputs: int, dtype: torch.dtype, seed: int
-) -> Comparison:
-    if type(num_inputs) is not int or num_inputs < 1:
-        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
-    batch = (inputs or inputs_for(a)).batch(num_inputs, dtype, seed=seed)
-    return Comparison.of(_run(a, batch, dtype), _run(b, batch, dtype))
 
 
 @torch.no_grad()

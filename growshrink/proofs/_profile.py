@@ -10,8 +10,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import inputs_for
-from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
-from growshrink.algebra.outputs import output_leaves
+from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs, output_leaves
 from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
 
@@ -41,7 +40,7 @@ class PeakActivations(TorchDispatchMode):
     """Counts the activations that an interpreter without a cache of its own has to hold at once.
 
     A value is held from the operation that makes it to the last one that reads it. Pointwise operations and norms
-    write over an input that nobody reads later, as they do in deployment, where they are part of the convolution.
+    write over an input that is not read later, as they do in deployment, where they are part of the convolution.
     """
 
     def __init__(self) -> None:

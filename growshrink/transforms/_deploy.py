@@ -29,9 +29,8 @@ MOST_LOST = 0.1
 class MergeFirst:
     """Wrapper that merges branches before a module's own hook; removes itself, then calls the hook.
 
-    It is an attribute of the module (`owner`) and copied with it. What it merges it finds by name when it is called:
-    until then layers and norms may be replaced, cast or copied. `norms` are the names, inside of the owner where they
-    are, of the batch norms that take the biases of the grown layers.
+    It is an attribute of the module (`owner`), copied with it, and finds what it merges by name when it is called.
+    `norms` are the names, inside of the owner, of the batch norms that take the biases of the grown layers.
     """
 
     def __init__(self, owner: nn.Module, hook: str, norms: dict[str, str]) -> None:

@@ -12,8 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, trace
-from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs
-from growshrink.algebra.outputs import output_leaves, paired_leaves
+from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, output_leaves, paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.base.reading import reason
 from growshrink.base.seeding import own_randomness
@@ -21,13 +20,14 @@ from growshrink.branches import Branch
 from growshrink.branches.guide import remove_guide
 from growshrink.errors import AlgebraError, FuseError, GrowShrinkError, check_model
 from growshrink.layers.activations import NEVER_GROWN, vanishing, was_grown
-from growshrink.layers.bottleneck import PureBottleneck
+from growshrink.layers.bottleneck import PureBottleneck, geometry_of
 from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import expand_online, mark_left
 from growshrink.layers.widths import Width, active_width
 from growshrink.transforms._deploy import check_cast, unguard_hooks, write_map
 
+_Change = Callable[[nn.Module], object]
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
 NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
 MOST_BY_ROUNDING = 1000  # times the change that a few last bits of the input make: nets exist that blow rounding up
@@ -152,11 +152,8 @@ def _map_of(name: str, module: Grown | PureBottleneck) -> ConvMap:
     if not (total.kernel.isfinite().all() and total.bias.isfinite().all()):
         raise FuseError(f"{name}: its merged kernel has NaN or infinite values.")
     x = probe(total)
-    if isinstance(replica, Grown):
-        seen, found = replica.padded(x), replica.on_images(x.clone())
-    else:
-        seen, found = x, replica(x.clone())
-    difference = relative_error(total(seen), found)
+    seen, run = (replica.padded(x), replica.on_images) if isinstance(replica, Grown) else (x, replica)
+    difference = relative_error(total(seen), run(x.clone()))
     if not difference <= MODULE_TOLERANCE:
         raise FuseError(
             f"{name}: its forward is not the affine map of its parts (relative difference {difference:.1e}). A module "
@@ -176,10 +173,10 @@ def probe(map_: ConvMap) -> Tensor:
 @torch.no_grad()
 def check_unchanged(
     model: nn.Module,
-    commit: Callable[[nn.Module], object],
+    commit: _Change,
     input_size: InputLike,
     *,
-    prepare: Callable[[nn.Module], object] = nn.Module.eval,
+    prepare: _Change = nn.Module.eval,
     dtype: torch.dtype = torch.float64,
 ) -> None:
     """Try `commit` on a copy; FuseError if it then computes something else than another copy after `prepare`.
@@ -191,7 +188,7 @@ def check_unchanged(
     assert inputs is not None
     x = inputs.batch(2)
 
-    def outputs(x: Arguments, change: Callable[[nn.Module], object]) -> Any:
+    def outputs(x: Arguments, change: _Change) -> Any:
         replica = copy_net(model).eval()
         change(replica.double() if dtype == torch.float64 else replica)
         return _outputs(replica, x.to(like.device, dtype))
@@ -225,7 +222,7 @@ def check_unchanged(
         )
 
 
-def _check_finite(model: nn.Module, commit: Callable[[nn.Module], object], x: Arguments, dtype: torch.dtype) -> None:
+def _check_finite(model: nn.Module, commit: _Change, x: Arguments, dtype: torch.dtype) -> None:
     """FuseError if the net gives inf or NaN in its own dtype where it gave none before."""
     replica = copy_net(model).eval()
     try:
@@ -237,12 +234,7 @@ def _check_finite(model: nn.Module, commit: Callable[[nn.Module], object], x: Ar
         raise FuseError(f"in {dtype} the merged net would give inf or NaN: fuse in float32, then cast.")
 
 
-def _sensitivity(
-    outputs: Callable[[Arguments, Callable[[nn.Module], object]], Any],
-    x: Arguments,
-    prepare: Callable[[nn.Module], object],
-    before: Any,
-) -> float:
+def _sensitivity(outputs: Callable[[Arguments, _Change], Any], x: Arguments, prepare: _Change, before: Any) -> float:
     """Relative change of the outputs when every pixel moves by a few of its last bits."""
     random = torch.Generator().manual_seed(1)
 
@@ -251,8 +243,7 @@ def _sensitivity(
         return t * (1 + 4 * torch.finfo(t.dtype).eps * signs)
 
     after = output_leaves(outputs(x.map(moved), prepare))
-    pairs = ((after[path], leaf) for path, leaf in output_leaves(before).items() if path in after)
-    return max(relative_error(a, b) for a, b in pairs)
+    return max(relative_error(after[path], b) for path, b in output_leaves(before).items() if path in after)
 
 
 def _outputs(model: nn.Module, x: Arguments) -> Any:
@@ -289,24 +280,20 @@ def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
         module = model.get_submodule(name)
         if isinstance(module, Grown):
             write_map(module, merge.map)
-        else:
-            assert isinstance(module, PureBottleneck)
+        elif isinstance(module, PureBottleneck):
             mark_left(module)
             replace_module(model, name, _conv_for(module, merge.map))
     for merge in merges.values():  # when norms are merged, which took their statistics as they were
         if merge.norm is not None:
-            running_mean = model.get_submodule(merge.norm).running_mean
-            assert isinstance(running_mean, Tensor)
+            running_mean = model.get_buffer(f"{merge.norm}.running_mean")
             running_mean.copy_(running_mean.double() - merge.map.bias.to(running_mean.device))
 
 
 def _conv_for(module: PureBottleneck, total: ConvMap) -> nn.Conv2d:
     """The plain convolution a PureBottleneck becomes, in its geometry, dtype, memory format, mode and trainability."""
     like = module.conv
-    same = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    options: dict[str, Any] = {name: getattr(like, name) for name in same}
-    options |= {"out_channels": module.out_channels, "bias": False}
-    conv = nn.utils.skip_init(nn.Conv2d, **options, device=like.weight.device, dtype=like.weight.dtype)
+    options = {"bias": False, "device": like.weight.device, "dtype": like.weight.dtype, **geometry_of(like)}
+    conv = nn.utils.skip_init(nn.Conv2d, like.in_channels, module.out_channels, **options)
     if like.weight.is_contiguous(memory_format=torch.channels_last) and not like.weight.is_contiguous():
         conv = conv.to(memory_format=torch.channels_last)
     conv.weight.copy_(total.fit(conv).kernel)

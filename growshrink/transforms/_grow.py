@@ -21,7 +21,7 @@ from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.equilibrium import name_equilibria
 from growshrink.layers.grown import Grown, computed_parameter, grown_modules
-from growshrink.layers.grown_norm import GrownNorm2d
+from growshrink.layers.grown_linear import GrownNorm2d
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import attach, class_in_table, to_plain
 from growshrink.transforms._deploy import guard_hooks, unguard_hooks
@@ -64,9 +64,8 @@ def grow(
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
             "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac",
             "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv", "dynamic_conv", "dynet",
-            "weightnet", "moe", "manidp", "guided", "guided_shift", "guided_kernel"; see `growshrink.penalties`), the
-            parts below, your own)
-            and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
+            "weightnet", "moe", "manidp", "guided", "guided_kernel"; see `growshrink.penalties`), the parts below, your
+            own) and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
         ratio: Middle width of a branch over the output channels of its layer.
@@ -177,16 +176,15 @@ class GrowthReport:
         return {row.name: row.reason for row in self.rows if row.reason and not row.branches}
 
     def __str__(self) -> str:
-        def status(row: ReportRow) -> str:
-            if row.reason and not row.branches:
-                return row.reason
-            parts = [f"grown: {', '.join(row.branches)}" if row.branches else "eligible"]
-            return "; ".join(parts + [format_skipped(row.left_out)] * bool(row.left_out))
-
-        lines = [f"{row.name:40s} {row.shape:22s} {status(row)}" for row in self.rows]
-        total = (
-            f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible. "
-            f"{self.trained:,} of {self.params:,} parameters train." + f" Seen on {self.traced}." * bool(self.traced)
+        lines = []
+        for row in self.rows:
+            status = f"grown: {', '.join(row.branches)}" if row.branches else row.reason or "eligible"
+            if row.left_out and (row.branches or not row.reason):
+                status += f"; {format_skipped(row.left_out)}"
+            lines.append(f"{row.name:40s} {row.shape:22s} {status}")
+        total = f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible. "
+        total += f"{self.trained:,} of {self.params:,} parameters train." + f" Seen on {self.traced}." * bool(
+            self.traced
         )
         return "\n".join([*lines, total])
 
@@ -387,4 +385,4 @@ def _branch_seed(seed: int, name: str, position: int) -> int:
 
 
 def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    return (names,) if isinstance(names, str) else tuple(names or ())

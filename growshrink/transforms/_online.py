@@ -79,8 +79,12 @@ def collapse_online(
     expanded = expand_online(model)
     reasons = {name: _reasons(module, freeze) for name, module in grown_modules(expanded).items()}
     online = {name: why for name, why in reasons.items() if not all(why)}
+    if not reasons:
+        raise CollapseError("the model carries no branches: growshrink.grow comes first.")
     if not online:
-        raise CollapseError(_nothing(reasons))
+        name, why = next(iter(reasons.items()))
+        found = f"{name}: {why[0] if why else 'it has none'}"
+        raise CollapseError(f"no branch of the {len(reasons)} grown modules can be merged ({found}).")
     if unknown := [name for name in names or () if name not in online]:
         known = did_you_mean(unknown[0], online)
         raise CollapseError(f"choose names {unknown[0]!r}: no convolution with a linear branch{known}")
@@ -89,14 +93,14 @@ def collapse_online(
     timings: dict[str, tuple[float, float]] = {}
     if choose == "measured":
         sizes = trace(expanded, given_inputs(input_size, example_inputs)).input_sizes
-        alike: dict[Hashable, list[str]] = {}
-        for name, why in online.items():
-            if name in sizes:
-                alike.setdefault(_key(_online_copy(expanded, name, why), sizes[name]), []).append(name)
-        for same in progress_bar(alike.values(), "measuring", show=progress):
-            module = _online_copy(expanded, same[0], online[same[0]])
-            timing = _measure(module, sizes[same[0]], batch_size, rounds)
-            timings |= dict.fromkeys(same, timing)
+        of_key: dict[Hashable, tuple[float, float]] = {}
+        seen = [name for name in online if name in sizes]
+        for name in progress_bar(seen, "measuring", show=progress):
+            module = _online_copy(expanded, name, online[name])
+            alike = _key(module, sizes[name])
+            if alike not in of_key:
+                of_key[alike] = _measure(module, sizes[name], batch_size, rounds)
+            timings[name] = of_key[alike]
     model = expand_online(model, inplace=True) if inplace else expanded
     for name, why in online.items():
         module = _go_online(model.get_submodule(name), why)
@@ -176,7 +180,6 @@ def _reasons(module: nn.Module, freeze: bool) -> list[str]:
     reasons: list[str] = []
     output_read = False  # by a branch that stays, which must find in the output what it finds there now
     for branch in module.branches:
-        assert isinstance(branch, Branch)
         why = ""
         if output_read:
             why = "a branch before it, which is not linear, reads the output without it"
@@ -206,13 +209,6 @@ def _parts(module: nn.Module) -> list[nn.Module]:
     return list(module.branches) if isinstance(module, Grown) else [module]
 
 
-def _nothing(reasons: Mapping[str, list[str]]) -> str:
-    if not reasons:
-        return "the model carries no branches: growshrink.grow comes first."
-    name, why = next(iter(reasons.items()))
-    return f"no branch of the {len(reasons)} grown modules can be merged ({name}: {why[0] if why else 'it has none'})."
-
-
 # ---- one module
 
 
@@ -223,7 +219,6 @@ def _online_copy(model: nn.Module, name: str, reasons: list[str]) -> OnlineModul
 def _go_online(module: nn.Module, reasons: list[str]) -> OnlineModule:
     if isinstance(module, GrownConv2d):
         for branch, why in zip(module.branches, reasons, strict=True):
-            assert isinstance(branch, Branch)
             branch.merged = not why
     go_online(module)
     assert isinstance(module, OnlineModule)

@@ -89,8 +89,7 @@ class _Trial:
         if target is not None:
             target.add_(self.shift.to(target))
         elif self.norm is not None:
-            mean = model.get_submodule(self.norm).running_mean
-            assert isinstance(mean, Tensor)
+            mean = model.get_buffer(f"{self.norm}.running_mean")
             mean.sub_(self.shift.to(mean))
 
     @staticmethod

@@ -12,7 +12,7 @@ from growshrink.algebra.convmap import ConvMap, compose
 from growshrink.algebra.taps import NO_PADDING
 from growshrink.errors import AlgebraError
 
-quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+quick = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 MODES = ("zeros", "reflect", "replicate", "circular")
 
 

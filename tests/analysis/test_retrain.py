@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import supernets as small
@@ -5,12 +7,13 @@ import torch
 
 import growshrink as gs
 import nets
-from growshrink.analysis import retrain
 from growshrink.analysis.prune import Budget
 from growshrink.errors import AnalysisError
 from growshrink.training import TrainConfig
+from program import module_of
 
 pytest.importorskip("torch_pruning")
+retrain = module_of(Path(__file__).parents[2] / "recipes" / "retraining.py")
 BUDGET = Budget(0.5, 0.15)
 CONFIG = TrainConfig(lr=0.1)
 

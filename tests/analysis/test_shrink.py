@@ -1,16 +1,20 @@
 import copy
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import supernets as small
 
 import growshrink as gs
-from growshrink.analysis import shrink as module
 from growshrink.analysis._angle import angle
-from growshrink.analysis.shrink import ShrinkPlan, balanced_sample, choice_scores, drop_lowest, shrink
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import TrainConfig
+from program import module_of
+
+module = module_of(Path(__file__).parents[2] / "recipes" / "shrinking.py")
+ShrinkPlan, shrink = module.ShrinkPlan, module.shrink
+balanced_sample, choice_scores, drop_lowest = module.balanced_sample, module.choice_scores, module.drop_lowest
 
 CHOICES = {"a": (1, 2, 3), "b": (4, 5), "c": (6,)}
 

@@ -1,18 +1,21 @@
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import supernets as small
 
 import growshrink as gs
-from growshrink.analysis import study
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SupernetSpace, draw_widths
 from growshrink.errors import AnalysisError
+from program import module_of
 
 pytest.importorskip("torch_pruning")
 from growshrink.analysis.channels import ChannelSpace
+
+study = module_of(Path(__file__).parents[2] / "tools" / "study.py")
 
 
 def records(random, criteria, net=0):

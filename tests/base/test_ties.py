@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from growshrink.base.ties import tied_copies, ties
+from growshrink.base.copying import tied_copies, ties
 
 
 def pair(make):

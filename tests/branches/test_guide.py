@@ -10,7 +10,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.branches.guide import EMBEDDING, Guide, Guided, RunGuide
 from growshrink.errors import GrowError, GrowShrinkError
-from nets import ConvNet, images, net, randomized, rel, train_a_bit, untouched
+from nets import ConvNet, images, randomized, rel, small, train_a_bit, untouched
 
 
 class Big(nn.Module):
@@ -24,7 +24,7 @@ class Big(nn.Module):
 
 
 def test_any_net_guides_every_layer_and_is_taken_off():
-    plain, big = net().eval(), Big().eval()
+    plain, big = small().eval(), Big().eval()
     x = images(3, 32, 32, n=3)
     with untouched(plain, big):
         grown = gs.grow(plain, ["guided", "guided_kernel"], guide=big)
@@ -46,7 +46,7 @@ def test_any_net_guides_every_layer_and_is_taken_off():
 
 
 def test_it_trains_with_the_net_and_without_an_argument_is_deepmoes():
-    grown = train_a_bit(gs.grow(net(), "guided"), size=(3, 32, 32))
+    grown = train_a_bit(gs.grow(small(), "guided"), size=(3, 32, 32))
     assert [type(m) for m in grown.guide.net][:1] == [nn.Conv2d] and grown.guide.classify.out_features == 10
     assert all(bool(p.grad.any()) for p in grown.guide.net.parameters())
     again = gs.grow(grown, "guided_kernel")  # the guide that is there feeds these too

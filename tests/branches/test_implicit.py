@@ -14,6 +14,7 @@ from growshrink.evidence.arms import ARMS
 from growshrink.layers import ImplicitReLU
 from growshrink.layers.widths import get_width
 from nets import ConvNet, images, randomized, rel, train_a_bit
+from sampled import exhaustive
 
 SIZE = (3, 8, 8)
 
@@ -85,7 +86,7 @@ def test_gradients_reach_the_recurrence_through_the_merged_kernel():
     assert rel(found[1], found[0]) < 1e-10
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [exhaustive(1), 2])
 def test_every_width_solves_its_own_system_and_fuses(groups):
     model, x = grown(loud=1.8, groups=groups), images(*SIZE, dtype=torch.float64)
     outputs = []

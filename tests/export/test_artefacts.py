@@ -19,7 +19,7 @@ import growshrink as gs
 from growshrink.cycle.source import Recipe, read_source
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
-from growshrink.export import ExportOptions, Source, artefacts, checks, export, int8
+from growshrink.export import ExportOptions, Source, artefacts, export, int8, run
 from growshrink.export.ranges import range_verdict, weight_ranges
 from nets import ConvNet, images, net, randomized, rel
 
@@ -94,7 +94,7 @@ def test_onnx_computes_the_same_at_any_batch_size(exported, batch):
     assert dim.dim_param and [d.dim_value for d in rest] == list(SIZE)
     x = images(*SIZE, n=batch, seed=batch)
     with torch.no_grad():
-        assert rel(artefacts.onnx_function(path, threads=1)(x), source.plain(x)) < 1e-5
+        assert rel(artefacts.onnx_function(path)(x), source.plain(x)) < 1e-5
 
 
 def test_the_report_tells_all(exported):
@@ -103,8 +103,8 @@ def test_the_report_tells_all(exported):
     rows = {(row["net"], row["dtype"]): row for row in report["exactness"]["checks"]}
     for what in ("fused", "folded"):
         assert rows[what, "float64"]["max_rel"] < 1e-12 and 0 < rows[what, "float32"]["max_rel"] < 1e-5
-    for name in (artefacts.PT2_FILE, artefacts.ONNX_FILE):
-        for batch in checks.BATCH_SIZES:
+    for name in ("folded.pt2", artefacts.ONNX_FILE):
+        for batch in run.BATCH_SIZES:
             assert rows[f"{name}, batch of {batch}", "float32"]["max_rel"] < 1e-5
     assert report["exactness"]["effect_of_branches"] > 0.01
     cost = report["cost"]
@@ -116,7 +116,7 @@ def test_the_report_tells_all(exported):
         "grown net",
         "plain net",
         artefacts.FOLDED_FILE,
-        artefacts.PT2_FILE,
+        "folded.pt2",
         artefacts.ONNX_FILE,
     }
     assert report["files"][artefacts.TIMM_FILE] == (folder / artefacts.TIMM_FILE).stat().st_size
@@ -131,11 +131,11 @@ def test_an_artefact_that_computes_something_else_is_found(exported):
     with torch.no_grad():
         wrong.conv1[0].weight[0, 0, 0, 0] += 0.01
     folded = gs.fold(source.plain, input_size=SIZE)
-    rows = checks.exactness(source, folded, {"wrong": wrong, "right": source.plain}, seed=0)["checks"]
+    rows = run.exactness(source, folded, {"wrong": wrong, "right": source.plain}, seed=0)["checks"]
     assert {row["net"].partition(",")[0] for row in rows if not row["ok"]} == {"wrong"}
-    rows = checks.exactness(source, gs.fold(wrong, input_size=SIZE), {}, seed=0)["checks"]
+    rows = run.exactness(source, gs.fold(wrong, input_size=SIZE), {}, seed=0)["checks"]
     assert [(row["net"], row["dtype"]) for row in rows if not row["ok"]] == [("folded", "float32")]
-    rows = checks.exactness(replace(source, plain=wrong), gs.fold(wrong, input_size=SIZE), {}, seed=0)["checks"]
+    rows = run.exactness(replace(source, plain=wrong), gs.fold(wrong, input_size=SIZE), {}, seed=0)["checks"]
     assert [(row["net"], row["dtype"]) for row in rows if not row["ok"]] == [("fused", "float32")]
 
 
@@ -165,7 +165,7 @@ def test_tf_same_convolutions(tmp_path):
     x = images(*source.input_size, n=3)
     for function in (
         artefacts.write_pt2(folded, source, tmp_path),
-        artefacts.write_onnx(folded, source, tmp_path, threads=1),
+        artefacts.write_onnx(folded, source, tmp_path),
     ):
         with torch.no_grad():
             assert rel(function(x), source.plain(x)) < 1e-5
@@ -205,7 +205,7 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path, reduce_range):
         torch.manual_seed(0)
         source = source_of(Plain(ratio), tmp_path, size=(1, 8, 8), mean=(0.5,), std=(0.25,))
         folded = gs.fold(source.plain, input_size=(1, 8, 8))
-        artefacts.write_onnx(folded, source, tmp_path, threads=1)
+        artefacts.write_onnx(folded, source, tmp_path)
         calibration = int8.calibration_images(source, digits_like(), 50, seed=0)
         assert calibration.shape == (50, 1, 8, 8) and calibration.unique(dim=0).shape[0] == 50
         for granularity in int8.GRANULARITIES:
@@ -215,7 +215,7 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path, reduce_range):
             )
             weights = [to_array(t) for t in onnx.load(path).graph.initializer if t.data_type == onnx.TensorProto.INT8]
             assert max(int(abs(w.astype(int)).max()) for w in weights if w.ndim) == (64 if reduce_range else 127)
-            quantised = artefacts.onnx_function(path, threads=1)
+            quantised = artefacts.onnx_function(path)
             with torch.no_grad():
                 errors[ratio, granularity] = rel(quantised(calibration[:7]), source.plain(calibration[:7]))
         expected = "likely not hurt" if ratio == 1 else "likely hurt (1 of 3 layers): in conv2,"

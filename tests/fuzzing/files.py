@@ -31,7 +31,6 @@ from fuzzing.damage import damage, damage_path
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis.results import FILE as RESULTS
 from growshrink.analysis.results import Results
-from growshrink.analysis.truth import read_truth, subnet_name
 from growshrink.base.reading import load_weights, read_bytes, read_json
 from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
@@ -49,6 +48,9 @@ from growshrink.runs.folder import MARKER, RunFolder, check_same
 from growshrink.supernet.files import load_supernet, save_supernet
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
+from program import module_of
+
+truth = module_of(Path(__file__).parents[2] / "tools" / "truth.py")
 
 #: What a case may take, and how long the line may be that says what is wrong with a file.
 SECONDS, MEBIBYTES, CHARACTERS = 10.0, 256, 2000
@@ -202,7 +204,7 @@ def truth_files() -> dict[str, bytes]:
     writer.writerow(["subnet", "net0", "net1"])
     table = _table()
     for row in _rows():
-        writer.writerow([subnet_name(table, row), 0.5 + 0.01 * row[0], 0.7])
+        writer.writerow([truth.subnet_name(table, row), 0.5 + 0.01 * row[0], 0.7])
     return {"truth.csv": text.getvalue().encode()}
 
 
@@ -400,7 +402,7 @@ TARGETS: dict[str, Target] = {
     "plan (JSON)": Target("json", plan_files, _read_plan),
     "width space (JSON)": Target("json", width_files, _read_widths, weight=0.5),
     "latencies (JSON)": Target("json", latency_files, lambda root: read_table(root / "latencies.json"), weight=0.5),
-    "truth (CSV)": Target("csv", truth_files, lambda root: read_truth(root / "truth.csv", _table())),
+    "truth (CSV)": Target("csv", truth_files, lambda root: truth.read_truth(root / "truth.csv", _table())),
     "results of tools (JSONL)": Target("jsonl", results_files, _read_results, damaged=lambda: [f"r/{RESULTS}"]),
     "their marker (JSON)": Target("json", results_files, _read_results, damaged=lambda: [f"r/{MARKER}"], weight=0.5),
     "run folder (JSON)": Target("json", run_files, _read_folder, damaged=lambda: [f"run/{MARKER}"]),

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 from fuzzing.architectures import KINDS
-from growshrink.algebra.outputs import paired_leaves
+from growshrink.algebra.inputs import paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.branches import Branch, Modulated
 from growshrink.branches.spec import PRESETS

@@ -25,7 +25,7 @@ FOUND = (286, 351)
 
 
 @pytest.mark.exhaustive
-@settings(max_examples=12, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=6, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.randoms(use_true_random=False))
 def test_every_promise_holds_for_a_random_net(random):
     assert check_architecture(random).wrong == []

@@ -161,7 +161,7 @@ def test_the_nets_of_mlperf_tiny_have_their_published_size(name):
     ("name", "branch"),
     sampled(
         [(name, branch) for name in CASES for branch in ("bottleneck", "insert", "expandnet", "lora")],
-        [("line", "insert"), ("line", "bottleneck"), ("autoencoder", "bottleneck"), ("ds_cnn", "lora")],
+        [("line", "insert"), ("line", "bottleneck"), ("ds_cnn", "lora")],
     ),
 )
 def test_grown_trained_fused(name, branch):

@@ -59,7 +59,8 @@ def tf_net():
 @pytest.mark.parametrize("branch", sampled(["bottleneck", "insert", "mobileone", "dbb"], ("insert",)))
 def test_a_net_of_them(branch):
     plain = randomized(tf_net()).double().eval()
-    grown = gs.grow(plain, branch, ratio=1.0)
+    size = (3, 64, 64)
+    grown = gs.grow(plain, branch, ratio=1.0, input_size=size)
     same = [n for n, m in plain.named_modules() if type(m) is Conv2dSame and n != "conv_stem"]
     assert same and all(isinstance(grown.get_submodule(n), GrownConv2dSame) for n in same)
     x = images(3, 64, 71, dtype=torch.float64)
@@ -67,10 +68,10 @@ def test_a_net_of_them(branch):
         assert torch.equal(grown(x), plain(x))
     grown = randomized(grown, seed=2)
     gs.set_lambda(grown, 0.0)
-    fused = gs.fuse(grown)
+    fused = gs.fuse(grown, input_size=size)
     with torch.no_grad():
-        for size in ((64, 71), (65, 64)):  # padded otherwise than at the size it was fused at
-            x = images(3, *size, dtype=torch.float64)
+        for other in ((64, 71), (65, 64)):  # padded otherwise than at the size it was fused at
+            x = images(3, *other, dtype=torch.float64)
             assert rel(fused(x), grown(x)) < 1e-10
     assert [type(m) for m in fused.modules()] == [type(m) for m in plain.modules()]
     timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=10).load_state_dict(fused.state_dict())
@@ -79,7 +80,7 @@ def test_a_net_of_them(branch):
 
 
 def test_they_train_and_stay_modules_of_a_traced_net():
-    grown = train_a_bit(gs.grow(tf_net(), "repvgg"), size=(3, 64, 64)).eval()
+    grown = train_a_bit(gs.grow(tf_net(), "repvgg", input_size=(3, 64, 64)), size=(3, 64, 64)).eval()
     branches = [p for m in grown_modules(grown).values() if isinstance(m, Conv2dSame) for p in m.branches.parameters()]
     assert branches and any(bool(p.grad.abs().max() > 0) for p in branches)
     features = FeatureGraphNet(copy.deepcopy(grown), out_indices=(1,))

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -18,7 +19,8 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.swaps import attach
 from growshrink.layers.widths import WidthSpace
-from nets import ConvNet, images, net, randomized, rel, untouched
+from nets import ConvNet, images, net, randomized, rel, small, untouched
+from sampled import sampled
 from supernet.twins import Narrow
 
 SIZE = (3, 8, 8)
@@ -317,7 +319,7 @@ CASES = {
         lambda: grown(["bottleneck", "insert", "bottleneck"]),
         {"conv.branches.0": 0, "conv.branches.1": 1, "conv.branches.2": 4},
     ),
-    "x4": (lambda: randomized(net("reducenet20_x4")).double(), None),
+    "x4": (lambda: randomized(small("reducenet20_x4")).double(), None),
 }
 
 
@@ -376,8 +378,13 @@ def test_width_0_is_the_plain_net_bit_for_bit():
 # ---- fuse at a width
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("which", ["given", "base", "full"])
+@pytest.mark.parametrize(
+    ("name", "which"),
+    sampled(
+        itertools.product(CASES, ["given", "base", "full"]),
+        lambda case: case[1] == "given" or case[0] in ("x4", "nest"),
+    ),
+)
 def test_fuse_at_a_width(name, which):
     model, width = case(name)
     gs.set_lambda(model, 0.0)
@@ -389,9 +396,10 @@ def test_fuse_at_a_width(name, which):
     assert gs.layers.get_width(model) == active
     with gs.active_width(model.eval(), width), torch.no_grad():
         assert rel(fused.eval()(x), model(x)) < 1e-10
-        assert rel(gs.fuse(model, input_size=SIZE)(x), model(x)) < 1e-10  # None is the active width
+        merged = gs.fuse(model, input_size=SIZE)  # None is the active width
+        assert rel(merged(x), model(x)) < 1e-10
     assert not any(isinstance(m, (GrownConv2d, PureBottleneck)) for m in fused.modules())
-    assert list(fused.state_dict()) == list(gs.fuse(model, input_size=SIZE).state_dict())
+    assert list(fused.state_dict()) == list(merged.state_dict())
 
 
 def test_a_skipped_branch_need_not_have_vanished():
@@ -426,7 +434,7 @@ def test_base_fuse_is_drop():
     assert all(torch.equal(value, dropped.state_dict()[key]) for key, value in fused.state_dict().items())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.sampled_from([1, 2, 4]), st.integers(1, 3), st.integers(1, 2), st.sampled_from([1, 3]), st.data())
 def test_the_map_at_any_width(groups, multiple, stride, kernel, data):
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from growshrink.models.block import Block
 from growshrink.models.reducenet import ReduceNet
 from growshrink.proofs._profile import training_macs
 from growshrink.transforms import fold, fuse, grow
+from sampled import sampled
 
 CIFAR = (20, 32, 44, 56, 110)
 PHOTO = (18, 34)
@@ -91,7 +92,10 @@ def test_cfgs():
 # --- architecture ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+FEW = ("reducenet20", "reducenet20_x4", "reducenet110_x8", "reducenet18_x2", "reducenet34")
+
+
+@pytest.mark.parametrize("name", sampled(NAMES, FEW))
 def test_layer_counts(name):
     model = meta(name)
     depth = int(re.match(r"reducenet(\d+)", name)[1])
@@ -123,7 +127,7 @@ def test_keys_of_plain_nets(name):
     assert list(meta(name).state_dict()) == [*expected, "head.fc.weight", "head.fc.bias"]
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "_x" in n])
+@pytest.mark.parametrize("name", sampled([n for n in NAMES if "_x" in n], FEW))
 def test_a_grown_net_is_its_plain_net_but_for_the_bottlenecks(name):
     grown, plain = meta(name), meta(name.split("_")[0])
     for module in grown.modules():

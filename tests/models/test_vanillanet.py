@@ -12,6 +12,7 @@ from growshrink.models.vanillanet import SeriesActivation, VanillaBlock
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
 from nets import Batches, images, rel
+from sampled import exhaustive
 
 NAMES = [f"vanillanet_{n}{x}" for n in (5, 6) for x in ("", "_x1", "_x2")]
 
@@ -61,8 +62,10 @@ def test_middle_width_is_the_papers():
     assert [m.conv.out_channels for m in twice.modules() if isinstance(m, PureBottleneck)] == [64, 128, 256, 512]
 
 
-@pytest.mark.parametrize("name", ["vanillanet_5", "vanillanet_6"])
-@pytest.mark.parametrize("expansion", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "expansion"),
+    [("vanillanet_5", 1), exhaustive(("vanillanet_5", 2)), exhaustive(("vanillanet_6", 1)), ("vanillanet_6", 2)],
+)
 @torch.no_grad()
 def test_fuses_into_its_plain_net(name, expansion):
     model = small(f"{name}_x{expansion}")

@@ -13,17 +13,17 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d
 from growshrink.layers.swaps import to_plain
 from growshrink.layers.widths import get_width
-from nets import ConvNet, net
+from nets import ConvNet, small
 
 SIZE = (3, 8, 8)
 
 
 def x4():
-    return net("reducenet20_x4")
+    return small("reducenet20_x4")
 
 
 def grown():
-    return gs.grow(net(), ["bottleneck", "insert"], init="paper", input_size=SIZE)
+    return gs.grow(small(), ["bottleneck", "insert"], init="paper", input_size=SIZE)
 
 
 def nest():

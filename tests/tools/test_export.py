@@ -45,9 +45,7 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     x = images(1, 8, 8, n=5)
     with torch.no_grad():
-        torch.testing.assert_close(
-            artefacts.onnx_function(folder / "folded.onnx", threads=1)(x), plain(x), atol=1e-4, rtol=0
-        )
+        torch.testing.assert_close(artefacts.onnx_function(folder / "folded.onnx")(x), plain(x), atol=1e-4, rtol=0)
 
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     assert run(tool, trained, "--no-onnx", "--no-pt2", "--turns", "0", "--quiet") == 0

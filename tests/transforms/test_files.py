@@ -10,16 +10,14 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.errors import GrowError, RunError
-from nets import images, net, randomized, train_a_bit
+from nets import images, net, randomized, small, train_a_bit
 
 SIZE = (3, 16, 16)
 
 
 def grown(**kwargs):
-    model = gs.grow(
-        net("test_resnet"), ["bottleneck", "dbb", gs.BranchSpec(kind="lora", ratio=0.5)], ratio=3.0, input_size=SIZE
-    )
-    model = gs.grow(model, ["copy", "copy"], where=["layer2.0.conv1"], inplace=True, input_size=SIZE)
+    model = gs.grow(small(), ["bottleneck", "dbb", gs.BranchSpec(kind="lora", ratio=0.5)], ratio=3.0, input_size=SIZE)
+    model = gs.grow(model, ["copy", "copy"], where=["stages.1.0.conv"], inplace=True, input_size=SIZE)
     return train_a_bit(randomized(model)).eval()
 
 
@@ -29,14 +27,14 @@ def test_round_trip(tmp_path, branches_only, wrap):
     model, path, x = grown(), tmp_path / "grown.safetensors", images(*SIZE)
     gs.set_lambda(model, 0.25)
     gs.save_grown(wrap(model), path, branches_only=branches_only)
-    plain = gs.drop(model) if branches_only else net("test_resnet", seed=9)
+    plain = gs.drop(model) if branches_only else small(seed=9)
     back = gs.load_grown(plain, path, input_size=SIZE).eval()
     assert torch.equal(back(x), model(x)) and set(gs.get_lambda(back).values()) == {0.25}
     assert gs.growth_report(back, input_size=SIZE).grown == gs.growth_report(model, input_size=SIZE).grown
     assert all((".branches." in key) for key in load_file(path)) == branches_only
     with safe_open(path, "pt") as file:
         known = json.loads(file.metadata()["grown"])
-    assert known["layer1.0.conv1"][-1] == {
+    assert known["stages.0.0.conv"][-1] == {
         "kind": "lora", "ratio": 0.5, "norm": "batch", "scale": 1.0, "trained": "last", "published": False,
     }  # fmt: skip
     gs.set_lambda(back, 0.0), gs.set_lambda(model, 0.0)
@@ -44,7 +42,7 @@ def test_round_trip(tmp_path, branches_only, wrap):
 
 
 def test_branches_on_a_frozen_net_train_and_nothing_else(tmp_path):
-    plain = net("test_resnet").requires_grad_(False).eval()
+    plain = small().requires_grad_(False).eval()
     model, before = gs.grow(plain, "lora", input_size=SIZE), plain.state_dict()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert len(optimizer.param_groups[0]["params"]) == len(gs.branch_parameters(model)) > 0
@@ -61,15 +59,15 @@ def test_branches_on_a_frozen_net_train_and_nothing_else(tmp_path):
 
 def test_files_of_something_else_are_refused(tmp_path):
     gs.save_grown(grown(), path := tmp_path / "grown")
-    with pytest.raises(GrowError, match="where names 'conv1.3'"):
-        gs.load_grown(net("reducenet20"), path)
+    with pytest.raises(GrowError, match="where names 'stages.0.0.conv'"):
+        gs.load_grown(net("test_resnet"), path)
     with pytest.raises(RunError, match=r"not the grown form of this model .*size mismatch|not the grown form"):
-        gs.load_grown(net("test_resnet", in_chans=1), path, input_size=(1, 16, 16))
+        gs.load_grown(small(in_chans=1), path, input_size=(1, 16, 16))
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(RunError, match="not a file of growshrink.save_grown"):
-        gs.load_grown(net("test_resnet"), tmp_path / "other")
+        gs.load_grown(small(), tmp_path / "other")
     save_file({"x": torch.zeros(1)}, tmp_path / "odd", {"format": "growshrink-grown-1", "grown": "[3]"})
     with pytest.raises(RunError, match="not the grown form of this model"):
-        gs.load_grown(net("test_resnet"), tmp_path / "odd")
+        gs.load_grown(small(), tmp_path / "odd")
     with pytest.raises(GrowError, match="save_grown is for nets that"):
         gs.save_grown(net("reducenet20_x2"), tmp_path / "never")

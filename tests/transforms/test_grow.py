@@ -13,7 +13,7 @@ from growshrink.errors import DropError, GrowError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d, grown_modules
 from growshrink.transforms import branch_specs
-from nets import ConvNet, images, net, randomized, train_a_bit, untouched
+from nets import ConvNet, images, net, randomized, small, train_a_bit, untouched
 from sampled import sampled
 
 SIZE = (3, 16, 16)
@@ -41,7 +41,7 @@ KINDS = tuple(Branch.kinds)
 FIT_3X3 = [kind for kind in KINDS if not Branch.kinds[kind].reason_against(nn.Conv2d(8, 8, 3, padding=1))]
 FEW = ("bottleneck", "insert", "nest", "tests-second-kernel")
 NETS = {
-    "reducenet20": lambda: net("reducenet20"),
+    "reducenet20": small,
     "test_resnet": lambda: net("test_resnet"),
     "test_efficientnet": lambda: net("test_efficientnet"),
     "conv with bias, no BN": lambda: ConvNet(bias=True, norm=False),

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.base.ties import ties
+from growshrink.base.copying import ties
 from growshrink.errors import FuseError, GrowError
 from growshrink.layers.grown import grown_modules
 from nets import images, randomized, rel, untouched

@@ -5,23 +5,22 @@ shape from scratch; Frankle et al. (arXiv:1903.01611) and Renda et al. (arXiv:20
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from growshrink import schedules
 from growshrink.analysis import stats
 from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
 from growshrink.analysis.layers import State
 from growshrink.analysis.prune import Budget, draw_widths, random_channels, threshold_widths, width_of
-from growshrink.analysis.trained import num_updates
+from growshrink.analysis.trained import cosine_trainer, num_updates
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import profile, training_macs
-from growshrink.training import TrainConfig, Trainer, evaluate
+from growshrink.training import TrainConfig, evaluate
 
 #: The arms, and what each does; every one but scratch-b trains for as many epochs as the dense net was trained.
 RETRAIN_ARMS = {
@@ -60,17 +59,12 @@ def train_dense(
     model: nn.Module, feed: Feed, *, epochs: float, config: TrainConfig, after_update: Callable[[], None] | None = None
 ) -> Dense:
     """Train a net in place, and keep what arms go back to."""
-    init = _copy(model)
-    total = num_updates(feed, epochs)
-    trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
-    rate = schedules.cosine(1.0, 0.0, total)
-
-    def until(stop: int) -> State:
-        trainer.train(stop, learning_rate=rate, lam=schedules.constant(1.0), after_update=after_update)
-        return _copy(model)
-
-    rewind = until(round(REWIND_TO * total))
-    return Dense(init, rewind, until(total))
+    init, total = _copy(model), num_updates(feed, epochs)
+    _, train_to = cosine_trainer(model, feed, config, total, after_update=after_update)
+    train_to(round(REWIND_TO * total))
+    rewind = _copy(model)
+    train_to(total)
+    return Dense(init, rewind, _copy(model))
 
 
 def start_arm(
@@ -124,11 +118,10 @@ def run_arm(
 ) -> dict[str, float]:
     """Train an arm in the data order of the dense training; val and test top-1, parameters, MACs, and MACs spent."""
     net, total = start.net, num_updates(feed, start.epochs)
-    rate = schedules.cosine(1.0, 0.0, total)
-    trainer = Trainer(net, replace(config, ema_decay=0.0), feed.train)
+    trainer, train_to = cosine_trainer(net, feed, config, total, after_update=after_update)
     trainer.update = round(start.begin * total)
     updates = total - trainer.update
-    trainer.train(total, learning_rate=rate, lam=schedules.constant(1.0), after_update=after_update)
+    train_to(total)
     return {
         "val": evaluate(net, feed.val).top1,
         "test": evaluate(net, feed.test).top1,

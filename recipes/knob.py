@@ -1,9 +1,7 @@
 """The depth knob: which activations of a net go, so that the merged net meets a latency on this machine.
 
-Latency and loss are measured per segment of neighbouring blocks and taken to add up; the best cut for a latency is then
-found by dynamic programming over the blocks.
-
-Source: Kim et al., Efficient Latency-Aware CNN Depth Compression via Two-Stage Dynamic Programming (arXiv:2301.12187),
+Latency and loss are measured per segment of neighbouring blocks and taken to add up; dynamic programming over blocks
+finds the best cut for a latency. Source: Kim et al., Efficient Latency-Aware CNN Depth Compression (arXiv:2301.12187),
 who train per segment; here the activations are silenced in the trained net and the batch norms recalibrated.
 """
 

@@ -7,7 +7,7 @@ Source: Hu et al., Angle-based Search Space Shrinking (arXiv:2004.13431), algori
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -120,55 +120,34 @@ def shrink(
     """
     if driver not in SCORES and driver != RANDOM:
         raise AnalysisError(f"{driver}: no such score to shrink by{did_you_mean(driver, (*SCORES, RANDOM))}")
-    base = init
-    choices: dict[str, tuple[int, ...]] = {name: tuple(values) for name, values in space.choices.items()}
+    base, left = init, space
     update = first = num_updates(feed, plan.first_epochs)
     steps: list[dict[str, Any]] = []
     rebased_at: int | None = None
-    gone = 0
-    options: dict[str, Any] = {"config": config, "seed": seed, "after_update": after_update}
-
-    def left() -> WidthSpace:
-        return WidthSpace(choices, space.factor, space.diversity, space.divisor)
-
-    def stage(start: int) -> int:
-        return train_supernet(model, feed, epochs=plan.later_epochs, space=left(), start=start, **options)
-
-    while _size(choices) > plan.stop_size and len(steps) < plan.max_iterations:
-        iteration = len(steps)
-        table = supernet_table(base, model, space, input_size=feed.input_size)
-        bench = Bench(base, model, table, feed, num_calibration=num_calibration)
-        drawn = seed * 1_000_003 + iteration
-        subnets = balanced_sample(choices, plan.samples, drawn)
-        if driver == RANDOM:
-            values = np.random.default_rng((drawn, 7)).random(len(subnets))
-        else:
-            values = SCORES[driver](bench, table.index(subnets))
-        scores = choice_scores(subnets, values)
-        dropped = drop_lowest(choices, scores, plan.drop)
-        if not dropped:
-            break
-        for name, width in dropped:
-            choices[name] = tuple(value for value in choices[name] if value != width)
-        gone += len(dropped)
-        steps.append(
-            {
-                "iteration": iteration,
-                "dropped": [f"{name}: {width}" for name, width in dropped],
-                "size": _size(choices),
-                "scores": {f"{name}: {width}": value for (name, width), value in scores.items()},
-            }
-        )
-        if plan.rebase_after and rebased_at is None and gone > plan.rebase_after:
-            base, rebased_at = copy_net(model), iteration
-        update = stage(update)
+    num_choices = sum(map(len, space.choices.values()))
     # Drivers reach the stop at different iterations: what is left of the longest possible run is trained too, so that
     # all of them spend the same.
-    longest = -(-(sum(map(len, space.choices.values())) - len(space.choices)) // plan.drop)
-    for _ in range(len(steps), min(longest, plan.max_iterations)):
-        update = stage(update)
-    return Shrunk(left(), steps, update - first, rebased_at)
-
-
-def _size(choices: Choices) -> int:
-    return math.prod(len(values) for values in choices.values())
+    longest = -(-(num_choices - len(space.choices)) // plan.drop)
+    for iteration in range(min(longest, plan.max_iterations)):
+        if left.size > plan.stop_size:
+            table = supernet_table(base, model, space, input_size=feed.input_size)
+            bench = Bench(base, model, table, feed, num_calibration=num_calibration)
+            drawn = seed * 1_000_003 + iteration
+            subnets = balanced_sample(left.choices, plan.samples, drawn)
+            if driver == RANDOM:
+                values = np.random.default_rng((drawn, 7)).random(len(subnets))
+            else:
+                values = SCORES[driver](bench, table.index(subnets))
+            scores = choice_scores(subnets, values)
+            dropped = drop_lowest(left.choices, scores, plan.drop)
+            kept = {n: tuple(w for w in widths if (n, w) not in dropped) for n, widths in left.choices.items()}
+            left = replace(left, choices=kept)
+            named = {f"{name}: {width}": value for (name, width), value in scores.items()}
+            gone = [f"{name}: {width}" for name, width in dropped]
+            steps.append({"iteration": iteration, "dropped": gone, "size": left.size, "scores": named})
+            total_gone = num_choices - sum(map(len, left.choices.values()))
+            if plan.rebase_after and rebased_at is None and total_gone > plan.rebase_after:
+                base, rebased_at = copy_net(model), iteration
+        options: dict[str, Any] = {"config": config, "seed": seed, "after_update": after_update}
+        update = train_supernet(model, feed, epochs=plan.later_epochs, space=left, start=update, **options)
+    return Shrunk(left, steps, update - first, rebased_at)

@@ -38,12 +38,6 @@ class PlannedNet:
     make: Callable[[], Made]
 
 
-def random_importance(space: ChannelSpace, seed: int, net: int) -> dict[str, Floats]:
-    """Draw an importance for every channel of a net, uniformly: the criterion that knows nothing."""
-    random = np.random.default_rng((seed, 1, net))
-    return {name: random.random(choices[-1]) for name, choices in space.choices.items()}
-
-
 def plan_channels(
     space: ChannelSpace,
     draws: DrawnWidths,
@@ -57,8 +51,8 @@ def plan_channels(
 ) -> list[PlannedNet]:
     """Random widths with random channels; each criterion's net; the criterion's widths with random channels.
 
-    Criteria are keys of `CRITERIA`, or "random": a threshold on random importances. `net` is the number of the trained
-    net, `null_draws` how often random channels are drawn at each criterion's widths.
+    Criteria are keys of `CRITERIA`, or "random": a threshold on importances drawn uniformly. `net` is the number of the
+    trained net, `null_draws` how often random channels are drawn at each criterion's widths.
     """
 
     def at_random(widths: Mapping[str, int], number: int) -> Made:
@@ -68,8 +62,11 @@ def plan_channels(
         return at_random(width_of(space, draws.index[number]), number)
 
     def by(criterion: str, channels: int | None) -> Made:
-        drawn_by_lot = criterion == RANDOM
-        importance = random_importance(space, seed, net) if drawn_by_lot else space.importance(criterion, batch())
+        if criterion == RANDOM:
+            random = np.random.default_rng((seed, 1, net))
+            importance = {name: random.random(choices[-1]) for name, choices in space.choices.items()}
+        else:
+            importance = space.importance(criterion, batch())
         widths = prune.threshold_widths(space, importance, budget)
         if channels is not None:
             return at_random(widths, channels)
