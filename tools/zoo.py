@@ -27,11 +27,27 @@ class Entry:
     example_inputs: Any
 
 
-#: Images are not made larger, and boxes of any score count, or an untrained net would find none to compare.
-_DETECTION = {
-    "fasterrcnn_mobilenet_v3_large_320_fpn": {"min_size": 96, "max_size": 96, "box_score_thresh": 0.0},
-    "retinanet_resnet50_fpn": {"min_size": 96, "max_size": 96, "score_thresh": 0.0},
-}
+class Heads(nn.Module):
+    """A detector of torchvision's up to its heads, whose numbers are compared: untrained, it chooses few boxes or none.
+
+    Images are not made larger; the heads of a second stage see the image in nine boxes.
+    """
+
+    def __init__(self, name: str, side: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.net: Any = models.get_model(name, min_size=side, max_size=side, **kwargs)
+
+    def forward(self, images: list[Tensor]) -> list[Any]:
+        """`(3, H, W)` each, to what the heads say."""
+        batch, _ = self.net.transform(images)
+        maps = self.net.backbone(batch.tensors)
+        if not hasattr(self.net, "rpn"):
+            return [self.net.head(list(maps.values()))]
+        corners = torch.cartesian_prod(*[torch.arange(3.0) * batch.tensors.shape[-1] / 4] * 2)
+        boxes = torch.cat([corners, corners + batch.tensors.shape[-1] / 2], 1).to(batch.tensors)
+        second = self.net.roi_heads
+        found = second.box_roi_pool(maps, [boxes] * len(images), batch.image_sizes)
+        return [self.net.rpn.head(list(maps.values())), second.box_predictor(second.box_head(found))]
 
 
 def _torchvision(kind: str, name: str, side: int) -> Entry:
@@ -41,7 +57,8 @@ def _torchvision(kind: str, name: str, side: int) -> Entry:
     batch: Any = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     if kind == "detection":
         batch = ([image.sigmoid() for image in batch],)
-        kwargs |= _DETECTION.get(name, {})
+        if not name.startswith("ssd"):
+            return Entry(f"torchvision, {kind}, heads", partial(Heads, name, side, **kwargs), batch)
     return Entry(f"torchvision, {kind}", partial(models.get_model, name, **kwargs), batch)
 
 

@@ -118,7 +118,11 @@ class ChannelSpace:
         for (module, _), (dependency, places) in gone.items():
             pruner = dependency.handler.__self__
             pruner.pruning_dim = dependency.target.pruning_dim
-            dependency.handler(modules[module], sorted(map(int, np.unique(np.concatenate(places)))))
+            gone_here = sorted(map(int, np.unique(np.concatenate(places))))
+            dependency.handler(modules[module], gone_here)
+            gain = getattr(modules[module], "gain", None)  # of timm's convolutions with standardised kernels
+            if isinstance(gain, nn.Parameter) and "out_channels" in dependency.handler.__name__:
+                modules[module].gain = nn.Parameter(gain[np.delete(np.arange(len(gain)), gone_here)].detach())
         return net
 
     def importance(self, criterion: str, batch: tuple[Tensor, Tensor] | None = None) -> dict[str, Floats]:

@@ -181,16 +181,16 @@ class LayerCosts:
         self._terms: list[tuple[list[tuple[int, NDArray[np.int64]]], list[int], int, int]] = []
         for name, module in model.named_modules():
             inside = [i for i, block in enumerate(names) if block in blocks and f"{name}.".startswith(f"{block}.")]
-            for parameter in module.parameters(recurse=False):
-                sizes = []
-                for dim, length in enumerate(parameter.shape[:2]):
+            for key, parameter in module.named_parameters(recurse=False):
+                sizes, kernel = [], key != "gain"  # of a standardised convolution: `(O, 1, 1, 1)`
+                for dim, length in enumerate(parameter.shape[: 1 + kernel]):
                     each = np.zeros(len(names), dtype=np.int64)
                     for group, entries in axes.get((name, dim == 0), {}).items():
                         each[names.index(group)] += entries.shape[1]
                         full[names.index(group)] = len(entries)
                         length -= entries.numel()
                     sizes.append((length, each))
-                macs = positions.get(name, 0) if parameter.ndim > 1 else 0
+                macs = positions.get(name, 0) if parameter.ndim > 1 and kernel else 0
                 self._terms.append((sizes, inside, parameter.shape[2:].numel(), macs))
         self._other = 0
         whole = [1 if name in blocks else width for name, width in zip(names, full, strict=True)]

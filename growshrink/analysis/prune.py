@@ -6,6 +6,7 @@ are drawn uniformly for all layers at once, and accepted if the cost fits the bu
 Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et al., EagleEye (arXiv:2007.02491).
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -139,7 +140,8 @@ def draw_widths(space: Space, budget: Budget, num: int, *, seed: int = 0, distin
         raise AnalysisError(
             f"{found} subnets within {budget.tolerance:.0%} of {target:,.0f} MACs ({budget.macs:g} of the full net) "
             f"in {drawn:,} draws, {num} were asked for; the draws have {lowest:,} to {highest:,} MACs, "
-            f"{lowest / full:.3f} to {highest / full:.3f} of the full net. Take another budget, or a wider tolerance."
+            f"{lowest / full:.3f} to {highest / full:.3f} of the full net{_left_alone(space)}. "
+            "Take another budget, or a wider tolerance."
         )
     index, params, macs = (np.concatenate(parts)[:num] for parts in zip(*kept, strict=True))
     return DrawnWidths(index, params, macs, drawn, accepted)
@@ -163,9 +165,16 @@ def threshold_widths(space: ChannelSpace, importance: Mapping[str, Floats], budg
     if abs(macs[best] - 1.0) > budget.tolerance:
         raise AnalysisError(
             f"the nearest a threshold comes is {macs[best]:.3f} times the budget: its channels' importances lie too "
-            "close together. Take a wider tolerance."
+            f"close together{_left_alone(space)}. Take a wider tolerance."
         )
     return width_of(space, index[best])
+
+
+def _left_alone(space: Space) -> str:
+    """How much of a net is not pruned, and the commonest reason, for messages."""
+    reasons = Counter(getattr(space, "left_alone", {}).values())
+    total = reasons.total() + len(space.choices)
+    return f"; {reasons.total()} of {total} groups are left alone ({reasons.most_common(1)[0][0]})" if reasons else ""
 
 
 def profile_macs(space: Space) -> int:

@@ -2,6 +2,7 @@ import angle_twins as twins
 import numpy as np
 import pytest
 import torch
+from timm.layers import ScaledStdConv2d
 from torch import nn
 from torch.nn import functional as F
 
@@ -206,7 +207,7 @@ def test_a_budget_that_nothing_meets_is_told_with_what_there_is(plain, monkeypat
         gs.random_prune(plain, criterion="l7", input_size=SIZE)
 
 
-def test_grouped_convolutions_are_left_alone_and_said_so():
+def test_grouped_convolutions_are_left_alone_and_said_so(monkeypatch):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1),
         nn.ReLU(),
@@ -219,9 +220,29 @@ def test_grouped_convolutions_are_left_alone_and_said_so():
     )
     space = ChannelSpace(model, SIZE)
     assert list(space.choices) == ["4"] and "grouped convolution" in " ".join(space.left_alone.values())
+    monkeypatch.setattr(prune, "MOST_DRAWS", 20_000)
+    for criterion in ("random", "l1"):
+        with pytest.raises(AnalysisError, match=r"; 2 of 3 groups are left alone \(a grouped convolution takes part\)"):
+            gs.random_prune(model, macs=0.1, criterion=criterion, input_size=SIZE)
 
 
 @pytest.mark.exhaustive
+def test_standardised_convolutions_lose_their_gains_with_their_channels():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        ScaledStdConv2d(3, 12, 3), nn.ReLU(), ScaledStdConv2d(12, 6, 3), nn.Flatten(), nn.Linear(96, 5)
+    )
+    for conv in (model[0], model[2]):
+        nn.init.uniform_(conv.gain, 0.5, 2.0)
+    size = (3, 8, 8)
+    assert not ChannelSpace(model, size).left_alone
+    pruned = gs.random_prune(model.eval(), macs=0.5, tolerance=0.1, input_size=size)
+    x = nets.images(*size)
+    kept = [(pruned[0](x)[:, [i]] - model[0](x)).abs().amax((0, 2, 3)).argmin() for i in range(pruned[0].out_channels)]
+    assert len(pruned[0].gain) == len(set(map(int, kept))) < 12
+    assert nets.rel(pruned[0](x), model[0](x)[:, kept]) < 1e-6 and pruned(x).shape == (len(x), 5)
+
+
 def test_groups_without_which_a_net_runs_are_left_alone():
     space = ChannelSpace(nets.net("test_vit"), (3, 160, 160))
     assert space.choices and all(name.endswith("mlp.fc1") for name in space.choices)
