@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import scipy  # its parts are loaded where they are used
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from growshrink.analysis import prune, stats
@@ -225,6 +227,44 @@ def format_summary(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def wilson(successes: int, n: int, confidence: float = stats.CONFIDENCE) -> stats.Estimate:
+    """A share with Wilson's interval (J. Am. Stat. Assoc. 22, 1927), by scipy's `binomtest`."""
+    result = scipy.stats.binomtest(successes, n)
+    low, high = result.proportion_ci(confidence, method="wilson")
+    return stats.Estimate(result.statistic, float(low), float(high))
+
+
+def percentile(values: ArrayLike, value: float) -> float:
+    """Percent of `values` below `value`, equal ones counted half (scipy's `percentileofscore`, kind "mean")."""
+    return float(scipy.stats.percentileofscore(stats.finite(values), value, kind="mean"))
+
+
+def expected_max(values: ArrayLike, n: float) -> float:
+    r"""The largest of n draws that is to be expected, from the empirical distribution of N `values`.
+
+    :math:`E = \sum_i v_{(i)} \left[(i/N)^n - ((i-1)/N)^n\right]`, for any n > 0, not only whole ones.
+
+    Source: Dodge et al., Show Your Work (arXiv:1909.03004), equation 6. Too low for n near N: no draw beats the best.
+    """
+    values = np.sort(stats.finite(values))
+    share = np.arange(len(values) + 1) / len(values)
+    return float(np.diff(share**n) @ values)
+
+
+def equivalent_draws(values: ArrayLike, value: float) -> float:
+    """N_eq: how many random draws have `value` as their expected maximum; the inverse of `expected_max`.
+
+    Infinite where `value` is not below the best of `values`: more draws would be needed to tell.
+    """
+    values = stats.finite(values)
+    if value >= values.max():
+        return math.inf
+    if value <= values.min():
+        return 0.0
+    # Sorted once; expected_max rises strictly from min to max.
+    return math.exp(scipy.optimize.brentq(lambda log_n: expected_max(values, math.exp(log_n)) - value, -40.0, 40.0))
+
+
 def _distribution(
     records: Sequence[Mapping[str, Any]], random: Sequence[Floats], full: Sequence[float]
 ) -> dict[str, Any]:
@@ -237,16 +277,16 @@ def _distribution(
         "sd": float(np.mean([own.std(ddof=1) for own in random])),
         "max": float(values.max()),
         "quantiles": {q: float(np.quantile(values, q)) for q in (0.05, 0.25, 0.5, 0.75, 0.95)},
-        "yield": {d: stats.wilson(int((values >= tops - d).sum()), len(values)) for d in (1.0, 2.0, 5.0)},
+        "yield": {d: wilson(int((values >= tops - d).sum()), len(values)) for d in (1.0, 2.0, 5.0)},
         "seconds_each": _mean(r["seconds_to_find"] + r["seconds_to_evaluate"] for r in records if r["kind"] == RANDOM),
     }
 
 
 def _place(random: Floats, value: float, num_resamples: int) -> dict[str, Any]:
     boot = stats.Bootstrap(len(random), num=num_resamples)
-    samples = boot.of(lambda index: stats.equivalent_draws(random[index], value))
-    n_eq = boot.corrected(stats.equivalent_draws(random, value), samples)
-    return {"percentile": stats.percentile(random, value), "n_eq": n_eq}
+    samples = boot.of(lambda index: equivalent_draws(random[index], value))
+    n_eq = boot.corrected(equivalent_draws(random, value), samples)
+    return {"percentile": percentile(random, value), "n_eq": n_eq}
 
 
 def _mean(values: Iterable[float]) -> float:

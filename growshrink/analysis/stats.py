@@ -204,44 +204,6 @@ class Bootstrap:
         return Estimate(value, float(low), float(high))
 
 
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Estimate:
-    """A share with Wilson's interval (J. Am. Stat. Assoc. 22, 1927), by scipy's `binomtest`."""
-    result = scipy.stats.binomtest(successes, n)
-    low, high = result.proportion_ci(confidence, method="wilson")
-    return Estimate(result.statistic, float(low), float(high))
-
-
-def percentile(values: ArrayLike, value: float) -> float:
-    """Percent of `values` below `value`, equal ones counted half (scipy's `percentileofscore`, kind "mean")."""
-    return float(scipy.stats.percentileofscore(_finite(values), value, kind="mean"))
-
-
-def expected_max(values: ArrayLike, n: float) -> float:
-    r"""The largest of n draws that is to be expected, from the empirical distribution of N `values`.
-
-    :math:`E = \sum_i v_{(i)} \left[(i/N)^n - ((i-1)/N)^n\right]`, for any n > 0, not only whole ones.
-
-    Source: Dodge et al., Show Your Work (arXiv:1909.03004), equation 6. Too low for n near N: no draw beats the best.
-    """
-    values = np.sort(_finite(values))
-    share = np.arange(len(values) + 1) / len(values)
-    return float(np.diff(share**n) @ values)
-
-
-def equivalent_draws(values: ArrayLike, value: float) -> float:
-    """N_eq: how many random draws have `value` as their expected maximum; the inverse of `expected_max`.
-
-    Infinite where `value` is not below the best of `values`: more draws would be needed to tell.
-    """
-    values = _finite(values)
-    if value >= values.max():
-        return math.inf
-    if value <= values.min():
-        return 0.0
-    # Sorted once; expected_max rises strictly from min to max.
-    return math.exp(scipy.optimize.brentq(lambda log_n: expected_max(values, math.exp(log_n)) - value, -40.0, 40.0))
-
-
 @dataclass(frozen=True)
 class Paired:
     """Mean difference with its interval, exact p, and effect size d_z (mean over sd) of n pairs."""
@@ -345,7 +307,7 @@ def noise_ceiling(columns: Sequence[ArrayLike]) -> float:
 
 
 def _columns(x: ArrayLike, y: ArrayLike, k: int = 1) -> tuple[Floats, Floats]:
-    x, y = _finite(x), _finite(y)
+    x, y = finite(x), finite(y)
     if x.shape != y.shape or len(x) < 2:
         raise AnalysisError(f"{len(x)} values against {len(y)}: x and y must have equal length, at least 2.")
     if not 1 <= k <= len(x):
@@ -353,7 +315,8 @@ def _columns(x: ArrayLike, y: ArrayLike, k: int = 1) -> tuple[Floats, Floats]:
     return x, y
 
 
-def _finite(values: ArrayLike) -> Floats:
+def finite(values: ArrayLike) -> Floats:
+    """`values` as a column; AnalysisError unless it is one of finite numbers."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         wrong = int((~np.isfinite(values)).sum())

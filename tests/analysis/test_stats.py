@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from scipy import stats as scipy_stats
 
 from growshrink.analysis import stats
 from growshrink.errors import AnalysisError
+from program import module_of
+
+study = module_of(Path(__file__).parents[2] / "tools" / "study.py")
 
 RNG = np.random.default_rng
 
@@ -103,21 +107,21 @@ def test_partial_correlation_is_blind_to_what_the_controls_explain():
 
 
 def test_wilson_and_percentile_are_scipys():
-    assert stats.wilson(7, 50)[1:] == tuple(scipy_stats.binomtest(7, 50).proportion_ci(0.95, method="wilson"))
-    assert stats.wilson(0, 10).low == 0.0 and stats.wilson(0, 10).high > 0.2
+    assert study.wilson(7, 50)[1:] == tuple(scipy_stats.binomtest(7, 50).proportion_ci(0.95, method="wilson"))
+    assert study.wilson(0, 10).low == 0.0 and study.wilson(0, 10).high > 0.2
     values = np.arange(10.0)
-    assert stats.percentile(values, 7) == scipy_stats.percentileofscore(values, 7, kind="mean") == 75.0
+    assert study.percentile(values, 7) == scipy_stats.percentileofscore(values, 7, kind="mean") == 75.0
 
 
 def test_expected_max_is_the_mean_over_all_draws_and_equivalent_draws_inverts_it():
     values = np.array([1.0, 4, 4, 9])
     for n in (1, 2, 3):
-        assert stats.expected_max(values, n) == pytest.approx(
+        assert study.expected_max(values, n) == pytest.approx(
             np.mean([max(draw) for draw in itertools.product(values, repeat=n)])
         )
-        assert stats.equivalent_draws(values, stats.expected_max(values, n)) == pytest.approx(n)
-    assert stats.equivalent_draws(values, 9) == math.inf and stats.equivalent_draws(values, 1) == 0.0
-    assert 0 < stats.equivalent_draws(values, 2.0) < 1
+        assert study.equivalent_draws(values, study.expected_max(values, n)) == pytest.approx(n)
+    assert study.equivalent_draws(values, 9) == math.inf and study.equivalent_draws(values, 1) == 0.0
+    assert 0 < study.equivalent_draws(values, 2.0) < 1
 
 
 def test_holm():
@@ -185,7 +189,7 @@ def test_bootstrap_intervals_of_tau_cover():
 def test_wilson_and_student_intervals_cover():
     share, hits = 0.1, []
     for successes in RNG(0).binomial(60, share, size=400):
-        _, low, high = stats.wilson(int(successes), 60)
+        _, low, high = study.wilson(int(successes), 60)
         hits.append(low <= share <= high)
     assert within(hits), np.mean(hits)
     hits = []
@@ -202,8 +206,8 @@ def test_intervals_of_equivalent_draws_cover():
     for trial in range(60):
         values = RNG((4, trial)).random(100)
         boot = stats.Bootstrap(100, num=100, seed=trial)
-        samples = boot.of(lambda index, values=values: stats.equivalent_draws(values[index], 8 / 9))
-        _, low, high = boot.corrected(stats.equivalent_draws(values, 8 / 9), samples)
+        samples = boot.of(lambda index, values=values: study.equivalent_draws(values[index], 8 / 9))
+        _, low, high = boot.corrected(study.equivalent_draws(values, 8 / 9), samples)
         hits.append(low <= 8 <= high)
     assert within(hits), np.mean(hits)
 
