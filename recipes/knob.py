@@ -7,15 +7,28 @@ who train per segment; here the activations are silenced in the trained net and 
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.copying import copy_net
 from growshrink.base.progress import progress_bar
 from growshrink.depth.latency import Latencies, measure_cuts
-from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, vanish_cut
+from growshrink.depth.segments import (
+    Cut,
+    Segment,
+    all_segments,
+    check_cut,
+    check_reducenet,
+    cut_at,
+    stages_of,
+    vanish_cut,
+)
 from growshrink.errors import PlanError
 from growshrink.layers.activations import set_lambda
+from growshrink.models.block import Block, block_conv, front_padding
+from growshrink.models.reducenet import ReduceNet
 from growshrink.training.calibrate import calibrate_bn
 
 #: Latencies closer than this share of the net's are taken for equal while searching.
@@ -123,6 +136,33 @@ def measure_plans(
         for plan, ms in zip(plans, times, strict=True)
     ]
     return [m for m in measured if m.share <= 1 or all(segment.length == 1 for segment in m.plan.cut)]
+
+
+def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
+    """A fresh net with the shape the merged one has, a block per segment: what the knob is to be compared with."""
+    check_reducenet(model)
+    check_cut(model, cut)
+    model = cast(ReduceNet, copy_net(model))
+    stages: dict[int, list[Block]] = {}
+    for segment in cut:
+        stages.setdefault(segment.stage, []).append(_block_like(model, segment))
+    model.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages.values()))
+    model.init_weights()
+    return model
+
+
+def _block_like(model: nn.Module, segment: Segment) -> Block:
+    """A fresh block with a convolution of the merged kernel's size."""
+    blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
+    first, last = blocks[0].conv, blocks[-1].conv
+    assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
+    stride = first.stride[0]
+    factory: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
+    padding = 1 if segment.slim else front_padding(stride, segment.length)
+    channels = first.in_channels, 0, last.out_channels
+    block = Block(first.in_channels, last.out_channels, stride, **factory)
+    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, **factory)
+    return block
 
 
 def _frontier(ways: Iterable[DepthPlan], step: float) -> list[DepthPlan]:

@@ -42,12 +42,12 @@ from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
 from growshrink.depth.latency import Latencies, measure_latencies
-from growshrink.depth.segments import Cut, Segment, merge_cut, plain_at_depth, uncut, vanish_cut
+from growshrink.depth.segments import Cut, Segment, merge_cut, uncut, vanish_cut
 from growshrink.errors import PlanError, RunError, did_you_mean
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate, fit
-from knob import DepthPlan, depth_frontier, measure_plans, plan_depth, segment_harms
+from knob import DepthPlan, depth_frontier, measure_plans, plain_at_depth, plan_depth, segment_harms
 
 #: The key of what was timed and chosen.
 CUTS = "cuts"

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from torch import nn
 
 import growshrink as gs
@@ -37,14 +38,16 @@ from growshrink.analysis._rank import Ranking, jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
-from growshrink.analysis.trained import num_updates, with_random_labels
+from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.reading import clean_keys, read_tensors
+from growshrink.base.seeding import generator
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
 from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
+from growshrink.data.datasets import DataSet, Split
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError
 from growshrink.supernet import load_supernet
@@ -172,6 +175,22 @@ def main(args: Args) -> None:
         write_json(results.path / "ranking.json", jsonable(result))
         results.finish()
         print(f"{results.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
+
+
+def random_labels(data: DataSet, seed: int = 0) -> DataSet:
+    """The same images, but every training image with a label drawn once, uniformly; val and test keep theirs.
+
+    Source: Zhang et al., Neural Architecture Search with Random Labels (RLNAS, arXiv:2101.11834).
+    """
+    drawn = torch.randint(data.num_classes, (len(data.train),), generator=generator("random labels", seed))
+    return replace(data, train=Split(data.train.images, drawn))
+
+
+def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
+    """The same feed, on the same device, with `random_labels` to train on."""
+    train, val = feed.train, feed.val
+    options: dict[str, Any] = {"batch_size": train.batch_size, "augment": train.augment, "device": val.device}
+    return MemoryFeed.of(random_labels(feed.data, seed), seed=seed, eval_batch_size=val.batch_size, **options)
 
 
 def make_table(

@@ -5,14 +5,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from growshrink import schedules
 from growshrink.algebra.dataflow import InputSize
-from growshrink.base.seeding import generator
-from growshrink.data.datasets import DataSet, Split
-from growshrink.data.feed import Feed, MemoryFeed
+from growshrink.data.feed import Feed
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.widths import WidthSpace, width_space
 from growshrink.supernet import NetAugTask
@@ -106,19 +103,3 @@ def cosine_trainer(
 def num_updates(feed: Feed, epochs: float) -> int:
     """Updates that `epochs` are, at least one."""
     return max(1, round(epochs * feed.train.updates_per_epoch))
-
-
-def random_labels(data: DataSet, seed: int = 0) -> DataSet:
-    """The same images, but every training image with a label drawn once, uniformly; val and test keep theirs.
-
-    Source: Zhang et al., Neural Architecture Search with Random Labels (RLNAS, arXiv:2101.11834).
-    """
-    drawn = torch.randint(data.num_classes, (len(data.train),), generator=generator("random labels", seed))
-    return replace(data, train=Split(data.train.images, drawn))
-
-
-def with_random_labels(feed: MemoryFeed, seed: int = 0) -> MemoryFeed:
-    """The same feed, on the same device, with `random_labels` to train on."""
-    train, val = feed.train, feed.val
-    options: dict[str, Any] = {"batch_size": train.batch_size, "augment": train.augment, "device": val.device}
-    return MemoryFeed.of(random_labels(feed.data, seed), seed=seed, eval_batch_size=val.batch_size, **options)

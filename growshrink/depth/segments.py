@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.grown import grown_modules
-from growshrink.models.block import Block, block_conv, front_padding
+from growshrink.models.block import Block, front_padding
 from growshrink.models.reducenet import ReduceNet
 from growshrink.transforms import fold
 
@@ -94,7 +94,7 @@ def vanish_cut(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
     lam falling to 0, then `merge_cut`.
     """
     check_reducenet(model)
-    _check_cut(model, cut)
+    check_cut(model, cut)
     model = cast(ReduceNet, copy_net(model))
     vars(model)["was_grown"] = True  # of an empty cut too: it has a lam to set, if of no activation
     for segment in cut:
@@ -123,33 +123,6 @@ def merge_cut(model: nn.Module, cut: Sequence[Segment], *, input_size: InputSize
     return merge_runs(model, names, if_costlier="allow", input_size=input_size)
 
 
-def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
-    """A fresh net with the shape the merged one has, a block per segment: what the knob is to be compared with."""
-    check_reducenet(model)
-    _check_cut(model, cut)
-    model = cast(ReduceNet, copy_net(model))
-    stages: dict[int, list[Block]] = {}
-    for segment in cut:
-        stages.setdefault(segment.stage, []).append(_block_like(model, segment))
-    model.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages.values()))
-    model.init_weights()
-    return model
-
-
-def _block_like(model: nn.Module, segment: Segment) -> Block:
-    """A fresh block with a convolution of the merged kernel's size."""
-    blocks = stages_of(model)[segment.stage][segment.start : segment.stop]
-    first, last = blocks[0].conv, blocks[-1].conv
-    assert isinstance(first, nn.Conv2d) and isinstance(last, nn.Conv2d)
-    stride = first.stride[0]
-    factory: dict[str, Any] = {"device": first.weight.device, "dtype": first.weight.dtype}
-    padding = 1 if segment.slim else front_padding(stride, segment.length)
-    channels = first.in_channels, 0, last.out_channels
-    block = Block(first.in_channels, last.out_channels, stride, **factory)
-    block.conv = block_conv(channels, 2 * padding + 1, stride, padding, **factory)
-    return block
-
-
 def cut_at(model: nn.Module, segment: Segment) -> Cut:
     """The cut that merges one segment and nothing else."""
     inside = {(segment.stage, index) for index in range(segment.start, segment.stop)}
@@ -170,7 +143,8 @@ def _centre(conv: nn.Conv2d) -> nn.Conv2d:
     return pointwise.train(conv.training)
 
 
-def _check_cut(model: nn.Module, cut: Sequence[Segment]) -> None:
+def check_cut(model: nn.Module, cut: Sequence[Segment]) -> None:
+    """PlanError unless the segments cover the blocks of the net, each once."""
     blocks = [(stage, index) for stage, found in enumerate(stages_of(model)) for index in range(len(found))]
     covered = [(segment.stage, index) for segment in cut for index in range(segment.start, segment.stop)]
     if blocks != covered:

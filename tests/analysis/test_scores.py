@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.analysis import scores
-from growshrink.analysis.trained import random_labels, train_supernet, with_random_labels
+from growshrink.analysis.trained import train_supernet
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.feed import MemoryFeed
 from growshrink.layers.activations import VanishingReLU
 from growshrink.training import TrainConfig, evaluate
+from program import module_of
+
+angle_rank = module_of(Path(__file__).parents[2] / "tools" / "angle_rank.py")
+random_labels, with_random_labels = angle_rank.random_labels, angle_rank.with_random_labels
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,16 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 import growshrink as gs
-from growshrink.depth.segments import Segment, all_segments, merge_cut, plain_at_depth, uncut, vanish_cut
+from growshrink.depth.segments import Segment, all_segments, merge_cut, uncut, vanish_cut
 from growshrink.errors import MergeError, PlanError
 from nets import images, net, randomized, rel, train_a_bit, untouched
+from program import module_of
+
+plain_at_depth = module_of(Path(__file__).parents[2] / "recipes" / "knob.py").plain_at_depth
 
 CUTS = [
     (Segment(0, 0, 3), Segment(1, 0, 3), Segment(2, 0, 3)),
