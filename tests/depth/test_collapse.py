@@ -63,7 +63,7 @@ def check(model, size):
     assert own_weight.abs().max() > 1e-8  # it does look at the image
 
 
-@pytest.mark.parametrize("name", sampled(NAMES, ("reducenet20", "reducenet20_x4", "reducenet34", "reducenet44_x2")))
+@pytest.mark.parametrize("name", sampled(NAMES, ("reducenet20_x4", "reducenet34")))
 def test_three_ways_agree_for_every_reducenet(name):
     photo = name.startswith(("reducenet18", "reducenet34"))
     channels = {0: 3, 1: 1}[NAMES.index(name) % 2]
@@ -74,7 +74,7 @@ def test_three_ways_agree_for_every_reducenet(name):
 @pytest.mark.parametrize("size", [(3, 8, 8), (1, 7, 7), (3, 9, 6), (1, 1, 1), (3, 2, 5)])
 @pytest.mark.parametrize("pad", ["each", "front"])
 def test_sizes_channels_and_pads(size, pad):
-    check(linear_net("reducenet32", pad=pad, in_chans=size[0]), size)
+    check(linear_net("reducenet20", pad=pad, in_chans=size[0]), size)
 
 
 @torch.no_grad()
