@@ -27,8 +27,8 @@ from growshrink.depth.segments import (
 )
 from growshrink.errors import PlanError
 from growshrink.layers.activations import set_lambda
-from growshrink.models.block import Block, block_conv, front_padding
 from growshrink.models.reducenet import ReduceNet
+from growshrink.models.staged import Block, block_conv, front_padding
 from growshrink.training.calibrate import calibrate_bn
 
 #: Latencies closer than this share of the net's are taken for equal while searching.

@@ -13,8 +13,8 @@ from growshrink.depth.merge import merge_runs
 from growshrink.errors import PlanError
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.grown import grown_modules
-from growshrink.models.block import Block, front_padding
 from growshrink.models.reducenet import ReduceNet
+from growshrink.models.staged import Block, front_padding
 from growshrink.transforms import fold
 
 

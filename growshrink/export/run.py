@@ -20,8 +20,7 @@ from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import artefacts, int8
 from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, TIMM_FILE, Function, write_folded
-from growshrink.export.int8 import GRANULARITIES
-from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
+from growshrink.export.int8 import GRANULARITIES, draw_ranges, range_verdict, weight_ranges
 from growshrink.export.report import write_report
 from growshrink.proofs._compare import (
     EXACT_FLOAT32,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.algebra.solvers import SOLVER, Solver
-from growshrink.layers.equilibrium import name_equilibria
-from growshrink.layers.multiscale import ConvEquilibrium
+from growshrink.layers.equilibrium import ConvEquilibrium, name_equilibria
 from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
 
 # No `from __future__ import annotations` here: torch.jit.script reads the annotations as objects.

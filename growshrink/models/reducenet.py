@@ -27,8 +27,16 @@ from typing import Any
 import torch
 from timm.models import generate_default_cfgs
 
-from growshrink.models.block import Block, front_padding
-from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, photo_cfg, register_variants
+from growshrink.models.staged import (
+    Block,
+    StagedNet,
+    check_options,
+    cifar_cfg,
+    conv_norm_act,
+    front_padding,
+    photo_cfg,
+    register_variants,
+)
 
 __all__ = ["ReduceNet"]
 

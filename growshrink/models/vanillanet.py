@@ -16,8 +16,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from growshrink.models.block import block_conv
-from growshrink.models.staged import StagedNet, check_options, cifar_cfg, conv_norm_act, register_variants
+from growshrink.models.staged import StagedNet, block_conv, check_options, cifar_cfg, conv_norm_act, register_variants
 
 __all__ = ["SeriesActivation", "VanillaBlock", "VanillaNet"]
 

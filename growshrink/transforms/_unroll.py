@@ -5,7 +5,7 @@ from torch import nn
 
 from growshrink.base.copying import copy_net
 from growshrink.errors import EquilibriumError, check_model
-from growshrink.layers.multiscale import ConvEquilibrium
+from growshrink.layers.equilibrium import ConvEquilibrium
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import NotLinearError
-from growshrink.models.block import Block
+from growshrink.models.staged import Block
 from nets import images, net, randomized, rel, untouched
 from sampled import sampled
 

@@ -20,7 +20,7 @@ from growshrink.cycle.source import Recipe, read_source
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, export, int8, run
-from growshrink.export.ranges import range_verdict, weight_ranges
+from growshrink.export.int8 import range_verdict, weight_ranges
 from nets import ConvNet, images, net, randomized, rel
 
 SIZE = (3, 32, 32)

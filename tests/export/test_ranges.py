@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from growshrink.export.ranges import draw_ranges, range_verdict, weight_ranges
+from growshrink.export.int8 import draw_ranges, range_verdict, weight_ranges
 from nets import ConvNet
 
 

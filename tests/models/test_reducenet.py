@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from growshrink.layers.activations import VanishingReLU, get_lambda, set_lambda, was_grown
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.models import reducenet
-from growshrink.models.block import Block
 from growshrink.models.reducenet import ReduceNet
+from growshrink.models.staged import Block
 from growshrink.proofs._profile import training_macs
 from growshrink.transforms import fold, fuse, grow
 from sampled import sampled
