@@ -125,8 +125,8 @@ def advice(told: Told) -> list[str]:
             f"{rows[-1]['val_loss']:.2f}): try --resized-crop 0.5 --jitter 0.2, --mixup 0.2, or --pretrained."
         )
     late = [row["val_top1"] for row in rows if row["update"] >= 0.8 * updates]
-    if late[-1] - late[0] > 2 and late[-1] == max(row["val_top1"] for row in rows):
-        said.append(f"It was still learning (+{late[-1] - late[0]:.1f} points in the last fifth): try more --epochs.")
+    if (best := max(row["val_top1"] for row in rows)) in late and best - late[0] > 2:
+        said.append(f"It was still learning (+{best - late[0]:.1f} points in the last fifth): try more --epochs.")
     if max(told.counts) > 3 * min(told.counts):
         said.append(
             f"The classes are uneven ({min(told.counts)} to {max(told.counts)} test images): the balanced accuracy, "
@@ -260,7 +260,7 @@ def page_of(text: str, folder: Path) -> str:
             inside = "\n".join(line for line in lines if not line.startswith("```"))
             body.append(f"<pre>{escape(inside)}</pre>")
         elif kind == "table":
-            cells = [line.strip("| ").split("|") if line.startswith("| ") else [] for line in lines]
+            cells = [line.strip()[1:-1].split("|") if line.startswith("| ") else [] for line in lines]
             rows = ("".join(f"<td>{_inline(cell.strip())}</td>" for cell in row) for row in cells if row)
             body.append("<table>" + "".join(f"<tr>{row}</tr>" for row in rows) + "</table>")
         elif kind == "list":

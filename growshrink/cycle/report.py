@@ -120,7 +120,7 @@ def _markdown(result: CycleResult, drawn: bool) -> str:
 def _gradients(rounds: Sequence[RoundRecord]) -> list[str]:
     lines = []
     for record in rounds:
-        moments = (("second update", record.gradients_at_update_2), ("peak", record.gradients_at_peak))
+        moments = (("second update", record.gradients_at_update_2), ("end of the hold", record.gradients_at_peak))
         lines += [
             f"- Round {record.number}, {moment}: {found.with_gradient} of {found.new_parameters} new "
             f"tensors had a gradient, of {found.share_of_norm:.0%} of the whole gradient's norm."
@@ -258,9 +258,10 @@ def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
     margin = 0.08 * (max(top1) - min(interesting)) or 1.0
     what = "val: minus the loss" if "loss" in result.about else "val top-1 (%)"
     accuracy.set(ylim=(min(interesting) - margin, max(top1) + margin), ylabel=what)
-    for change in result.growth_log:
-        place = (change.update, 1.0)
-        accuracy.annotate(f"{change.kind} {change.round}", place, xycoords=("data", "axes fraction"), va="bottom")
+    for update in dict.fromkeys(change.update for change in result.growth_log):
+        text = ", ".join(f"{change.kind} {change.round}" for change in result.growth_log if change.update == update)
+        side, at = "right" if update > result.phases.total / 2 else "left", ("data", "axes fraction")
+        accuracy.annotate(text, (update, 1.0), xycoords=at, va="bottom", ha=side)
     teachers = any(record.teacher is not None for record in result.rounds)
     loss.plot(updates, [row.train_loss for row in rows], color="C1", label="training" + " (and teacher)" * teachers)
     loss.plot(updates, [row.val_loss for row in rows], color="C0", label="val")

@@ -81,6 +81,8 @@ class Page(HTMLParser):
 def test_the_report_is_one_page_with_its_pictures_and_commands_that_work(finished, pets, tmp_path, monkeypatch, capsys):
     page = Page((finished / "report.html").read_text())
     assert {"h1", "h2", "table", "li", "pre", "strong"} <= set(page.seen)
+    for table in re.findall("<table>(.*?)</table>", (finished / "report.html").read_text()):
+        assert len({row.count("<td>") for row in table.split("</tr>")[:-1]}) == 1
     head = "data:image/png;base64,"
     assert len(page.pictures) == 2 and all(source.startswith(head) for source in page.pictures)
     for source in page.pictures:
