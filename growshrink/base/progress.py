@@ -37,8 +37,9 @@ def progress_bar(items: Iterable[Any] | None = None, what: str = "", *, show: bo
         more: For tqdm: total, unit, smoothing, ...
     """
     terminal = sys.stderr.isatty()
-    more = {"unit": "update", "leave": False, "dynamic_ncols": True, **more}
-    more |= {"file": sys.stderr} if terminal else {"file": PlainLines(sys.stderr), "mininterval": PAUSE, "delay": PAUSE}
+    rarely = {} if terminal else {"mininterval": PAUSE, "delay": PAUSE}
+    stream = sys.stderr if terminal else PlainLines(sys.stderr)
+    more = {"unit": "update", "leave": False, "dynamic_ncols": True, "file": stream, **rarely, **more}
     return tqdm(items, what or None, disable=not show, **more)
 
 

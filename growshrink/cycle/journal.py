@@ -22,7 +22,7 @@ class Journal:
         self._path = folder / "log.jsonl"
         self._writer = _tensorboard_writer(folder) if tensorboard else None
         self._progress = progress
-        self._bar = progress_bar(total=total, show=progress, smoothing=0.05, leave=True)
+        self._bar = progress_bar(total=total, show=progress, smoothing=0.05, leave=True, delay=0)
 
     def restart(self, rows: Iterable[Row], update: int) -> None:
         """Continue after `update` updates: `rows` are what has been written so far, later ones are forgotten."""

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import growshrink as gs
 from growshrink.cli.program import read_options
 from growshrink.errors import RunError
-from program import args_of, run
+from program import args_of, module_of, run
 from sampled import exhaustive
 
 ROOT = Path(__file__).parents[2]
@@ -251,7 +251,7 @@ def test_a_folder_of_timms_is_taken_up_by_its_name(finished, pets, tmp_path):
     ],
 )
 def test_the_plan_fits_the_images_there_are(pets, monkeypatch, capsys, words, rounds, said):
-    recipe = sys.modules["options_of_grow_cycle"]
+    recipe = module_of(RECIPE)
     monkeypatch.setattr(sys, "argv", ["grow_cycle.py", "--data", str(pets), *QUICK, *words])
     args = read_options(recipe.Args, None)
     assert starting.updates_per_epoch(args.data) == 66 // 8
