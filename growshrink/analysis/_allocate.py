@@ -1,6 +1,6 @@
 """allocate: how wide each layer of a slim net should be under a budget."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,10 +38,7 @@ class WidthPath:
 
 
 class WidthScore:
-    """The score of a slim net at any width of a space, batch norm statistics taken from `batches` each time.
-
-    The evaluator of `allocate`, and of what is compared with it. Scores are kept.
-    """
+    """The score of a slim net at any width, batch norm statistics taken from `batches` each time; scores are kept."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], score: Callable[[nn.Module], float]) -> None:
         self._net, self._batches, self._score = copy_net(model), list(batches), score
@@ -68,22 +65,18 @@ def allocate(
     per_mac: bool = True,
     cost: Callable[[Width], float] | None = None,
     input_size: InputLike = None,
-    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> WidthPath:
-    """Narrow a slim net one choice of one slot at a time, always where that costs the least, down to a budget.
-
-    A supernet's narrow nets score without training of their own, so one path has a net for every budget.
+    """Narrow a slim net choice by choice where that costs the least: the path has a net for every budget.
 
     Args:
         model: A slim net, trained at all widths. Not modified.
         space: Its width space.
         macs: What the last net may cost, over the full net.
-        score: Score of a width, higher is better, on images neither trained on nor the test set: a
-            `growshrink.analysis.WidthScore` of the model, the loss with a minus best.
-        per_mac: Lose the least score for each MAC saved; False takes the highest score, whatever it saves.
+        score: Score of a width, higher is better, on images neither trained on nor the test set: minus the loss by a
+            `growshrink.analysis.WidthScore` of the model.
+        per_mac: Lose the least score for each MAC saved; False: the highest score, whatever it saves.
         cost: Cost of a width, such as the measured latency; None is its MACs.
         input_size: `(C, H, W)`, for the MACs; None takes the model's own.
-        progress: Wraps the slots that are tried in each step, e.g. with a progress bar.
 
     Raises:
         WidthError: The space is another model's, or has no net within the budget.
@@ -104,8 +97,8 @@ def allocate(
     steps = [WidthStep(space.full, 1.0, score(space.full))]
     while steps[-1].cost > macs:
         now, tried = steps[-1], []
-        for name in progress(list(space.choices)):
-            narrower = [value for value in space.choices[name] if value < now.width[name]]
+        for name, choices in space.choices.items():
+            narrower = [value for value in choices if value < now.width[name]]
             width = {**now.width, name: narrower[-1]} if narrower else now.width
             if narrower and (share := cost(width) / whole) < now.cost:
                 tried.append(WidthStep(width, share, score(width)))

@@ -39,25 +39,21 @@ def slim(
 ) -> nn.Module:
     """Make a net run at any width of its deployed channels: a supernet whose subnets are prefixes of its weights.
 
-    Channels that depend on each other (a residual stream, a depthwise convolution and what feeds it) are one group, and
-    have one width; so `growshrink.width_space`, `set_width`, `active_width` and `NetAugTask` work as on a grown net.
-    At any width the net computes in eval mode, bit for bit, what the net cut there computes. Parameters and their keys
-    stay. A width that was not trained alone needs `growshrink.calibrate_bn`.
+    Channels that depend on each other (a residual stream, a depthwise convolution and what feeds it) are one group with
+    one width. `growshrink.width_space`, `set_width`, `active_width` and `NetAugTask` work as on a grown net. At any
+    width it computes in eval mode, bit for bit, what the net cut there does; keys stay. A width that was not trained
+    alone needs `growshrink.calibrate_bn`.
 
     Args:
-        model: Any convolutional net that Torch-Pruning (the extra `prune`) can trace; no branches. It is set to full
-            width.
+        model: Any convolutional net without branches that Torch-Pruning (the extra `prune`) can trace.
         levels: Rising shares of each group's channels that are choices; the last is 1.
-        blocks: Residual blocks become slots too, 1 or 0 (off). They are found by running them: what gives its input
-            back once its parameters are 0.
-        own_statistics: Batch norms have statistics of their own for each level at which all groups are (set by
-            `calibrate_bn` there), so that one net serves all levels.
+        blocks: Residual blocks (what gives its input back once its parameters are 0) become slots too, 1 or 0 (off).
+        own_statistics: Batch norms have statistics of their own for each level (set by `calibrate_bn` there).
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)`; None takes the model's own.
         example_inputs: In place of a size, a batch; see `growshrink.grow`.
 
-    Groups that take part in a grouped convolution, a group norm or a bare parameter stay as they are:
-    `growshrink.analysis.left_alone` tells which, and why.
+    Groups in a grouped convolution, a group norm or a bare parameter stay whole: `growshrink.analysis.left_alone`.
 
     Raises:
         AnalysisError: Torch-Pruning is not there, cannot trace the net, or finds no channels.
@@ -67,7 +63,7 @@ def slim(
     (arXiv:1903.05134); statistics by level: Li et al., Dynamic Slimmable Network (arXiv:2103.13258).
 
     >>> import growshrink as gs, timm
-    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25), levels=(0.5, 1.0))
+    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25, depths=(1, 1, 1)), levels=(0.5, 1.0))
     >>> gs.width_space(net).choices["stem.conv"]
     (2, 4)
     """
@@ -114,14 +110,14 @@ def cut(
 ) -> nn.Module:
     """The dense plain net that a slim net is at one width: smaller tensors, blocks that are off are identities.
 
-    It computes, bit for bit, what the slim net computes in eval mode. Where the architecture has an argument for the
-    width, it loads strictly into the net made with that. The result is checked on a random input.
+    It computes, bit for bit, what the slim net does in eval mode (checked on a random input), and loads strictly into
+    the net made with that width where the architecture has an argument for it.
 
     Args:
         model: A slim net.
         width: A width of it; None is the active one.
-        survival: Factors of what blocks add, by name, folded into the last layer of each: of a net trained by
-            stochastic depth the share of updates in which it ran.
+        survival: Factors of what blocks add, by name, folded into the last layer of each: the shares of updates in
+            which they ran in stochastic depth.
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)` for the check; None takes the model's own.
         example_inputs: In place of a size, a batch; see `growshrink.grow`.
@@ -131,8 +127,8 @@ def cut(
         FuseError: The cut net would differ; the model is then as it was.
 
     >>> import growshrink as gs, timm
-    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25), levels=(0.5, 1.0))
-    >>> plain = timm.create_model("reducenet20", width=0.125)
+    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25, depths=(1, 1, 1)), levels=(0.5, 1.0))
+    >>> plain = timm.create_model("reducenet20", width=0.125, depths=(1, 1, 1))
     >>> plain.load_state_dict(gs.cut(net, gs.width_space(net).base).state_dict())
     <All keys matched successfully>
     """
@@ -187,18 +183,16 @@ def _prove(model: nn.Module, space: ChannelSpace, batch: Arguments, commit: Any)
     """WidthError unless the slim net computes at two widths what Torch-Pruning's cut computes."""
     plain = copy_net(model).eval()
     randomize_norms_(plain)
-    net = copy_net(plain)
+    net, like = copy_net(plain), next(model.parameters())
     commit(net)
     slots, widths = Slots(net), width_space(net)
-    on = {name: 1 for name, values in widths.choices.items() if values == (0, 1) and name not in space.choices}
-    like = next(model.parameters())
     for width in (widths.base, widths.sample(0, 0)):
-        slots.set({**width, **on})
+        width = {name: width[name] if name in space.choices else 1 for name in width}  # blocks on
+        slots.set(width)
         kept = {name: np.arange(width[name]) for name in space.choices}
+        nets = (space.cut(kept, plain), net)
         try:
-            expected, found = (
-                output_leaves(batch.to(like.device, like.dtype).run(one)) for one in (space.cut(kept, plain), net)
-            )
+            expected, found = (output_leaves(batch.to(like.device, like.dtype).run(one)) for one in nets)
         except Exception as error:  # whatever a forward may raise
             raise WidthError(f"{type(model).__name__}: does not run on fewer channels ({reason(error)}).") from error
         if not all(torch.equal(leaf, found[path]) for path, leaf in expected.items()):

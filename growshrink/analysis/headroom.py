@@ -82,12 +82,5 @@ def headroom(
 
 def _mix(macs: Floats, top1: Floats, at: float) -> float:
     """The best top-1 of a random mix of nets with mean MACs of `at`: the upper hull, flat beyond its ends."""
-    best = -np.inf
-    for one in range(len(macs)):
-        for two in range(one, len(macs)):
-            if macs[one] <= at <= macs[two] and two > one:
-                share = (at - macs[one]) / (macs[two] - macs[one])
-                best = max(best, top1[one] + share * (top1[two] - top1[one]))
-        if macs[one] <= at:
-            best = max(best, top1[one])
-    return float(best) if np.isfinite(best) else float(top1[0])
+    pairs = ([one, two] for one in range(len(macs)) for two in range(one, len(macs)) if one == 0 or macs[one] <= at)
+    return max(float(np.interp(at, macs[pair], top1[pair])) for pair in pairs)

@@ -26,24 +26,12 @@ from growshrink.training.calibrate import calibrate_bn
 MOST_PATHS = 8
 
 
-class Gate(nn.Module):
-    """Features `(N, C, H, W)` -> logits of the choices `(N, M)`: pooled, linear, ReLU, linear."""
-
-    def __init__(self, channels: int, choices: int, hidden: int) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(channels, hidden), nn.Linear(hidden, choices)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The largest is taken."""
-        return self.last(torch.relu(self.first(x.mean((2, 3)))))
-
-
 class Routed(nn.Module):
     """A slim net in which gates choose, image by image, the width of the units behind them. See `growshrink.route`.
 
     Attributes:
         model: The slim net.
-        gates: One for each place.
+        gates: One for each place: features, pooled -> linear, ReLU, linear -> logits of its choices.
         costs: Of each place and choice its MACs, over the full net's; `fixed` are those of the rest, gates included.
     """
 
@@ -91,7 +79,8 @@ class Routed(nn.Module):
             x = twin._prefix(x.to(like.dtype))
             self.fixed = macs()
             for place, own in enumerate(self._own):
-                twin.gates.append(self.gates.append(Gate(x.shape[1], len(own), hidden).to(like))[place])
+                layers = nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Linear(hidden, len(own))
+                self.gates.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), *layers).to(like))
                 self.costs.append([])
                 for choice in range(len(own)):
                     out = twin._segment(place, x, choice)

@@ -31,8 +31,8 @@ def routed():
             for number, gate in enumerate(made[name].gates):
                 x = made[name]._prefix(images(*SIZE, n=32, dtype=torch.float64, seed=7))
                 if number == 0:
-                    gate.last.weight.mul_(20)
-                    gate.last.bias -= gate(x).median(0).values
+                    gate[-1].weight.mul_(20)
+                    gate[-1].bias -= gate(x).median(0).values
     return made
 
 
@@ -142,7 +142,7 @@ def test_gumbel_draws_a_choice_and_passes_gradients_through(routed):
     expected = F.cross_entropy((logits * hard[:, :, None]).sum(1), target)
     expected = expected + 0.2 * (net.fixed + (hard @ torch.tensor(net.costs[0]).double()).mean())
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-8)
-    gradient = torch.autograd.grad(loss, net.gates[0].last.weight)[0]
+    gradient = torch.autograd.grad(loss, net.gates[0][-1].weight)[0]
     assert gradient.abs().max() > 0
 
 

@@ -1,0 +1,43 @@
+"""recipes/slim.py and tools/slim_speed.py as their users run them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from program import run
+
+ROOT = Path(__file__).parents[2]
+SMALL = ("--model-kwargs", "width=0.25", "depths=(1,1,1)", "--epochs", "0.3", "--gate-epochs", "0.2", "--draws", "2")
+
+
+@pytest.mark.exhaustive
+def test_slim_compares_ways_to_choose_a_width(tmp_path, capsys):
+    args = (*SMALL, "--seeds", "2", "--quiet", "--out", tmp_path / "run")
+    assert run(ROOT / "recipes/slim.py", *args) == 0
+    out, _ = capsys.readouterr()
+    rows = json.loads((tmp_path / "run" / "slim.json").read_text())["rows"]
+    arms = {(row["level"], row["arm"]) for row in rows["arms"]}
+    assert len(arms) == 3 * 5 + 1
+    uniform = {row["level"]: row for row in rows["arms"] if row["arm"] == "uniform"}
+    for row in rows["arms"]:
+        assert 0.85 * uniform[row["level"]]["macs"] <= row["macs"] <= 1.1 * uniform[row["level"]]["macs"] or (
+            row["arm"] in ("greedy", "greedy as published", "evolution") and row["macs"] < uniform[row["level"]]["macs"]
+        )
+        assert len(row["test"]) == 2
+    names = [policy["name"] for policy in rows["policies"]]
+    assert names[:5] == ["net 0", "net 1", "net 2", "net 3", "oracle"] and names[-1] == "gate"
+    assert run(ROOT / "recipes/slim.py", *args) == 0
+    assert capsys.readouterr().out == out
+    assert "needs" not in out and "over the random mix" in out
+
+
+@pytest.mark.exhaustive
+def test_slim_speed_times_what_it_says(capsys):
+    assert run(ROOT / "tools/slim_speed.py", "--model-kwargs", "width=0.25", "--batches", "4", "--turns", "2") == 0
+    assert "0.500 in the mean" in capsys.readouterr().out
+
+
+def test_slim_needs_a_val_split(tmp_path, capsys):
+    assert run(ROOT / "recipes/slim.py", "--val-fraction", "0", "--out", tmp_path / "run") != 0
+    assert "widths are chosen on the val split" in capsys.readouterr().err
