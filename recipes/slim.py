@@ -30,9 +30,9 @@ from growshrink.analysis import WidthScore, headroom, stats
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, draw_widths, width_of
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import train_net, train_supernet
+from growshrink.analysis.trained import num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
-from growshrink.base.limits import Count, OneOf, Share
+from growshrink.base.limits import Count, OneOf, Positive
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
@@ -57,9 +57,9 @@ class Args(StudyOptions):
     """Random widths at each budget."""
     calibration: Count = 4
     """Training batches that statistics are taken from."""
-    gate_epochs: Count = 10
+    gate_epochs: Positive = 10.0
     """Epochs of the gate's training, the net frozen."""
-    price: Share = 0.3
+    price: Positive = 0.3
     """Weight of the MACs in the gate's loss."""
     retrain: bool = False
     """Train every chosen shape from scratch, for as many epochs as the supernet."""
@@ -180,7 +180,7 @@ def policies(
     routed.calibrate(batches)
     routed.model.requires_grad_(False).eval()
     optimizer = torch.optim.Adam(routed.gates.parameters(), 3e-3)
-    for update in range(round(args.gate_epochs * feed.train.updates_per_epoch)):
+    for update in range(num_updates(feed, args.gate_epochs)):
         images, labels = feed.train.batch(update)
         optimizer.zero_grad()
         routed.loss(images, labels, price=args.price).backward()

@@ -73,7 +73,7 @@ def main(args: Args) -> None:
     print(f"{'batch':>5s} {'full ms':>9s} {'routed':>7s} {'masks':>7s} {'slim at full width':>19s}")
     for batch in args.batches:
         x = torch.randn(batch, *size)
-        nets = {"full": plain.eval(), "routed": routed, "masks": masked(plain, share), "slim": slim.eval()}
+        nets = {"full": plain.eval(), "routed": routed, "masks": masked(plain, share, args.after), "slim": slim.eval()}
         calls = {name: partial(net, x) for name, net in nets.items()}
         with torch.no_grad():
             times = interleaved_timings(calls, rounds=args.turns, own_thread=True)
@@ -86,7 +86,7 @@ def main(args: Args) -> None:
     print(f"training step at full width, batch 64: {times['slim'] / times['plain']:.3f} of the plain net's")
 
 
-def masked(plain: nn.Module, share: float) -> nn.Module:
+def masked(plain: nn.Module, share: float, after: str) -> nn.Module:
     """A copy of the full net whose norms behind the gate's place are followed by a mask for each image."""
     net = copy_net(plain).eval()
 
@@ -95,8 +95,10 @@ def masked(plain: nn.Module, share: float) -> nn.Module:
         keep[round(share * len(out)) :, out.shape[1] // 4 :] = 0.0
         return out * keep
 
-    for name, module in net.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and not name.startswith(("stem", "stages.0")):
+    names = [name for name, _ in net.named_modules()]
+    last = max(number for number, name in enumerate(names) if f"{name}.".startswith(f"{after}."))
+    for name in names[last + 1 :]:
+        if isinstance(module := net.get_submodule(name), nn.BatchNorm2d):
             module.register_forward_hook(mask)
     return net
 
