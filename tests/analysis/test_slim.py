@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import supernets
 import timm
 import torch
 from torch import nn
@@ -12,13 +13,16 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.analysis.channels import ChannelSpace
 from growshrink.analysis.prune import SlimSpace
+from growshrink.analysis.shrink import ShrinkPlan, shrink
+from growshrink.analysis.trained import train_supernet
 from growshrink.errors import AnalysisError, WidthError
 from growshrink.layers.slim import SlimLayer
 from growshrink.layers.widths import Slots, WidthSpace, draw
+from growshrink.training import TrainConfig
 from nets import images, net, randomized, untouched
 from supernet.twins import soft_loss
 
-SIZE = (3, 8, 8)
+SIZE, SIZE_OF_DIGITS = (3, 8, 8), (1, 8, 8)
 
 
 class Mixed(nn.Module):
@@ -292,6 +296,23 @@ def test_angles_of_deployed_widths(made):
         gs.angle(made["mixed"][2], made["mixed"][2], gs.width_space(made["mixed"][2]), input_size=SIZE)
     with pytest.raises(AnalysisError, match="with all their blocks"):
         gs.angle(made["reducenet"][2], made["reducenet"][2], gs.width_space(made["reducenet"][2]), input_size=SIZE)
+
+
+@pytest.mark.parametrize("driver", ["angle", "supernet_accuracy"])
+def test_the_shrinking_loop_and_rank_take_deployed_widths(driver):
+    feed = supernets.digits()
+    init = gs.slim(net("reducenet20", depths=(1, 1, 1), in_chans=1), (0.25, 0.5, 0.75, 1.0), input_size=SIZE_OF_DIGITS)
+    model, space = copy.deepcopy(init), gs.width_space(init)
+    train_supernet(model, feed, epochs=0.2, config=TrainConfig(lr=0.1), space=space)
+    plan = ShrinkPlan(first_epochs=0.2, later_epochs=0.1, samples=2, drop=2, stop_size=2**4, rebase_after=None)
+    found = shrink(init, model, space, feed, driver=driver, plan=plan, config=TrainConfig(lr=0.1))
+    assert found.space.size <= 2**4 and found.steps and set(found.space.choices) == set(space.choices)
+    if driver == "angle":
+        drawn = [space.sample(0, step) for step in range(30)]
+        scores = gs.angle(init, model, space, drawn, input_size=SIZE_OF_DIGITS)
+        columns = {name: getattr(scores, name) for name in ("angle", "excess", "null", "params", "macs")}
+        ranking = gs.rank(columns, scores.macs + np.arange(30.0), num_resamples=20)
+        assert scores.num_undefined == 0 and ranking is not None
 
 
 NETS = ["reducenet20", "resnet18", "mobilenetv2_050", "regnetx_002", "convnext_atto", "efficientnet_lite0"]
