@@ -7,13 +7,13 @@ import pytest
 import supernets
 import timm
 import torch
+from growshrink.analysis.shrink import ShrinkPlan, shrink
 from torch import nn
 from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.analysis.channels import ChannelSpace
 from growshrink.analysis.prune import SlimSpace
-from growshrink.analysis.shrink import ShrinkPlan, shrink
 from growshrink.analysis.trained import train_supernet
 from growshrink.errors import AnalysisError, WidthError
 from growshrink.layers.slim import SlimLayer
