@@ -17,13 +17,13 @@ from growshrink.base.copying import copy_net, ties
 from growshrink.base.reading import reason
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.grown import grown_modules
-from growshrink.layers.slim import ChannelGroup, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer
+from growshrink.layers.slim import ChannelGroup, Entries, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer
 from growshrink.layers.swaps import keep_statistics, make_dense, make_skippable, make_slim
 from growshrink.layers.widths import Slots, Width, active_width, width_space
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.transforms._fuse import check_unchanged
 
-Axes = Mapping[tuple[str, bool], Mapping[str, Tensor]]
+Axes = Mapping[tuple[str, bool], Mapping[str, Entries]]
 """As of `ChannelSpace.axes`."""
 
 

@@ -22,6 +22,7 @@ from growshrink.base.copying import copy_net
 from growshrink.branches import RowFactors
 from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.slim import Entries
 from growshrink.proofs._profile import profile
 
 #: Importances of Torch-Pruning by the name they have here, with their arguments.
@@ -96,13 +97,13 @@ class ChannelSpace:
         """A copy of the net (or of another `model` of its structure) with only the `kept` channels, in eval mode."""
         return self._cut(copy_net(self.model if model is None else model).eval(), kept)
 
-    def axes(self) -> dict[tuple[str, bool], dict[str, Tensor]]:
+    def axes(self) -> dict[tuple[str, bool], dict[str, Entries]]:
         """By layer, and whether its output channels: by group the entries of each channel, `(channels, each)`."""
-        found: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        found: dict[tuple[str, bool], dict[str, Entries]] = {}
         for name, group in self._groups.items():
             for dependency, module, entries in group.places:
                 axis = found.setdefault((module, "in_channels" not in dependency.handler.__name__), {})
-                axis[name] = torch.from_numpy(np.stack(entries))
+                axis[name] = np.stack(entries)
         return found
 
     def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:

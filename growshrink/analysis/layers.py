@@ -18,7 +18,7 @@ from growshrink.base.copying import copy_net
 from growshrink.base.reading import read_json, reason
 from growshrink.errors import AnalysisError, RunError
 from growshrink.layers.as_conv import WeightLayer
-from growshrink.layers.slim import SkippableBlock
+from growshrink.layers.slim import Entries, SkippableBlock
 from growshrink.layers.widths import Slots, active_width
 from growshrink.proofs._profile import profile
 from growshrink.supernet.middle import slot_axes
@@ -172,7 +172,7 @@ class LayerCosts:
         self,
         model: nn.Module,
         input_size: InputLike,
-        axes: Mapping[tuple[str, bool], Mapping[str, Tensor]],
+        axes: Mapping[tuple[str, bool], Mapping[str, Entries]],
         names: Sequence[str],
         blocks: Sequence[str] = (),
     ) -> None:
@@ -188,7 +188,7 @@ class LayerCosts:
                     for group, entries in axes.get((name, dim == 0), {}).items():
                         each[names.index(group)] += entries.shape[1]
                         full[names.index(group)] = len(entries)
-                        length -= entries.numel()
+                        length -= entries.size
                     sizes.append((length, each))
                 macs = positions.get(name, 0) if parameter.ndim > 1 and kernel else 0
                 self._terms.append((sizes, inside, parameter.shape[2:].numel(), macs))

@@ -25,7 +25,7 @@ from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, did_you_mean
-from growshrink.layers.slim import SkippableBlock, SlimLayer
+from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer
 from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
 #: DrawnWidths after which a budget counts as one that nothing meets.
@@ -62,7 +62,7 @@ class SlimSpace:
 
     def __init__(self, model: nn.Module, input_size: InputLike = None) -> None:
         self.choices = dict(width_space(model).choices)
-        axes: dict[tuple[str, bool], dict[str, Tensor]] = {}
+        axes: dict[tuple[str, bool], dict[str, Entries]] = {}
         for name, module in model.named_modules():
             for dim, axis in enumerate(module.slim[:2]) if isinstance(module, SlimLayer) else ():
                 axes[name, dim == 0] = {group.name: entries for group, entries in axis.parts} if axis else {}

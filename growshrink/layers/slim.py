@@ -10,11 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from growshrink.errors import WidthError
 
+Entries = NDArray[np.intp]
+"""Entries of each channel of a group along an axis of a layer's tensors, `(channels, entries each)`."""
 #: Keys of the batch norm statistics that belong to one width, before its number, and of those they stand for.
 _OWN = {"slim_mean": "running_mean", "slim_var": "running_var"}
 #: Attributes that say how many channels a layer has.
@@ -40,7 +44,7 @@ class SlimAxis:
     runs.
     """
 
-    def __init__(self, length: int, parts: Sequence[tuple[ChannelGroup, Tensor]]) -> None:
+    def __init__(self, length: int, parts: Sequence[tuple[ChannelGroup, Entries]]) -> None:
         self.length, self.parts = length, tuple(parts)
         self._found: dict[Any, int | Tensor] = {}
 
@@ -48,11 +52,12 @@ class SlimAxis:
         """How many of the first entries run, or which, `(kept,)`, where others come first."""
         key = (device, *(group.width for group, _ in self.parts))
         if key not in self._found:
-            stays = torch.ones(self.length, dtype=torch.bool)
+            stays = np.ones(self.length, dtype=bool)  # no tensor: an exporter may be looking
             for group, entries in self.parts:
-                stays[entries[group.width :].flatten()] = False
+                stays[entries[group.width :].ravel()] = False
             count = int(stays.sum())
-            self._found[key] = count if bool(stays[:count].all()) else stays.nonzero().flatten().to(device)
+            found = count if stays[:count].all() else torch.from_numpy(np.flatnonzero(stays)).to(device)
+            self._found[key] = found
         return self._found[key]
 
     def size(self) -> int:
@@ -71,9 +76,9 @@ class SlimAxis:
         """Start, and entries of a channel, of each run of a group's channels; WidthError where they lie in no order."""
         found: list[tuple[int, int]] = []
         for entries in (part for own, part in self.parts if own is group):
-            counts = torch.arange(entries.numel())
-            columns = [entries.flatten()] if torch.equal(entries.flatten(), entries[0, 0] + counts) else entries.T
-            if not all(torch.equal(column, column[0] + counts[: len(column)]) for column in columns):
+            counts = np.arange(entries.size)
+            columns = [entries.ravel()] if np.array_equal(entries.ravel(), entries[0, 0] + counts) else list(entries.T)
+            if not all(np.array_equal(column, column[0] + counts[: len(column)]) for column in columns):
                 raise WidthError(f"{group.name}: its channels lie in no order in one of its layers.")
             found += [(int(column[0]), len(column) // len(entries)) for column in columns]
         return found

@@ -1,13 +1,13 @@
 """Slim nets: at every width the net that is cut there, and what trains and cuts them."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import supernets
 import timm
 import torch
-from growshrink.analysis.shrink import ShrinkPlan, shrink
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,6 +20,7 @@ from growshrink.layers.slim import SlimLayer
 from growshrink.layers.widths import Slots, WidthSpace, draw
 from growshrink.training import TrainConfig
 from nets import images, net, randomized, untouched
+from program import module_of
 from supernet.twins import soft_loss
 
 SIZE, SIZE_OF_DIGITS = (3, 8, 8), (1, 8, 8)
@@ -298,14 +299,30 @@ def test_angles_of_deployed_widths(made):
         gs.angle(made["reducenet"][2], made["reducenet"][2], gs.width_space(made["reducenet"][2]), input_size=SIZE)
 
 
+@pytest.mark.exhaustive
+def test_a_width_that_never_ran_is_exported_and_compiled(made):
+    slim = copy.deepcopy(made["mixed"][2]).float().eval()
+    x = images(*SIZE)
+    with gs.active_width(slim, gs.width_space(slim).sample(0, 5)), torch.no_grad():
+        expected = slim(x)
+        fresh = copy.deepcopy(slim)
+        for module in fresh.modules():
+            for axis in module.slim[:2] if isinstance(module, SlimLayer) else ():
+                if axis is not None:
+                    axis._found.clear()
+        torch.testing.assert_close(torch.export.export(fresh, (x,)).module()(x), expected)
+        assert torch.equal(torch.compile(slim, backend="eager")(x), expected)
+
+
 @pytest.mark.parametrize("driver", ["angle", "supernet_accuracy"])
 def test_the_shrinking_loop_and_rank_take_deployed_widths(driver):
     feed = supernets.digits()
     init = gs.slim(net("reducenet20", depths=(1, 1, 1), in_chans=1), (0.25, 0.5, 0.75, 1.0), input_size=SIZE_OF_DIGITS)
     model, space = copy.deepcopy(init), gs.width_space(init)
     train_supernet(model, feed, epochs=0.2, config=TrainConfig(lr=0.1), space=space)
-    plan = ShrinkPlan(first_epochs=0.2, later_epochs=0.1, samples=2, drop=2, stop_size=2**4, rebase_after=None)
-    found = shrink(init, model, space, feed, driver=driver, plan=plan, config=TrainConfig(lr=0.1))
+    module = module_of(Path(__file__).parents[2] / "recipes" / "shrinking.py")
+    plan = module.ShrinkPlan(first_epochs=0.2, later_epochs=0.1, samples=2, drop=2, stop_size=2**4, rebase_after=None)
+    found = module.shrink(init, model, space, feed, driver=driver, plan=plan, config=TrainConfig(lr=0.1))
     assert found.space.size <= 2**4 and found.steps and set(found.space.choices) == set(space.choices)
     if driver == "angle":
         drawn = [space.sample(0, step) for step in range(30)]
