@@ -367,6 +367,7 @@ def test_grown_nets_script():
         assert rel(torch.jit.script(grown)(x), grown(x)) < 1e-6
 
 
+@pytest.mark.exhaustive  # of convolutions it is looked at in every run
 def test_one_graph_for_all_lambdas():
     grown = randomized(gs.grow(mixer(), input_size=SIZE).eval())
     graphs = []
