@@ -250,9 +250,10 @@ def check_real(number: int, seed: int = 0) -> RealOutcome:
 def _check(net: RealNet, outcome: RealOutcome) -> None:
     dtype = getattr(torch, outcome.choices["dtype"])
     net = net.to(dtype)
-    inplace, example = outcome.choices["mode"] == "inplace", batch(net)
+    inplace, images = outcome.choices["mode"] == "inplace", outcome.choices["input"] == "images"
+    seen: dict[str, Any] = {"input_size": (3, 12, 12)} if images else {"example_inputs": batch(net)}
     try:
-        grown = grow(net, outcome.choices["branch"], ratio=0.5, example_inputs=example, inplace=inplace)
+        grown = grow(net, outcome.choices["branch"], ratio=0.5, **seen, inplace=inplace)
     except GrowShrinkError as error:
         outcome.verdict, outcome.words = "left alone", str(error)[:300]
         return
@@ -262,7 +263,7 @@ def _check(net: RealNet, outcome: RealOutcome) -> None:
     randomize_norms_(grown, 2)
     before, silent = views(grown), views(drop(grown))
     try:
-        fused = fuse(grown, example_inputs=example, inplace=inplace)
+        fused = fuse(grown, **seen, inplace=inplace)
     except GrowShrinkError as error:
         outcome.verdict, outcome.words = "refused after growing", str(error)[:300]
         return
