@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.base.progress import progress_bar
+from growshrink.base.seeding import reinitialise
 from growshrink.depth.latency import Latencies, measure_cuts
 from growshrink.depth.segments import (
     Cut,
     Segment,
     all_segments,
     check_cut,
-    check_reducenet,
     cut_at,
+    merge_links,
     stages_of,
     vanish_cut,
 )
@@ -30,6 +31,7 @@ from growshrink.layers.activations import set_lambda
 from growshrink.models.reducenet import ReduceNet
 from growshrink.models.staged import Block, block_conv, front_padding
 from growshrink.training.calibrate import calibrate_bn
+from growshrink.transforms._fuse import replace_module
 
 #: Latencies closer than this share of the net's are taken for equal while searching.
 RESOLUTION = 1 / 2000
@@ -69,7 +71,7 @@ def segment_harms(
     longest: int = 4,
     progress: bool = False,
 ) -> dict[Segment, float]:
-    """Measure how much the loss of a trained plain ReduceNet rises when a segment gives up its activations; never < 0.
+    """Measure how much the loss of a trained plain net rises when a segment gives up its activations; never < 0.
 
     `batches` are training images `(N, C, H, W)`, on which batch norms are recalibrated; `loss` is taken on images that
     the net was not trained on; a segment has at most `longest` blocks.
@@ -138,17 +140,35 @@ def measure_plans(
     return [m for m in measured if m.share <= 1 or all(segment.length == 1 for segment in m.plan.cut)]
 
 
-def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> ReduceNet:
+def plain_at_depth(model: nn.Module, cut: Sequence[Segment]) -> nn.Module:
     """A fresh net with the shape the merged one has, a block per segment: what the knob is to be compared with."""
-    check_reducenet(model)
     check_cut(model, cut)
-    model = cast(ReduceNet, copy_net(model))
+    if not isinstance(model, ReduceNet):
+        return _plain_links(model, cut)
+    model = copy_net(model)
     stages: dict[int, list[Block]] = {}
     for segment in cut:
         stages.setdefault(segment.stage, []).append(_block_like(model, segment))
     model.stages = nn.Sequential(*(nn.Sequential(*blocks) for blocks in stages.values()))
     model.init_weights()
     return model
+
+
+def _plain_links(model: nn.Module, cut: Sequence[Segment]) -> nn.Module:
+    vanished, net = vanish_cut(model, cut), copy_net(model)
+    set_lambda(vanished, 0.0)
+    merged, runs = merge_links(vanished, cut)
+    for links in runs:
+        last = links[-1].conv
+        like, old = cast(nn.Conv2d, merged.get_submodule(last)), cast(nn.Conv2d, net.get_submodule(last))
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+        options: dict[str, Any] = {name: getattr(like, name) for name in names}
+        replace_module(net, last, nn.Conv2d(**options, bias=old.bias is not None).to(old.weight))
+        for link in links[:-1]:
+            for name in (*link.acts, link.conv, *([link.norm] if link.norm is not None else [])):
+                replace_module(net, name, nn.Identity())
+    reinitialise(net)
+    return net
 
 
 def _block_like(model: nn.Module, segment: Segment) -> Block:

@@ -1,11 +1,14 @@
 """What to do after pruning? Fine-tune, rewind, or train the pruned shape from scratch: at equal budget, paired seeds.
 
-    python recipes/prune_retrain.py                            digits: 7 arms, 5 seeds, learning rates tuned per arm
+    python recipes/prune_retrain.py                            digits: 8 arms, 5 seeds, learning rates tuned per arm
     python recipes/prune_retrain.py --data cifar10 --data-dir D --epochs 30 --macs 0.4 --criterion l2
+    python recipes/prune_retrain.py --arms sparse sparse-rewind sparse-init sparse-fresh sparse-random narrow --macs 0.1
 
 For each seed a dense net is trained and pruned to --macs by --criterion. Then every arm trains its net for as many
 epochs as the dense net had (scratch-b: for as many MACs), with the learning rate that was best for this arm on val on
 --tuning-seeds other seeds. Two arms are controls: random channels at the criterion's widths, and random widths.
+The arms "sparse..." keep --macs of the single weights instead, whatever the criterion. Without tuning (--tuning-seeds
+0) every arm runs at each of --lrs, and there is a table for each: does the rate explain what an arm is worth?
 
 Every run, tuning included, is a line of DIR/results.jsonl; a killed recipe continues when started again, and several
 processes with the same --out share the work. The comparison is in DIR/prune_retrain.json, and on the screen.
@@ -27,7 +30,7 @@ from growshrink.analysis.prune import Budget
 from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
-from growshrink.base.limits import Count, OneOf, Positive
+from growshrink.base.limits import OneOf, Positive, Whole
 from growshrink.base.reading import load_weights, read_tensors
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
@@ -39,6 +42,7 @@ from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, evaluate
 from retraining import (
     RETRAIN_ARMS,
+    SPARSE_ARMS,
     Dense,
     best_rates,
     compare_arms,
@@ -58,12 +62,12 @@ class Args(StudyOptions):
 
     criterion: Annotated[str, OneOf("no such criterion", tuple(CRITERIA))] = "l1"
     """What is pruned by."""
-    arms: tuple[Annotated[str, OneOf("no such arm", tuple(RETRAIN_ARMS))], ...] = tuple(RETRAIN_ARMS)
-    """Which of the arms."""
+    arms: tuple[Annotated[str, OneOf("no such arm", (*RETRAIN_ARMS, *SPARSE_ARMS))], ...] = tuple(RETRAIN_ARMS)
+    """Which of the arms; the default leaves out those of single weights."""
     lrs: tuple[Positive, ...] = (0.1, 0.03, 0.01)
     """Peak learning rates that each arm is tuned over; --lr is the dense net's."""
-    tuning_seeds: Count = 1
-    """How many seeds learning rates are tuned on; none of them is measured."""
+    tuning_seeds: Whole = 1
+    """How many seeds learning rates are tuned on; none of them is measured. 0 measures at each rate."""
     budget: Budget = Budget()
     length: LengthOptions = pick(LengthOptions(epochs=10.0, seeds=5), "epochs", "seeds")
     training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
@@ -77,17 +81,23 @@ def main(args: Args) -> None:
     with args.results("retrain") as results:
         tuning = [TUNING + args.running.seed + number for number in range(args.tuning_seeds)]
         measured = args.seeds()
-        rates = best_rates(work(args, results, [(s, a, lr) for s in tuning for a in args.arms for lr in args.lrs]))
-        found = work(args, results, [(s, a, rates[a]) for s in measured for a in args.arms])
-        dense = [results.done()[f"seed {seed}, dense"] for seed in measured]
-        summary = compare_arms(found, dense)
-        summary["tuned_rates"] = rates
-        summary["what"] = {arm: RETRAIN_ARMS[arm] for arm in args.arms}
+        each = [dict.fromkeys(args.arms, lr) for lr in args.lrs]
+        if tuning:
+            each = [best_rates(work(args, results, [(s, a, lr) for s in tuning for a in args.arms for lr in args.lrs]))]
+        summaries = []
+        for rates in each:
+            found = work(args, results, [(s, a, rates[a]) for s in measured for a in args.arms])
+            dense = [results.done()[f"seed {seed}, dense"] for seed in measured]
+            summaries.append({**compare_arms(found, dense), "tuned_rates" if tuning else "rates": rates})
+        summary: dict[str, Any] = summaries[0] if tuning else {"at_each_rate": summaries}
+        summary["what"] = {arm: (RETRAIN_ARMS | SPARSE_ARMS)[arm] for arm in args.arms}
         summary["about"] = {"command": command(), "versions": versions(), **args.identity()}
         write_json(results.path / "prune_retrain.json", jsonable(summary))
         results.finish()
-        print(f"{args.model.name} on {args.data.name}, pruned by {args.criterion} to {args.budget.macs:g} of the MACs")
-        print(format_comparison(summary))
+        sparse = set(args.arms) <= set(SPARSE_ARMS)
+        kept = "weights, the largest of" if sparse else f"MACs, by {args.criterion}, of"
+        print(f"{args.budget.macs:g} of the {kept} {args.model.name} on {args.data.name}")
+        print("\n\n".join(map(format_comparison, summaries)))
         print(f"{results.path / 'prune_retrain.json'} has the figures, results.jsonl every run.")
 
 

@@ -3,8 +3,10 @@
     python recipes/shrink_depth.py                       digits, reducenet20, a few minutes on 2 cores
     python recipes/shrink_depth.py --data cifar10 --data-dir D --epochs 60 --shrink-epochs 30 --targets 0.8 0.6 0.5
     python recipes/shrink_depth.py --seeds 3 --latency-batch 16
+    python recipes/shrink_depth.py --model mobilenetv2_050 --data DIR --image-size 64 --shrink-epochs 10
 
-Trains the net, times it with each run of neighbouring blocks merged (on this machine; kept in ~/.cache/growshrink),
+Trains the net, times it with each run of neighbouring blocks (of a net that is no ReduceNet: of neighbouring
+convolutions with nothing but norms and activations between) merged (on this machine; kept in ~/.cache/growshrink),
 measures what giving up the activations of each run does to the loss, and finds the best cut for every target by dynamic
 programming. For each cut it continues from the trained net: just those activations vanish, and their blocks are merged
 exactly, into a larger kernel or (slim) into a 3x3, whichever the clock prefers. Next to each stands what the same
@@ -25,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
 from growshrink.depth.latency import Latencies, measure_latencies
-from growshrink.depth.segments import Cut, Segment, merge_cut, uncut, vanish_cut
-from growshrink.errors import PlanError, RunError, did_you_mean
+from growshrink.depth.segments import Cut, Segment, links_of, merge_cut, uncut, vanish_cut
+from growshrink.errors import PlanError
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate, fit
@@ -55,7 +56,7 @@ CUTS = "cuts"
 
 @dataclass(frozen=True, kw_only=True)
 class Args(Options):
-    """Options of shrink_depth; the model is a plain ReduceNet: reducenet20, 32, 44, 56, 110, 18 or 34."""
+    """Options of shrink_depth; the model is a plain ReduceNet, or any net with convolutions in a row."""
 
     targets: tuple[PartOf, ...] = (0.9, 0.8, 0.65, 0.5)
     """Latencies to reach, as shares of the net's own."""
@@ -88,11 +89,12 @@ class Row:
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
-    plain = [name for name in timm.list_models("reducenet*") if "_x" not in name]
-    if (name := args.model.name) not in plain:
-        raise RunError(f"--model {name}: not a plain ReduceNet{did_you_mean(name, plain)}")
     if not args.timing.turns:
         raise PlanError("--turns 0: must be at least 1.")
+    net = args.model.make(args.feed(0))[0]
+    uncut(net)  # refuses a net that it cannot turn, before any training
+    chains = links_of(net)
+    tell(not args.running.quiet, "\n".join(f"stages.{i}: {', '.join(k.conv for k in c)}" for i, c in enumerate(chains)))
     with args.results("depth") as results:
         rows, hardware = run(args, results)
         write_report(args, results.path, rows, hardware)

@@ -33,6 +33,7 @@ from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf, Positive
+from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
@@ -40,7 +41,6 @@ from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, ScoringBatches
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
-from retraining import reinitialise
 
 #: MACs of the nets that are looked for, over the full net's: those of the uniform levels.
 LEVELS = (0.25, 0.5, 0.75, 1.0)

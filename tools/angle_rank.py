@@ -87,7 +87,7 @@ class Args(StudyOptions):
     """CSV file with accuracies of some subnets; see above."""
     also: tuple[ScoreName, ...] = ()
     """More scores, of the subnets in --truth, or without it of those that are ranked: naswot, grad_norm,
-    supernet_accuracy. These run the net for every subnet."""
+    jacob_cov, early_loss, supernet_accuracy. These run the net for every subnet."""
     sort: ScoreName = "angle"
     """What the table is sorted by: angle, excess, null, params, macs, or one of --also without --truth."""
     resamples: Count = 1000

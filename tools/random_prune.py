@@ -84,8 +84,8 @@ class Args(StudyOptions):
     subnets: Count = 200
     """Random subnets of each net."""
     criteria: tuple[str, ...] | None = None
-    """By default l1 l2 bn_scale fpgm taylor random for channels; angle excess null params naswot grad_norm for widths,
-    where each picks the best of as many draws as there are random subnets."""
+    """By default l1 l2 bn_scale fpgm taylor random for channels; for widths angle excess null params naswot grad_norm
+    jacob_cov early_loss, where each picks the best of as many draws as there are random subnets."""
     null_draws: Whole = 10
     """Subnets with a criterion's widths and random channels."""
     alone: NotNegative = 0.0

@@ -25,7 +25,7 @@ from growshrink.errors import AnalysisError
 from growshrink.training import calibrate_bn, evaluate
 
 #: What a subnet of a supernet may be picked by.
-PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm")
+PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm", "jacob_cov", "early_loss")
 Made = tuple[nn.Module, Mapping[str, int]]
 """A net and its widths."""
 
@@ -144,8 +144,9 @@ def summarise(
     """Where every criterion lies among the random draws of its own net; `full` has the val top-1 of each full net.
 
     Returns `random`, distribution and yields, and `criteria`: for each its top-1 by net, percentile, N_eq with its
-    interval, difference from the mean random draw over nets (Student's interval, sign-flip test, Holm over criteria),
-    and, where known, what its choice of channels and of widths are worth.
+    interval, the best of as many random draws as could have been evaluated in the time that it takes to find and
+    evaluate its net, difference from the mean random draw over nets (Student's interval, sign-flip test, Holm over
+    criteria), and, where known, what its choice of channels and of widths are worth.
     """
     nets = sorted({int(record["net"]) for record in records})
 
@@ -164,8 +165,11 @@ def summarise(
             continue
         values = [float(found[0]) for found in top1[kind]]
         placed = [_place(own, value, num_resamples) for own, value in zip(random, values, strict=True)]
+        own_seconds = _mean(r["seconds_to_find"] + r["seconds_to_evaluate"] for r in records if r["kind"] == kind)
+        draws = max(1.0, own_seconds / summary["random"]["seconds_each"])
         row: dict[str, Any] = {
             "top1": values,
+            "random_at_its_cost": [expected_max(own, draws) for own in random],
             "percentile": [place["percentile"] for place in placed],
             "n_eq": [place["n_eq"] for place in placed],
             "seconds_to_find": _mean(r["seconds_to_find"] for r in records if r["kind"] == kind),
@@ -199,7 +203,8 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         return "\n".join(lines)
     lines += [
         "",
-        f"{'criterion':20s} {'top-1 by net':>24s} {'percentile':>16s} {'N_eq (of net 0)':>22s} {'over random':>24s} "
+        f"{'criterion':20s} {'top-1 by net':>24s} {'random at its cost':>24s} {'percentile':>16s} "
+        f"{'N_eq (of net 0)':>22s} {'over random':>24s} "
         f"{'p (Holm)':>9s} {'channels':>9s} {'widths':>7s} {'s':>7s}",
     ]
     for name, row in summary["criteria"].items():
@@ -209,13 +214,14 @@ def format_summary(summary: Mapping[str, Any]) -> str:
         n_eq, n_low, n_high = (">" if math.isinf(x) else f"{x:.3g}" for x in row["n_eq"][0])
         draws = f"{n_eq} ({n_low}, {n_high})"
         lines.append(
-            f"{name:20s} {_list(row['top1']):>24s} {_list(row['percentile'], 0):>16s} "
-            f"{draws:>22s} {difference:>24s} {_cell(over.get('p_holm'), '.3f'):>9s} "
+            f"{name:20s} {_list(row['top1']):>24s} {_list(row['random_at_its_cost']):>24s} "
+            f"{_list(row['percentile'], 0):>16s} {draws:>22s} {difference:>24s} {_cell(over.get('p_holm'), '.3f'):>9s} "
             f"{_cell(row.get('of_its_channels'), '+.2f'):>9s} {_cell(row.get('of_its_widths'), '+.2f'):>7s} "
             f"{row['seconds_to_find']:7.3f}"
         )
     lines += [
         "",
+        "random at its cost: the best to be expected of as many random subnets as are evaluated in the same time.",
         "percentile: among random subnets of the same net. N_eq: random draws whose expected best is as good (>: more",
         "than the draws there are can tell). over random: top-1 less the mean random subnet, over nets.",
         "channels: what its channels are worth over random ones at its widths; widths: those over random widths.",

@@ -57,6 +57,7 @@ class Ranking:
     Attributes:
         n: Subnets that were compared; `left_out` have no finite score, or truth.
         k: K of precision and regret.
+        random_regret: Regret of the best of k random subnets, which cost as much to evaluate as the k of a score.
         tied_truth: Pairs of subnets with equal truth, as a share of all pairs.
         seed_agreement: Mean tau-b between measurements of the truth with other seeds; None if it was measured once.
         ceiling: tau that a score without any error would have, `stats.noise_ceiling`; None if it was measured once.
@@ -67,6 +68,7 @@ class Ranking:
     n: int
     left_out: int
     k: int
+    random_regret: float
     num_bins: int
     tied_truth: float
     seed_agreement: float | None
@@ -92,8 +94,8 @@ class Ranking:
             )
         lines += [
             f"{self.n} subnets, {self.confidence:.0%} intervals of {self.num_resamples} paired resamples; precision "
-            f"and regret of the best {self.k}; tau_within: {self.num_bins} bins of MACs; {self.tied_truth:.1%} of the "
-            "pairs are tied in truth.",
+            f"and regret of the best {self.k}, regret of {self.k} random ones {self.random_regret:.3f}; tau_within: "
+            f"{self.num_bins} bins of MACs; {self.tied_truth:.1%} of the pairs are tied in truth.",
             f"{self.left_out} subnets have no finite score, or truth, and were left out." * bool(self.left_out),
             f"Fewer than {FEW} subnets: the intervals are wide, take the verdicts as hints." * (self.n < FEW),
             noise,
@@ -149,6 +151,7 @@ def rank(
         n=n,
         left_out=left_out,
         k=k,
+        random_regret=float(target.max() - np.diff((np.arange(n + 1) / n) ** k) @ np.sort(target)),
         num_bins=num_bins,
         tied_truth=stats.kendall(target, target).tied_x / math.comb(n, 2),
         seed_agreement=stats.seed_agreement(measured) if several else None,

@@ -19,12 +19,15 @@ from growshrink.base.copying import copy_net
 from growshrink.data.feed import Feed
 from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.widths import Slots
-from growshrink.training import calibrate_bn, evaluate
+from growshrink.schedules.functions import constant
+from growshrink.training import TrainConfig, Trainer, calibrate_bn, evaluate
 
 #: What goes by this name is drawn, not scored.
 RANDOM = "random"
 #: Images of the minibatch of the scores that need no training.
 BATCH = 128
+#: Updates that `early_loss` makes.
+EARLY = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,43 @@ def grad_norm(bench: Bench, index: Index) -> Floats:
         kernels = [p for p in net.parameters() if p.ndim >= 2]
         gradients = torch.autograd.grad(F.cross_entropy(net(images), labels), kernels, allow_unused=True)
         return float(sum(g.norm() for g in gradients if g is not None))
+
+    return _each(bench, bench.init, index, of, train=True)
+
+
+@score("jacob_cov")
+def jacob_cov(bench: Bench, index: Index) -> Floats:
+    r"""How little the gradients of the untrained subnet's outputs by its images are correlated with each other.
+
+    .. math:: -\sum_i \left[\log(\sigma_i + k) + 1 / (\sigma_i + k)\right], \quad k = 10^{-5}
+
+    with the eigenvalues of the matrix of correlations of :math:`\partial \sum_c f_c(x_i) / \partial x_i`.
+
+    Source: Mellor et al., Neural Architecture Search without Training (arXiv:2006.04647v1, eq. 3 and 4).
+    """
+    images, _ = bench.minibatch()
+
+    def of(net: nn.Module) -> float:
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(net(x).sum(), x)
+        spectrum = torch.linalg.eigvalsh(gradient.flatten(1).double().corrcoef()).clamp_min(0) + 1e-5
+        return -float((spectrum.log() + 1 / spectrum).sum())
+
+    return _each(bench, bench.init, index, of, train=True)
+
+
+@score("early_loss")
+def early_loss(bench: Bench, index: Index) -> Floats:
+    """The training loss over the first `EARLY` updates of the subnet alone, added up, and negated: how fast it learns.
+
+    Trained with the defaults of `TrainConfig`, at the full learning rate.
+
+    Source: Ru et al., Speedy Performance Estimation for Neural Architecture Search (arXiv:2006.04492).
+    """
+
+    def of(net: nn.Module) -> float:
+        trainer = Trainer(copy_net(net), TrainConfig(ema_decay=0.0), bench.feed.train)
+        return -EARLY * float(trainer.train(EARLY, learning_rate=constant(1.0), lam=constant(1.0)))
 
     return _each(bench, bench.init, index, of, train=True)
 

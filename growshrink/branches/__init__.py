@@ -14,6 +14,8 @@ from growshrink.branches.chains import LowRank as LowRank
 from growshrink.branches.chains import Pointwise as Pointwise
 from growshrink.branches.chains import PointwiseAverage as PointwiseAverage
 from growshrink.branches.chains import PointwiseConv as PointwiseConv
+from growshrink.branches.chains import SmallKernel as SmallKernel
+from growshrink.branches.chains import Stack as Stack
 from growshrink.branches.chains import Vertical as Vertical
 from growshrink.branches.guide import Guided as Guided
 from growshrink.branches.guide import penalties as penalties

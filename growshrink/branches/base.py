@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.convmap import ConvMap, compose
 from growshrink.algebra.taps import Pair
+from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.bottleneck import geometry_of, he_fan_out_
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import convmap_of
@@ -102,7 +103,8 @@ class Chain(Branch, kind=""):
         return self.path(x)
 
     def make_linear_(self, scale: float, trained: str) -> None:
-        parts = {name: part for name, part in self.path.named_children() if not isinstance(part, nn.BatchNorm2d)}
+        gone = (nn.BatchNorm2d, VanishingReLU)
+        parts = {name: part for name, part in self.path.named_children() if not isinstance(part, gone)}
         if not parts:  # the identity, whose norm was all it trained
             parts["weight"] = scaled_identity(self.out_channels, 1.0)
         leave_one_trained_([part for part in parts.values() if isinstance(part, nn.Conv2d)], trained)

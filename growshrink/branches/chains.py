@@ -13,6 +13,7 @@ from torch import nn
 
 from growshrink.algebra.taps import Pair
 from growshrink.branches.base import ONE_TAP, Chain, even_sides, like, lopsided, padding_of, scaled_identity
+from growshrink.layers.activations import VanishingReLU
 from growshrink.layers.as_conv import TokenConv2d
 from growshrink.layers.bottleneck import he_fan_out_
 from growshrink.layers.branch import middle_width
@@ -128,6 +129,49 @@ class Horizontal(_Small, kind="horizontal"):
     @classmethod
     def reason_against(cls, conv: nn.Conv2d) -> str:
         return _not_a_cross(conv) or even_sides(conv, axes=(0,))
+
+
+class SmallKernel(_Small, kind="small_kernel"):
+    """In parallel: 3x3 -> BN, in the middle of a kernel of 5x5 or larger.
+
+    Source: RepLKNet (Ding et al., arXiv:2203.06717, section 3, guideline 3), whose small kernel is 3x3 or 5x5.
+    """
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        super().__init__(conv, ratio, (3, 3))
+
+    @classmethod
+    def reason_against(cls, conv: nn.Conv2d) -> str:
+        height, width = conv.kernel_size
+        too_small = "" if min(height, width) >= 5 else f"its {height}x{width} kernel is smaller than 5x5"
+        return even_sides(conv) or too_small
+
+
+class Stack(Chain, kind="stack"):
+    """In parallel: 3x3 -> BN -> vanishing ReLU -> 3x3 -> BN, middle width `ratio` times the output channels.
+
+    The bottleneck of ReduceNet with a 3x3 in place of its 1x1: two layers of the 5x5 in the middle of a kernel of 5x5
+    or larger. All padding is in the first, the stride in the second, so that at lam = 0 the two are one kernel, borders
+    included.
+    """
+
+    outermost = "path.norm.weight"
+    reason_against = SmallKernel.reason_against
+
+    def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
+        middle = middle_width(conv.out_channels, conv.groups, ratio)
+        vertical, horizontal = _margin(conv, (5, 5))
+        padding = (max(0, vertical), max(0, horizontal))
+        super().__init__(
+            conv,
+            ratio,
+            crop=(max(0, -vertical), max(0, -horizontal)),
+            first=like(conv, out_channels=middle, kernel_size=(3, 3), stride=(1, 1), padding=padding),
+            inner=nn.BatchNorm2d(middle),
+            act=VanishingReLU(),
+            last=like(conv, middle, kernel_size=(3, 3), padding=(0, 0)),
+            norm=nn.BatchNorm2d(conv.out_channels),
+        )
 
 
 def _margin(conv: nn.Conv2d, kernel_size: Pair) -> Pair:

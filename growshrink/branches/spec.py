@@ -33,7 +33,7 @@ class BranchSpec:
     """Which branch, and how wide.
 
     Attributes:
-        kind: A key of `Branch.kinds` ("bottleneck", "insert", "nest", "expandnet", ..., or one of your own), or of
+        kind: A key of `Branch.kinds` ("bottleneck", "insert", "nest", "stack", ..., or one of your own), or of
             `PRESETS` ("repvgg", "acnet", "dbb", "mobileone"), which stands for several kinds.
         ratio: Middle width over output channels; None takes the `ratio` given to `grow`.
         norm: "batch" builds the branch as its paper has it, None a form that is linear in what it trains, for

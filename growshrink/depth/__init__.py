@@ -6,3 +6,4 @@ from growshrink.depth.affine import nonaffine_modules as nonaffine_modules
 from growshrink.depth.merge import MergeReport as MergeReport
 from growshrink.depth.merge import merge_report as merge_report
 from growshrink.depth.merge import merge_runs as merge_runs
+from growshrink.depth.skips import reserve_skips as reserve_skips

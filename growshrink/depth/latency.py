@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.base.reading import read_json
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.base.writing import write_atomic
 from growshrink.data.datasets import CACHE
-from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, merge_cut, random_cut, stages_of, vanish_cut
+from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, links_of, merge_cut, random_cut, vanish_cut
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.proofs.probes import random_images
@@ -56,7 +56,7 @@ def measure_latencies(
     cache: Path | None = CACHE / "latency",
     progress: bool = False,
 ) -> Latencies:
-    """Time a plain ReduceNet with each of its segments merged, on its device, with torch's present number of threads.
+    """Time a plain net with each of its segments merged, on its device, with torch's present number of threads.
 
     Each segment is timed as the net in which it alone is merged (alone, its input always in the cache, a large kernel
     looks up to 15 % faster), beside some cuts of the whole net; the changes fit all times best (least squares). What
@@ -72,7 +72,8 @@ def measure_latencies(
     if path is not None and path.exists():
         table = read_table(path)
     shape = _shape(model, input_size, batch_size)
-    kinds = {segment: _kind(model, segment) for segment in segments if segment.length > 1}
+    sizes = trace(model, input_size).input_sizes
+    kinds = {segment: _kind(model, segment, sizes) for segment in segments if segment.length > 1}
     known = table["nets"].get(shape)
     cached = known is not None and set(kinds.values()) <= set(known.get("change_ms", ()))
     if not cached:
@@ -121,7 +122,7 @@ def measure_cuts(
     rounds: int = 200,
     progress: bool = False,
 ) -> tuple[float, list[float]]:
-    """Time a plain ReduceNet and what it becomes by each of the cuts, interleaved: milliseconds per batch of each."""
+    """Time a plain net and what it becomes by each of the cuts, interleaved: milliseconds per batch of each."""
     like = next(model.parameters())
     images = random_images(input_size, batch_size, like.dtype, seed=0).to(like.device)
     nets = [fold(model, input_size=input_size)]
@@ -152,19 +153,21 @@ def _forward(model: nn.Module, x: Tensor) -> None:
 
 def _shape(model: nn.Module, input_size: InputSize, batch_size: int) -> str:
     """All of a net that its latency depends on."""
-    stem = next(conv for conv in model.modules() if isinstance(conv, nn.Conv2d))
-    parts = [f"{batch_size}x{'x'.join(map(str, input_size))}", _conv(stem)]
-    parts += [" ".join(_conv(block.conv) for block in blocks) for blocks in stages_of(model)]
-    dtype = [] if stem.weight.dtype == torch.float32 else [str(stem.weight.dtype)]
-    return " | ".join([*parts, str(model.num_classes), *dtype])
+    convs = [conv for conv in model.modules() if isinstance(conv, nn.Conv2d)]
+    parts = [f"{batch_size}x{'x'.join(map(str, input_size))}", type(model).__name__, " ".join(map(_conv, convs))]
+    dtype = convs[0].weight.dtype
+    parts += [str(getattr(model, "num_classes", ""))] + ([] if dtype == torch.float32 else [str(dtype)])
+    return " | ".join(parts)
 
 
-def _kind(model: nn.Module, segment: Segment) -> str:
+def _kind(model: nn.Module, segment: Segment, sizes: Mapping[str, tuple[int, int]]) -> str:
     """What the latency of a segment depends on: neighbours of one shape need not be measured twice."""
-    first = stages_of(model)[segment.stage][segment.start].conv
-    return f"stages.{segment.stage}: {segment.length} from {_conv(first)}" + ", slim" * segment.slim
+    names = [link.conv for link in links_of(model)[segment.stage][segment.start : segment.stop]]
+    convs = " ".join(_conv(model.get_submodule(name)) for name in names)
+    return f"{'x'.join(map(str, sizes[names[0]]))}: {convs}" + ", slim" * segment.slim
 
 
 def _conv(conv: nn.Module) -> str:
     assert isinstance(conv, nn.Conv2d)
-    return f"{conv.in_channels}-{conv.out_channels}/{conv.stride[0]}"
+    kernel = "x".join(map(str, conv.kernel_size))
+    return f"{conv.in_channels}-{conv.out_channels}/{conv.stride[0]} {kernel}" + f" g{conv.groups}" * (conv.groups > 1)

@@ -15,7 +15,7 @@ from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, trace
 from growshrink.base.copying import copy_net
 from growshrink.errors import AlgebraError, FuseError, MergeError, did_you_mean
-from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.activations import VanishingAct, VanishingReLU
 from growshrink.proofs._profile import profile
 from growshrink.transforms import fold
 from growshrink.transforms._fuse import check_unchanged, replace_module
@@ -300,7 +300,7 @@ def _prepare(model: nn.Module, input_size: InputSize | None) -> None:
     """Fold, and take out activations that have vanished, in place."""
     fold(model, inplace=True, input_size=input_size)
     for name, module in list(model.named_modules()):
-        if type(module) is VanishingReLU and float(module.lam) == 0:
+        if type(module) in (VanishingReLU, VanishingAct) and float(module.lam) == 0:
             replace_module(model, name, nn.Identity().train(module.training))
 
 

@@ -91,6 +91,23 @@ class VanishingReLU(Vanishing):
 
 
 @register_notrace_module
+class VanishingAct(Vanishing):
+    """Any activation `act` that works on every number alone, fading to the identity as `VanishingReLU` does."""
+
+    def __init__(self, act: nn.Module, lam: float = 1.0, device: torch.device | str | None = None) -> None:
+        super().__init__(lam, device)
+        self.act = act
+        if hasattr(act, "inplace"):
+            act.inplace = False  # type: ignore[assignment] # x is needed beside act(x)
+
+    linear_map = VanishingReLU.linear_map
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape and dtype."""
+        return torch.lerp(x, self.act(x), self.lam.to(x.dtype))
+
+
+@register_notrace_module
 class Fading(Vanishing):
     r"""Numbers that depend on the data, fading to their running mean as `lam` falls from 1 to 0.
 

@@ -62,10 +62,11 @@ def grow(
     Args:
         model: A timm model or any `nn.Module`.
         branch: A name, a `BranchSpec`, or a sequence of them, in order. Names are the kinds of branches ("bottleneck",
-            "insert", "nest", "implicit", "expandnet", "expandnet_stack", "orepa", "lora", "mixture", "dirac",
-            "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv", "dynamic_conv", "dynet",
-            "weightnet", "moe", "manidp", "guided", "guided_kernel"; see `growshrink.penalties`), the parts below, your
-            own) and the presets that stand for several: "repvgg" (pointwise, identity), "acnet" (vertical, horizontal),
+            "insert", "nest", "stack", "small_kernel", "implicit", "expandnet", "expandnet_stack", "orepa", "lora",
+            "mixture", "dirac", "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv",
+            "dynamic_conv", "dynet", "weightnet", "moe", "manidp", "guided", "guided_kernel"; see
+            `growshrink.penalties`), the parts below, your own) and the presets that stand for several: "repvgg"
+            (pointwise, identity), "acnet" (vertical, horizontal),
             "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
             A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
         ratio: Middle width of a branch over the output channels of its layer.

@@ -51,6 +51,9 @@ def test_arms_start_from_what_they_say(dense, feed):
     starts = {arm: start(arm, dense, feed) for arm in retrain.RETRAIN_ARMS}
     shapes = {arm: [p.shape for p in s.net.parameters()] for arm, s in starts.items()}
     same = ("fine-tune", "rewind", "rewind-init", "scratch-e", "scratch-b", "random-channels")
+    grown = starts.pop("grown")
+    assert grown.grown and 0.1 < grown.epochs < 0.6 and gs.growth_report(grown.net).grown
+    assert [p.shape for p in gs.drop(grown.net).parameters()] == shapes["fine-tune"]
     assert all(shapes[arm] == shapes["fine-tune"] for arm in same)
     assert shapes["random-widths"] != shapes["fine-tune"]
     weights = {arm: dict(s.net.named_parameters())["stages.2.0.conv.weight"] for arm, s in starts.items()}
@@ -75,6 +78,43 @@ def test_arms_start_from_what_they_say(dense, feed):
         start("finetune", dense, feed)
 
 
+def test_masks_of_single_weights_are_the_largest_of_the_trained_net(dense, feed):
+    starts = {arm: start(arm, dense, feed).net for arm in retrain.SPARSE_ARMS}
+    names = [name for name, t in dense.trained.items() if name.endswith("weight") and t.ndim > 1]
+    flat = torch.cat([dense.trained[name].flatten().abs() for name in names])
+    threshold = flat.sort().values[len(flat) - len(flat) // 2 - 1]
+    states = {"sparse": dense.trained, "sparse-rewind": dense.rewind, "sparse-init": dense.init}
+    kept = {}
+    for arm, net in starts.items():
+        if arm == "narrow":
+            continue
+        for name in names:
+            owner = net.get_submodule(name.rpartition(".")[0])
+            kept.setdefault(arm, []).append(owner.weight_mask.flatten())
+            if arm in states:
+                assert torch.equal(owner.weight, states[arm][name] * (dense.trained[name].abs() > threshold))
+        kept[arm] = torch.cat(kept[arm])
+        assert kept[arm].sum() == pytest.approx(len(flat) / 2, abs=1)
+    assert torch.equal(kept["sparse"], kept["sparse-fresh"]) and not torch.equal(kept["sparse"], kept["sparse-random"])
+    new = starts["sparse-fresh"].stages[2][0].conv.weight_orig
+    assert torch.equal(new, starts["sparse-random"].stages[2][0].conv.weight_orig)
+    assert not set(new.flatten().tolist()) & set(dense.init["stages.2.0.conv.weight"].flatten().tolist())
+    record = retrain.run_arm(start("sparse-rewind", dense, feed), feed, CONFIG)
+    total = sum(p.numel() for p in fresh().parameters())
+    assert record["params"] == total and record["nonzero"] == pytest.approx(total - len(flat) / 2, rel=0.01)
+    narrow = sum(p.numel() for p in starts["narrow"].parameters())
+    assert narrow == pytest.approx(record["nonzero"], rel=0.05)
+
+
+@pytest.mark.exhaustive
+def test_a_grown_arm_ends_as_the_plain_net(dense, feed):
+    begun = start("grown", dense, feed)
+    record, plain = retrain.run_arm(begun, feed, CONFIG), start("fine-tune", dense, feed)
+    assert record["params"] == pytest.approx(sum(p.numel() for p in plain.net.parameters()), rel=0.01)
+    spent = plain.epochs * feed.train.updates_per_epoch * gs.proofs._profile.training_macs(plain.net, feed.input_size)
+    assert record["training_macs"] == pytest.approx(64 * spent, rel=0.1)
+
+
 def test_a_run_is_the_same_again_and_rewinding_skips_what_was_done(dense, feed):
     first, again = (retrain.run_arm(start("fine-tune", dense, feed), feed, CONFIG) for _ in range(2))
     assert first == again and first["updates"] == feed.train.updates_per_epoch
@@ -93,7 +133,15 @@ def test_comparison_is_paired_and_corrected():
     base = 80 + random.normal(size=6)
     gains = {"fine-tune": 0.0, "scratch-e": 0.0, "scratch-b": 3.0}
     records = [
-        {"arm": arm, "seed": seed, "lr": 0.1, "macs": 5, "training_macs": 2.0, "test": base[seed] + gain + noise}
+        {
+            "arm": arm,
+            "seed": seed,
+            "lr": 0.1,
+            "macs": 5,
+            "nonzero": 7,
+            "training_macs": 2.0,
+            "test": base[seed] + gain + noise,
+        }
         for arm, gain in gains.items()
         for seed, noise in enumerate(0.01 * random.normal(size=6))
     ]

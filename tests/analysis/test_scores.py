@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,40 @@ def test_images_that_no_unit_tells_apart_have_no_naswot(bench, monkeypatch):
     monkeypatch.setattr(type(bench), "minibatch", lambda self: (twice, labels))
     value = scores.naswot(bench, bench.table.sample(1))[0]
     assert np.isnan(value) or value < scores.naswot(small.bench(bench.feed, 0.1), bench.table.sample(1))[0]
+
+
+def test_jacob_cov_is_of_the_whole_jacobian(bench, monkeypatch):
+    """Gradients of single outputs, one at a time, in float64, and numpy's eigenvalues."""
+    images, labels = bench.minibatch()
+    few = images[:12].double()
+    exact = replace(bench, init=copy.deepcopy(bench.init).double())
+    monkeypatch.setattr(type(bench), "minibatch", lambda self: (few, labels[:12]))
+    row = bench.table.sample(1, seed=3)
+    net = copy.deepcopy(exact.init).train()
+    gs.set_width(net, bench.table.width(row[0]))
+    jacobian = torch.autograd.functional.jacobian(net, few).sum((0, 1)).flatten(1).numpy()
+    values = np.linalg.eigvals(np.corrcoef(jacobian)).real + 1e-5
+    assert scores.jacob_cov(exact, row)[0] == pytest.approx(-(np.log(values) + 1 / values).sum(), rel=1e-6)
+
+
+def test_early_loss_is_the_sum_over_the_first_updates_of_the_subnet_alone(bench):
+    rows = bench.table.sample(2, seed=4)
+    found = scores.early_loss(bench, rows)
+    net = copy.deepcopy(bench.init).train()
+    gs.set_width(net, bench.table.width(rows[1]))
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    rest = [p for p in net.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 5e-4}, {"params": rest}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    total = 0.0
+    for update in range(scores.EARLY):
+        images, labels = bench.feed.train.batch(update)
+        loss = nn.functional.cross_entropy(net(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += float(loss.detach())
+    assert found[1] == pytest.approx(-total, rel=1e-4) and found[0] != found[1]
 
 
 def test_supernet_accuracy_is_of_the_recalibrated_subnet(bench):

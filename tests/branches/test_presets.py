@@ -84,6 +84,17 @@ def expandnet_stack(path, x, k, s, p, g):
     return F.conv2d(x, kernels[-1], stride=s, groups=g)
 
 
+def small_kernel(path, x, k, s, p, g):
+    assert path.conv.weight.shape[2:] == (3, 3)
+    return bn(path.norm, F.conv2d(x, path.conv.weight, stride=s, padding=p - (k - 3) // 2, groups=g))
+
+
+def stack(path, x, k, s, p, g):
+    assert float(path.act.lam) == 0
+    x = bn(path.inner, F.conv2d(F.pad(x, (p - (k - 5) // 2,) * 4), path.first.weight, groups=g))
+    return bn(path.norm, F.conv2d(x, path.last.weight, stride=s, groups=g))
+
+
 def lora(path, x, k, s, p, g):
     ups, downs = path.up.weight.chunk(g), path.down.weight.chunk(g)
     delta = torch.cat(
@@ -130,6 +141,8 @@ TWINS = [
     pointwise_average,
     expandnet,
     expandnet_stack,
+    small_kernel,
+    stack,
     lora,
     mixture,
     orepa,
@@ -137,7 +150,18 @@ TWINS = [
     dirac_kernel,
 ]
 TWINS = {twin.__name__: twin for twin in TWINS}
-NAMES = [*PRESETS, "expandnet", "expandnet_stack", "lora", "mixture", "orepa", "dirac", "dirac_kernel"]
+NAMES = [
+    *PRESETS,
+    "expandnet",
+    "expandnet_stack",
+    "small_kernel",
+    "stack",
+    "lora",
+    "mixture",
+    "orepa",
+    "dirac",
+    "dirac_kernel",
+]
 GEOMETRIES = [
     {},
     {"stride": 2},
@@ -161,8 +185,10 @@ def test_every_literature_kind_has_a_twin():
 @pytest.mark.parametrize("name", NAMES)
 def test_against_the_paper(name, options):
     plain = randomized(ConvNet(**options)).double().eval()
-    if name == "expandnet_stack" and "kernel_size" not in options:
-        with pytest.raises(GrowError, match="no expandnet_stack: a stack of 3x3 makes 5x5"):
+    if name in ("expandnet_stack", "small_kernel", "stack") and "kernel_size" not in options:
+        with pytest.raises(
+            GrowError, match=f"no {name}: (a stack of 3x3 makes 5x5|its 3x3 kernel is smaller than 5x5)"
+        ):
             gs.grow(plain, name)
         return
     if name == "dirac" and plain.conv.stride != (1, 1):
@@ -170,6 +196,7 @@ def test_against_the_paper(name, options):
             gs.grow(plain, name)
         return
     grown = randomized(gs.grow(plain, name, ratio=1.5, init="paper", where=["conv"]), seed=3)
+    gs.set_lambda(grown, 0.0)
     conv = grown.conv
     k, s, p, g = conv.kernel_size[0], conv.stride[0], conv.padding[0], conv.groups
     kinds = [b.kind for b in conv.branches]
@@ -250,7 +277,7 @@ def test_the_border_agrees_in_train_mode():
 MIDDLE = "kernel has no middle"
 CROSS = "kernel has no row and column that cross"
 AGAINST = [
-    ({"kernel_size": 3, "padding": 1}, {"expandnet_stack": "3x3 makes 5x5"}),
+    ({"kernel_size": 3, "padding": 1}, {"expandnet_stack": "3x3 makes 5x5", "stack": "3x3 kernel is smaller than 5x5"}),
     ({"kernel_size": 5, "padding": 2}, {}),
     ({"kernel_size": 5, "padding": 2, "groups": 8}, {}),
     ({"kernel_size": 5, "padding": 0}, {}),
@@ -260,11 +287,14 @@ AGAINST = [
     ({"kernel_size": 5, "padding": 2, "out_channels": 16}, {"identity": "its 8 input channels become 16"}),
     ({"kernel_size": 5, "padding": 3}, {"identity": "pads by more than half"}),
     ({"kernel_size": 5, "padding": 4, "dilation": 2}, {"pointwise_average": r"its dilation is \(2, 2\)"}),
-    ({"kernel_size": 1}, {"vertical": f"1x1 {CROSS}", "horizontal": CROSS, "expandnet_stack": "not its 1x1"}),
+    (
+        {"kernel_size": 1},
+        {"vertical": f"1x1 {CROSS}", "horizontal": CROSS, "expandnet_stack": "not its 1x1", "stack": "1x1"},
+    ),
     (
         {"kernel_size": 4, "padding": "same"},
         {
-            **dict.fromkeys(["identity", "pointwise", "vertical", "horizontal", "orepa"], f"its 4x4 {MIDDLE}"),
+            **dict.fromkeys(["identity", "pointwise", "vertical", "horizontal", "orepa", "stack"], f"its 4x4 {MIDDLE}"),
             **dict.fromkeys(["pointwise_conv", "pointwise_average"], "padding='same' is lopsided"),
             "expandnet_stack": "not its 4x4",
         },
@@ -272,7 +302,7 @@ AGAINST = [
     (
         {"kernel_size": (3, 2), "padding": 1},
         {
-            **dict.fromkeys(["identity", "pointwise", "vertical", "orepa"], f"its 3x2 {MIDDLE}"),
+            **dict.fromkeys(["identity", "pointwise", "vertical", "orepa", "stack"], f"its 3x2 {MIDDLE}"),
             "expandnet_stack": "not its 3x2",
         },
     ),
@@ -284,7 +314,7 @@ def test_reasons(options, against):
     conv = nn.Conv2d(8, options.get("out_channels", 8), **{k: v for k, v in options.items() if k != "out_channels"})
     for kind in (*TWINS, "bottleneck", "insert", "nest"):
         reason = Branch.kinds[kind].reason_against(conv)
-        alike = {"dirac": "identity", "dirac_kernel": "orepa"}.get(kind, kind)
+        alike = {"dirac": "identity", "dirac_kernel": "orepa", "small_kernel": "stack"}.get(kind, kind)
         assert bool(reason) == (alike in against), (kind, reason)
         assert re.search(against.get(alike, ""), reason)
 
@@ -372,7 +402,7 @@ def test_whole_nets(branch):
 
 
 def test_all_of_them_in_one_net_and_trained():
-    kinds = [kind for kind in TWINS if kind != "expandnet_stack"]
+    kinds = [kind for kind in TWINS if kind not in ("expandnet_stack", "small_kernel", "stack")]
     grown = train_a_bit(gs.grow(small(), [*kinds, "nest", "insert"], where=r"stages\.0", ratio=1.0).double(), steps=3)
     gs.set_lambda(grown.eval(), 0.0)
     x = images(*SIZE, dtype=torch.float64)

@@ -46,7 +46,7 @@ PROGRAMS = (
     *(f"recipes/{name}.py" for name in ("closed_loop", "compare", "fading", "grow_cycle", "implicit", "implicit_fpn")),
     *(f"recipes/{name}.py" for name in ("netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "slim", "timm_train")),
-    *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "coverage", "depth_latency")),
+    *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "claims", "coverage", "depth_latency")),
     *(
         f"tools/{name}.py"
         for name in (
@@ -62,7 +62,7 @@ PROGRAMS = (
             "random_prune",
         )
     ),
-    *(f"tools/{name}.py" for name in ("slim_speed", "soak", "step_cost", "subset", "why")),
+    *(f"tools/{name}.py" for name in ("slim_speed", "soak", "speed_claims", "step_cost", "subset", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: Options of one program that mean something else than another program's of the same name.

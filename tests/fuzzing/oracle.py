@@ -35,7 +35,8 @@ ONE_PIXEL = Cause("seen on 1x1 maps", ("seen on 1x1 maps",))
 HEAD = Cause("sees one token", ("it is seen on one token", "the classifier", "1x1 kernel"))
 NO_NORM = Cause("no norm for its bias", ("finds no batch norm to go to",))
 GEOMETRY = Cause(
-    "geometry does not fit the kind", ("no middle", "cross", "lopsided", "dilation", "stack of 3x3", "no neighbours")
+    "geometry does not fit the kind",
+    ("no middle", "cross", "lopsided", "dilation", "stack of 3x3", "no neighbours", "smaller than 5x5"),
 )
 SHAPE = Cause("shape does not fit the kind", ("become", "stride", "larger than its input", "no middle"))
 
@@ -91,6 +92,8 @@ def _unfit(kind: str, conv: nn.Conv2d) -> Cause | None:
         return GEOMETRY if lopsided else None
     if kind == "pointwise_average":
         return GEOMETRY if lopsided or (dh > 1 and kh > 1) or (dw > 1 and kw > 1) else None
+    if kind in ("stack", "small_kernel"):
+        return GEOMETRY if even or min(kh, kw) < 5 else None
     if kind == "expandnet_stack":
         return GEOMETRY if kh != kw or kh not in (5, 7) else None
     return None

@@ -127,6 +127,8 @@ LEFT_ALONE = {
     "vertical": "its 1x1 kernel has no row and column that cross",
     "horizontal": "its 1x1 kernel has no row and column that cross",
     "expandnet_stack": "a stack of 3x3 makes 5x5, 7x7, ..., not its 1x1",
+    "small_kernel": "its 1x1 kernel is smaller than 5x5",
+    "stack": "its 1x1 kernel is smaller than 5x5",
     "pointwise_average": "it is a linear layer, there are no neighbours to average over",
 }
 

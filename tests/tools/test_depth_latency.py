@@ -37,7 +37,7 @@ def test_predictions_are_held_against_the_clock(monkeypatch, capsys, power, code
 
 
 @pytest.mark.parametrize(
-    ("args", "words"), [(["--model", "resnet18"], "not a plain ReduceNet"), (["--cuts", "0"], "at least 1")]
+    ("args", "words"), [(["--model", "reducenet20_x1"], "carries branches"), (["--cuts", "0"], "at least 1")]
 )
 def test_bad_input_is_one_line_and_exit_code_2(monkeypatch, capsys, args, words):
     assert run(monkeypatch, *args) == 2
