@@ -93,7 +93,7 @@ class OwnStatistics:
 
     def choose(self, width: Mapping[str, int]) -> None:
         """Make those of a width the active ones; None where it has none."""
-        self.active = next((i for i, own in enumerate(self.widths) if own == width), None)
+        self.active = next((i for i, own in enumerate(self.widths) if own == dict(width)), None)
 
 
 class SlimAxes(NamedTuple):
