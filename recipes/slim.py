@@ -187,7 +187,7 @@ def policies(
         optimizer.step()
     right, sure, gate = levels_on(routed, feed.test)
     cost = np.array(routed.costs[0]) + routed.fixed
-    found = headroom(right, cost, confidence=sure, gates={"gate": gate}, seed=seed)
+    found = headroom(right, cost, confidence=sure, gates={"gate": gate}, shared=routed.fixed, seed=seed)
     return [asdict(policy) for policy in found]
 
 

@@ -105,5 +105,5 @@ def allocate(
         if not tried:
             raise WidthError(f"macs={macs:g}: the space has no net so small; the smallest on the path: {now.cost:.3f}.")
         rates = [(step.score - now.score) / (now.cost - step.cost) if per_mac else step.score for step in tried]
-        steps.append(tried[int(np.argmax(rates))])
+        steps.append(tried[int(np.argmax(np.where(np.isnan(rates), -np.inf, rates)))])  # a net may diverge
     return WidthPath(tuple(steps))

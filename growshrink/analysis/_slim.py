@@ -168,10 +168,11 @@ def _commit(
     for name, layer in list(model.named_modules()):
         sides = [axes.get((name, outputs)) for outputs in (True, False)]
         if any(sides):
-            found = []
+            found, tensors = [], [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
             for dim, side in enumerate(sides):
                 parts = [(groups[group], entries) for group, entries in (side or {}).items()]
-                found.append(SlimAxis(next(layer.parameters(recurse=False)).shape[dim], parts) if parts else None)
+                length = next((t.shape[dim] for t in tensors if t.ndim > dim), getattr(layer, "num_features", 0))
+                found.append(SlimAxis(length, parts) if parts else None)
             make_slim(layer, SlimAxes(found[0], found[1], shared))
     for name in blocks:
         make_skippable(model.get_submodule(name))
@@ -181,7 +182,7 @@ def _commit(
 @torch.no_grad()
 def _prove(model: nn.Module, space: ChannelSpace, batch: Arguments, commit: Any) -> None:
     """WidthError unless the slim net computes at two widths what Torch-Pruning's cut computes."""
-    plain = copy_net(model).eval()
+    plain = copy_net(model).eval().to(memory_format=torch.contiguous_format)  # another layout rounds in another way
     randomize_norms_(plain)
     net, like = copy_net(plain), next(model.parameters())
     commit(net)
@@ -240,7 +241,7 @@ def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) ->
             key
             for key, module in model.named_modules()
             if key.startswith(f"{name}.") and len(module._parameters) and flow.calls.get(key) == 1
-            and [reader.op.rstrip("_") for reader in flow.readers.get(key, ())] == ["add"]
+            and (ops := [reader.op for reader in flow.readers.get(key, ())]) and (ops == ["add"] or ops[0] == "add_")
         ]  # fmt: skip
         if block.skipped or share == 1.0:
             continue

@@ -29,6 +29,7 @@ def headroom(
     *,
     confidence: ArrayLike | None = None,
     gates: Mapping[str, ArrayLike] | None = None,
+    shared: float = 0.0,
     num: int = 1000,
     seed: int = 0,
 ) -> list[Policy]:
@@ -43,6 +44,7 @@ def headroom(
         macs: MACs of the nets, `(M,)`, rising.
         confidence: Of each net, e.g. the softmax's maximum, `(N, M)`; without it there is no cascade.
         gates: Choices by name of a trained gate, `(N,)`, whose own MACs are left out.
+        shared: MACs of what all nets begin with, which a cascade runs once.
         num: Resamples of the images, for the intervals of 95 %.
         seed: Seed of those.
 
@@ -64,7 +66,7 @@ def headroom(
         for share in np.linspace(0, 1, POINTS + 2)[1:-1]:
             enough = sure[:, :-1] >= np.quantile(sure[:, :-1], share)
             stop = np.where(enough.any(1), enough.argmax(1), count - 1)
-            chosen[f"cascade {share:.2f}"] = stop, np.cumsum(macs)[stop]
+            chosen[f"cascade {share:.2f}"] = stop, shared + np.cumsum(macs - shared)[stop]
     for name, choice in (gates or {}).items():
         taken = np.asarray(choice, dtype=np.intp)
         chosen[name] = taken, macs[taken]

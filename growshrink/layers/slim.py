@@ -159,6 +159,8 @@ def active_values(layer: SlimLayer) -> dict[str, Any]:
         if (taken := axis.take(tensor, dim)) is not tensor:
             found[key] = taken
     outputs, _, statistics = layer.slim
+    if outputs is not None and "num_features" in vars(layer) and outputs.size() != outputs.length:
+        found["num_features"] = outputs.size()  # what an instance norm without parameters compares with
     if found and outputs is not None:
         if getattr(layer, "groups", 1) > 1:  # depthwise: others are left alone
             found["groups"] = outputs.size()

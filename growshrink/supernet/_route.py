@@ -55,7 +55,8 @@ class Routed(nn.Module):
             if len(choices) < 2:
                 raise WidthError(f"nothing has a width between units {start} and {stop} alone: take other places.")
             self._own.append(list(choices.values()))
-            self.register_buffer(f"counts_{len(self._own) - 1}", torch.zeros(len(choices)), persistent=False)
+            counts = torch.zeros(len(choices), dtype=torch.int64)  # half precision counts to 256
+            self.register_buffer(f"counts_{len(self._own) - 1}", counts, persistent=False)
         self._statistics = next(m.slim.statistics for m in model.modules() if isinstance(m, SlimLayer))
         self._first = len(self._statistics.widths)
         alike = [[own[min(number, len(own) - 1)] for own in self._own] for number in range(self._most)]

@@ -144,3 +144,21 @@ def test_the_mix_is_the_upper_hull():
 def test_tables_that_are_none(macs):
     with pytest.raises(AnalysisError, match="rising"):
         headroom(table()[0], macs)
+
+
+def test_a_cascade_runs_once_what_all_nets_begin_with():
+    right, macs, sure = table()
+    one, two = (
+        next(p for p in headroom(right, macs, confidence=sure, shared=shared, num=10) if p.name == "cascade 0.50")
+        for shared in (0.0, 0.5)
+    )
+    stop = [next((c for c in range(2) if row[c] >= np.quantile(sure[:, :2], 0.5)), 2) for row in sure]
+    assert one.macs - two.macs == pytest.approx(0.5 * np.mean(stop)) and one.top1 == two.top1
+
+
+def test_a_net_that_diverges_is_not_taken(slim):
+    space = gs.width_space(slim)
+    bad = next(iter(space.choices))
+    score = lambda width: concave(width) if width[bad] == space.full[bad] else math.nan  # noqa: E731
+    path = gs.allocate(slim, space, macs=0.8, score=score, input_size=SIZE)
+    assert len(path.steps) > 1 and path.steps[-1].width[bad] == space.full[bad]

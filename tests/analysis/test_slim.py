@@ -355,3 +355,19 @@ def test_nets_of_timm(name, tmp_path):
     program = torch.export.export(cut, (x,))
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
     assert len(Slots(slim).layers) == sum(1 for values in space.choices.values() if values != (0, 1))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d])
+def test_norms_without_parameters_and_another_layout(norm):
+    layers = [nn.Conv2d(3, 8, 3), norm(8, affine=False), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 5)]
+    plain = randomized(nn.Sequential(*layers)).to(memory_format=torch.channels_last)
+    slim = gs.slim(plain, (0.5, 1.0), input_size=SIZE)
+    cut = gs.cut(slim, gs.width_space(slim).base, input_size=SIZE)
+    assert cut[1].num_features == 4 and cut(images(*SIZE)).shape == (2, 5)
+
+
+def test_survival_folds_where_the_sum_is_in_place():
+    slim = gs.slim(net("resnet18"), (1.0,), blocks=True, input_size=(3, 32, 32))
+    width = gs.width_space(slim).full
+    cut = gs.cut(slim, width, survival={"layer1.0": 0.5}, input_size=(3, 32, 32))
+    assert torch.equal(cut.layer1[0].bn2.weight, 0.5 * slim.layer1[0].bn2.weight)

@@ -200,3 +200,10 @@ def test_export(routed, tmp_path):
         x = images(*SIZE, n=batch, seed=batch)
         (out,) = session.run(None, {given.name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), net(x), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_counts_all_images(routed):
+    net = copy.deepcopy(routed["width"]).bfloat16().eval()
+    net.counts(0).fill_(256)
+    net(images(*SIZE, n=1, dtype=torch.bfloat16))
+    assert int(net.counts(0).sum()) == 256 * 3 + 1
