@@ -1,7 +1,6 @@
 """A plan in optimizer updates: its phases, and the schedules of learning rate and lam that follow from them.
 
-All are values: the phases, the learning rate and lam at any update follow from the plan and the number of updates per
-epoch alone.
+All follow from the plan and the number of updates per epoch alone.
 """
 
 import math

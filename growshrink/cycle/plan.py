@@ -84,7 +84,8 @@ class Round:
                     f"branch={self.branch!r}: must be a tuple of at least one kind of branch, or another net teach."
                 )
             return
-        if self.guide is not None and not self._guided:
+        kinds = (Branch.kinds[kind] for kind in self.branch if kind in Branch.kinds)
+        if self.guide is not None and not any(issubclass(kind, Guided) for kind in kinds):
             raise PlanError(f"guide={self.guide!r}: for branches of the kinds guided and guided_kernel.")
         self._check_shares()
         if self.controlled and not self.vanish:
@@ -98,10 +99,6 @@ class Round:
             raise PlanError(
                 f"exit={self.exit.kind!r}: needs vanish=0, settle=0, teacher=Teacher('peak') and no widths."
             )
-
-    @property
-    def _guided(self) -> bool:
-        return any(issubclass(Branch.kinds[kind], Guided) for kind in self.branch if kind in Branch.kinds)
 
     @property
     def controlled(self) -> bool:

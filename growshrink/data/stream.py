@@ -31,10 +31,9 @@ _RETRIES = 50
 
 @dataclass(frozen=True, eq=False)
 class StreamedData:
-    """The three splits of a folder, as batches; attributes as in `DataSet`.
+    """The three splits of a folder, as batches; attributes as in `DataSet`, images normalised by `mean` and `std`.
 
-    `mean` and `std` are what the images are normalised by; `fingerprint` is a digest of the names and labels of all
-    images and of which of them are val.
+    `fingerprint` is a digest of the names and labels of all images and of which of them are val.
     """
 
     name: str
@@ -227,11 +226,7 @@ class _Part(Dataset[tuple[Any, int]]):
 
 
 class _Endless(IterableDataset[tuple[Any, int]]):
-    """The images of update `start` and of all later ones.
-
-    Worker w of n yields the images of every n-th update from the w-th on, as the DataLoader takes its batches from
-    the workers in turn.
-    """
+    """The images of update `start` and of all later ones; worker w of n yields every n-th update from the w-th on."""
 
     def __init__(self, dataset: ImageDataset, indices: Tensor, order: Order, start: int) -> None:
         self.part = _Part(dataset, indices)

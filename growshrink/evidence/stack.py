@@ -118,9 +118,9 @@ class _TimesBackward(torch.autograd.Function):
 
 
 class StackedFeed:
-    """The feeds of S nets, alike but for the seed, as the feed of their stack, whose scores are means over its nets.
+    """The feeds of S nets (`nets`), alike but for the seed, as the feed of their stack; scores are means over its nets.
 
-    Images `(N, S*C, H, W)` lie side by side along the channels, labels net by net; `nets` is S.
+    Images `(N, S*C, H, W)` lie side by side along the channels, labels net by net.
     """
 
     def __init__(self, feeds: Sequence[Feed]) -> None:

@@ -27,8 +27,7 @@ class ClosedLoop:
       `1 / ((deadline - hold) * final)`.
 
     So lam never rises, and is exactly 0.0 from `deadline` on, whatever the signal does (a signal that is not finite
-    makes it wait). Where a fixed schedule spends the same time on every value of lam, this one spends it where the net
-    suffers. Whether that is worth anything is measured by `recipes/closed_loop.py`.
+    makes it wait). Whether that is worth anything is measured by `recipes/closed_loop.py`.
 
     Args:
         deadline: Updates done when lam is 0 at the latest. Train beyond it: batch norm statistics have to settle.

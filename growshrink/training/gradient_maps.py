@@ -48,14 +48,13 @@ REFUSED_OPTIONS = ("caution", "corrected_weight_decay", "clipping_threshold")
 class GradientMaps:
     """Linear maps on the gradients of a plain net, by parameter name; see `compile_gradients`.
 
-    A pure function of the grown net they were compiled from: a loop that resumes compiles them again, or saves
-    `state_dict`. They refer to no net and no optimizer.
+    A loop that resumes compiles them again from the same grown net, or saves `state_dict`.
     """
 
     maps: dict[str, KernelMap]
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-        """Apply the maps in every `optimizer.step()` from now on, without a host sync.
+        """Apply the maps in every `optimizer.step()` from now on, without a host sync; returns what detaches them.
 
         On several ranks the gradients may be averaged before or after: the maps are linear. Clipping comes before the
         step, sees other gradients than the branches', and must be left out.
@@ -64,9 +63,6 @@ class GradientMaps:
             model: The plain net; not wrapped, as the parameters go by name.
             optimizer: Of its parameters: SGD or SGDW (with momentum and decay, Nesterov's or not), where the maps act
                 on the gradient; AdamW or NAdamW, where they act on the update.
-
-        Returns:
-            Detaches them.
 
         Raises:
             GradientError: The optimizer is of another kind or does not train a mapped parameter, or the maps are of
