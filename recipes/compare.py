@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from arm_table import write_table
 from curve import write_curve
 from growshrink.base.limits import InFolder, Threads
 from growshrink.base.progress import progress_bar
@@ -36,7 +37,6 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment, add_int8, jobs_of, keep_plan, run_job
 from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
-from growshrink.evidence.table import write_table
 from halving import ScanPlan, write_scan_report
 
 #: Where the published experiments lie.

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from arm_table import int8_top1
 from growshrink.analysis.stats import Bootstrap, Estimate, detectable, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.errors import RunError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.record import ArmComparison, RunRecord, chosen_lr, read_plan, read_runs, runs_of, trials_of
-from growshrink.evidence.table import int8_top1
 
 #: What a student is charged of the training of its teacher.
 CHARGES: Mapping[str, float] = {"paid": 1.0, "shared by ten": 0.1, "given": 0.0}

@@ -17,6 +17,7 @@ from sampled import exhaustive
 ROOT = Path(__file__).parents[2]
 #: Modules beside the programs that are none, or take no options.
 HELPERS = {
+    "recipes/arm_table.py",
     "recipes/curve.py",
     "recipes/halving.py",
     "recipes/starting.py",

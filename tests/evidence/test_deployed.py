@@ -1,6 +1,7 @@
 """The nets of finished runs: read back by seed, quantised, and what other experiments start from."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from growshrink.evidence import experiment as experiments
 from growshrink.evidence.arms import Arm
 from growshrink.evidence.experiment import add_int8, data_of, deployed_nets, feed_of, jobs_of, keep_plan
 from growshrink.evidence.record import RUNS_FILE, load_start_, read_runs
-from growshrink.evidence.table import markdown, rows_of
 from growshrink.export import ExportOptions, Source, export
 from growshrink.training import Score
 from growshrink.training._evaluate import evaluate
 from nets import net
+from program import module_of
+
+table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
+markdown, rows_of = table.markdown, table.rows_of
 
 SOURCE = replace(TINY, arms=("plain",), budget=2.0, model_kwargs={"width": 0.125, "skip": False})
 TUNED = replace(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,11 +27,14 @@ from growshrink.evidence.experiment import (
     run_job,
 )
 from growshrink.evidence.record import RUNS_FILE, ArmComparison, Tuning, chosen_lr, read_runs, trials_of
-from growshrink.evidence.table import markdown, rows_of, verdict
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig
 from nets import net
+from program import module_of
 from sampled import sampled
+
+table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
+markdown, rows_of, verdict = table.markdown, table.rows_of, table.verdict
 
 TINY = Experiment(
     data="digits",

@@ -1,6 +1,5 @@
 """Successive halving over depth and width."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,9 @@ from test_experiment import TINY
 
 import growshrink as gs
 from growshrink.errors import PlanError
-from program import args_of
+from program import module_of
 
-args_of(Path(__file__).parents[2] / "recipes" / "scan.py")  # the recipes' folder is on the path while they are imported
-halving = sys.modules["halving"]
+halving = module_of(Path(__file__).parents[2] / "recipes" / "halving.py")
 Candidate, Entry, ScanPlan, candidates_of = halving.Candidate, halving.Entry, halving.ScanPlan, halving.candidates_of
 front, halve, rungs_of = halving.front, halving.halve, halving.rungs_of
 

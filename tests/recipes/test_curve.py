@@ -1,10 +1,8 @@
 """recipes/compare.py --curve: known curves are found again, from plan.json and runs.jsonl alone."""
 
 import math
-import runpy
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +12,10 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import Arm
 from growshrink.evidence.experiment import Experiment, keep_plan
 from growshrink.evidence.record import Cost, Job, RunRecord, SeedScore, append_run
-from program import run
+from program import module_of, run
 
 TOP = Path(__file__).parents[2]
-CURVE = SimpleNamespace(**runpy.run_path(str(TOP / "recipes" / "curve.py")))
+CURVE = module_of(TOP / "recipes" / "curve.py")
 SEEDS = (0, 1, 2)
 #: Top-1 of the plain net by budget: doubling from 200 brings 0.2, so B* is 200.
 PLAIN = {100: 60.0, 200: 62.0, 400: 62.2}

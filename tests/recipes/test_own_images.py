@@ -27,7 +27,7 @@ from sampled import exhaustive
 
 ROOT = Path(__file__).parents[2]
 RECIPE, PREDICT = ROOT / "recipes" / "grow_cycle.py", ROOT / "tools" / "predict.py"
-args_of(RECIPE)  # the recipes' folder is on the path while they are imported
+module_of(RECIPE)  # the recipes' folder is on the path while they are imported
 starting, telling = sys.modules["starting"], sys.modules["telling"]
 NET = ("--model", "reducenet20", "--model-kwargs", "width=0.25", "depths=(1,1,1)")
 QUICK = (*NET, "--batch-size", "8", "--lr", "0.05", "--quiet")

@@ -1,4 +1,4 @@
-"""What an experiment says: a row and a verdict for every arm, curves of accuracy over cost."""
+"""What an experiment says (for compare.py; not a program): a row and a verdict for every arm, curves over cost."""
 
 import json
 import statistics
