@@ -3,14 +3,18 @@
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from growshrink.analysis.stats import Estimate, blocked, detectable, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.record import ArmComparison, RunRecord, SeedScore, chosen_lr, runs_of
+from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
+from growshrink.evidence.record import ArmComparison, RunRecord, SeedScore, chosen_lr, read_runs, replace_run, runs_of
+from growshrink.export import Source
+from growshrink.export.int8 import int8_scores
+from growshrink.runs.folder import PLAIN_FILE
 
 #: Of corrected p values.
 LEVEL = 0.05
@@ -269,3 +273,20 @@ def _number(value: float) -> str:
 def _seconds(runs: Sequence[RunRecord]) -> float:
     """Of training one net, on average."""
     return sum(run.spent.seconds for run in runs) / max(1, sum(len(run.seeds) for run in runs))
+
+
+def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
+    """Add int8 top-1 to the lines of finished runs that lack it and have their weights; RunError without ONNX."""
+    for record in read_runs(out):
+        done = all(score.test is None or score.int8_channel is not None for score in record.scores)
+        asked = record.job.kind == "run" and record.job.arm in experiment.arms
+        if done or not asked or not (out / record.job.folder / PLAIN_FILE).is_file():
+            continue
+        scores = []
+        nets = deployed_nets(experiment, record.job, out, data_of(experiment, record.job.seeds[0], data_dir))
+        for score, plain in zip(record.scores, nets, strict=True):
+            data = data_of(experiment, score.seed, data_dir)
+            found = int8_scores(Source(Path(), plain, "", {}, data.input_size), data)
+            tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
+            scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
+        replace_run(out, replace(record, scores=tuple(scores)))

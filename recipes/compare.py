@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from arm_table import write_table
+from arm_table import add_int8, write_table
 from curve import write_curve
 from growshrink.base.limits import InFolder, Threads
 from growshrink.base.progress import progress_bar
@@ -35,7 +35,7 @@ from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
-from growshrink.evidence.experiment import Experiment, add_int8, jobs_of, keep_plan, run_job
+from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
 from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
 from halving import ScanPlan, write_scan_report
 

@@ -40,15 +40,12 @@ from growshrink.evidence.record import (
     load_start_,
     read_plan,
     read_runs,
-    replace_run,
     runs_of,
     states_of,
 )
 from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
-from growshrink.export import Source
-from growshrink.export.int8 import int8_scores
 from growshrink.proofs._profile import training_macs
-from growshrink.runs.folder import MARKER, PLAIN_FILE, RunFolder
+from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
 from growshrink.training.trainer import TrainConfig
 
@@ -332,20 +329,3 @@ def deployed_nets(experiment: Experiment, job: Job, out: Path, data: DataSet) ->
         net.load_state_dict(state, strict=True)
         net.eval()
     return nets
-
-
-def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
-    """Add int8 top-1 to the lines of finished runs that lack it and have their weights; RunError without ONNX."""
-    for record in read_runs(out):
-        done = all(score.test is None or score.int8_channel is not None for score in record.scores)
-        asked = record.job.kind == "run" and record.job.arm in experiment.arms
-        if done or not asked or not (out / record.job.folder / PLAIN_FILE).is_file():
-            continue
-        scores = []
-        nets = deployed_nets(experiment, record.job, out, data_of(experiment, record.job.seeds[0], data_dir))
-        for score, plain in zip(record.scores, nets, strict=True):
-            data = data_of(experiment, score.seed, data_dir)
-            found = int8_scores(Source(Path(), plain, "", {}, data.input_size), data)
-            tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
-            scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
-        replace_run(out, replace(record, scores=tuple(scores)))

@@ -8,9 +8,8 @@ import torch
 from test_experiment import TINY, do, rates
 
 from growshrink.errors import RunError
-from growshrink.evidence import experiment as experiments
 from growshrink.evidence.arms import Arm
-from growshrink.evidence.experiment import add_int8, data_of, deployed_nets, feed_of, jobs_of, keep_plan
+from growshrink.evidence.experiment import data_of, deployed_nets, feed_of, jobs_of, keep_plan
 from growshrink.evidence.record import RUNS_FILE, load_start_, read_runs
 from growshrink.export import ExportOptions, Source, export
 from growshrink.training import Score
@@ -19,7 +18,7 @@ from nets import net
 from program import module_of
 
 table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
-markdown, rows_of = table.markdown, table.rows_of
+add_int8, markdown, rows_of = table.add_int8, table.markdown, table.rows_of
 
 SOURCE = replace(TINY, arms=("plain",), budget=2.0, model_kwargs={"width": 0.125, "skip": False})
 TUNED = replace(
@@ -52,14 +51,14 @@ def by_float(source, data):
 
 
 def test_each_line_gets_the_int8_of_its_own_nets_once(source, monkeypatch):
-    monkeypatch.setattr(experiments, "int8_scores", by_float)
+    monkeypatch.setattr(table, "int8_scores", by_float)
     before = (source / RUNS_FILE).read_bytes()
     assert "int8" not in markdown(rows_of(SOURCE.comparison, read_runs(source)), SOURCE.comparison, "")
     add_int8(SOURCE, source, None)
     (record,) = read_runs(source)
     assert len(set(score.test for score in record.scores)) == 2  # else they could be each other's
     assert [score.int8_channel for score in record.scores] == [score.test for score in record.scores]
-    monkeypatch.setattr(experiments, "int8_scores", None)  # what is there is not taken again
+    monkeypatch.setattr(table, "int8_scores", None)  # what is there is not taken again
     add_int8(SOURCE, source, None)
     (row,) = rows_of(SOURCE.comparison, [record])
     assert row.int8 == pytest.approx((row.top1 - 1, row.top1))
