@@ -20,12 +20,8 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 import growshrink as gs
-from growshrink.base.limits import Checkpoint
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
@@ -34,14 +30,13 @@ from growshrink.data.datasets import DataSet, load_data
 from growshrink.export import ExportOptions, export, read_source
 from growshrink.export.report import summary
 from growshrink.runs.folder import RunFolder
+from inputs import CheckpointOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(CheckpointOptions):
     """Options of export; the model is needed for a state_dict alone, branches and ratio where it is of a grown net."""
 
-    checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
-    """Folder of a finished run, or a file with weights."""
     files: ExportOptions = pick(ExportOptions(), "onnx", "pt2", "int8", "calibration")
     source: Recipe = pick(Recipe(), "merge", "dynamic", "mean", "std")
     model: ModelOptions = ModelOptions(model=None)

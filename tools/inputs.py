@@ -13,7 +13,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis.results import Results
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
-from growshrink.base.limits import InFile, OutFile, Pixels
+from growshrink.base.limits import Checkpoint, InFile, OutFile, Pixels
 from growshrink.cli.options import BatchOptions, ModelName, StudyOptions
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
@@ -28,6 +28,14 @@ class NetOptions(BatchOptions):
     """timm models."""
     pixels: Pixels = 32
     """Side of the images in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Of programs that read a checkpoint."""
+
+    checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
+    """Folder of a finished run, or a file with weights."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 from growshrink.base.environment import versions
-from growshrink.base.limits import Checkpoint
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, ModelOptions, RunOptions
@@ -37,6 +35,7 @@ from growshrink.export import read_source
 from growshrink.export.int8 import calibration_images, check_data, score_all
 from growshrink.runs.folder import RunFolder
 from growshrink.transforms import fold
+from inputs import CheckpointOptions
 
 Function = Callable[[Tensor], Tensor]
 #: Of the outputs' largest, between a file in float32 and torch.
@@ -46,11 +45,9 @@ PACKAGES = {"executorch": "executorch", "litert": "litert_torch"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(CheckpointOptions):
     """Options of targets; the model is needed for a state_dict alone."""
 
-    checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
-    """Folder of a finished run, or a file with weights."""
     to: Literal["executorch", "litert"] = "executorch"
     """What runs the net."""
     model: ModelOptions = ModelOptions(model=None)

@@ -20,6 +20,9 @@ HELPERS = {
     "recipes/arm_table.py",
     "recipes/curve.py",
     "recipes/halving.py",
+    "recipes/knob.py",
+    "recipes/retraining.py",
+    "recipes/shrinking.py",
     "recipes/starting.py",
     "recipes/telling.py",
     "tools/gpu_checks.py",
@@ -30,6 +33,9 @@ HELPERS = {
     "tools/inputs.py",
     "tools/loaders.py",
     "tools/paired.py",
+    "tools/pictures.py",
+    "tools/study.py",
+    "tools/truth.py",
 }
 #: What has to stand before the options; of fuzz, which of its two programs.
 BEFORE = {
@@ -37,6 +43,7 @@ BEFORE = {
     "recipes/scan.py": ["PLAN"],
     "tools/export.py": ["CHECKPOINT"],
     "tools/predict.py": ["CHECKPOINT", "folder"],
+    "tools/targets.py": ["CHECKPOINT"],
     "tools/why.py": ["folder"],
     "tools/fuzz.py architectures": ["architectures"],
     "tools/fuzz.py files": ["files"],
@@ -63,7 +70,7 @@ PROGRAMS = (
             "random_prune",
         )
     ),
-    *(f"tools/{name}.py" for name in ("slim_speed", "soak", "speed_claims", "step_cost", "subset", "why")),
+    *(f"tools/{name}.py" for name in ("slim_speed", "soak", "speed_claims", "step_cost", "subset", "targets", "why")),
     *("tools/fuzz.py architectures", "tools/fuzz.py files"),
 )
 #: Options of one program that mean something else than another program's of the same name.
@@ -73,6 +80,8 @@ OTHER_MEANING = {
     "timm_train.hold": "in updates: timm's script knows no rounds",
     "timm_train.vanish": "in updates",
     "angle_rank.widths": "a table of a net's widths, not how they are sampled",
+    "slim.mode": "of nets with slim layers, which train in other modes",
+    "slim.calibration": "batches for statistics, not images for int8",
     "gpu_check.plan": "an experiment's, not a run's",
     "gpu_check.only": "checks, not cases of the benchmark",
 }

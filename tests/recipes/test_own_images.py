@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import growshrink as gs
 from growshrink.cli.program import read_options
 from growshrink.errors import RunError
-from program import args_of, module_of, run
+from program import module_of, run
 from sampled import exhaustive
 
 ROOT = Path(__file__).parents[2]
