@@ -80,6 +80,7 @@ OTHER_MEANING = {
     "timm_train.hold": "in updates: timm's script knows no rounds",
     "timm_train.vanish": "in updates",
     "angle_rank.widths": "a table of a net's widths, not how they are sampled",
+    "slim_speed.turns": "at least one: there is nothing but the timing",
     "slim.mode": "of nets with slim layers, which train in other modes",
     "slim.calibration": "batches for statistics, not images for int8",
     "gpu_check.plan": "an experiment's, not a run's",
