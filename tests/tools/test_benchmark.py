@@ -55,7 +55,8 @@ def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
     assert f"t = {tail:.3f}" in whole["note"] and "growing" in whole["note"] and "fusing" in whole["note"]
 
 
-def test_one_section_alone_with_a_progress_bar():
+def test_one_section_alone_with_a_progress_bar(monkeypatch):
+    monkeypatch.setattr("growshrink.base.progress.PAUSE", 0.0)
     result = run("--only", "activation")
     assert result.returncode == 0, result.stderr
     assert "VanishingReLU" in result.stdout and "fused" not in result.stdout
