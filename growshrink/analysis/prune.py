@@ -24,7 +24,7 @@ from growshrink.base.config import check_fields
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
-from growshrink.errors import AnalysisError, did_you_mean
+from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer
 from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
@@ -229,6 +229,7 @@ def random_prune(
     Raises:
         AnalysisError: Torch-Pruning (the extra `prune`) is not there or cannot trace the net; nothing meets the budget.
     """
+    check_model(model, scripted=False)
     known = ("random", *CRITERIA)
     if isinstance(criterion, str) and criterion not in known:
         raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
