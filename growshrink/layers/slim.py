@@ -93,7 +93,8 @@ class OwnStatistics:
 
     def choose(self, width: Mapping[str, int]) -> None:
         """Make those of a width the active ones; None where it has none."""
-        self.active = next((i for i, own in enumerate(self.widths) if own == dict(width)), None)
+        found = [i for i, own in enumerate(self.widths) if own == dict(width)]
+        self.active = found[-1] if found else None  # the latest: those of growshrink.route come after the net's own
 
 
 class SlimAxes(NamedTuple):

@@ -207,3 +207,12 @@ def test_half_precision_counts_all_images(routed):
     net.counts(0).fill_(256)
     net(images(*SIZE, n=1, dtype=torch.bfloat16))
     assert int(net.counts(0).sum()) == 256 * 3 + 1
+
+
+def test_the_static_net_has_the_statistics_of_its_choice():
+    model = gs.slim(randomized(net("reducenet20", depths=(1, 1, 1))), (0.5, 1.0), own_statistics=True, input_size=SIZE)
+    routed = gs.route(model, gs.width_space(model), after="stages.0", input_size=SIZE)
+    routed.calibrate([images(*SIZE, n=8) * 2 + 1])
+    routed.eval()._always = 1  # full width, at which the slim net has statistics too
+    cut = gs.cut(routed.model, {**routed._fixed, **routed._own[0][1]}, input_size=SIZE).eval()
+    torch.testing.assert_close(routed(images(*SIZE)), cut(images(*SIZE)))
