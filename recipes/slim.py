@@ -42,8 +42,9 @@ from growshrink.data.feed import MemoryFeed, ScoringBatches
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
 
-#: MACs of the nets that are looked for, over the full net's: those of the uniform levels.
+#: Widths. The nets that are looked for have at most the MACs of those at one level; the two ends are one net each.
 LEVELS = (0.25, 0.5, 0.75, 1.0)
+#: Of the MACs of random widths, which lie on both sides.
 TOLERANCE = 0.05
 
 
@@ -106,11 +107,12 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
                                input_size=feed.input_size) for name in ("greedy", "greedy as published")}  # fmt: skip
     evaluations = len(score.known) // 2
     for level, width, budget in zip(LEVELS, uniform, budgets, strict=True):
-        drawn = [width_of(table, row) for row in draw_widths(table, Budget(budget, 0.1), args.draws, seed=seed).index]
-        arms = {"uniform": [width], "random": drawn} if level < 1 else {"uniform": [width]}
-        if level < 1:
-            arms |= {name: [path.within(budget * (1 + TOLERANCE)).width] for name, path in paths.items()}
-            arms["evolution"] = [evolve(space, score, macs, budget * (1 + TOLERANCE) * full, evaluations, seed)]
+        arms: dict[str, list[dict[str, int]]] = {"uniform": [width]}
+        if level not in (LEVELS[0], LEVELS[-1]):
+            drawn = draw_widths(table, Budget(budget, TOLERANCE), args.draws, seed=seed).index
+            arms["random"] = [width_of(table, row) for row in drawn]
+            arms |= {name: [path.within(budget).width] for name, path in paths.items()}
+            arms["evolution"] = [evolve(space, score, macs, budget * full, evaluations, seed)]
         for arm, widths in arms.items():
             row = {"level": level, "arm": arm, "macs": float(np.mean([macs(w) for w in widths])) / full}
             row["test"] = float(np.mean([test(w) for w in widths]))

@@ -79,15 +79,20 @@ def allocate(
         input_size: `(C, H, W)`, for the MACs; None takes the model's own.
 
     Raises:
-        WidthError: The space is another model's, or has no net within the budget.
+        WidthError: The space is another model's, has values that are no levels of it, or no net within the budget.
 
     Source: Yu and Huang, AutoSlim (arXiv:1903.11728), section 3.2, which is `per_mac=False`, with the loss on one
     training batch.
     """
     space.check(model)
+    if not 0 < macs <= 1:
+        raise WidthError(f"macs={macs!r}: must be a share of the full net's, above 0 and at most 1.")
     if cost is None:
         table, names = SlimSpace(model, input_size), list(space.choices)
         full_macs = profile_macs(table)
+        if other := [name for name in names if not set(space.choices[name]) <= set(table.choices[name])]:
+            own = ", ".join(map(str, table.choices[other[0]]))
+            raise WidthError(f"{other[0]}: the space has values beside the slim net's levels, {own}.")
 
         def cost(width: Width) -> float:
             index = np.array([[table.choices[name].index(width[name]) for name in names]])

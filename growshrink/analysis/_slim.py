@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,9 +68,10 @@ def slim(
     (2, 4)
     """
     check_model(model, scripted=False)
-    rising = [*levels] == sorted(set(levels)) and levels and 0.0 < levels[0] and levels[-1] == 1.0
-    if not rising:
-        raise WidthError(f"levels={[*levels]}: must be rising shares of the channels above 0, the last of them 1.")
+    shares = [*levels] if isinstance(levels, Iterable) and not isinstance(levels, str) else []
+    numbers = shares and all(isinstance(level, (int, float)) for level in shares)
+    if not (numbers and shares == sorted(set(shares)) and 0.0 < shares[0] and shares[-1] == 1.0):
+        raise WidthError(f"{levels=}: must be rising shares of the channels above 0, the last of them 1.")
     if name := next((name for name in grown_modules(model)), None):
         raise WidthError(f"{name} carries branches: growshrink.fuse comes before growshrink.slim.")
     if any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):

@@ -37,7 +37,8 @@ def headroom(
 
     A random mix of the nets needs no gate: its top-1 is the upper hull of theirs over MACs, a straight line between
     two. The oracle takes the cheapest net that is right, the cheapest of all where none is. The cascade runs one net
-    after the other until one is confident enough, and pays for all it ran.
+    after the other until one is confident enough, and pays for all it ran. What the oracle brings is a bound: nets that
+    err independently have an oracle too, which no gate can learn; two seeds of one net show how much that is.
 
     Args:
         right: Whether each net is right, `(N, M)`.
@@ -52,11 +53,18 @@ def headroom(
         Each net, the oracle, the cascade at quantiles of its confidence, and the gates.
 
     Raises:
-        AnalysisError: The shapes do not fit, or MACs do not rise.
+        AnalysisError: The shapes do not fit, MACs do not rise, or a value is none that it can be.
     """
     right, macs = np.asarray(right, dtype=np.float64), np.asarray(macs, dtype=np.float64)
     if right.ndim != 2 or macs.shape != right.shape[1:] or not (np.diff(macs) > 0).all() or len(macs) < 2:
         raise AnalysisError(f"right of shape {right.shape} and macs of {macs.shape}: must be (N, M), and (M,), rising.")
+    if not np.isin(right, (0, 1)).all():
+        raise AnalysisError("right: must hold 0 or 1, False or True.")
+    if confidence is not None and (np.shape(confidence) != right.shape or np.isnan(confidence).any()):
+        raise AnalysisError(f"confidence of shape {np.shape(confidence)}: must be {right.shape}, without NaN.")
+    for name, choice in (gates or {}).items():
+        if np.shape(choice) != right.shape[:1] or not np.isin(choice, range(len(macs))).all():
+            raise AnalysisError(f"gates, {name}: must be one of 0 to {len(macs) - 1} for each of {len(right)} images.")
     rows, count = np.arange(len(right)), len(macs)
     cheapest = np.where(right.any(1), right.argmax(1), 0)
     chosen = {f"net {net}": (np.full(len(right), net), macs[net]) for net in range(count)}

@@ -115,6 +115,8 @@ class Slots:
 
     def check(self, width: Width) -> None:
         """WidthError unless `width` names every slot of the model, with a value it can have."""
+        if not isinstance(width, Mapping):
+            raise WidthError(f"{width!r}: a width is a mapping from names to numbers (`WidthSpace.sample`, `.level`).")
         for name in width:
             if name not in self._slots:
                 raise WidthError(

@@ -132,6 +132,8 @@ class Routed(nn.Module):
         """
         if len(self._own) != 1:
             raise WidthError(f"a cascade has one place, this net has {len(self._own)}.")
+        if not 0 <= threshold <= 1:
+            raise WidthError(f"threshold={threshold!r}: must be a probability, from 0 to 1.")
         twin = copy.copy(self)
         twin._buffers = {"counts_0": torch.zeros_like(self.counts(0))}
         twin._threshold = threshold
@@ -266,11 +268,16 @@ def route(
         input_size: `(C, H, W)`; None takes the model's own.
 
     Raises:
-        WidthError: The model is no chain, a place is no unit of it, or nothing behind it has widths of its own.
+        WidthError: The model is not slim or no chain, a place is no unit of it, or nothing behind it has widths of its
+            own.
 
     Source: Li et al., Dynamic Slimmable Network (arXiv:2103.13258); Wang et al., SkipNet (arXiv:1711.09485); Lin et
     al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.
     """
+    if not any(isinstance(module, SlimLayer) for module in model.modules()):
+        raise WidthError("the model is not slim: growshrink.slim comes first.")
+    if hidden < 1:
+        raise WidthError(f"hidden={hidden!r}: must be at least 1.")
     space.check(model)
     model = copy_net(model)
     chain = UnitChain(model, input_size)

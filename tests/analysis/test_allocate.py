@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,3 +163,36 @@ def test_a_net_that_diverges_is_not_taken(slim):
     score = lambda width: concave(width) if width[bad] == space.full[bad] else math.nan  # noqa: E731
     path = gs.allocate(slim, space, macs=0.8, score=score, input_size=SIZE)
     assert len(path.steps) > 1 and path.steps[-1].width[bad] == space.full[bad]
+
+
+def test_what_cannot_be_is_told(slim):
+    space, right = gs.width_space(slim), np.eye(3, 2)
+    for macs in (math.nan, 0.0, 1.5):
+        with pytest.raises(WidthError, match=f"macs={macs}: must be a share"):
+            gs.allocate(slim, space, macs=macs, score=concave, input_size=SIZE)
+    name, values = max(space.choices.items(), key=lambda item: item[1])
+    odd = replace(space, choices={**space.choices, name: (values[0], values[0] + 1, values[-1])})
+    with pytest.raises(WidthError, match="values beside the slim net's levels"):
+        gs.allocate(slim, odd, macs=0.5, score=concave, input_size=SIZE)
+    for words, given in {
+        "right: must hold": {"right": 2 * right},
+        "confidence of shape": {"right": right, "confidence": right[:, :1]},
+        "without NaN": {"right": right, "confidence": right * math.nan},
+        "gates, g: must be one of 0 to 1 for each of 3": {"right": right, "gates": {"g": [0, 1, 2]}},
+        "gates, h": {"right": right, "gates": {"h": [0, 1]}},
+    }.items():
+        with pytest.raises(AnalysisError, match=words):
+            headroom(macs=[0.5, 1.0], **given)
+    for levels in (0.5, "half", ("a", 1.0), (0.5, 0.25, 1.0)):
+        with pytest.raises(WidthError, match="must be rising shares"):
+            gs.slim(net("reducenet20", depths=(1, 1, 1)), levels, input_size=SIZE)
+    with pytest.raises(WidthError, match="a width is a mapping"):
+        gs.set_width(slim, None)
+    with pytest.raises(WidthError, match="not slim: growshrink.slim comes first"):
+        gs.route(gs.grow(net("reducenet20", depths=(1, 1, 1)), input_size=SIZE), space, after="stages.0")
+    with pytest.raises(WidthError, match="hidden=0"):
+        gs.route(slim, space, after="stages.0", hidden=0, input_size=SIZE)
+    routed = gs.route(slim, space, after="stages.0", input_size=SIZE)
+    for threshold in (math.nan, 2):
+        with pytest.raises(WidthError, match="must be a probability"):
+            routed.cascade(threshold)
