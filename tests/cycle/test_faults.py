@@ -24,7 +24,7 @@ from growshrink.errors import PlanError, RunError
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
 from growshrink.training import TrainConfig
 from growshrink.training.trainer import Trainer
-from sampled import sampled
+from sampled import exhaustive, sampled
 
 #: Of the two rounds, the first is undone and the second is not.
 UNDONE = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))
@@ -180,6 +180,7 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.exhaustive
 def test_a_stream_goes_on_in_the_middle_of_an_epoch_whoever_of_its_workers_was_asked_to_stop(tmp_path, images):
     """The whole process group gets the signal, as torchrun and terminals send it: workers have a batch to finish."""
     plan = two_rounds((("bottleneck",),), epochs=4, settle=0.2)
@@ -255,7 +256,7 @@ def bits(trainer):
     return found
 
 
-@pytest.mark.parametrize("cost", [0.5, 0.6])
+@pytest.mark.parametrize("cost", [0.5, exhaustive(0.6)])
 def test_the_tolerance_is_in_points_and_inclusive(tmp_path, monkeypatch, cost):
     real = exits.Fuse.judge
     monkeypatch.setattr(exits.Fuse, "judge", lambda self, run, *_: real(self, run, 50.0, 50.0 - cost))
@@ -263,6 +264,7 @@ def test_the_tolerance_is_in_points_and_inclusive(tmp_path, monkeypatch, cost):
     assert result.rounds[0].undone is (cost > 0.5)
 
 
+@pytest.mark.exhaustive
 def test_adam_starts_again_where_it_was(tmp_path, judged):
     config = TrainConfig(optimizer="adamw", lr=0.003, ema_decay=0.9)
     plain = run(tmp_path / "a", config=config)

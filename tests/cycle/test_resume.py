@@ -120,7 +120,7 @@ def starts(plan):
 
 @pytest.mark.parametrize(
     ("case", "places"),
-    [("peak", "phases"), ("closed loop", "fall"), *map(exhaustive, [(case, "both") for case in CASES])],
+    [("peak", "phases"), *map(exhaustive, [("closed loop", "fall"), *((case, "both") for case in CASES)])],
 )
 def test_killed_again_and_again(tmp_path, undisturbed, case, places):
     """In every phase of both rounds, at its first update (right after a surgery) and later."""

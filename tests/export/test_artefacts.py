@@ -22,6 +22,7 @@ from growshrink.errors import RunError
 from growshrink.export import ExportOptions, Source, artefacts, export, int8, run
 from growshrink.export.int8 import range_verdict, weight_ranges
 from nets import ConvNet, images, net, randomized, rel
+from sampled import exhaustive
 
 SIZE = (3, 32, 32)
 # What one has who knows nothing of this package: growshrink cannot be imported.
@@ -139,13 +140,23 @@ def test_an_artefact_that_computes_something_else_is_found(exported):
     assert [(row["net"], row["dtype"]) for row in rows if not row["ok"]] == [("fused", "float32")]
 
 
-def test_a_net_that_stays_dynamic(tmp_path):
+SHALLOW = {"depths": (1, 1, 1), "width": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "branches"),
+    [
+        ("reducenet20", SHALLOW, ("condconv",)),
+        exhaustive(("test_resnet", {}, ("condconv", "weightnet", "guided"))),
+    ],
+)
+def test_a_net_that_stays_dynamic(tmp_path, name, kwargs, branches):
     """The grown net itself in both forms, at any batch size, beside the plain one with the means of its numbers."""
-    grown = randomized(gs.grow(net("test_resnet"), ["condconv", "weightnet", "guided"], input_size=SIZE)).eval()
+    grown = randomized(gs.grow(net(name, **kwargs), branches, input_size=SIZE)).eval()
     weights = tmp_path / "grown.pt"
     torch.save(grown.state_dict(), weights)
-    branches = ("condconv", "weightnet", "guided")
-    source = read_source(weights, Recipe(name="test_resnet", branches=branches, dynamic=True, image_size=32))
+    recipe = Recipe(name=name, kwargs=kwargs, branches=branches, dynamic=True, image_size=32)
+    source = read_source(weights, recipe)
     x = images(*SIZE, n=3)
     assert rel(source.dynamic(x), grown(x)) < 1e-6 and rel(source.plain(x), grown(x)) > 1e-3
     report = export(source, tmp_path, ExportOptions(rounds=2))

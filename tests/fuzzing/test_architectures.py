@@ -74,6 +74,7 @@ def test_a_bias_that_is_lost_is_found(monkeypatch):
     assert any("not fused" in message for message in wrong_somewhere(15))
 
 
+@pytest.mark.exhaustive
 def test_a_false_reason_is_found(monkeypatch):
     monkeypatch.setattr(gs.Branch.kinds["copy"], "reason_against", classmethod(lambda cls, conv: "it has no middle"))
     assert any("not true" in message for message in wrong_somewhere(15))
@@ -86,6 +87,7 @@ def test_a_fuse_that_forgets_a_branch_is_found(monkeypatch):
     assert any("by hand" in message for message in found)
 
 
+@pytest.mark.exhaustive
 def test_a_branch_that_is_not_silent_is_found(monkeypatch):
     monkeypatch.setattr(gs.Branch, "silence_", lambda self: None)
     assert any("silently" in message for message in wrong_somewhere(15))

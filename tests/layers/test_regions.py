@@ -82,7 +82,7 @@ def task_of(model, mode):
     ("name", "mode"),
     sampled(
         [("x4", "netaug"), ("x4", "suffix"), ("grown", "netaug"), ("several", "netaug"), ("groups", "netaug")],
-        [("x4", "suffix"), ("several", "netaug")],
+        [("several", "netaug")],
     ),
 )
 def test_at_most_a_graph_per_region_and_width(name, mode):

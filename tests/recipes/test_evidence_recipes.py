@@ -64,6 +64,7 @@ def test_it_goes_on_adds_arms_and_refuses_another_plan(tmp_path, capsys):
     assert "another plan (budget differs)" in capsys.readouterr().err
 
 
+@pytest.mark.exhaustive
 def test_an_experiment_is_extended_from_its_two_files_alone(started, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("growshrink.cycle.layout.LEAST_SETTLE", 9)
     moved = tmp_path / "elsewhere"

@@ -14,6 +14,9 @@ from supernet.twins import added, assert_same, grads_of
 TESTS = Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.exhaustive  # processes of their own
+
+
 def both_ranks(out, cases, first, stop):
     command = [
         sys.executable,
@@ -82,7 +85,6 @@ def test_with_norms_of_running_statistics_it_is_the_gradient_of_the_joint_batch(
     assert_same(results(runs, "joint")[0]["grads"][0], grads_of(model))
 
 
-@pytest.mark.exhaustive
 def test_resumed_in_fresh_processes_it_is_the_run_that_never_stopped(runs):
     names = ["x4", "suffix"]
     both_ranks(runs, names, 2, 3)

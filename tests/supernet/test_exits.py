@@ -57,6 +57,7 @@ def test_the_best_of_the_candidates_is_kept():
             assert rel(plain.eval()(x), own.eval()(x)) < 1e-10
 
 
+@pytest.mark.exhaustive
 def test_the_base_of_a_netaug_run_keeps_its_statistics():
     model = grown(lam=1.0)  # skipped branches may live
     space = gs.width_space(model)

@@ -28,6 +28,7 @@ def test_a_few_rounds(tmp_path, capsys):
     }
 
 
+@pytest.mark.exhaustive
 def test_what_outlives_its_round_is_told(capsys, monkeypatch):
     kept = []
     fuse = gs.fuse
