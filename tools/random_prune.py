@@ -112,8 +112,11 @@ def main(args: Args) -> None:
     with args.results("prune", identity(args)) as results:
         feed = args.memory_feed()
         calibration = [feed.train.batch(update)[0] for update in range(args.statistics)]
-        args.announce(args.net(feed, args.running.seed)[0], feed, updates_of(args, results, feed))
+        if args.files.trained is None:  # what is given is read before it is told how long it takes
+            args.announce(args.net(feed, args.running.seed)[0], feed, updates_of(args, results, feed))
         spaces, plan, draws = make_plan(args, results, feed)
+        if args.files.trained is not None:
+            args.announce(args.net(feed, args.running.seed)[0], feed, updates_of(args, results, feed))
         keys = [candidate.key for candidate in plan]
         by_key = {candidate.key: candidate for candidate in plan}
         if found := len(results.done().keys() & set(keys)):
