@@ -91,6 +91,7 @@ def check_netaug(device: torch.device, tiny: bool) -> Mapping[str, Any]:
         for where in (torch.device("cpu"), device):
             own = copy.deepcopy(net).to(where, torch.float64).train()
             task = gs.NetAugTask(own, mode=mode, seed=0, verbose=False, input_size=(3, 32, 32))
+            task.attach(torch.optim.SGD(own.parameters(), lr=0.1))
             task.set_step(0)
             task.backward(images(16, 32, where, torch.float64), torch.arange(16, device=where) % 10)
             gradients.append(torch.cat([p.grad.flatten().cpu() for p in own.parameters() if p.grad is not None]))

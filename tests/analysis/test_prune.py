@@ -230,7 +230,7 @@ def test_grouped_convolutions_are_left_alone_and_said_so(monkeypatch):
 def test_standardised_convolutions_lose_their_gains_with_their_channels():
     torch.manual_seed(0)
     model = nn.Sequential(
-        ScaledStdConv2d(3, 12, 3), nn.ReLU(), ScaledStdConv2d(12, 6, 3), nn.Flatten(), nn.Linear(96, 5)
+        ScaledStdConv2d(3, 12, 3), nn.ReLU(), ScaledStdConv2d(12, 6, 3), nn.Flatten(), nn.Linear(384, 5)
     )
     for conv in (model[0], model[2]):
         nn.init.uniform_(conv.gain, 0.5, 2.0)

@@ -172,7 +172,7 @@ def made(name="", size=(3, 32, 32), **kwargs):
 
 
 NETS = [("", {}), ("mobilenetv2_050", {}), ("resnet18", {"channels": (8, 16, 24, 32)}), ("test_efficientnet", {})]
-NETS = [*NETS, ("vgg11", {}), ("resnet26", {"channels": (8, 16, 24, 32)})]
+NETS = [*NETS, ("resnet26", {"channels": (8, 16, 24, 32)})]
 
 
 @pytest.mark.parametrize(("name", "kwargs"), sampled(NETS, NETS[:1]))

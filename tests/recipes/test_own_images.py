@@ -179,8 +179,8 @@ def test_a_net_trained_on_other_images_is_taken_up_grown_and_fused(pets, finishe
     grown = ("--rounds", "1", "--branches", branches, "--ratio", "1", "--base", "0", "--epochs", "16")
     options = [word for word in QUICK if word not in ("--lr", "0.05")]
     assert run(RECIPE, "--data", others, "--out", out, *options, *grown, "--init", finished) == 0
-    err = capsys.readouterr().err
-    assert "the head (head.fc) is new, for 2 classes" in err and "layer decay 0.85" in err
+    out_text, err = capsys.readouterr()
+    assert "the head (head.fc) is new, for 2 classes" in err and "layer decay 0.85" in out_text
     about = json.loads((out / "run.json").read_text())
     assert (
         about["config"]["lr"] < 0.02

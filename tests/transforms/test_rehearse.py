@@ -271,6 +271,7 @@ DETECTORS = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:the model does not run in train mode")
 @pytest.mark.parametrize("name", [exhaustive(name) for name in DETECTORS])
 def test_detectors_of_torchvision(name):
     torch.manual_seed(0)
