@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -218,10 +219,12 @@ def fork(argv: list[str], output: int) -> int:
         os.dup2(output, 2)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        sys.argv = argv
+        sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)  # where a program finds its parts
         runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
+    except BaseException:
+        traceback.print_exc()  # the interpreter, which would do it, does not end here
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
