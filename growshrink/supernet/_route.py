@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
-from growshrink.errors import WidthError
+from growshrink.errors import WidthError, check_model
 from growshrink.layers.slim import SlimLayer
 from growshrink.layers.swaps import keep_statistics
 from growshrink.layers.widths import Slots, WidthSpace, active_width
@@ -274,6 +274,7 @@ def route(
     Source: Li et al., Dynamic Slimmable Network (arXiv:2103.13258); Wang et al., SkipNet (arXiv:1711.09485); Lin et
     al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.
     """
+    check_model(model, scripted=False)
     if not any(isinstance(module, SlimLayer) for module in model.modules()):
         raise WidthError("the model is not slim: growshrink.slim comes first.")
     if hidden < 1:
