@@ -28,7 +28,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis import WidthScore, headroom, stats
 from growshrink.analysis._rank import jsonable
-from growshrink.analysis.prune import Budget, SlimSpace, draw_widths, width_of
+from growshrink.analysis.prune import Budget, SlimSpace, cost_of, draw_widths, width_of
 from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
@@ -97,8 +97,7 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
     test = WidthScore(model, batches, lambda net: evaluate(net, feed.test).top1)
 
     def macs(width: Mapping[str, int]) -> int:
-        index = np.array([[space.choices[name].index(width[name]) for name in space.choices]])
-        return int(table.cost(index)[1][0])
+        return cost_of(table, width)[1]
 
     full, rows = macs(space.full), list[dict[str, Any]]()
     uniform = [space.level(i / (len(LEVELS) - 1)) for i in range(len(LEVELS))]

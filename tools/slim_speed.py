@@ -40,7 +40,7 @@ class Args:
 
 
 class Overruled(nn.Module):
-    """A gate that is run, and then says what it is told: the widest for the first `share` of a batch."""
+    """A gate that is run, and whose answer is replaced: the widest for the first `share` of a batch."""
 
     def __init__(self, gate: nn.Module, share: float) -> None:
         super().__init__()

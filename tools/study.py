@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from growshrink.analysis import prune, stats
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.channels import ChannelSpace, best_channels
-from growshrink.analysis.prune import Budget, DrawnWidths, Space, SupernetSpace, draw_widths, width_of
+from growshrink.analysis.prune import Budget, DrawnWidths, Space, SupernetSpace, cost_of, draw_widths, width_of
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
 from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
@@ -122,15 +122,14 @@ def measure(
         train(net)
     calibrate_bn(net, calibration)
     score = evaluate(net, val)
-    index = np.array([[space.choices[name].index(width) for name, width in widths.items()]])
-    params, macs = space.cost(index)
+    params, macs = cost_of(space, widths)
     return {
         "key": candidate.key,
         "net": candidate.net,
         "kind": candidate.kind,
         "subnet": "-".join(map(str, widths.values())),
-        "params": int(params[0]),
-        "macs": int(macs[0]),
+        "params": params,
+        "macs": macs,
         "top1": score.top1,
         "loss": score.loss,
         "seconds_to_find": found - began,

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from growshrink.algebra.inputs import InputLike
-from growshrink.analysis.prune import SlimSpace, profile_macs
+from growshrink.analysis.prune import SlimSpace, cost_of, profile_macs
 from growshrink.base.copying import copy_net
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Slots, Width, WidthSpace
@@ -88,15 +88,14 @@ def allocate(
     if not 0 < macs <= 1:
         raise WidthError(f"macs={macs!r}: must be a share of the full net's, above 0 and at most 1.")
     if cost is None:
-        table, names = SlimSpace(model, input_size), list(space.choices)
+        table = SlimSpace(model, input_size)
         full_macs = profile_macs(table)
-        if other := [name for name in names if not set(space.choices[name]) <= set(table.choices[name])]:
+        if other := [name for name in space.choices if not set(space.choices[name]) <= set(table.choices[name])]:
             own = ", ".join(map(str, table.choices[other[0]]))
             raise WidthError(f"{other[0]}: the space has values beside the slim net's levels, {own}.")
 
         def cost(width: Width) -> float:
-            index = np.array([[table.choices[name].index(width[name]) for name in names]])
-            return float(table.cost(index)[1][0]) / full_macs
+            return cost_of(table, width)[1] / full_macs
 
     whole = cost(space.full)
     steps = [WidthStep(space.full, 1.0, score(space.full))]

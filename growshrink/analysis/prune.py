@@ -179,8 +179,14 @@ def _left_alone(space: Space) -> str:
 
 def profile_macs(space: Space) -> int:
     """MACs of the full net."""
-    full = np.array([[len(choices) - 1 for choices in space.choices.values()]])
-    return int(space.cost(full)[1][0])
+    return cost_of(space, {name: choices[-1] for name, choices in space.choices.items()})[1]
+
+
+def cost_of(space: Space, widths: Mapping[str, int]) -> tuple[int, int]:
+    """Parameters and MACs of a net given by its widths, which are choices of the space."""
+    index = np.array([[choices.index(widths[name]) for name, choices in space.choices.items()]])
+    params, macs = space.cost(index)
+    return int(params[0]), int(macs[0])
 
 
 def random_channels(space: ChannelSpace, widths: Mapping[str, int], seed: int) -> dict[str, NDArray[np.intp]]:

@@ -111,7 +111,7 @@ class Results(AbstractContextManager["Results"]):
         """Keys to compute and `append` here, one at a time; ends when all of `keys` are done, by whomever.
 
         All processes have to give the same keys in the same order. What a process that died has left is taken over.
-        After each key `say` is told how long the rest will take.
+        After each key `say` gets how long the rest will take.
         """
         began, missing = time.monotonic(), len(set(keys) - self.done().keys())
         while True:
@@ -152,7 +152,7 @@ class Results(AbstractContextManager["Results"]):
         return path
 
     def kept(self, name: str) -> Callable[..., Tensor]:
-        """`Trainer.train` that goes on where a killed process was, by checkpoints in the folder; see `train_kept`."""
+        """`Trainer.train` that continues where a killed process was, by checkpoints in the folder; see `train_kept`."""
         return partial(train_kept, self.path / f"{name}.training")
 
     @contextmanager
