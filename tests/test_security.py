@@ -250,7 +250,7 @@ def test_a_lie_about_sizes_is_refused_in_little_memory(tmp_path):
     for read, lie, content in LIES:
         (tmp_path / f"{read} {lie}").write_bytes(content)
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-1000:]
     refused = done.stdout.splitlines()
     assert len(refused) == len(LIES), refused

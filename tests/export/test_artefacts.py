@@ -73,7 +73,7 @@ def test_nothing_but_timm_reads_it(exported):
     torch.save((x, logits, source.plain.state_dict()), folder / "plain.pt")
     command = [sys.executable, "-c", OUTSIDE, str(folder), source.name]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "(3, 32, 32) [0.1, 0.2, 0.3] d\n"
 

@@ -158,7 +158,7 @@ def test_where_it_is_ended_its_workers_end_too(tmp_path):
                 break
             time.sleep(0.1)
         program.send_signal(signal.SIGTERM)
-        _, error = program.communicate(timeout=60)
+        _, error = program.communicate(timeout=600)
         assert program.returncode == 143 and b"continues from the last checkpoints" in error
         for _ in range(100):
             try:

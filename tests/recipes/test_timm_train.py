@@ -52,7 +52,7 @@ def run(folder, *args):
         [sys.executable, "-W", "error:NetAugTask:UserWarning", str(RECIPE), *args],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

@@ -32,7 +32,7 @@ def both_ranks(out, cases, first, stop):
         subprocess.Popen(command, env={**env, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     for rank, said in zip(ranks, errors, strict=True):
         assert rank.returncode == 0, said[-3000:]
 

@@ -49,13 +49,13 @@ def test_killed_and_run_again_by_two_processes_nothing_is_lost_and_nothing_done_
     while len(lines(out)) < 8 and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate(timeout=60)
+    killed.communicate(timeout=600)
     survived = lines(out)
     weights = (out / "net-0.safetensors").stat().st_mtime_ns
     assert 8 <= len(survived) < 62
     other = start(*args)
     code, here, _ = main(capsys, *args)
-    stdout, stderr = other.communicate(timeout=300)
+    stdout, stderr = other.communicate(timeout=600)
     assert code == other.returncode == 0, stderr
     assert "Traceback" not in stderr and "60 random subnets" in stdout and "60 random subnets" in here
     found = lines(out)
