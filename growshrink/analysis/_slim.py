@@ -17,7 +17,7 @@ from growshrink.base.copying import copy_net, ties
 from growshrink.base.reading import reason
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.grown import grown_modules
-from growshrink.layers.slim import ChannelGroup, Entries, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, SlimLayer
+from growshrink.layers.slim import ChannelGroup, Entries, OwnStatistics, SkippableBlock, SlimAxes, SlimAxis, is_slim
 from growshrink.layers.swaps import keep_statistics, make_dense, make_skippable, make_slim
 from growshrink.layers.widths import Slots, Width, active_width, width_space
 from growshrink.proofs.probes import randomize_norms_
@@ -48,6 +48,7 @@ def slim(
         model: Any convolutional net without branches that Torch-Pruning (the extra `prune`) can trace.
         levels: Rising shares of each group's channels that are choices; the last is 1.
         blocks: Residual blocks (what gives its input back once its parameters are 0) become slots too, 1 or 0 (off).
+            At each level of the space all of them are on.
         own_statistics: Batch norms have statistics of their own for each level (set by `calibrate_bn` there).
         inplace: Work on `model` itself; otherwise on a deep copy.
         input_size: `(C, H, W)`; None takes the model's own.
@@ -68,30 +69,23 @@ def slim(
     (2, 4)
     """
     check_model(model, scripted=False)
-    shares = [*levels] if isinstance(levels, Iterable) and not isinstance(levels, str) else []
-    numbers = shares and all(isinstance(level, (int, float)) for level in shares)
-    if not (numbers and shares == sorted(set(shares)) and 0.0 < shares[0] and shares[-1] == 1.0):
-        raise WidthError(f"{levels=}: must be rising shares of the channels above 0, the last of them 1.")
+    shares = _rising(levels)
     if name := next((name for name in grown_modules(model)), None):
         raise WidthError(f"{name} carries branches: growshrink.fuse comes before growshrink.slim.")
-    if any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+    if is_slim(model):
         raise WidthError("the model is slim already: growshrink.cut makes a plain net of it.")
     space = ChannelSpace(model, given_inputs(input_size, example_inputs))
     axes = space.axes()
     _check_layers(model, {name for name, _ in axes})
-    choices = {
-        name: tuple(sorted({max(1, round(level * widths[-1])) for level in levels}))
-        for name, widths in space.choices.items()
-    }
+    widths = {name: [max(1, round(level * all_[-1])) for level in shares] for name, all_ in space.choices.items()}
     batch = space.inputs.batch(2)
     found = _residual_blocks(model, batch) if blocks else []
-    commit = partial(_commit, axes=axes, choices=choices, blocks=found, left_alone=dict(space.left_alone))
+    commit = partial(_commit, axes=axes, levels=widths, blocks=found, left_alone=dict(space.left_alone))
     _prove(model, space, batch, commit)
     model = model if inplace else copy_net(model)
     commit(model)
     if own_statistics:
-        widths = width_space(model)
-        keep_statistics(model, [widths.level(i / widths.diversity) for i in range(widths.diversity + 1)])
+        keep_statistics(model, width_space(model).all_levels)
     return model
 
 
@@ -134,7 +128,7 @@ def cut(
     <All keys matched successfully>
     """
     check_model(model)
-    if not any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+    if not is_slim(model):
         raise WidthError("the model is not slim, so there is nothing to cut: growshrink.slim comes first.")
     model = model if inplace else copy_net(model)
     if width is not None:
@@ -146,6 +140,14 @@ def cut(
     check_unchanged(model, commit, flow.inputs, prepare=partial(_scale_outputs, factors=factors))
     commit(model)
     return model
+
+
+def _rising(levels: object) -> list[float]:
+    shares = [*levels] if isinstance(levels, Iterable) and not isinstance(levels, str) else []
+    numbers = shares and all(isinstance(level, (int, float)) for level in shares)
+    if not (numbers and shares == sorted(set(shares)) and 0.0 < shares[0] and shares[-1] == 1.0):
+        raise WidthError(f"{levels=}: must be rising shares of the channels above 0, the last of them 1.")
+    return shares
 
 
 def _check_layers(model: nn.Module, names: set[str]) -> None:
@@ -160,11 +162,11 @@ def _check_layers(model: nn.Module, names: set[str]) -> None:
 def _commit(
     model: nn.Module,
     axes: Axes,
-    choices: Mapping[str, tuple[int, ...]],
+    levels: Mapping[str, Sequence[int]],
     blocks: Sequence[str],
     left_alone: dict[str, str],
 ) -> None:
-    groups = {name: ChannelGroup(name, values, values[-1]) for name, values in choices.items()}
+    groups = {name: ChannelGroup(name, tuple(own), own[-1]) for name, own in levels.items()}
     shared = OwnStatistics()
     for name, layer in list(model.named_modules()):
         sides = [axes.get((name, outputs)) for outputs in (True, False)]

@@ -25,7 +25,7 @@ from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, check_model, did_you_mean
-from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer
+from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer, is_slim
 from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
 #: DrawnWidths after which a budget counts as one that nothing meets.
@@ -240,7 +240,7 @@ def random_prune(
     if isinstance(criterion, str) and criterion not in known:
         raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
     budget, inputs = Budget(macs, tolerance), given_inputs(input_size, example_inputs)
-    if any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules()):
+    if is_slim(model):
         if criterion != "random":
             raise AnalysisError(f"{criterion=}: the channels of a slim net are ordered, so its widths are drawn.")
         slim = SlimSpace(model, inputs)

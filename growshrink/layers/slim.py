@@ -30,10 +30,10 @@ _SIZES = (
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that live and die together, named by their first layer; `choices` are the rising widths they have."""
+    """Channels that live and die together, named by their first layer; `levels` has the width of each level."""
 
     name: str
-    choices: tuple[int, ...]
+    levels: tuple[int, ...]  # rising; where they are few channels, some are the same
     width: int
 
 
@@ -86,15 +86,15 @@ class SlimAxis:
 
 @dataclass(eq=False)
 class OwnStatistics:
-    """Widths of a net at which its batch norms have statistics of their own; `active` is the number of one, or None."""
+    """Widths, or parts of widths, at which batch norms have statistics of their own; `active` are their numbers."""
 
     widths: list[dict[str, int]] = field(default_factory=list)
-    active: int | None = None
+    active: tuple[int, ...] = ()
 
     def choose(self, width: Mapping[str, int]) -> None:
-        """Make those of a width the active ones; None where it has none."""
-        found = [i for i, own in enumerate(self.widths) if own == dict(width)]
-        self.active = found[-1] if found else None  # the latest: those of growshrink.route come after the net's own
+        """Make those that agree with a width the active ones: the latest first, which growshrink.route adds."""
+        found = (i for i, own in enumerate(self.widths) if own.items() <= width.items())
+        self.active = tuple(found)[::-1]
 
 
 class SlimAxes(NamedTuple):
@@ -103,6 +103,11 @@ class SlimAxes(NamedTuple):
     outputs: SlimAxis | None
     inputs: SlimAxis | None
     statistics: OwnStatistics
+
+    def own(self, layer: nn.Module) -> dict[str, Tensor]:
+        """The active ones of the layer's own statistics, by the keys of those that they stand for."""
+        number = next((n for n in self.statistics.active if f"slim_mean_{n}" in layer._buffers), None)
+        return {} if number is None else {key: layer.get_buffer(f"{own}_{number}") for own, key in _OWN.items()}
 
 
 class SlimLayer(nn.Module):
@@ -126,7 +131,7 @@ class SlimLayer(nn.Module):
                 del own[key]
             own.update(before)
             outputs = self.slim.outputs
-            for key in _OWN.values() if self.training and self.slim.statistics.active is None else ():
+            for key in _OWN.values() if self.training and not self.slim.own(self) else ():
                 whole = self._buffers.get(key)  # its prefix is a view; another part was a copy that is written back
                 if whole is not None and outputs and isinstance(kept := outputs.kept(whole.device), Tensor):
                     whole.data.index_copy_(0, kept, cut[key])  # .data: an earlier pass may have saved it
@@ -141,6 +146,11 @@ class SkippableBlock(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the block computes, or its input."""
         return x if self.skipped else super().forward(x, *args, **kwargs)
+
+
+def is_slim(model: nn.Module) -> bool:
+    """Whether `growshrink.slim` made it."""
+    return any(isinstance(module, (SlimLayer, SkippableBlock)) for module in model.modules())
 
 
 def tensor_axes(layer: SlimLayer) -> Iterator[tuple[str, int, SlimAxis]]:
@@ -159,7 +169,7 @@ def active_values(layer: SlimLayer) -> dict[str, Any]:
         tensor = found[key] if key in found else getattr(layer, key)
         if (taken := axis.take(tensor, dim)) is not tensor:
             found[key] = taken
-    outputs, _, statistics = layer.slim
+    outputs = layer.slim.outputs
     if outputs is not None and "num_features" in vars(layer) and outputs.size() != outputs.length:
         found["num_features"] = outputs.size()  # what an instance norm without parameters compares with
     if found and outputs is not None:
@@ -167,10 +177,7 @@ def active_values(layer: SlimLayer) -> dict[str, Any]:
             found["groups"] = outputs.size()
         if len(getattr(layer, "normalized_shape", ())) == 1:
             found["normalized_shape"] = (outputs.size(),)
-    for own, key in _OWN.items() if statistics.active is not None else ():
-        if f"{own}_{statistics.active}" in layer._buffers:
-            found[key] = layer._buffers[f"{own}_{statistics.active}"]
-    return found
+    return found | layer.slim.own(layer)
 
 
 def add_statistics(layer: SlimLayer, number: int) -> None:

@@ -4,7 +4,7 @@ A swap leaves the object what it is to everybody who holds it: parameters, buffe
 that an optimizer keeps. No other file assigns `__class__`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from timm.layers import BatchNormAct2d, Conv2dSame
@@ -135,17 +135,22 @@ def make_dense(model: nn.Module) -> None:
                 child.__class__ = child.plain_class  # type: ignore[assignment]
 
 
-def keep_statistics(model: nn.Module, widths: Sequence[Width]) -> None:
-    """Give the batch norms of a slim net statistics of their own at each of these widths, in place."""
+def keep_statistics(
+    model: nn.Module, widths: Sequence[Width], within: Callable[[list[str]], bool] = lambda names: True
+) -> None:
+    """Give the batch norms of a slim net, those `within`, statistics of their own at each of these widths, in place.
+
+    A width may leave out slots that these norms have nothing to do with.
+    """
     shared = next(module.slim.statistics for module in model.modules() if isinstance(module, SlimLayer))
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, SlimLayer):
             make_slim(module, SlimAxes(None, None, shared))
     before = Slots(model).get()
     for width in widths:
-        with active_width(model, width):
-            for module in model.modules():
-                if isinstance(module, SlimLayer):
+        with active_width(model, {**before, **width}):
+            for name, module in model.named_modules():
+                if isinstance(module, SlimLayer) and within([name]):
                     add_statistics(module, len(shared.widths))
         shared.widths.append(dict(width))
     shared.choose(before)

@@ -43,7 +43,7 @@ class _Slot:
     @property
     def full(self) -> int:
         if isinstance(self.body, ChannelGroup):
-            return self.body.choices[-1]
+            return self.body.levels[-1]
         return self.body.conv.out_channels if self.body is not None else _ON
 
     @property
@@ -176,6 +176,7 @@ class WidthSpace:
         diversity: s, the number of steps from base to full.
         divisor: What the widths between base and full are multiples of, where the branch is wide enough.
         shares: How often each choice of a branch is drawn; all as often where none are given.
+        levels: Of a slim net by name the width at each level, one share of all channels; a block is on at every level.
 
     Source: NetAug (Cai et al., arXiv:2110.08890, section 3.2), whose r and s these are.
     """
@@ -185,6 +186,7 @@ class WidthSpace:
     diversity: int
     divisor: int
     shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    levels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def base(self) -> dict[str, int]:
@@ -221,10 +223,23 @@ class WidthSpace:
         return replace(self, choices=choices, shares={name: (share, 1 - share) for name, share in off.items()})
 
     def level(self, share: float) -> dict[str, int]:
-        """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one."""
+        """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one.
+
+        Of a slim net, of the list of its levels, or what comes nearest to that.
+        """
         if not 0.0 <= share <= 1.0:
             raise WidthError(f"{share=}: must lie in [0, 1], 0 the base and 1 the full width.")
-        return {name: values[round(share * (len(values) - 1))] for name, values in self.choices.items()}
+        found = {}
+        for name, values in self.choices.items():
+            own = self.levels.get(name, values)
+            wanted = own[round(share * (len(own) - 1))]
+            found[name] = min(values, key=lambda value: abs(value - wanted))
+        return found
+
+    @property
+    def all_levels(self) -> list[dict[str, int]]:
+        """The `diversity` + 1 levels, from the base up."""
+        return [self.level(number / self.diversity) for number in range(self.diversity + 1)]
 
     def __contains__(self, width: object) -> bool:
         if not isinstance(width, Mapping) or set(width) != set(self.choices):
@@ -252,11 +267,15 @@ class WidthSpace:
             choices = {str(name): tuple(map(_whole, widths)) for name, widths in values["choices"].items()}
             factor = None if values["factor"] is None else float(values["factor"])
             shares = {str(name): tuple(map(float, own)) for name, own in values.get("shares", {}).items()}
-            space = WidthSpace(choices, factor, _whole(values["diversity"]), _whole(values["divisor"]), shares)
+            levels = {str(name): tuple(map(_whole, own)) for name, own in values.get("levels", {}).items()}
+            steps, divisor = _whole(values["diversity"]), _whole(values["divisor"])
+            space = WidthSpace(choices, factor, steps, divisor, shares, levels)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise WidthError(f"not the JSON of a width space ({type(error).__name__}: {error}).") from error
         if not choices or not all(values and values == tuple(sorted(set(values))) for values in choices.values()):
             raise WidthError("not the JSON of a width space: every branch needs a rising list of widths.")
+        if not all(levels.values()):
+            raise WidthError("not the JSON of a width space: a slot without levels.")
         for name, own in shares.items():
             if (
                 name not in choices
@@ -293,15 +312,17 @@ def width_space(
     ((16, 32, 48, 64), True)
     """
     slots = dict(Slots(model))
-    levels = max((len(slot.body.choices) for slot in slots.values() if isinstance(slot.body, ChannelGroup)), default=0)
-    steps = (levels - 1 if levels > 1 else DIVERSITY) if diversity is None else diversity
+    levels = {name: slot.body.levels for name, slot in slots.items() if isinstance(slot.body, ChannelGroup)}
+    count = max(map(len, levels.values()), default=0)
+    levels |= {name: (_ON,) for name, slot in slots.items() if isinstance(slot.branch, SkippableBlock)}
+    steps = (count - 1 if count > 1 else DIVERSITY) if diversity is None else diversity
     for name, value in (("diversity", steps), ("divisor", divisor)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise WidthError(f"{name}={value!r}: must be a whole number above 0.")
     if factor is not None and not (math.isfinite(factor) and factor > 0):
         raise WidthError(f"{factor=}: must be a number above 0, the full width over the output channels.")
     choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in slots.items()}
-    return WidthSpace(choices, factor, steps, divisor)
+    return WidthSpace(choices, factor, steps, divisor, levels=levels)
 
 
 def draw(values: Sequence[int], seed: int, step: int, name: str, shares: Sequence[float] | None = None) -> int:
@@ -317,7 +338,7 @@ def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: 
     if slot.body is None:
         return (0, _ON)
     if isinstance(slot.body, ChannelGroup):
-        return slot.body.choices
+        return tuple(sorted({*slot.body.levels}))
     outputs, groups = slot.body.out_channels, slot.groups
     full = slot.full if factor is None else middle_width(outputs, groups, factor)
     base = 0 if slot.branch is not None else min(middle_width(outputs, groups, 1.0), slot.full)

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from operator import or_
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.errors import WidthError, check_model
-from growshrink.layers.slim import SlimLayer
+from growshrink.layers.slim import is_slim
 from growshrink.layers.swaps import keep_statistics
 from growshrink.layers.widths import Slots, WidthSpace, active_width
 from growshrink.proofs._profile import flop_counter, profile
@@ -46,7 +46,8 @@ class Routed(nn.Module):
         self._always: int | None = None  # the choice of all images
         self._fixed = space.level(rest)
         self._own: list[list[dict[str, int]]] = []  # what a choice sets
-        levels = [space.level(i / space.diversity) for i in range(space.diversity + 1)]
+        off = {name: 0 for name, values in space.choices.items() if not values[0]}
+        levels = [space.level(0) | off, *space.all_levels]  # at the levels of the space blocks are on
         for start, stop in pairwise(self._ends):
             inside = [name for name in self._fixed if chain.within(self._slots.names_of(name), start, stop)]
             choices = {
@@ -57,10 +58,11 @@ class Routed(nn.Module):
             self._own.append(list(choices.values()))
             counts = torch.zeros(len(choices), dtype=torch.int64)  # half precision counts to 256
             self.register_buffer(f"counts_{len(self._own) - 1}", counts, persistent=False)
-        self._statistics = next(m.slim.statistics for m in model.modules() if isinstance(m, SlimLayer))
-        self._first = len(self._statistics.widths)
-        alike = [[own[min(number, len(own) - 1)] for own in self._own] for number in range(self._most)]
-        keep_statistics(model, [reduce(or_, parts, self._fixed) for parts in alike])
+        chosen = reduce(or_, (own[0] for own in self._own))
+        always = {name: value for name, value in self._fixed.items() if name not in chosen}
+        parts: list[list[dict[str, int]]] = [[{}], *self._own]
+        for own, (start, stop) in zip(parts, pairwise([0, *self._ends]), strict=True):
+            keep_statistics(model, [always | one for one in own], partial(chain.within, start=start, stop=stop))
         self._measure(hidden, space.full)
 
     @torch.no_grad()
@@ -179,10 +181,9 @@ class Routed(nn.Module):
 
     def _choose(self, place: int, choice: int) -> None:
         self._slots.set(self._fixed | self._own[place][min(choice, len(self._own[place]) - 1)])
-        self._statistics.active = self._first + choice
 
     def _prefix(self, x: Tensor) -> Tensor:
-        self._choose(0, self._always or 0)  # its statistics are the same for all choices
+        self._choose(0, 0)
         return self._chain.prefix(x, self._ends[0])
 
     def _segment(self, place: int, x: Tensor, choice: int) -> Tensor:
@@ -259,7 +260,8 @@ def route(
 
     Args:
         model: A slim net that is a chain of units; a copy of it is routed.
-        space: Its width space: the choices are the levels of the slots that lie behind the place alone.
+        space: Its width space: the choices are the levels of the slots that lie behind the place alone; where blocks
+            lie there, also the first level with these off.
         after: Units that gates come after, `"stages.0"`: one (DS-Net), or several in order; each chooses for what lies
             between it and the next (RNP; with blocks=True whether blocks run: SkipNet).
         rest: Level of every slot that no gate chooses for.
@@ -275,7 +277,7 @@ def route(
     al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.
     """
     check_model(model, scripted=False)
-    if not any(isinstance(module, SlimLayer) for module in model.modules()):
+    if not is_slim(model):
         raise WidthError("the model is not slim: growshrink.slim comes first.")
     if hidden < 1:
         raise WidthError(f"hidden={hidden!r}: must be at least 1.")

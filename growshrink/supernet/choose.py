@@ -76,6 +76,5 @@ def choose_width(
 
 def default_candidates(space: WidthSpace, *, num_random: int = 4, seed: int = 0) -> list[dict[str, int]]:
     """The base first, the even levels of the space up to the full net, and a few drawn at random; none twice."""
-    levels = [space.level(index / space.diversity) for index in range(space.diversity + 1)]
     drawn = [space.sample(seed, -1 - index) for index in range(num_random)]  # steps no training update has
-    return list({tuple(width.items()): width for width in [*levels, *drawn]}.values())
+    return list({tuple(width.items()): width for width in [*space.all_levels, *drawn]}.values())

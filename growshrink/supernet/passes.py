@@ -49,7 +49,7 @@ def _sandwich(space: WidthSpace, seed: int, update: int, chain: UnitChain | None
 
 def _levels(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     number = draw(range(space.diversity + 1), seed, update, "levels")
-    return Passes(space.base, (space.full, space.level(number / space.diversity)))
+    return Passes(space.base, (space.full, space.all_levels[number]))
 
 
 #: A new mode is one function of (space, seed, update, chain) here.

@@ -19,6 +19,7 @@ from growshrink.errors import PlanError, WidthError, did_you_mean
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.online import no_autocast
 from growshrink.layers.regions import compile_regions
+from growshrink.layers.slim import SkippableBlock
 from growshrink.layers.widths import Slots, WidthSpace, width_space
 from growshrink.schedules.functions import Schedule
 from growshrink.supernet.chain import UnitChain
@@ -137,6 +138,10 @@ class NetAugTask(ClassificationTask):
                 raise PlanError(f"{name}={temperature!r}: must be above 0.")
         self.space = width_space(model) if space is None else space
         self.space.check(model)
+        slots = Slots(model)
+        for name, slot in slots if mode == "levels" else ():
+            if isinstance(slot.branch, SkippableBlock) and len(self.space.choices[name]) > 1:
+                raise WidthError(f"{name}: no level says whether a block runs; mode='sandwich' and 'single' draw it.")
         self.mode, self.every, self.reduction = mode, every, reduction
         self.alpha = default_alpha(mode, every) if alpha is None else alpha
         self.inplace_distil, self.inplace_temperature = inplace_distil, inplace_temperature
@@ -146,7 +151,6 @@ class NetAugTask(ClassificationTask):
         self.teacher_weight, self.teacher_temperature = teacher_weight, teacher_temperature
         self.lambda_schedule, self.seed, self.update = lambda_schedule, seed, 0
         self.chain = UnitChain(model, input_size) if mode == "suffix" else None
-        slots = Slots(model)
         self._net = Supernet(model, slots, self.chain)
         self._gated = any(isinstance(module, Modulated) for module in model.modules())
         self._keeper: FrozenSlices | None = None

@@ -50,9 +50,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
             norm.training = True  # not train(): what a grown norm carries stays in eval mode
             norm.track_running_stats = True  # an eval pass reads what there is, whether it is tracked or not
             norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
-            mean, var, count = _statistics(norm)
-            count.zero_()
-            for statistic in (mean, var):
+            _statistics(norm)[2].zero_()
+            for statistic in norm.buffers(recurse=False):  # a slim net's has more of them
                 statistic.nan_to_num_(0.0, 0.0, 0.0)  # replaced means multiplied by 0
         for batch in chain([first], remaining):
             model(*batch.args, **batch.kwargs)

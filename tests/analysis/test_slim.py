@@ -1,6 +1,7 @@
 """Slim nets: at every width the net that is cut there, and what trains and cuts them."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,10 +169,12 @@ def test_shares_decide_how_often_a_choice_is_drawn():
 def test_each_level_may_have_statistics_of_its_own():
     slim = gs.slim(make("mixed"), (0.5, 1.0), own_statistics=True, input_size=SIZE)
     space, batches = gs.width_space(slim), [images(*SIZE, n=5, dtype=torch.float64, seed=s) + s for s in range(3)]
-    cuts = {}
-    for level in (0.0, 1.0):
+    cuts = {level: gs.cut(slim, space.level(level), input_size=SIZE) for level in (0.0, 1.0)}
+    for key, statistics in slim.named_buffers():
+        if "slim_" in key:
+            statistics.fill_(torch.nan)  # of a step that diverged: new ones replace them
+    for level in cuts:
         with gs.active_width(slim, space.level(level)):
-            cuts[level] = gs.cut(slim, input_size=SIZE)
             gs.calibrate_bn(slim, batches)
     x = images(*SIZE, dtype=torch.float64)
     for level, cut in cuts.items():  # both are still there
@@ -183,6 +186,29 @@ def test_each_level_may_have_statistics_of_its_own():
             dense = gs.cut(slim, input_size=SIZE)
         assert dense.state_dict().keys() == make("mixed").state_dict().keys()
         torch.testing.assert_close(dense.bn.running_var, cut.bn.running_var, rtol=0, atol=0)
+
+
+def test_a_level_is_one_share_of_all_channels():
+    """Also where a group has fewer channels than levels, where a choice is gone, and where there are blocks."""
+    plain = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Conv2d(2, 3, 3), nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(32, 5))
+    shares = (0.1, 0.2, 0.4, 0.9, 1.0)
+    slim = gs.slim(plain, shares, input_size=SIZE)
+    space = gs.width_space(slim)
+    expected = [{str(i): max(1, round(share * n)) for i, n in enumerate((2, 3, 8))} for share in shares]
+    assert space.all_levels == expected and space.choices["0"] == (1, 2) and space.diversity == 4
+    assert WidthSpace.from_json(space.to_json()) == space
+    fewer = replace(space, choices={**space.choices, "2": (1, 7, 8)})
+    assert [level["2"] for level in fewer.all_levels] == [1, 1, 1, 7, 8]
+    with pytest.raises(WidthError, match="a slot without levels"):
+        WidthSpace.from_json(replace(space, levels={"2": ()}).to_json())
+    blocks = gs.slim(make("reducenet"), (0.5, 1.0), blocks=True, own_statistics=True, input_size=SIZE)
+    space = gs.width_space(blocks)
+    assert [all_on(blocks, level) for level in space.all_levels] == space.all_levels
+    assert space.base["stages.1.1"] == 0
+    with pytest.raises(WidthError, match=r"stages.0.0: no level says whether a block runs"):
+        gs.NetAugTask(blocks, mode="levels", verbose=False)
+    on = replace(space, choices={name: tuple(v for v in values if v) for name, values in space.choices.items()})
+    assert gs.NetAugTask(blocks, mode="levels", verbose=False, space=on).passes().augmented[0] == space.full
 
 
 @pytest.mark.parametrize("mode", ["sandwich", "levels", "netaug"])

@@ -92,6 +92,24 @@ def test_each_choice_is_the_net_that_is_cut_there(routed):
     )
 
 
+def test_the_static_net_of_gates_in_a_row(routed):
+    """What most images take at each place, together perhaps no image's path: statistics are those of each place."""
+    net = copy.deepcopy(routed["blocks"]).eval()
+    x, path = images(*SIZE, n=5, dtype=torch.float64), (1, 0, 2)
+    with torch.no_grad():
+        for gate, choice in zip(net.gates, path, strict=True):
+            gate[-1].bias[choice] += 1e6
+        net(x)
+        found = gs.cut(net.model, net.most_used, input_size=SIZE).eval()(x)
+        torch.testing.assert_close(found, net(x), rtol=1e-12, atol=1e-14)
+        for key, statistics in net.model.named_buffers():
+            if "slim_" in key:
+                statistics.fill_(1.0)
+        assert not torch.allclose(found, net(x), rtol=1e-3)
+    before = net.most_used
+    assert [own.index({name: before[name] for name in own[0]}) for own in net._own] == list(path)
+
+
 @pytest.mark.parametrize("name", ["width", "blocks"])
 def test_the_exact_gradient_is_that_of_the_expectation(routed, name):
     """By enumeration of the paths from probabilities alone, and by REINFORCE within its error."""
