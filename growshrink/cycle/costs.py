@@ -26,7 +26,7 @@ from growshrink.errors import GrowShrinkError, PlanError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
 from growshrink.proofs._profile import training_macs
-from growshrink.transforms import collapse_online, collapse_report, grow
+from growshrink.transforms import collapse_online, collapse_report
 
 
 def teacher_nets(
@@ -120,14 +120,13 @@ class Costs:
         made: dict[tuple[object, ...], NetCost] = {}
         self.grown: list[NetCost] = []
         for number, entry in enumerate(plan.rounds):
-            key = (number == 0 and bool(grown_modules(model)), entry.branch, entry.ratio, entry.where)
+            key = (number == 0 and bool(grown_modules(model)), entry.branch, entry.ratio, entry.where, entry.guide)
             if key not in made:
                 made[key] = self.first
                 if not entry.branch:
                     made[key] = self.plain
                 elif not key[0]:
-                    net = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
-                    made[key] = cost_of(net)
+                    made[key] = cost_of(entry.grown(plain, input_size))
             self.grown.append(made[key])
         self.teachers = {number: cost_of(net) for number, net in (teachers or {}).items()}
 

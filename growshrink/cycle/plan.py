@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import timm
+from torch import nn
 
+from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import check_fields, from_dict, to_dict
 from growshrink.base.limits import NotNegative, OneOf, Positive, Ratio, Regex, Share, SomeOrAll, Whole
 from growshrink.branches import Branch, Guided
@@ -17,7 +19,7 @@ from growshrink.cycle.exits import Exit, Fuse
 from growshrink.cycle.gradients import MapSource
 from growshrink.cycle.teaching import Teacher
 from growshrink.errors import PlanError
-from growshrink.transforms import INITS
+from growshrink.transforms import INITS, grow
 
 CLOSED_LOOP = "closed_loop"
 CONTROLS = ("schedule", CLOSED_LOOP)
@@ -99,6 +101,11 @@ class Round:
             raise PlanError(
                 f"exit={self.exit.kind!r}: needs vanish=0, settle=0, teacher=Teacher('peak') and no widths."
             )
+
+    def grown(self, plain: nn.Module, input_size: InputSize) -> nn.Module:
+        """A copy of `plain` in the structure, and at the cost, that the round gives it."""
+        how = {name: getattr(self, name) for name in ("ratio", "where", "init", "guide")}
+        return grow(plain, self.branch, **how, input_size=input_size)
 
     @property
     def controlled(self) -> bool:

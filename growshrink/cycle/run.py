@@ -36,7 +36,6 @@ from growshrink.runs.folder import RunFolder, check_same, claim_together, differ
 from growshrink.supernet import NetAugTask
 from growshrink.training._evaluate import Loss
 from growshrink.training.trainer import TrainConfig
-from growshrink.transforms import grow
 
 
 def run_cycle(
@@ -212,7 +211,7 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
     for entry in rounds:
         if not entry.branch:
             continue
-        grown = grow(plain, entry.branch, ratio=entry.ratio, where=entry.where, input_size=input_size)
+        grown = entry.grown(plain, input_size)
         if entry.widths is not None:
             NetAugTask(grown, mode=entry.widths.mode, verbose=False, input_size=input_size)
 

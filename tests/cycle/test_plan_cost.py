@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from small import CONFIG, SIZE, Feed, shorten_settle, small
+from small import BATCH, CONFIG, SIZE, Feed, shorten_settle, small
 
 import growshrink as gs
 from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher, lay_out
 from growshrink.cycle.costs import Costs
 from growshrink.errors import PlanError
+from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import cosine
 from growshrink.training import Trainer
 from sampled import sampled
@@ -22,6 +23,7 @@ PLANS = {
     "at equilibrium": [{"branch": ("implicit",)}],
     "two kinds": [{}, {"branch": ("insert", "nest")}],
     "linear, as in the paper": [{"branch": ("expandnet",), "linear": True, "init": "paper"}],
+    "guided": [{"branch": ("guided", "guided_kernel"), "ratio": 4.0, "guide": "test_byobnet"}],
     "online": [{"branch": ("expandnet", "insert"), "online": True}],
     "online, linear": [{"branch": ("dbb",), "online": True, "linear": True, "teacher": Teacher("peak")}],
     "drop": [{"exit": Drop(), "hold": 0.5, "vanish": 0.0, "settle": 0.0}],
@@ -60,6 +62,17 @@ def test_the_cost_is_known_before(tmp_path, name):
     assert phases.macs(Costs(small(outputs=4), plan, feed.train, SIZE)) == result.training_macs
     assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
+
+
+def test_a_guide_is_paid_for():
+    rounds = tuple(
+        gs.Round(epochs=1, branch=("guided", "guided_kernel"), guide=name) for name in ("test_byobnet", None)
+    )
+    plain = small(outputs=4)
+    costs = Costs(plain, gs.CyclePlan(rounds=rounds), Feed.make().train, SIZE)
+    twins = [gs.grow(plain, entry.branch, guide=entry.guide, input_size=SIZE) for entry in rounds]
+    assert [cost.train for cost in costs.grown] == [training_macs(twin, SIZE, BATCH) for twin in twins]
+    assert costs.grown[0].train > 2 * costs.grown[1].train
 
 
 def test_a_taught_net_goes_on_where_it_was_and_learns_from_the_peak(tmp_path):
