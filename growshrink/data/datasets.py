@@ -95,7 +95,7 @@ def load_data(
     | `digits` | scikit-learn's 1797 8x8 digits; a fixed, stratified fifth is the test split |
     | `fashion-mnist` | idx files (`.gz` or not) in `data_dir`, else Debian's package, else a download by torchvision |
     | `cifar10`, `cifar100` | `data_dir`: the binary version, torchvision's pickled one, or class folders as below |
-    | `folder`, or any path | `train/CLASS/*` and `test/CLASS/*` (or `val`, `validation`: the first that exists) |
+    | `folder`, or any path | `train/CLASS/*`, `test/CLASS/*` (or `val`, `validation`: the first), or `CLASS/*` |
 
     Args:
         name: One of the names above, or the path of a folder.

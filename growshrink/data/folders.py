@@ -76,7 +76,9 @@ class DecodeCache:
                 os.replace(partial, self.path)
 
 
-LAYOUT = "train/CLASS/*.png and test/CLASS/*.png (or val/ or validation/ in place of test/; jpg and others too)"
+LAYOUT = (
+    "train/CLASS/*.png and test/CLASS/*.png (or val/, validation/ for test/), or only CLASS/*.png; jpg and others too"
+)
 #: Formats of Pillow's that are read by other programs or are no images.
 _NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 
@@ -86,25 +88,67 @@ _NAMED = 3  # how many offending files a message names
 _FILES_A_TASK = 64
 
 
-def find_parts(root: Path) -> tuple[Path, Path]:
-    """(training folder, test folder) of `root`; the latter is the first of test/, val/, validation/ that exists."""
+def find_parts(root: Path) -> tuple[Path, Path | None]:
+    """(training folder, test folder) of `root`; the latter is the first of test/, val/, validation/ that exists.
+
+    Without one it is None, and the training folder is train/ or `root` itself: see `split_off_test`.
+    """
     train = root / "train"
     test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
-    if not train.is_dir() or test is None:
-        raise DataError(f"{root} has no folder {'test' if train.is_dir() else 'train'}/; needed are {LAYOUT}.")
+    if test is None and not train.is_dir() and len(_class_folders(root)) > 1:
+        return root, None
+    if not train.is_dir():
+        raise DataError(f"{root} has no folder train/; needed are {LAYOUT}.")
     return train, test
 
 
-def _list_parts(root: Path) -> tuple[tuple[list[str], Tensor], tuple[list[str], Tensor], tuple[str, ...]]:
-    """(train, test, class names) of a folder; classes are sorted by name, hidden files and folders are skipped."""
+def split_off_test(paths: Sequence[str], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(training, test) indices of images without a test folder, both int64 and rising.
+
+    Of each class the fifth is taken whose names have the smallest hashes: no seed and no order matters.
+    """
+    marks = [
+        hashlib.blake2b("/".join(path.split(os.sep)[-2:]).encode(errors="surrogateescape")).digest() for path in paths
+    ]
+    is_test = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten().tolist()
+        is_test[sorted(members, key=marks.__getitem__)[: min(max(round(len(members) / 5), 1), len(members) - 1)]] = True
+    return (~is_test).nonzero().flatten(), is_test.nonzero().flatten()
+
+
+def _class_folders(part: Path) -> dict[str, Path]:
+    return {d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."}
+
+
+#: What is told of it.
+SPLIT = "there is no folder test/: a fifth of each class, the same images in every run, is kept for the test"
+
+
+class _Listed(NamedTuple):
+    train: tuple[list[str], Tensor]
+    test: tuple[list[str], Tensor]
+    classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+def _list_parts(root: Path) -> _Listed:
+    """Image files and labels of both parts of a folder; classes are sorted by name, hidden files are skipped."""
     parts = find_parts(root)
-    train, test = ({d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."} for part in parts)
+    train = _class_folders(parts[0])
     if not train:
         raise DataError(f"{parts[0]} has no class folders; needed are {LAYOUT}.")
+    classes = tuple(sorted(train))
+    if parts[1] is None:
+        paths, labels = _list(train, classes)
+        if lone := [name for name, count in zip(classes, labels.bincount(), strict=True) if count < 2]:
+            raise DataError(f"{root}: {_some(lone)}: a single image each, and no folder test/ to judge by.")
+        train_part, test_part = (([paths[i] for i in part], labels[part]) for part in split_off_test(paths, labels))
+        return _Listed(train_part, test_part, classes, (SPLIT,))
+    test = _class_folders(parts[1])
     if odd := sorted(train.keys() ^ test.keys()):
         raise DataError(f"{root}: the classes of {parts[0].name}/ and {parts[1].name}/ differ in {_some(odd)}.")
-    classes = tuple(sorted(train))
-    return _list(train, classes), _list(test, classes), classes
+    return _Listed(_list(train, classes), _list(test, classes), classes)
 
 
 def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[str], Tensor]:
@@ -141,8 +185,8 @@ class Folder(NamedTuple):
 
 def class_counts(root: Path) -> Tensor:
     """Number of training images of each class, by the names of the files alone: int64 (K,)."""
-    (_, labels), _, classes = _list_parts(root)
-    return labels.bincount(minlength=len(classes))
+    listed = _list_parts(root)
+    return listed.train[1].bincount(minlength=len(listed.classes))
 
 
 def load_folder(
@@ -159,7 +203,7 @@ def load_folder(
     rounded to 8 bits, transparent ones are put over white, and rotations noted by cameras are applied. `skip_damaged`
     leaves out what cannot be decoded instead of raising DataError.
     """
-    (train, train_labels), (test, test_labels), classes = _list_parts(root)
+    (train, train_labels), (test, test_labels), classes, told_of = _list_parts(root)
     paths = [*train, *test]
     entry = DecodeCache(root, paths, image_size)
     found = entry.read() if use_cache else None
@@ -169,7 +213,7 @@ def load_folder(
         if use_cache and time.perf_counter() - began > WORTH:
             entry.write(*found)
     images, about = found
-    notes = [f"{about[key]} images {words}" for key, words in _NOTES.items() if about.get(key)]
+    notes = [*told_of, *(f"{about[key]} images {words}" for key, words in _NOTES.items() if about.get(key))]
     labels, first = torch.cat([train_labels, test_labels]), len(train)
     if damaged := {int(index): words for index, words in about["damaged"].items()}:
         told = f"{len(damaged)} of {len(paths)} images are damaged"

@@ -20,7 +20,7 @@ from growshrink.base.seeding import generator, own_randomness
 from growshrink.base.stopping import shield_worker
 from growshrink.data.batches import Batch, Order
 from growshrink.data.datasets import stratified
-from growshrink.data.folders import find_parts
+from growshrink.data.folders import find_parts, split_off_test
 from growshrink.errors import DataError
 
 _OURS = frozenset(
@@ -88,10 +88,18 @@ def stream_data(
         )
     if clash := sorted(_OURS & loader_options.keys()):
         raise DataError(f"stream_data sets {', '.join(clash)} of timm's create_loader itself.")
+    train_folder, test_folder = find_parts(root)
     try:
-        train, test = (create_dataset("", root=str(part), search_split=False) for part in find_parts(root))
+        train, test = (
+            create_dataset("", root=str(part), search_split=False)
+            for part in (train_folder, test_folder or train_folder)
+        )
     except RuntimeError as error:
         raise DataError(f"{root}: {error}") from error
+    if test_folder is None:
+        files, numbers = zip(*train.reader.samples, strict=True)
+        for part, kept in zip((train, test), split_off_test(files, torch.tensor(numbers)), strict=True):
+            part.reader.samples = [part.reader.samples[index] for index in kept.tolist()]
     classes = train.reader.class_to_idx
     if classes != test.reader.class_to_idx:
         odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())

@@ -527,6 +527,23 @@ def test_all_images_damaged(tmp_path: Path) -> None:
         load_data("folder", tmp_path)
 
 
+@pytest.mark.parametrize("part", [".", "train"])
+def test_a_folder_without_a_test_folder_is_split_alike_wherever_it_is_read(tmp_path: Path, part: str) -> None:
+    """Neither the seed nor the order of classes decides; timm sorts class2 before class10, we do not."""
+    for label, name in enumerate(("class2", "class10")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for i in range(11):
+            Image.new("RGB", (8, 8), (label * 100, i * 20, 0)).save(tmp_path / part / name / f"{i}.png")
+    found = [load_data("folder", tmp_path, seed=seed) for seed in (0, 1)]
+    tests = [{tuple(image) for image in data.test.images[:, 0, 0].tolist()} for data in found]
+    streamed = stream_data(tmp_path, batch_size=2, num_workers=1, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = torch.cat([images for images, _ in streamed.test])[:, :, 0, 0].mul(255).round().int().tolist()
+    assert tests[0] == tests[1] == {tuple(image) for image in pixels} and len(tests[0]) == 4
+    assert [len(found[0].train), len(found[0].val), len(found[0].test)] == [16, 2, 4]
+    assert "a fifth of each class" in found[0].notes[0]
+    assert {red for red, _, _ in tests[0]} == {0, 100}  # of both classes
+
+
 def test_folder_layouts_that_are_refused(tmp_path: Path) -> None:
     write_folder(tmp_path)
     (tmp_path / "test" / "c").mkdir()
@@ -535,9 +552,14 @@ def test_folder_layouts_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train" / "c").mkdir()
     with pytest.raises(DataError, match="has no images"):
         load_data("folder", tmp_path)
-    (tmp_path / "test").rename(tmp_path / "exam")
-    with pytest.raises(DataError, match=r"has no folder test/.*validation/"):
+    (tmp_path / "train").rename(tmp_path / "training")
+    with pytest.raises(DataError, match=r"has no folder train/.*validation/"):
         load_data("folder", tmp_path)
+    for name in "ab":
+        (tmp_path / "lone" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "lone" / name / "0.png")
+    with pytest.raises(DataError, match="a, b: a single image each, and no folder test/"):
+        load_data("folder", tmp_path / "lone")
     (tmp_path / "empty" / "train").mkdir(parents=True)
     (tmp_path / "empty" / "test").mkdir()
     with pytest.raises(DataError, match="no class folders"):
