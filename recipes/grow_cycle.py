@@ -2,7 +2,7 @@
 
     python recipes/grow_cycle.py                                    digits, two rounds, well under 3 minutes on 2 cores
     python recipes/grow_cycle.py --data DIR --model mobilenetv3_small_050 --image-size 64        images of your own, in
-                                                                    DIR/CLASS/*, or in DIR/train/CLASS/* and DIR/test/CLASS/*
+                                                          DIR/CLASS/*, or in DIR/train/CLASS/* and DIR/test/CLASS/*
     python recipes/grow_cycle.py --data DIR --model resnet18 --pretrained --image-size 128 --baseline     tuned, and the
                                                                     plain net beside it, for the same compute
     python recipes/grow_cycle.py --data DIR --model resnet18 --init FILE --hours 2   weights of your own, in that time
