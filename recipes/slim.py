@@ -2,43 +2,43 @@
 
     python recipes/slim.py                                        digits, a few minutes on 2 cores
     python recipes/slim.py --seeds 5 --epochs 60 --retrain        also trains every chosen shape from scratch
+    python recipes/slim.py --seeds 5 --depth                      also stochastic depth, and SkipNet's gates
     python recipes/slim.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2
 
 For each seed a slim supernet is trained (`--mode`: sandwich is US-Net's, levels a slimmable net's). At each budget of
 MACs there are, all chosen on the val split and judged on the test split: the uniform width, AutoSlim's greedy path (by
 loss per MAC saved, and as published), OFA's evolutionary search (as many evaluations as the path took), and random
 widths of equal MACs. The plain net of the uniform width, trained alone for as many epochs, is the control; --retrain
-trains each chosen shape from scratch as well. Then, on the levels: what choosing a level for each image could bring
-(oracle), what a confidence cascade and a trained gate do bring, against a random mix at equal MACs.
+trains each chosen shape (one of the random ones) from scratch as well. Then, on the levels: what choosing a level for
+each image could bring (oracle; that of another seed, and of seeds of one width, say how much of it is luck), what a
+confidence cascade and gates trained on the val split do bring, against a random mix at equal MACs. See gating.py.
 
 Every seed is a line of DIR/results.jsonl; a killed recipe continues when started again. Tables: DIR/slim.json, and the
 screen.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
-from torch import nn
 
 import growshrink as gs
-from growshrink.analysis import WidthScore, headroom, stats
+from gating import depth, luck, policies
+from growshrink.analysis import WidthScore, stats
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, cost_of, draw_widths, width_of
 from growshrink.analysis.results import Results
 from growshrink.analysis.trained import num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
-from growshrink.base.limits import Count, OneOf, Positive
+from growshrink.base.limits import Count, NotNegative, OneOf, Positive
 from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
 from growshrink.cli.program import run_program
-from growshrink.data.feed import MemoryFeed, ScoringBatches
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
 
@@ -58,10 +58,14 @@ class Args(StudyOptions):
     """Random widths at each budget."""
     calibration: Count = 4
     """Training batches that statistics are taken from."""
+    after: tuple[str, ...] = ("stages.0",)
+    """Where gates are: one place (DS-Net), or several (RNP, in a net whose units have widths of their own)."""
     gate_epochs: Positive = 10.0
-    """Epochs of the gate's training, the net frozen."""
-    price: Positive = 0.3
-    """Weight of the MACs in the gate's loss."""
+    """Length of a gate's training, the net frozen, in epochs of the supernet's."""
+    prices: tuple[NotNegative, ...] = (0.01, 0.03, 0.1)
+    """Weights of the MACs in the gates' losses: a gate is trained with each."""
+    depth: bool = False
+    """Also train with stochastic depth, and gates around the blocks."""
     retrain: bool = False
     """Train every chosen shape from scratch, for as many epochs as the supernet."""
     length: LengthOptions = pick(LengthOptions(seeds=1, epochs=40.0), "seeds", "epochs")
@@ -100,7 +104,7 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
         return cost_of(table, width)[1]
 
     full, rows = macs(space.full), list[dict[str, Any]]()
-    uniform = [space.level(i / (len(LEVELS) - 1)) for i in range(len(LEVELS))]
+    uniform = space.all_levels
     budgets = [macs(width) / full for width in uniform]
     paths = {name: gs.allocate(model, space, macs=budgets[0], score=score, per_mac=name == "greedy",
                                input_size=feed.input_size) for name in ("greedy", "greedy as published")}  # fmt: skip
@@ -115,13 +119,19 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
         for arm, widths in arms.items():
             row = {"level": level, "arm": arm, "macs": float(np.mean([macs(w) for w in widths])) / full}
             row["test"] = float(np.mean([test(w) for w in widths]))
-            if args.retrain and arm != "random" or arm == "uniform":
+            if args.retrain or arm == "uniform":
                 net = gs.cut(model, widths[0], input_size=feed.input_size)
                 reinitialise(net, seed)
                 train_net(net, feed, epochs=args.length.epochs, config=args.training)
                 row["alone"] = evaluate(net, feed.test).top1
             rows.append(row)
-    return {"seed": seed, "rows": rows, "policies": policies(args, model, space, feed, seed)}
+    options = {"updates": num_updates(feed, args.gate_epochs), "size": args.data.batch_size, "seed": seed}
+    record = {"seed": seed, "rows": rows} | policies(model, space, feed, batches, args.after, args.prices, **options)
+    if args.depth:
+        train = partial(train_supernet, feed=feed, epochs=args.length.epochs, config=args.training, seed=seed)
+        make = lambda: args.net(feed, seed)[0]  # noqa: E731
+        record["depth"] = depth(make, train, feed, batches, args.prices, **options)
+    return record
 
 
 def evolve(
@@ -172,42 +182,9 @@ def evolve(
     return dict(zip(names, max(known.items(), key=lambda item: item[1])[0], strict=True))
 
 
-def policies(
-    args: Args, model: nn.Module, space: gs.layers.WidthSpace, feed: MemoryFeed, seed: int
-) -> list[dict[str, Any]]:
-    """A width for every image, after the first stage: oracle, cascade and trained gate, on the test split."""
-    batches = [feed.train.batch(update)[0] for update in range(args.calibration)]
-    routed = gs.route(model, space, after="stages.0", seed=seed, input_size=feed.input_size)
-    routed.calibrate(batches)
-    routed.model.requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(routed.gates.parameters(), 3e-3)
-    for update in range(num_updates(feed, args.gate_epochs)):
-        images, labels = feed.train.batch(update)
-        optimizer.zero_grad()
-        routed.loss(images, labels, price=args.price).backward()
-        optimizer.step()
-    right, sure, gate = levels_on(routed, feed.test)
-    cost = np.array(routed.costs[0]) + routed.fixed
-    found = headroom(right, cost, confidence=sure, gates={"gate": gate}, shared=routed.fixed, seed=seed)
-    return [asdict(policy) for policy in found]
-
-
-@torch.no_grad()
-def levels_on(routed: Any, split: ScoringBatches) -> tuple[Any, Any, Any]:
-    """Which choice is right on which image `(N, M)`, how sure each is, and what the gate takes `(N,)`."""
-    right, sure, gate = [], [], []
-    routed.eval()
-    for images, labels in split:
-        logits, chosen = routed.every_choice(images)
-        right.append((logits.argmax(2) == labels[:, None]).cpu())
-        sure.append(logits.softmax(2).amax(2).cpu())
-        gate.append(chosen.argmax(1).cpu())
-    return torch.cat(right).numpy(), torch.cat(sure).numpy(), torch.cat(gate).numpy()
-
-
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds, and differences from the uniform width (paired)."""
-    found: dict[str, Any] = {"arms": [], "policies": []}
+    found: dict[str, Any] = {"arms": []}
     rows = [record["rows"] for record in records]
     for number, first in enumerate(rows[0]):
         own = [seed[number] for seed in rows]
@@ -225,17 +202,34 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if len(own) > 1 and first["arm"] == "uniform":
             line["shared_less_alone"] = stats.paired(line["test"], line["alone"]).difference
         found["arms"].append(line)
-    for number, first in enumerate(records[0]["policies"]):
-        own = [record["policies"][number] for record in records]
-        over = [p["over_mix"][0] for p in own]
-        policy: dict[str, Any] = {
-            "name": first["name"],
-            "macs": float(np.mean([p["macs"] for p in own])),
-            "top1": [p["top1"] for p in own],
-        }
-        policy["over_mix"] = stats.paired(over, [0.0] * len(own)).difference if len(own) > 1 else own[0]["over_mix"]
-        found["policies"].append(policy)
+    images = [[record["policies"][number] for record in records] for number in range(len(records[0]["policies"]))]
+    found["policies"] = over_mix([*images, *luck([record["table"] for record in records]).values()])
+    if depths := [record["depth"] for record in records if "depth" in record]:
+        drops = [[depth["drops"][number] for depth in depths] for number in range(len(depths[0]["drops"]))]
+        for own in drops:
+            line = {"last": own[0]["last"], "macs": own[0]["macs"], "test": [one["test"] for one in own]}
+            if len(own) > 1 and own is not drops[0]:
+                line["over_plain"] = stats.paired(line["test"], [one["test"] for one in drops[0]]).difference
+            found.setdefault("drops", []).append(line)
+        names = dict.fromkeys(policy["name"] for depth in depths for policy in depth["policies"])
+        every = [[p for depth in depths for p in depth["policies"] if p["name"] == name] for name in names]
+        found["blocks"] = over_mix([own for own in every if len(own) == len(depths)])
     return found
+
+
+def over_mix(policies: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Means of policies over seeds, with intervals over the seeds of what they have over the random mix."""
+    return [
+        {
+            "name": own[0]["name"],
+            "macs": float(np.mean([policy["macs"] for policy in own])),
+            "top1": [policy["top1"] for policy in own],
+            "over_mix": stats.paired([policy["over_mix"][0] for policy in own], [0.0] * len(own)).difference
+            if len(own) > 1
+            else own[0]["over_mix"],
+        }
+        for own in policies
+    ]
 
 
 def text(summary: Mapping[str, Any]) -> str:
@@ -253,11 +247,18 @@ def text(summary: Mapping[str, Any]) -> str:
             f"{row['level']:5.2f} {row['arm']:20s} {row['macs']:6.3f} {np.mean(row['test']):10.2f} {alone} "
             f"{interval(row.get('over_uniform')):>22s} {interval(row.get('shared_less_alone')):>22s}".rstrip()
         )
-    lines += ["", f"{'a width for every image':24s} {'MACs':>6s} {'test top-1':>10s} {'over the random mix':>24s}"]
-    for row in rows["policies"]:
-        lines.append(
-            f"{row['name']:24s} {row['macs']:6.3f} {np.mean(row['top1']):10.2f} {interval(row['over_mix']):>24s}"
-        )
+    for title, key in (("a width for every image", "policies"), ("blocks for every image", "blocks")):
+        if key in rows:
+            lines += ["", f"{title:29s} {'MACs':>6s} {'test top-1':>10s} {'over the random mix':>24s}"]
+        for row in rows.get(key, ()):
+            lines.append(
+                f"{row['name']:29s} {row['macs']:6.3f} {np.mean(row['top1']):10.2f} {interval(row['over_mix']):>24s}"
+            )
+    if "drops" in rows:
+        lines += ["", f"{'last block runs in':>18s} {'MACs':>6s} {'test top-1':>10s} {'over plain':>22s}"]
+    for row in rows.get("drops", ()):
+        lines.append(f"{row['last']:18.2f} {row['macs']:6.3f} {np.mean(row['test']):10.2f} "
+                     f"{interval(row.get('over_plain')):>22s}".rstrip())  # fmt: skip
     return "\n".join(lines)
 
 

@@ -44,7 +44,8 @@ def headroom(
         right: Whether each net is right, `(N, M)`.
         macs: MACs of the nets, `(M,)`, rising.
         confidence: Of each net, e.g. the softmax's maximum, `(N, M)`; without it there is no cascade.
-        gates: Choices by name of a trained gate, `(N,)`, whose own MACs are left out.
+        gates: By name what a trained gate takes: a net for each image, `(N,)`, its own MACs left out; or whether it is
+            right there and the MACs, `(2, N)`. A net that was right with another seed shows what is luck.
         shared: MACs of what all nets begin with, which a cascade runs once.
         num: Resamples of the images, for the intervals of 95 %.
         seed: Seed of those.
@@ -62,25 +63,29 @@ def headroom(
         raise AnalysisError("right: must hold 0 or 1, False or True.")
     if confidence is not None and (np.shape(confidence) != right.shape or np.isnan(confidence).any()):
         raise AnalysisError(f"confidence of shape {np.shape(confidence)}: must be {right.shape}, without NaN.")
-    for name, choice in (gates or {}).items():
-        if np.shape(choice) != right.shape[:1] or not np.isin(choice, range(len(macs))).all():
-            raise AnalysisError(f"gates, {name}: must be one of 0 to {len(macs) - 1} for each of {len(right)} images.")
     rows, count = np.arange(len(right)), len(macs)
-    cheapest = np.where(right.any(1), right.argmax(1), 0)
-    chosen = {f"net {net}": (np.full(len(right), net), macs[net]) for net in range(count)}
-    chosen["oracle"] = cheapest, macs[cheapest]
+    policies = {f"net {net}": (right[:, net], np.full(len(right), macs[net])) for net in range(count)}
+
+    def choose(name: str, choice: NDArray[np.intp], paid: Floats = macs) -> None:
+        policies[name] = right[rows, choice], paid[choice]
+
+    choose("oracle", np.where(right.any(1), right.argmax(1), 0))
     if confidence is not None:
         sure = np.asarray(confidence, dtype=np.float64)
         for share in np.linspace(0, 1, POINTS + 2)[1:-1]:
             enough = sure[:, :-1] >= np.quantile(sure[:, :-1], share)
             stop = np.where(enough.any(1), enough.argmax(1), count - 1)
-            chosen[f"cascade {share:.2f}"] = stop, shared + np.cumsum(macs - shared)[stop]
-    for name, choice in (gates or {}).items():
-        taken = np.asarray(choice, dtype=np.intp)
-        chosen[name] = taken, macs[taken]
+            choose(f"cascade {share:.2f}", stop, shared + np.cumsum(macs - shared))
+    for name, given in (gates or {}).items():
+        taken = np.asarray(given, dtype=np.float64)
+        if taken.shape == (2, len(right)):
+            policies[name] = taken[0], taken[1]
+        elif taken.shape == right.shape[:1] and np.isin(taken, range(count)).all():
+            choose(name, taken.astype(np.intp))
+        else:
+            raise AnalysisError(f"gates, {name}: must be one of 0 to {count - 1} for each of {len(right)} images.")
     boot, found = Bootstrap(len(right), num=num, seed=seed), []
-    for name, (choice, spent) in chosen.items():
-        hit, paid = right[rows, choice], np.broadcast_to(spent, len(right))
+    for name, (hit, paid) in policies.items():
 
         def over_mix(index: NDArray[np.int64], hit: Floats = hit, paid: Floats = paid) -> float:
             return float(100 * (hit[index].mean() - _mix(macs, right[index].mean(0), float(paid[index].mean()))))

@@ -117,15 +117,11 @@ class Routed(nn.Module):
         ]
         return torch.stack([share * loss for (share, _, _), loss in zip(paths, losses, strict=True)]).sum(0).mean()
 
-    def every_choice(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of each choice of the last place `(N, M, num_classes)`, and of its gate `(N, M)`."""
-        last = len(self._own) - 1
-        with self._restored():
-            x = self._prefix(x)
-            for place in range(last):
-                x = self._grouped(place, x)
-            outs = [self._segment(last, x, choice) for choice in range(len(self._own[last]))]
-            return torch.stack(outs, 1), self.gates[last](x)
+    def always(self, choice: int) -> "Routed":
+        """The same net in which all images take choice number `choice`, or the last, at each place."""
+        twin = copy.copy(self)
+        twin._always = choice
+        return twin
 
     def cascade(self, threshold: float) -> "Routed":
         """The same net with the softmax's confidence in place of the gate: the control that needs no training.
@@ -165,16 +161,8 @@ class Routed(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take the batch norm statistics of every choice from training images, in place."""
         batches = list(batches)
-        try:
-            for choice in range(self._most):
-                self._always = choice
-                calibrate_bn(self, batches)
-        finally:
-            self._always = None
-
-    @property
-    def _most(self) -> int:
-        return max(map(len, self._own))
+        for choice in range(max(map(len, self._own))):
+            calibrate_bn(self.always(choice), batches)
 
     def _restored(self) -> AbstractContextManager[nn.Module]:
         return active_width(self.model, self._slots.get())

@@ -77,13 +77,11 @@ def test_each_choice_is_the_net_that_is_cut_there(routed):
     with gs.active_width(net.model, gs.width_space(net.model).full):
         full = gs.profile(net.model, SIZE).macs
     for choice in range(3):
-        net._always = choice
         width = {**net._fixed, **net._own[0][choice]}
         cut = gs.cut(net.model, width, input_size=SIZE).eval()
-        torch.testing.assert_close(net(x), cut(x), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(net.always(choice)(x), cut(x), rtol=1e-12, atol=1e-14)
         gate = sum(p.numel() for p in net.gates.parameters() if p.ndim > 1)
         assert round((net.fixed + net.costs[0][choice]) * full) == gs.profile(cut, SIZE).macs + gate
-    net._always = None
     net(x)
     best = int(net.usage[0].argmax())
     assert net.most_used == {**net._fixed, **net._own[0][best]}
@@ -168,7 +166,7 @@ def test_a_cascade_runs_on_until_it_is_sure(routed):
     net = copy.deepcopy(routed["width"]).eval()
     x = images(*SIZE, n=32, dtype=torch.float64, seed=7)
     with torch.no_grad():
-        logits = net.every_choice(x)[0].transpose(0, 1)
+        logits = torch.stack([net.always(choice)(x) for choice in range(3)])
     sure = logits.softmax(2).amax(2)
     threshold = float(sure[:2].median())
     stop = torch.where(sure[0] >= threshold, 0, torch.where(sure[1] >= threshold, 1, 2))
@@ -231,6 +229,6 @@ def test_the_static_net_has_the_statistics_of_its_choice():
     model = gs.slim(randomized(net("reducenet20", depths=(1, 1, 1))), (0.5, 1.0), own_statistics=True, input_size=SIZE)
     routed = gs.route(model, gs.width_space(model), after="stages.0", input_size=SIZE)
     routed.calibrate([images(*SIZE, n=8) * 2 + 1])
-    routed.eval()._always = 1  # full width, at which the slim net has statistics too
+    routed = routed.eval().always(1)  # full width, at which the slim net has statistics too
     cut = gs.cut(routed.model, {**routed._fixed, **routed._own[0][1]}, input_size=SIZE).eval()
     torch.testing.assert_close(routed(images(*SIZE)), cut(images(*SIZE)))
