@@ -93,7 +93,7 @@ assert not loaded, loaded
 PLATFORM = ("fcntl", "grp", "msvcrt", "pwd", "resource", "syslog", "termios", "winreg")
 #: What takes long to import, or is an extra.
 SLOW = ("matplotlib", "onnx", "onnxruntime", "scipy.optimize", "scipy.special", "scipy.stats", "sklearn", "tyro")
-ROOMS = ("evidence", "evidence.experiment", "export", "export.run", "analysis.results", "runs")
+ROOMS = ("evidence", "evidence.experiment", "export", "export.int8", "analysis.results", "runs")
 
 
 @pytest.mark.parametrize(

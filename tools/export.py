@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import growshrink as gs
+from export_report import summary
+from exporting import ExportOptions, export
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, GrowOptions, ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.cycle.source import Recipe, Source
 from growshrink.data.datasets import DataSet, load_data
-from growshrink.export import ExportOptions, export, read_source
-from growshrink.export.report import summary
+from growshrink.export import read_source
 from growshrink.runs.folder import RunFolder
 from inputs import CheckpointOptions
 

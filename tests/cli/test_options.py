@@ -25,6 +25,8 @@ HELPERS = {
     "recipes/shrinking.py",
     "recipes/starting.py",
     "recipes/telling.py",
+    "tools/export_report.py",
+    "tools/exporting.py",
     "tools/gpu_checks.py",
     "tools/zoo.py",
     "tools/gpu_speeds.py",
@@ -34,6 +36,7 @@ HELPERS = {
     "tools/loaders.py",
     "tools/paired.py",
     "tools/pictures.py",
+    "tools/ranges.py",
     "tools/study.py",
     "tools/truth.py",
 }

@@ -11,13 +11,14 @@ from growshrink.errors import RunError
 from growshrink.evidence.arms import Arm
 from growshrink.evidence.experiment import data_of, deployed_nets, feed_of, jobs_of, keep_plan
 from growshrink.evidence.record import RUNS_FILE, load_start_, read_runs
-from growshrink.export import ExportOptions, Source, export
+from growshrink.export import Source
 from growshrink.training import Score
 from growshrink.training._evaluate import evaluate
 from nets import net
 from program import module_of
 
 table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
+exporting = module_of(Path(__file__).parents[2] / "tools" / "exporting.py")
 add_int8, markdown, rows_of = table.add_int8, table.markdown, table.rows_of
 
 SOURCE = replace(TINY, arms=("plain",), budget=2.0, model_kwargs={"width": 0.125, "skip": False})
@@ -76,8 +77,8 @@ def test_int8_is_what_the_exporter_reports(source, tmp_path):
     kwargs = {**SOURCE.model_kwargs, "in_chans": 1, "num_classes": 10}
     about = Source(tmp_path, plain, SOURCE.model, kwargs, data.input_size, mean=data.mean, std=data.std)
     for granularity, top1 in (("per-tensor", "int8_tensor"), ("per-channel", "int8_channel")):
-        options = ExportOptions(int8=granularity, pt2=False, rounds=0)
-        found = export(about, tmp_path, options, data=data)["int8"]["scores"]["int8"]["top1"]
+        options = exporting.ExportOptions(int8=granularity, pt2=False, rounds=0)
+        found = exporting.export(about, tmp_path, options, data=data)["int8"]["scores"]["int8"]["top1"]
         assert found == getattr(record.scores[1], top1)
     (source / RUNS_FILE).write_bytes(before)
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -19,11 +20,13 @@ import growshrink as gs
 from growshrink.cycle.source import Recipe, read_source
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
-from growshrink.export import ExportOptions, Source, artefacts, export, int8, run
-from growshrink.export.int8 import range_verdict, weight_ranges
+from growshrink.export import Source, artefacts, int8
 from nets import ConvNet, images, net, randomized, rel
+from program import module_of
 from sampled import exhaustive
 
+run = module_of(Path(__file__).parents[2] / "tools" / "exporting.py")
+export, ExportOptions = run.export, run.ExportOptions
 SIZE = (3, 32, 32)
 # What one has who knows nothing of this package: growshrink cannot be imported.
 OUTSIDE = """
@@ -230,7 +233,7 @@ def test_int8_is_hurt_where_the_ranges_say_so(tmp_path, reduce_range):
             with torch.no_grad():
                 errors[ratio, granularity] = rel(quantised(calibration[:7]), source.plain(calibration[:7]))
         expected = "likely not hurt" if ratio == 1 else "likely hurt (1 of 3 layers): in conv2,"
-        assert expected in range_verdict(weight_ranges(folded))
+        assert expected in run.range_verdict(run.weight_ranges(folded))
     assert max(errors[1, "per-tensor"], errors[1, "per-channel"], errors[200, "per-channel"]) < 0.03, errors
     assert errors[200, "per-tensor"] > (5 if reduce_range else 10) * errors[1, "per-tensor"], errors
 

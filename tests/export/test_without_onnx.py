@@ -9,10 +9,10 @@ CODE = """
 import sys
 sys.modules["onnxscript"] = None
 from growshrink.errors import RunError
-from growshrink.export import ExportOptions
-ExportOptions(onnx=False).check_installed()
+import growshrink.export
+from growshrink.export.artefacts import require_onnx
 try:
-    ExportOptions().check_installed()
+    require_onnx()
 except RunError as error:
     print(error)
 """

@@ -64,7 +64,7 @@ def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, t
         next(folded.parameters()).mul_(1.001)
         return folded
 
-    monkeypatch.setattr("growshrink.export.run.write_folded", damaged)
+    monkeypatch.setattr("exporting.write_folded", damaged)
     assert (
         run(ROOT / "tools" / "export.py", trained, "--out", tmp_path / "e", "--no-onnx", "--turns", "0", "--quiet") == 1
     )

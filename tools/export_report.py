@@ -1,4 +1,4 @@
-"""report.md and report.json of an export."""
+"""report.md and report.json of an export (not a program)."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -1,9 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from growshrink.export.int8 import draw_ranges, range_verdict, weight_ranges
 from nets import ConvNet
+from program import module_of
+
+ranges = module_of(Path(__file__).parents[2] / "tools" / "ranges.py")
+draw_ranges, range_verdict, weight_ranges = ranges.draw_ranges, ranges.range_verdict, ranges.weight_ranges
 
 
 def test_ranges_and_errors_against_loops():

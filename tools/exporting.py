@@ -1,4 +1,4 @@
-"""The export itself: every file written, read back, compared with the net it was made from, timed, and reported."""
+"""The export itself: every file written, read back, compared with the net it was made from, timed, and reported (not a program)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from export_report import write_report
 from growshrink.base.config import check_fields
 from growshrink.base.copying import copy_net
 from growshrink.base.environment import versions
@@ -20,8 +21,7 @@ from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import artefacts, int8
 from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, TIMM_FILE, Function, write_folded
-from growshrink.export.int8 import GRANULARITIES, draw_ranges, range_verdict, weight_ranges
-from growshrink.export.report import write_report
+from growshrink.export.int8 import GRANULARITIES
 from growshrink.proofs._compare import (
     EXACT_FLOAT32,
     EXACT_FLOAT64,
@@ -33,6 +33,7 @@ from growshrink.proofs._compare import (
 from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold, fuse
+from ranges import draw_ranges, range_verdict, weight_ranges
 
 RANGES_PICTURE = "ranges.png"
 
