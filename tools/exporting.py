@@ -1,4 +1,4 @@
-"""The export itself: every file written, read back, compared with the net it was made from, timed, and reported (not a program)."""
+"""The export itself: files written, read back, compared with the net they are of, timed (not a program)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
