@@ -31,13 +31,13 @@ from curve import write_curve
 from growshrink.base.limits import InFolder, Threads
 from growshrink.base.progress import progress_bar
 from growshrink.base.reading import read_json
-from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
 from growshrink.evidence.arms import ARMS
-from growshrink.evidence.experiment import Experiment, jobs_of, keep_plan, run_job
+from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
 from halving import ScanPlan, write_scan_report
+from jobs import ExperimentOptions, jobs_of, keep_plan, run_job
 
 #: Where the published experiments lie.
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"

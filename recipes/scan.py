@@ -24,13 +24,13 @@ import torch
 from growshrink.base.limits import Count, Multiplier, OneOf, Operations, Positive
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
-from growshrink.cli.options import ExperimentOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import PLAIN
-from growshrink.evidence.experiment import Experiment, feed_of, run_job
+from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import PLAN_FILE, Job, RunRecord, read_plan, read_runs
 from halving import BOUNDS, ScanPlan, candidates_of, halve, winner, write_scan_report
+from jobs import ExperimentOptions, feed_of, run_job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import timm
 import torch
-import tyro
 from torch import nn
 
 from growshrink.analysis.results import Results
@@ -21,7 +20,6 @@ from growshrink.base.limits import (
     BatchSize,
     Count,
     Device,
-    InFile,
     InFolder,
     NotAll,
     NotNegative,
@@ -407,23 +405,6 @@ class StudyOptions(Options):
         torch.manual_seed(seed)
         model, about = self.model.make(feed)
         return model.to(self.running.torch_device()), about
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExperimentOptions:
-    """Of programs that compare arms."""
-
-    experiment: Annotated[InFile | None, tyro.conf.Positional] = None
-    """A JSON file: data, net, seeds and training (see recipes/plans/)."""
-    data: DataOptions = pick(DataOptions(), "data_dir")
-    running: RunOptions = pick(RunOptions(), "out", "device", "quiet")
-
-    @property
-    def plan(self) -> Path:
-        """The file."""
-        if self.experiment is None:
-            raise RunError("name a plan file, e.g. recipes/plans/digits.json (recipes/compare.py --list has the arms).")
-        return self.experiment
 
 
 def command() -> str:

@@ -3,12 +3,13 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import InputSize
+from growshrink.algebra.dataflow import InputSize, trace
 from growshrink.base.copying import copy_net
 from growshrink.base.ranks import all_gather, this_rank
 from growshrink.cycle.records import Collapsed, Gradients, Grew, Merged, shapes_of
@@ -16,13 +17,15 @@ from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.equilibrium import ImplicitReLU
 from growshrink.layers.grown import Grown, grown_modules
+from growshrink.layers.swaps import expand_online
 from growshrink.layers.widths import get_width
 from growshrink.proofs._compare import EXACT_FLOAT64, branch_effect, compare, verify
 from growshrink.runs.checkpoints import random_state, set_random_state
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.gradient_maps import GradientMaps
 from growshrink.training.trainer import Trainer
-from growshrink.transforms import collapse_online, collapse_report, drop, fuse
+from growshrink.transforms import collapse_online, collapse_report, drop
+from growshrink.transforms._fuse import fuse_along
 
 #: Batches that batch norm statistics are taken from.
 CALIBRATION_BATCHES = 20
@@ -66,18 +69,18 @@ def fuse_nets(trainer: Trainer, score: Callable[[nn.Module], float], input_size:
     best = copy_net(trainer.best)
     owns_kernels = all(isinstance(module, Grown) for module in grown_modules(best).values())
     vanished, dropped = score(best), score(drop(best)) if owns_kernels else None
-    exact = copy_net(best).double()
-    max_rel = compare(exact, fuse(exact, input_size=input_size), input_size=input_size).max_rel
+    merge, exact = partial(fuse_along, flow=trace(best, input_size)), copy_net(best).double()
+    max_rel = compare(exact, merge(copy_net(exact)), input_size=input_size).max_rel
     effect = trained_effect = 0.0
     if any(get_width(best).values()):  # else every branch is skipped, and nothing is merged
-        proof = verify(best, input_size=input_size)
+        proof = verify(best, merge, input_size=input_size)
         max_rel, effect = max(max_rel, proof.max_rel), proof.effect
         trained_effect = branch_effect(best, input_size=input_size)
     if not max_rel <= EXACT_FLOAT64:
         raise RunError(f"the fused net differs from the grown one by {max_rel:.1e} in float64.")
     reset = _meaning_changes(trainer.model)
-    for net in trainer.nets:
-        fuse(net, inplace=True, input_size=input_size)
+    for net in trainer.nets:  # of these the one in training may be collapsed
+        merge(expand_online(net, inplace=True))
     trainer.structure_changed(reset)
     single = compare(best, trainer.best, input_size=input_size, dtype=torch.float32)
     return Merged(

@@ -1,10 +1,8 @@
-"""An experiment: arms on equal budgets of training MACs, several seeds each, and the runs it is made of."""
+"""An experiment: arms on equal budgets of training MACs, several seeds each, and what it is made of."""
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,43 +14,16 @@ from torch import nn
 
 from growshrink.base.config import check_fields, from_dict, to_dict
 from growshrink.base.limits import BatchSize, Count, Positive, Whole
-from growshrink.base.reading import read_json
 from growshrink.base.seeding import generator
-from growshrink.base.writing import write_json
-from growshrink.cycle import lay_out, run_cycle
-from growshrink.cycle.costs import Costs, teacher_nets
-from growshrink.cycle.records import RoundRecord
-from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split, load_data, pooled, stratified
-from growshrink.data.feed import Feed, MemoryFeed
-from growshrink.errors import DivergedError, PlanError, RunError, did_you_mean
+from growshrink.data.feed import Feed
+from growshrink.errors import PlanError, did_you_mean
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.record import (
-    PLAN_FILE,
-    ArmComparison,
-    Cost,
-    History,
-    Job,
-    RunRecord,
-    SeedScore,
-    Tuning,
-    append_run,
-    load_start_,
-    read_plan,
-    read_runs,
-    runs_of,
-    states_of,
-)
-from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
-from growshrink.proofs._profile import training_macs
-from growshrink.runs.folder import MARKER, RunFolder
-from growshrink.training._evaluate import evaluate
+from growshrink.evidence.record import ArmComparison, Job, Tuning, states_of
 from growshrink.training.trainer import TrainConfig
 
 #: What may be added to between two starts of an experiment.
 MAY_GROW = ("arms", "seeds", "own_arms")
-#: How far the cost of a run may be from its budget.
-TOLERANCE = 0.02
 #: Optimizers (of timm's names) to which S nets side by side are S nets.
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
 
@@ -149,162 +120,21 @@ class Experiment:
         return from_dict(Experiment, values, "the plan")
 
 
-def keep_plan(experiment: Experiment, out: Path) -> None:
-    """Write plan.json into the folder of an experiment; RunError if it holds the runs of another."""
-    old = read_plan(out)
-    if old is not None and (key := experiment.differs(old)):
-        raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / PLAN_FILE, experiment.to_json())
-
-
-def jobs_of(
-    experiment: Experiment, lr: Mapping[str, float], records: Sequence[RunRecord] = (), *, stack: bool
-) -> list[Job]:
-    """List the runs that are missing from `records`, with the learning rate of each arm.
-
-    Only seeds that an arm lacks are trained, side by side with `stack`, however the others were trained.
-    """
-    jobs = []
-    for arm, runs in runs_of(experiment.comparison, lr, records).items():
-        done = {seed for run in runs for seed in run.seeds}
-        missing = tuple(seed for seed in experiment.seeds if seed not in done)
-        groups = [missing] if stack and missing and experiment.stackable(arm) else [(seed,) for seed in missing]
-        jobs += [Job(arm=arm, seeds=seeds, lr=lr[arm], budget=experiment.budget) for seeds in groups]
-    return jobs
-
-
-def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | None, device: str, progress: bool) -> None:
-    """Do a run, or the rest of it, and append its line to the record; do nothing if there is such a line."""
-    if job in {record.job for record in read_runs(out)}:
-        return
-    folder = RunFolder.claim(out / job.folder, resume=True)
-    with folder:
-        if job in {record.job for record in read_runs(out)}:  # another process was faster
-            return
-        folder.finished = False  # it was ended before its line was written: its last checkpoint has all to be scored
-        arm = experiment.arm(job.arm)
-        where = torch.device(device)
-        feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
-        plain = _net(experiment, experiment.model, feeds[0], job.seeds[0])
-        net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds, out)
-        count, batch_size = len(feeds), feed.train.batch_size
-        budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
-        budget *= training_macs(plain, feeds[0].input_size, batch_size)
-        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers=teachers)
-        plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
-        model = _about_net(experiment, arm.model(experiment.model), feed, **arm.model_kwargs)
-        about = {
-            "command": shlex.join(sys.argv),
-            **({"model": model} if count == 1 else {}),
-            "experiment": {key: value for key, value in experiment.to_json().items() if key not in MAY_GROW},
-            "job": to_dict(job),
-        }
-        how: dict[str, Any] = {"device": where, "progress": progress, "about": about}
-        torch.manual_seed(job.seeds[0])
-        try:
-            result = run_cycle(net, feed, plan, out_dir=folder, config=config, teachers=teachers, **how)
-        except DivergedError as error:
-            if job.kind != "trial":
-                raise
-            lost = tuple(SeedScore(seed=seed, val=0.0, test=None, loss=None) for seed in job.seeds)
-            append_run(out, _record(job, arm, folder, scores=lost, cost=None, diverged=str(error)))
-            return
-        spent = result.training_macs / count
-        if not abs(spent / budget - 1) <= TOLERANCE:
-            raise PlanError(f"{job.name}: cost {spent:.3e} MACs of a budget of {budget:.3e}.")
-        like = plain_of(experiment, job.arm, feeds[0], job.seeds[0]).to(where)
-        trained = [result.model] if count == 1 else unstack_net(result.model, like, count)
-        scores = tuple(
-            _score(one, own, seed, arm, result.rounds) for one, own, seed in zip(trained, feeds, job.seeds, strict=True)
-        )
-        images = result.phases.total * batch_size
-        cost = Cost(epochs=epochs, macs=spent, budget=budget, images=images, seconds=result.seconds)
-        rounds, history = tuple(to_dict(result.rounds)), History.from_rows(result.history)
-        append_run(out, _record(job, arm, folder, scores=scores, cost=cost, rounds=rounds, history=history))
-
-
-def _side_by_side(
-    experiment: Experiment, arm: Arm, feeds: Sequence[Feed], seeds: Sequence[int], out: Path
-) -> tuple[nn.Module, Feed, dict[int, nn.Module]]:
-    """Make the nets of all seeds, their feeds and their teachers into one of each."""
-    name, size = arm.model(experiment.model), feeds[0].input_size
-    nets = [_net(experiment, name, feed, seed, **arm.model_kwargs) for feed, seed in zip(feeds, seeds, strict=True)]
-    if arm.init:
-        for net, seed in zip(nets, seeds, strict=True):
-            load_start_(net, arm.init, seed, out)
-    teachers = [
-        teacher_nets(
-            arm.plan(1.0, seed, experiment.given), feed, _about_net(experiment, name, feed, **arm.model_kwargs)
-        )
-        for feed, seed in zip(feeds, seeds, strict=True)
-    ]
-    if len(nets) == 1:
-        return nets[0], feeds[0], teachers[0]
-    stacked = {number: stack_nets([each[number] for each in teachers], size) for number in teachers[0]}
-    return stack_nets(nets, size), StackedFeed(feeds), stacked  # widths are sampled in steps of its own
-
-
-def _record(job: Job, arm: Arm, folder: RunFolder, **found: Any) -> RunRecord:
-    """Collect what is kept of a run, from its folder and what was `found`."""
-    about = read_json(folder.path / MARKER)
-    kept = {key: about[key] for key in ("command", "plan", "config", "data", "updates", "versions")}
-    return RunRecord(job=job, about=arm.about, **found, **kept)
-
-
-def matched_epochs(arm: Arm, net: nn.Module, feed: Feed, budget: float, seed: int = 0, **nets: Any) -> float:
-    """How many epochs of an arm cost `budget` MACs, to within a quarter of the tolerance where updates are fine enough.
-
-    Sampled widths, and so their cost, depend on the `seed`; `nets` are the `teachers` of `Costs`. PlanError if the
-    budget is too small for the arm's phases.
-    """
-    updates_per_epoch, batch_size = feed.train.updates_per_epoch, feed.train.batch_size
-    epochs = budget / (batch_size * updates_per_epoch * training_macs(net, feed.input_size, batch_size))
-    costs = Costs(net, arm.plan(epochs, seed), feed.train, feed.input_size, **nets)
-    off: dict[float, float] = {}
-    for _ in range(12):
-        ratio = lay_out(arm.plan(epochs, seed), updates_per_epoch, built_grown=arm.expansion > 0).macs(costs) / budget
-        off[epochs] = abs(ratio - 1)
-        if off[epochs] <= TOLERANCE / 4:
-            break
-        epochs /= ratio
-    nearest = min(off, key=off.__getitem__)
-    if off[nearest] <= TOLERANCE:  # a short run is counted in whole updates
-        return nearest
-    raise PlanError(f"{arm.about!r}: no number of epochs costs {budget:.3e} MACs; give it a larger budget.")
-
-
-def _score(net: nn.Module, feed: Feed, seed: int, arm: Arm, rounds: Sequence[RoundRecord]) -> SeedScore:
-    if not arm.shrinks:  # judged at its peak, by the records; the mean over the seeds where they were stacked
-        peak = rounds[-1].top1.peak
-        assert peak is not None
-        return SeedScore(seed=seed, val=peak, test=None, loss=None)
-    test = evaluate(net, feed.test)
-    return SeedScore(seed=seed, val=evaluate(net, feed.val).top1, test=test.top1, loss=test.loss)
-
-
 def plain_of(experiment: Experiment, arm: str, feed: Feed | DataSet, seed: int) -> nn.Module:
     """Make the net that an arm of the experiment arrives at, with fresh weights."""
-    return _net(experiment, experiment.model, feed, seed, **experiment.arm(arm).model_kwargs)
+    return net_of(experiment, experiment.model, feed, seed, **experiment.arm(arm).model_kwargs)
 
 
-def _net(experiment: Experiment, name: str, feed: Feed | DataSet, seed: int, **overrides: Any) -> nn.Module:
+def net_of(experiment: Experiment, name: str, feed: Feed | DataSet, seed: int, **overrides: Any) -> nn.Module:
+    """Make a net of the experiment by its name, with fresh weights."""
     torch.manual_seed(seed)
-    return timm.create_model(name, **_about_net(experiment, name, feed, **overrides)["kwargs"])
+    return timm.create_model(name, **about_net(experiment, name, feed, **overrides)["kwargs"])
 
 
-def _about_net(experiment: Experiment, name: str, feed: Feed | DataSet, **overrides: Any) -> dict[str, Any]:
+def about_net(experiment: Experiment, name: str, feed: Feed | DataSet, **overrides: Any) -> dict[str, Any]:
     """How to make a net of the experiment again, and its plain form."""
     kwargs = {"num_classes": len(feed.classes), "in_chans": feed.input_size[0], **experiment.model_kwargs, **overrides}
     return {"name": name, "kwargs": kwargs, "plain_name": experiment.model, "plain_kwargs": kwargs}
-
-
-def feed_of(experiment: Experiment, seed: int, data_dir: Path | None, device: torch.device) -> Feed:
-    """The batches of one seed; decoded data sets are kept."""
-    data = data_of(experiment, seed, data_dir)
-    crop = data.input_size[1] // 8 if experiment.crop is None else experiment.crop
-    augment = Augment(crop=crop, flip=experiment.flip)
-    return MemoryFeed.of(data, batch_size=experiment.batch_size, augment=augment, seed=seed, device=device)
 
 
 def data_of(experiment: Experiment, seed: int, data_dir: Path | None) -> DataSet:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.dataflow import inputs_for, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, paired_leaves
 from growshrink.base.copying import copy_net
 from growshrink.base.seeding import own_randomness
@@ -22,7 +22,7 @@ from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.swaps import to_plain
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.transforms import fold, fuse
-from growshrink.transforms._fuse import relative_error
+from growshrink.transforms._fuse import fuse_along, relative_error
 
 #: float64 relative error above which two nets are not "exactly" equal (DESIGN: rules of exactness, 2).
 EXACT_FLOAT64 = 1e-10
@@ -172,10 +172,12 @@ def verify(
     """
     check_model(model)
     inputs = given_inputs(input_size, example_inputs) or inputs_for(model)
-    if transform in (fuse, fold):
-        transform = partial(transform, input_size=inputs)
     model = copy_net(model).eval()
     follow_lambda(model, 0.0)
+    if transform is fuse and grown_modules(model):
+        transform = partial(fuse_along, flow=trace(model, inputs))
+    elif transform in (fuse, fold):
+        transform = partial(transform, input_size=inputs)
     if randomize_norms:
         randomize_norms_(model, seed)
     exact, rounded = copy_net(model).double(), copy_net(model).float()

@@ -82,15 +82,20 @@ def fuse(
         with active_width(model, width):
             return fuse(model, inplace=True, input_size=input_size, example_inputs=example_inputs)
     if grown_modules(model):
-        _refuse_alive(model)
-        flow = trace(model, given_inputs(input_size, example_inputs))
-        commit = partial(_commit, merges=_plan(model, flow))
-        for inputs in flow.inputs.each():
-            check_unchanged(model, commit, inputs)
-        commit(model)
-        vars(model)["was_grown"] = True
-    elif not was_grown(model):
+        return fuse_along(model, trace(model, given_inputs(input_size, example_inputs)))
+    if not was_grown(model):
         warnings.warn(f"nothing to fuse: {NEVER_GROWN}", stacklevel=2)
+    return model
+
+
+def fuse_along(model: nn.Module, flow: Flow) -> nn.Module:
+    """`fuse` a grown net in place, along the data flow of a net of this same structure."""
+    _refuse_alive(model)
+    commit = partial(_commit, merges=_plan(model, flow))
+    for inputs in flow.inputs.each():
+        check_unchanged(model, commit, inputs)
+    commit(model)
+    vars(model)["was_grown"] = True
     return model
 
 

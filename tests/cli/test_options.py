@@ -20,6 +20,7 @@ HELPERS = {
     "recipes/arm_table.py",
     "recipes/curve.py",
     "recipes/halving.py",
+    "recipes/jobs.py",
     "recipes/knob.py",
     "recipes/retraining.py",
     "recipes/shrinking.py",

@@ -9,8 +9,8 @@ from test_experiment import TINY, do, rates
 
 from growshrink.errors import RunError
 from growshrink.evidence.arms import Arm
-from growshrink.evidence.experiment import data_of, deployed_nets, feed_of, jobs_of, keep_plan
-from growshrink.evidence.record import RUNS_FILE, load_start_, read_runs
+from growshrink.evidence.experiment import data_of, deployed_nets
+from growshrink.evidence.record import RUNS_FILE, read_runs
 from growshrink.export import Source
 from growshrink.training import Score
 from growshrink.training._evaluate import evaluate
@@ -18,6 +18,8 @@ from nets import net
 from program import module_of
 
 table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
+jobs = module_of(Path(__file__).parents[2] / "recipes" / "jobs.py")
+feed_of, jobs_of, keep_plan, load_start_ = jobs.feed_of, jobs.jobs_of, jobs.keep_plan, jobs.load_start_
 exporting = module_of(Path(__file__).parents[2] / "tools" / "exporting.py")
 add_int8, markdown, rows_of = table.add_int8, table.markdown, table.rows_of
 

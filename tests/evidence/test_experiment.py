@@ -17,15 +17,7 @@ from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import DivergedError, PlanError
 from growshrink.evidence.arms import ARMS, PLAIN, Arm
-from growshrink.evidence.experiment import (
-    TOLERANCE,
-    Experiment,
-    _side_by_side,
-    feed_of,
-    jobs_of,
-    matched_epochs,
-    run_job,
-)
+from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import RUNS_FILE, ArmComparison, Tuning, chosen_lr, read_runs, trials_of
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig
@@ -34,6 +26,9 @@ from program import module_of
 from sampled import sampled
 
 table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
+jobs = module_of(Path(__file__).parents[2] / "recipes" / "jobs.py")
+TOLERANCE, _side_by_side, matched_epochs = jobs.TOLERANCE, jobs._side_by_side, jobs.matched_epochs
+feed_of, jobs_of, run_job = jobs.feed_of, jobs.jobs_of, jobs.run_job
 markdown, rows_of, verdict = table.markdown, table.rows_of, table.verdict
 
 TINY = Experiment(

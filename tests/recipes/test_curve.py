@@ -10,12 +10,13 @@ from scipy import stats
 
 from growshrink.errors import RunError
 from growshrink.evidence.arms import Arm
-from growshrink.evidence.experiment import Experiment, keep_plan
+from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import Cost, Job, RunRecord, SeedScore, append_run
 from program import module_of, run
 
 TOP = Path(__file__).parents[2]
 CURVE = module_of(TOP / "recipes" / "curve.py")
+keep_plan = module_of(TOP / "recipes" / "jobs.py").keep_plan
 SEEDS = (0, 1, 2)
 #: Top-1 of the plain net by budget: doubling from 200 brings 0.2, so B* is 200.
 PLAIN = {100: 60.0, 200: 62.0, 400: 62.2}
