@@ -36,7 +36,12 @@ def operator_bound(kernel: Tensor, groups: int = 1) -> Tensor:
 
 
 def contract(kernel: Tensor, bound: float, groups: int = 1) -> Tensor:
-    """The kernel `(O, I // groups, kh, kw)`, each group scaled down to an operator norm of at most `bound`."""
+    """The kernel `(O, I // groups, kh, kw)`, each group scaled down to an operator norm of at most `bound`.
+
+    >>> gs.algebra.contract(torch.tensor([[3.0, 0.0], [0.0, 1.5]]).view(2, 2, 1, 1), bound=1.0).view(2, 2)
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
     factor_G = bound / operator_bound(kernel, groups).clamp_min(bound)
     return (kernel.unflatten(0, (groups, -1)) * factor_G[:, None, None, None, None]).flatten(0, 1)
 

@@ -44,6 +44,10 @@ class ConvMap:
         groups: Number of groups; channels are grouped in contiguous blocks as in `nn.Conv2d`.
         padding_mode: What the padded pixels hold: `zeros`, `reflect`, `replicate` or `circular`.
         biased: False promises that the bias is zero, and saves the work and the looking.
+
+    >>> conv, norm = gs.algebra.ConvMap.from_conv2d(nn.Conv2d(3, 4, 3)), gs.algebra.ConvMap.from_bn(nn.BatchNorm2d(4))
+    >>> conv.then(norm).to_conv2d()
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
 
     kernel: Tensor
@@ -353,7 +357,11 @@ class ConvMap:
 
 
 def compose(maps: Sequence[ConvMap]) -> ConvMap:
-    """The map that applies `maps` one after another, multiplied out in an order that takes little work."""
+    """The map that applies `maps` one after another, multiplied out in an order that takes little work.
+
+    >>> gs.algebra.compose([gs.algebra.ConvMap.from_conv2d(nn.Conv2d(4, 4, 3)) for _ in range(2)]).kernel.shape
+    torch.Size([4, 4, 5, 5])
+    """
     left = list(maps)
     while len(left) > 1:
         # O * M * I * taps of a product without groups; a norm goes into the smaller of its neighbours

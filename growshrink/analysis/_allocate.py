@@ -83,6 +83,11 @@ def allocate(
 
     Source: Yu and Huang, AutoSlim (arXiv:1903.11728), section 3.2, which is `per_mac=False`, with the loss on one
     training batch.
+
+    >>> slim = gs.slim(net)
+    >>> score = gs.analysis.WidthScore(slim, [torch.randn(8, 3, 32, 32)], lambda net: 0.0)  # yours: minus the loss
+    >>> gs.allocate(slim, gs.width_space(slim), macs=0.5, score=score).within(0.5).cost <= 0.5
+    True
     """
     space.check(model)
     if not 0 < macs <= 1:

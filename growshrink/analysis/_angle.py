@@ -286,7 +286,13 @@ def supernet_table(
     example_inputs: ExampleInputs | None = None,
     order: Mapping[str, Sequence[int]] | None = None,
 ) -> AngleTable:
-    """Make the table of a space from a net as initialised and trained (once or at several times); see `angle`."""
+    """Make the table of a space from a net as initialised and trained (once or at several times); see `angle`.
+
+    >>> init, trained = gs.grow(net), gs.grow(net, seed=1)  # stands for the same net, trained
+    >>> table = gs.analysis.supernet_table(init, trained, gs.width_space(init))
+    >>> table.score(table.sample(1000)).angle.shape
+    (1000,)
+    """
     nets = [init, *([trained] if isinstance(trained, (nn.Module, Mapping)) else trained)]
     states = [dict(net.named_parameters()) if isinstance(net, nn.Module) else net for net in nets]
     inputs = given_inputs(input_size, example_inputs)
@@ -331,6 +337,11 @@ def angle(
 
     Raises:
         AnalysisError: The two nets are not one, or a width is not of the space.
+
+    >>> init, trained = gs.grow(net), gs.grow(net, seed=1)  # stands for the same net, trained
+    >>> space = gs.width_space(init)
+    >>> gs.angle(init, trained, space, [space.base, space.full]).params
+    array([1926, 5934])
     """
     options: dict[str, Any] = {"layers": layers, "input_size": input_size, "example_inputs": example_inputs}
     table = supernet_table(init, trained, space, **options)

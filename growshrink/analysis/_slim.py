@@ -63,8 +63,7 @@ def slim(
     Source: Yu et al., Slimmable Neural Networks (arXiv:1812.08928); Yu and Huang, Universally Slimmable Networks
     (arXiv:1903.05134); statistics by level: Li et al., Dynamic Slimmable Network (arXiv:2103.13258).
 
-    >>> import growshrink as gs, timm
-    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25, depths=(1, 1, 1)), levels=(0.5, 1.0))
+    >>> net = gs.slim(net, levels=(0.5, 1.0))
     >>> gs.width_space(net).choices["stem.conv"]
     (2, 4)
     """
@@ -90,7 +89,11 @@ def slim(
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:
-    """Groups of channels that a slim net always runs whole, by their first layer, with the reason."""
+    """Groups of channels that a slim net always runs whole, by their first layer, with the reason.
+
+    >>> gs.analysis.left_alone(gs.slim(net))
+    {}
+    """
     return dict(vars(model).get("slim_left_alone", {}))
 
 
@@ -121,9 +124,8 @@ def cut(
         WidthError: The model is not slim, has no such width, or a block ends in no layer that takes a factor.
         FuseError: The cut net would differ; the model is then as it was.
 
-    >>> import growshrink as gs, timm
-    >>> net = gs.slim(timm.create_model("reducenet20", width=0.25, depths=(1, 1, 1)), levels=(0.5, 1.0))
-    >>> plain = timm.create_model("reducenet20", width=0.125, depths=(1, 1, 1))
+    >>> net = gs.slim(net, levels=(0.5, 1.0))
+    >>> plain = timm.create_model("reducenet20", width=0.125, depths=(1, 1, 1), num_classes=10)
     >>> plain.load_state_dict(gs.cut(net, gs.width_space(net).base).state_dict())
     <All keys matched successfully>
     """

@@ -55,6 +55,10 @@ def headroom(
 
     Raises:
         AnalysisError: The shapes do not fit, MACs do not rise, or a value is none that it can be.
+
+    >>> right = [[True, True], [False, True], [True, False], [True, True]]  # 4 images, 2 nets
+    >>> [(policy.name, policy.macs, policy.top1) for policy in gs.analysis.headroom(right, macs=[1, 3])]
+    [('net 0', 1.0, 75.0), ('net 1', 3.0, 75.0), ('oracle', 1.5, 100.0)]
     """
     right, macs = np.asarray(right, dtype=np.float64), np.asarray(macs, dtype=np.float64)
     if right.ndim != 2 or macs.shape != right.shape[1:] or not (np.diff(macs) > 0).all() or len(macs) < 2:

@@ -59,6 +59,8 @@ class Layer:
     """A tensor of the net, and what a subnet keeps along axes 0 (`rows`) and 1 (`columns`); None is everything.
 
     `positions` are MACs of an image for each weight, `in_vector` whether it is part of the vector whose angle is taken.
+
+    >>> layer = gs.analysis.Layer("conv.weight", rows=gs.analysis.Side("width", divisor=2))
     """
 
     name: str
@@ -121,6 +123,10 @@ def read_width_table(path: Path) -> tuple[dict[str, tuple[int, ...]], list[Layer
 
     Raises:
         AnalysisError: It is none, says where.
+
+    >>> _ = (folder / "widths.json").write_text('{"variables": {"a": [8, 16]}, "layers": [{"name": "w", "rows": "a"}]}')
+    >>> gs.analysis.read_width_table(folder / "widths.json")[0]
+    {'a': (8, 16)}
     """
 
     def side(value: Any) -> Side | None:

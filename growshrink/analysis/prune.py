@@ -234,6 +234,9 @@ def random_prune(
 
     Raises:
         AnalysisError: Torch-Pruning (the extra `prune`) is not there or cannot trace the net; nothing meets the budget.
+
+    >>> gs.profile(gs.random_prune(net, macs=0.5, seed=1)).macs < 0.53 * gs.profile(net).macs
+    True
     """
     check_model(model, scripted=False)
     known = ("random", *CRITERIA)

@@ -171,8 +171,7 @@ def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) ->
         target: Labels `(N,)` of the images it ran on.
         logits: `(N, K)`, which let easy images be pruned more (`manidp`).
 
-    >>> import growshrink as gs, timm, torch
-    >>> net = gs.grow(timm.create_model("reducenet20", width=0.25), "moe", ratio=4.0)
+    >>> net = gs.grow(net, "moe", ratio=4.0)
     >>> logits, labels = net(torch.randn(4, 3, 32, 32)), torch.arange(4)
     >>> loss = torch.nn.functional.cross_entropy(logits, labels) + gs.penalties(net, labels, logits)
     """

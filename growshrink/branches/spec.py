@@ -44,6 +44,8 @@ class BranchSpec:
             scale), and starts, borders and paths are those of the paper. Asks for `init="paper"`, and for convolutions
             with a bias and no norm behind them, so `growshrink.fold` comes first (not before OREPA, which needs one).
         trained: The convolution of several in a row that is trained in that form, "first" or "last".
+
+    >>> grown = gs.grow(net, [gs.BranchSpec(kind="bottleneck", ratio=4), "repvgg"])
     """
 
     kind: str

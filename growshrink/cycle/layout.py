@@ -95,6 +95,10 @@ def lay_out(plan: CyclePlan, updates_per_epoch: int, *, built_grown: bool = Fals
     """Lay a plan out in updates; PlanError where a round, or the whole plan, has too few.
 
     With `built_grown` the net is grown before the first round already.
+
+    >>> plan = gs.CyclePlan(base_epochs=2, rounds=(gs.Round(epochs=10, hold=0.5, vanish=0.2, settle=0.1),))
+    >>> [phase.stop for phase in gs.cycle.lay_out(plan, updates_per_epoch=100).all]
+    [200, 700, 900, 1000, 1200]
     """
     stop = _updates(plan.base_epochs, updates_per_epoch)
     phases: list[Phase] = [Base(0, stop, gradients=plan.gradients, seed=plan.seed)]

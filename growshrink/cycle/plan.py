@@ -59,6 +59,11 @@ class Round:
         teacher: Who teaches: another net from the start on, after its own training; a net of the run's from the end of
             the hold on. The shares of the round are shares of what the teacher's training leaves.
         widths: How middle widths are sampled while the net is grown; None trains at full width.
+
+    >>> fused = gs.Round(epochs=30, branch=("dbb",), exit=gs.cycle.Fuse(accept_within=0.5))
+    >>> netaug = gs.Round(epochs=30, ratio=4, widths=gs.cycle.NetAug(), exit=gs.cycle.Drop())  # or gs.cycle.Choose()
+    >>> teacher, back = gs.cycle.Teacher("peak"), gs.cycle.Rewind()
+    >>> taught = gs.Round(epochs=30, vanish=0, settle=0, teacher=teacher, exit=back)
     """
 
     epochs: Positive
@@ -152,6 +157,9 @@ class CyclePlan:
         restarts: Epochs at which it is led back up without one: the control of what the restarts alone are worth.
         seed: Of the branches' weights; each round draws others.
         gradients: Maps on the gradients, in a plan without rounds.
+
+    >>> plan = gs.CyclePlan(base_epochs=5, rounds=(gs.Round(epochs=30), gs.Round(epochs=30, branch=("insert",))))
+    >>> maps = gs.CyclePlan(base_epochs=30, rounds=(), gradients=gs.cycle.FromBranches())  # or gs.cycle.FromPixels()
     """
 
     rounds: tuple[Round, ...]

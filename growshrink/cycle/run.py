@@ -94,6 +94,13 @@ def run_cycle(
             checkpoint, from before that, stays).
         PlanError: The plan does not fit the data or the model, or an argument is out of range.
         Stopped: A signal was handled.
+
+    >>> from growshrink.data.datasets import load_data
+    >>> net = timm.create_model("reducenet20", width=0.25, depths=(1, 1, 1), in_chans=1)
+    >>> plan = gs.CyclePlan(rounds=(gs.Round(epochs=1, settle=0, exit=gs.cycle.Drop()),))  # or gs.Round(epochs=30)
+    >>> result = gs.run_cycle(net, load_data("digits"), plan, out_dir=folder / "run")
+    >>> result.deployed == result.plain
+    True
     """
     check_model(model)
     if not isinstance(plan, CyclePlan):

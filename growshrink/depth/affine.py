@@ -31,6 +31,9 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
 
     Computed on a copy, in eval mode and float64, with every lam as it is, for random images a and b, and if these show
     nothing for images a million times as large. `input_size` is `(C, H, W)`; None takes the model's own.
+
+    >>> gs.depth.affinity_defect(nn.Conv2d(3, 4, 3), (3, 8, 8)) < 1e-12, gs.depth.affinity_defect(net) > 0.01
+    (True, True)
     """
     replica, images = _in_float64(model, input_size, 4, seed)
     return _defect(replica, (images,), {}, seed)
@@ -42,6 +45,9 @@ def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, 
 
     Only the innermost are named. Empty if the net is affine, whatever its parts are. Arguments as for
     `affinity_defect`.
+
+    >>> list(gs.depth.nonaffine_modules(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 8, 8)))
+    ['1']
     """
     replica, images = _in_float64(model, input_size, 2, seed)
     if _defect(replica, (images,), {}, seed) <= EXACT_FLOAT64:
@@ -138,6 +144,9 @@ def collapse(model: nn.Module, input_size: InputSize) -> nn.Sequential:
 
     Raises:
         NotLinearError: The net is not affine; names the first module that is not.
+
+    >>> gs.collapse(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)), (3, 8, 8))[1]
+    Linear(in_features=192, out_features=5, bias=True)
     """
     check_model(model)
     trace(model, input_size)  # says what is wrong with an image that the net does not take

@@ -89,6 +89,9 @@ def merge_runs(
         MergeError: Nothing, or not what was named, can be merged exactly, or it would cost more. The model is as it
             was.
         FuseError: The net is grown, or cannot be folded.
+
+    >>> gs.depth.merge_runs(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)), input_size=(3, 8, 8))[1]
+    Conv2d(3, 4, kernel_size=(3, 3), stride=(1, 1))
     """
     runs, ends, _, size = _plan(model, where, if_costlier, input_size)
     if not runs:
@@ -113,7 +116,12 @@ def merge_runs(
 def merge_report(
     model: nn.Module, where: WhereToMerge = None, *, if_costlier: str = "refuse", input_size: InputSize | None = None
 ) -> MergeReport:
-    """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after."""
+    """What `merge_runs` with the same arguments would merge, what not and why, and the MACs before and after.
+
+    >>> print(gs.depth.merge_report(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)), input_size=(3, 8, 8)))
+    0 + 1 -> 3x3: 5,952 -> 3,888 MACs (0.65x)
+    the whole net: 5,952 -> 3,888 MACs
+    """
     runs, ends, folded, size = _plan(model, where, if_costlier, input_size)
     _merge(folded, runs)
     return MergeReport(runs, ends, profile(model, size).macs, profile(folded, size).macs)

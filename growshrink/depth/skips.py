@@ -54,6 +54,10 @@ def reserve_skips(model: nn.Module, *, input_size: InputSize | None = None) -> n
 
     Raises:
         MergeError: No block is like that, behind a ReLU, with an identity for its skip.
+
+    >>> block = nn.Sequential(nn.ReLU(), timm.models.resnet.BasicBlock(4, 4))
+    >>> gs.depth.reserve_skips(block, input_size=(4, 8, 8))[1][0]
+    Conv2d(4, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1))
     """
     chains = [chain for chain in chains_of(model, input_size).chains if len(chain) == 2 and len(chain[0].acts) == 1]
     inputs = inputs_for(model, input_size)

@@ -64,6 +64,10 @@ class VanishingReLU(Vanishing):
     signed zeros included: no `lam * relu(x) + (1 - lam) * x`, with its `0 * inf`).
 
     Source: deep training of VanillaNet (arXiv:2305.12972, eq. 1), written as a leaky ReLU.
+
+    >>> act = gs.layers.VanishingReLU()
+    >>> gs.set_lambda(act, 0.25), act(torch.tensor([-1.0, 2.0]))
+    (1, tensor([-0.7500,  2.0000]))
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,6 +174,9 @@ def set_lambda(model: nn.Module, value: float) -> int:
     Raises:
         GrowShrinkError: The net was never grown.
         ValueError: `value` is not in [0, 1], or is not 0 and the branches are collapsed. Nothing was set.
+
+    >>> gs.set_lambda(gs.grow(net), 0.5)
+    3
     """
     count = follow_lambda(model, value)
     if not count and not was_grown(model):
@@ -201,5 +208,9 @@ def was_grown(model: nn.Module) -> bool:
 
 
 def get_lambda(model: nn.Module) -> dict[str, float]:
-    """`{dotted name: lam}` of every vanishing activation in `model`. Reads from the device: not for a training step."""
+    """`{dotted name: lam}` of every vanishing activation in `model`. Reads from the device: not for a training step.
+
+    >>> set(gs.get_lambda(gs.grow(net)).values())
+    {1.0}
+    """
     return {name: float(act.lam) for name, act in vanishing(model)}

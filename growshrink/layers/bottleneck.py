@@ -33,6 +33,9 @@ class PureBottleneck(Mergeable):
         device: Where the parameters are made.
         dtype: Type of the parameters (lam stays float32).
         geometry: `stride`, `dilation` and `padding_mode` of the kxk.
+
+    >>> gs.layers.PureBottleneck(3, mid_channels=8, out_channels=4, padding=1)(torch.randn(1, 3, 9, 9)).shape
+    torch.Size([1, 4, 9, 9])
     """
 
     def __init__(

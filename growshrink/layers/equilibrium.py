@@ -87,6 +87,9 @@ class ImplicitReLU(VanishingReLU):
     A is block-diagonal over `groups`, and scaled to a norm of at most 0.9. At `lam = 0`, with a `kernel_size` of 1, the
     layer is the 1x1 convolution :math:`(I - A)^{-1}`, which runs instead of the solver. More taps do not merge. Given
     fewer channels than it has, it solves the system of the leading block of A: narrow nets are prefixes of wide ones.
+
+    >>> gs.layers.ImplicitReLU(4)(torch.randn(1, 4, 8, 8)).shape
+    torch.Size([1, 4, 8, 8])
     """
 
     def __init__(self, channels: int, groups: int = 1, kernel_size: int = 1, solver: Solver = SOLVER) -> None:
@@ -169,6 +172,10 @@ class ConvEquilibrium(nn.Module):
 
     With `levels` L the weight is `(T, L, C, C, 3, 3)`, T the steps after `gs.unroll`, else 1. `steps` are explicit
     evaluations, which export; None solves. `factory` are `device` and `dtype`.
+
+    >>> layer = gs.layers.ConvEquilibrium(4, levels=2)
+    >>> [z.shape[2:] for z in layer([torch.randn(1, 4, 8, 8), torch.randn(1, 4, 4, 4)])]
+    [torch.Size([8, 8]), torch.Size([4, 4])]
     """
 
     __constants__ = ["bounded"]  # False after gs.unroll: TorchScript then sees nothing of `kernels`

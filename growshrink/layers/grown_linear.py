@@ -18,6 +18,10 @@ class GrownLinear(Grown, nn.Linear):
 
     Branches see the tokens `(N, ..., I)` as an image `(N, I, T, 1)`, without a copy, and so their batch norms normalise
     over all tokens of all images.
+
+    >>> mlp = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    >>> isinstance(gs.grow(mlp, "lora", example_inputs=torch.randn(2, 4))[1], gs.layers.GrownLinear)
+    True
     """
 
     plain_class = nn.Linear

@@ -82,7 +82,12 @@ def _bare(plain: Any, base: Any) -> Any:
 
 
 def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
-    """Attach branches to a layer of a class in `GROWN_CLASSES`, or already grown; returns the same object."""
+    """Attach branches to a layer of a class in `GROWN_CLASSES`, or already grown; returns the same object.
+
+    >>> conv = nn.Conv2d(3, 4, 3)
+    >>> isinstance(gs.layers.attach(conv, [gs.Branch.kinds["lora"](conv, 0.5)]), gs.layers.GrownConv2d)
+    True
+    """
     if isinstance(layer, Grown):
         layer.branches.extend(branches)
     else:
@@ -101,7 +106,11 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
 
 
 def to_plain(layer: Grown) -> nn.Module:
-    """Remove the branches of a grown layer, which becomes the class it came from; returns the same object."""
+    """Remove the branches of a grown layer, which becomes the class it came from; returns the same object.
+
+    >>> type(gs.layers.to_plain(gs.grow(net).stages[0][0].conv)) is nn.Conv2d
+    True
+    """
     expand_online(layer, inplace=True)
     mark_left(layer.branches)
     del layer.branches
@@ -182,6 +191,10 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """Undo `collapse_online`: the branches run one by one again, their norms learn statistics, lam may rise.
 
     A net that is not collapsed comes back as it is; a copy unless `inplace`.
+
+    >>> online = gs.collapse_online(gs.grow(net, "repvgg"), choose="always")
+    >>> gs.transforms.collapse_report(gs.expand_online(online)).collapsed
+    []
     """
     check_model(model)
     model = model if inplace else copy_net(model)

@@ -138,7 +138,11 @@ class Slots:
 
 
 def get_width(model: nn.Module) -> dict[str, int]:
-    """The active width of a grown model; WidthError if it carries no branches."""
+    """The active width of a grown model; WidthError if it carries no branches.
+
+    >>> gs.layers.get_width(gs.grow(net, ratio=4, where="stages.0"))
+    {'stages.0.0.conv.branches.0': 16}
+    """
     return Slots(model).get()
 
 
@@ -147,6 +151,9 @@ def set_width(model: nn.Module, width: Width) -> None:
 
     Raises:
         WidthError: It is the width of another model, or a value is impossible; the model is then as it was.
+
+    >>> grown = gs.grow(net, ratio=4)
+    >>> gs.set_width(grown, gs.width_space(grown).base)
     """
     slots = Slots(model)
     slots.check(width)
@@ -155,7 +162,13 @@ def set_width(model: nn.Module, width: Width) -> None:
 
 @contextmanager
 def active_width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
-    """Run the model at `width` within a `with`; restore the width afterwards."""
+    """Run the model at `width` within a `with`; restore the width afterwards.
+
+    >>> grown = gs.grow(net, ratio=4)
+    >>> with gs.active_width(grown, gs.width_space(grown).base):
+    ...     gs.profile(grown).macs == gs.profile(net).macs
+    True
+    """
     slots = Slots(model)
     slots.check(width)
     before = slots.get()
@@ -306,7 +319,6 @@ def width_space(
     Raises:
         WidthError: The model carries no branches, or `factor` lies beyond or below what it was grown with.
 
-    >>> import growshrink as gs, timm
     >>> space = gs.width_space(timm.create_model("reducenet20_x4"))
     >>> space.choices["stages.0.0.conv"], space.size == 4**9
     ((16, 32, 48, 64), True)

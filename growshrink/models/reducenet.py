@@ -70,7 +70,6 @@ class ReduceNet(StagedNet):
         dtype: Type of the parameters; `lam` is float32 always.
         head: `num_classes`, `global_pool` and `drop_rate` of a `StagedNet`.
 
-    >>> import timm
     >>> plain = timm.create_model("reducenet20", width=0.25)
     >>> plain(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])

@@ -69,7 +69,6 @@ class VanillaNet(StagedNet):
     Arguments as of a `ReduceNet`, but `channels` begin with those of the stem, `expansion` is in multiples of a block's
     input channels (the paper has 1), and `num_rings` is the n of the series activations.
 
-    >>> import timm
     >>> timm.create_model("vanillanet_5", width=0.25)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """

@@ -113,6 +113,9 @@ def compare(
 
     Works on copies: modes, statistics and random streams of `a` and `b` are untouched. `max_rel` refers to `a`. The
     inputs are `num_inputs` images of `input_size` (None takes that of `a`) or the batch `example_inputs`, see `grow`.
+
+    >>> gs.compare(net, gs.grow(net)).max_rel
+    0.0
     """
     if type(num_inputs) is not int or num_inputs < 1:
         raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
@@ -135,6 +138,9 @@ def assert_equivalent(
 
     The message names the first layer to differ and the worst one, among the layers both nets have under the same name
     and as the same class (convolutions: both with a bias or both without; a bias may have moved into the norm behind).
+
+    >>> gs.assert_equivalent(net, gs.fold(net), tolerance=1e-5).top1_agreement
+    1.0
     """
     inputs = given_inputs(input_size, example_inputs) or inputs_for(a)
     result = compare(a, b, input_size=inputs, num_inputs=num_inputs, dtype=dtype, seed=seed)
@@ -169,6 +175,10 @@ def verify(
 
     Raises:
         EquivalenceError: The effect is about 0, so nothing was proven. A large error is reported, not raised.
+
+    >>> found = gs.verify(gs.grow(net))
+    >>> found.ok, found.max_rel < 1e-12, found.effect > 0.1
+    (True, True, True)
     """
     check_model(model)
     inputs = given_inputs(input_size, example_inputs) or inputs_for(model)

@@ -77,6 +77,9 @@ def profile(model: nn.Module, input_size: InputLike = None, *, example_inputs: E
     """MACs of one image and parameters, counted on the meta device by torch's counter (FLOPs / 2).
 
     `input_size` is `(C, H, W)`, None the model's own; `example_inputs` a batch in place of it, see `grow`.
+
+    >>> gs.profile(nn.Conv2d(3, 4, 3), (3, 10, 10))
+    Profile(macs=6912, params=112, peak=556)
     """
     check_model(model, scripted=False)
     inputs = inputs_for(model, given_inputs(input_size, example_inputs))
@@ -97,6 +100,9 @@ def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) 
     """MACs of one image forward and backward through the graph that training runs, on the meta device.
 
     What is done once per update (the merging of kernels in a collapsed net) is shared among `batch_size` images.
+
+    >>> gs.profile(net).macs, gs.proofs.training_macs(net, (3, 32, 32))
+    (405664, 1106400)
     """
     batch_size = max(2, batch_size)  # batch norm refuses one value per channel
     replica = copy_net(model).to("meta").train()
@@ -112,6 +118,9 @@ def training_memory(model: nn.Module, input_size: InputLike, batch_size: int) ->
 
     Weights, their gradients, and what autograd keeps of a batch of `batch_size` images; not the optimizer's state (of
     momentum, as much as the weights), an average of the weights (the same), or what an operation takes while it runs.
+
+    >>> gs.proofs.training_memory(net, (3, 32, 32), batch_size=128)
+    13131056
     """
     replica = copy_net(model).to("meta").train()
     tensors = list(replica.parameters())

@@ -263,6 +263,11 @@ def route(
 
     Source: Li et al., Dynamic Slimmable Network (arXiv:2103.13258); Wang et al., SkipNet (arXiv:1711.09485); Lin et
     al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.
+
+    >>> slim = gs.slim(net, levels=(0.5, 1.0))
+    >>> routed = gs.route(slim, gs.width_space(slim), after="stages.0")
+    >>> routed.eval()(torch.randn(2, 3, 32, 32)).shape
+    torch.Size([2, 10])
     """
     check_model(model, scripted=False)
     if not is_slim(model):

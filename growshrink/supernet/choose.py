@@ -58,6 +58,12 @@ def choose_width(
     Raises:
         WidthError: No candidate, or one of another model.
         FuseError: A candidate cannot be fused.
+
+    >>> grown, images = gs.grow(net), torch.randn(8, 3, 32, 32)
+    >>> _ = gs.set_lambda(grown, 0)
+    >>> candidates, score = [gs.width_space(grown).base, gs.width_space(grown).full], lambda plain: 0.0  # yours: top-1
+    >>> len(gs.choose_width(grown, candidates, batches=[images], score=score).candidates)
+    2
     """
     scored: list[tuple[ScoredWidth, nn.Module]] = []
     for width in progress(list(candidates)):

@@ -34,6 +34,9 @@ def sort_channels(
             weight (Adafactor). Nothing has moved.
 
     Source: Cai et al., Once for All (arXiv:1908.09791, section 3.3), which has no gamma in it.
+
+    >>> list(gs.sort_channels(gs.grow(net, where="stages.0", init="paper")))
+    ['stages.0.0.conv.branches.0.body']
     """
     check_model(model)
     nets = [dict(unwrap_model(net).named_modules()) for net in also]

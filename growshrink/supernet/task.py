@@ -40,14 +40,9 @@ class NetAugTask(ClassificationTask):
 
     Every update draws its own augmented net from the width space. The base net is what is evaluated, averaged and
     deployed; the augmented passes leave its batch norm statistics bit for bit as they are (wider nets need
-    `calibrate_bn`). Between steps the model is at base width. Two ways to use it::
-
-        task = gs.NetAugTask(gs.grow(net))                      # anybody's loop, timm's train.py included
-        task(images, target)["loss"].backward()                 # one differentiable loss
-
-        task.attach(optimizer)                                  # our loop: half the memory, equal gradients
-        task.set_step(update)
-        task.backward(images, target)                           # runs the backward passes itself, one by one
+    `calibrate_bn`). Between steps the model is at base width. In any loop (as timm's train.py) the task returns one
+    differentiable loss; attached to the optimizer, as below, it runs the passes one by one: half the memory, equal
+    gradients.
 
     The update decides which widths are drawn: `set_step` tells it, or `update_ema` (which timm's train.py calls after
     every update), or the optimizer, once attached.
@@ -95,6 +90,13 @@ class NetAugTask(ClassificationTask):
     Raises:
         WidthError: The model is plain, the space is another model's, or `suffix` does not fit the model.
         PlanError: An option is out of range.
+
+    >>> grown, images, target = gs.grow(net), torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    >>> task = gs.NetAugTask(grown)
+    >>> detach = task.attach(torch.optim.SGD(grown.parameters(), lr=0.1))
+    >>> for update in range(2):
+    ...     task.set_step(update)
+    ...     losses = task.backward(images, target)
     """
 
     def __init__(

@@ -31,6 +31,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
         GrowShrinkError: There is no batch, or it holds no tensor; the statistics are then as they were.
 
     Source: Yu and Huang, Universally Slimmable Networks (arXiv:1903.05134), section 3.3.
+
+    >>> gs.calibrate_bn(net, [torch.randn(8, 3, 32, 32)])
     """
     check_model(model)
     kept = set(map(id, leave))

@@ -122,9 +122,6 @@ def compile_gradients(
     For branches that are linear in what they train: `BranchSpec(kind=..., norm=None)`, or kinds of your own. Then any
     loop works as it is, without clipping:
 
-    >>> import timm
-    >>> import growshrink as gs
-    >>> net = timm.create_model("reducenet20", width=0.25)
     >>> grown = gs.grow(net, gs.BranchSpec(kind="repvgg", norm=None), init="paper")
     >>> plain, maps = gs.compile_gradients(grown)
     >>> optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)

@@ -41,7 +41,6 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
     Raises:
         GrowShrinkError: The optimizer has none of the net's parameters, or keeps state of another kind.
 
-    >>> import growshrink as gs, torch
     >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
     >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     >>> net = gs.grow(net, "lora", inplace=True)
@@ -94,7 +93,6 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
 def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of a net's branches, for a group of their own.
 
-    >>> import growshrink as gs
     >>> net = gs.grow(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), "lora")
     >>> [tuple(parameter.shape) for parameter in gs.branch_parameters(net)]
     [(8, 4, 3, 3), (4, 8, 1, 1)]
@@ -125,7 +123,6 @@ class LambdaScheduler:
     Raises:
         GrowShrinkError: The net was never grown, or the schedule gives a value outside [0, 1].
 
-    >>> import growshrink as gs
     >>> net = gs.grow(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
     >>> scheduler = gs.LambdaScheduler(net, gs.schedules.hold_then_vanish(hold=1, vanish=2))
     >>> for update in range(4):

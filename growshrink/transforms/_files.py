@@ -30,6 +30,8 @@ def save_grown(model: nn.Module, path: str | Path, *, branches_only: bool = Fals
 
     Raises:
         GrowError: There are no branches, or some that `grow` has not made.
+
+    >>> gs.save_grown(gs.grow(net, "lora"), folder / "grown.safetensors", branches_only=True)
     """
     grown = {name: layer for name, layer in grown_modules(model).items() if isinstance(layer, Grown)}
     specs: dict[str, list[Any]] = {
@@ -60,6 +62,9 @@ def load_grown(
     Raises:
         RunError: The file is damaged, or of another net (which may then be grown, where `inplace`).
         GrowError: A layer cannot be grown so.
+
+    >>> gs.save_grown(gs.grow(net, "lora"), folder / "grown.safetensors")
+    >>> grown = gs.load_grown(net, folder / "grown.safetensors")
     """
     header: dict[str, str] = {}
     tensors = read_tensors(Path(path), header.update)

@@ -47,6 +47,9 @@ def fold(
 
     Raises:
         FuseError: The model is grown, or the folded net would differ (the model is then untouched).
+
+    >>> gs.fold(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), input_size=(3, 8, 8))[1]
+    Identity()
     """
     if grown := grown_modules(model):
         raise FuseError(
@@ -63,7 +66,11 @@ def fold(
 def fold_report(
     model: nn.Module, *, input_size: InputLike = None, example_inputs: ExampleInputs | None = None
 ) -> dict[str, str]:
-    """The norms of batch statistics that `fold` would leave in `model` (or has left), each with the reason."""
+    """The norms of batch statistics that `fold` would leave in `model` (or has left), each with the reason.
+
+    >>> gs.transforms.fold_report(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)), input_size=(3, 8, 8))
+    {'1': 'it reads the output of no convolution or linear layer'}
+    """
     flow = trace(model, given_inputs(input_size, example_inputs))
     pairs, reasons = _foldable(model, flow), {}
     for name, norm in model.named_modules():

@@ -75,6 +75,11 @@ def fuse(
         FuseError: A lam is not 0; something in a branch is not affine; a grown module is shared or runs more than
             once; a bias has nowhere to go. Names the module; the model is bit for bit as it was.
         WidthError: `width` is not a width of this model.
+
+    >>> grown = gs.grow(net, "bottleneck", ratio=4)
+    >>> _ = gs.set_lambda(grown, 0)
+    >>> net.load_state_dict(gs.fuse(grown).state_dict())
+    <All keys matched successfully>
     """
     check_model(model)
     model = model if inplace else copy_net(model)

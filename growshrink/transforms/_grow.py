@@ -90,6 +90,9 @@ def grow(
     Raises:
         GrowError: Nothing matches `where`, nothing is eligible, an argument is out of range, or `fuse` would refuse the
             result (that is tried on copies). The model is untouched.
+
+    >>> gs.compare(net, gs.grow(net, "bottleneck", ratio=4)).max_rel
+    0.0
     """
     check_model(model)
     check_ratio(ratio)
@@ -130,6 +133,9 @@ def drop(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         DropError: A `PureBottleneck` has no kernel of its own that could remain.
+
+    >>> net.load_state_dict(gs.drop(gs.grow(net)).state_dict())
+    <All keys matched successfully>
     """
     if pure := [name for name, module in grown_modules(model).items() if isinstance(module, PureBottleneck)]:
         raise DropError(
@@ -205,6 +211,9 @@ def growth_report(
             kinds the model carries anywhere, and so tells why some layers lack some of them.
         input_size: `(C, H, W)` the data flow is observed with; None takes the model's own, or guesses.
         example_inputs: In place of a size, a batch; see `grow`.
+
+    >>> gs.growth_report(gs.grow(net)).skipped
+    {'stem.conv': 'the stem is left alone', 'head.fc': 'the classifier is left alone'}
     """
     eligibility = _Eligibility(model, given_inputs(input_size, example_inputs))
     specs = branch_specs(branch) if branch is not None else []
@@ -234,7 +243,11 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def branch_specs(branch: BranchLike) -> list[BranchSpec]:
-    """The `branch` argument of grow as a list of specs; GrowError for unknown kinds or an empty sequence."""
+    """The `branch` argument of grow as a list of specs; GrowError for unknown kinds or an empty sequence.
+
+    >>> [spec.kind for spec in gs.transforms.branch_specs(["bottleneck", "repvgg"])]
+    ['bottleneck', 'repvgg']
+    """
     parts = [branch] if isinstance(branch, (str, BranchSpec)) else list(branch)
     if not parts:
         raise GrowError("branch=[]: name at least one branch.")

@@ -66,6 +66,10 @@ def collapse_online(
     Raises:
         CollapseError: No branch is linear, a name is not that of such a convolution, or a branch computes something
             else than its map. The model is then as it was. (`collapse_report` tells what was merged.)
+
+    >>> online = gs.collapse_online(gs.grow(net, "repvgg"), choose="always")
+    >>> gs.transforms.collapse_report(online).collapsed
+    ['stages.0.0.conv', 'stages.1.0.conv', 'stages.2.0.conv']
     """
     check_model(model)
     if not isinstance(choose, Iterable):
@@ -149,7 +153,11 @@ class CollapseReport:
 
 
 def collapse_report(model: nn.Module) -> CollapseReport:
-    """What `collapse_online` made of a net, or, of one that is not collapsed, which of its branches are linear."""
+    """What `collapse_online` made of a net, or, of one that is not collapsed, which of its branches are linear.
+
+    >>> gs.transforms.collapse_report(gs.grow(net, "repvgg")).rows[0].merged
+    ('pointwise', 'identity')
+    """
     rows = []
     for name, module in grown_modules(model).items():
         online = isinstance(module, OnlineModule)

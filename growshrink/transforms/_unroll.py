@@ -18,6 +18,9 @@ def unroll(model: nn.Module, steps: int, *, untie: bool = False) -> nn.Module:
 
     Raises:
         EquilibriumError: The model has no such layer, or `steps` is no whole number above 0.
+
+    >>> gs.unroll(gs.layers.ConvEquilibrium(4), steps=8).steps
+    8
     """
     check_model(model)
     if type(steps) is not int or steps < 1:
