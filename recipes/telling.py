@@ -78,7 +78,7 @@ class Told:
 def tell_story(folder: Path, notes: Sequence[str] = ()) -> list[str]:
     """Complete report.md with advice, baselines and the next commands, and make report.html of it; the advice."""
     told = Told.of(folder)
-    said = [*advice(told), *(f"{note}." for note in notes)]
+    said = [*advice(told), *(f"{note[0].upper()}{note[1:]}." for note in notes)]
     head, rest = (folder / "report.md").read_text(encoding="utf-8").split("\n## ", 1)
     story = ["", "## What it means", "", *(f"- {sentence}" for sentence in said), "", *baselines(told)]
     if draw_beside(told):
