@@ -5,6 +5,7 @@ The `fuse`, `reparameterize` or `switch_to_deploy` of a dozen families' blocks (
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ class MergeFirst:
         """As the hook; AlgebraError while a lam is not 0, FuseError where a bias has nowhere to go."""
         found = ((name, m) for name, m in grown_modules(self.owner).items() if isinstance(m, Grown))
         shared = shared_parameters(self.owner)
-        merges = [self._plan(name, layer, shared) for name, layer in found]
+        lost: dict[str, float] = {}
+        merges = [self._plan(name, layer, shared, lost) for name, layer in found]
+        warn_of_rounding(lost, self.owner)
         for layer, total, _ in merges:
             write_map(layer, total)
         for _, total, norm in merges:  # when norms are merged, which took their statistics as they were
@@ -51,7 +54,9 @@ class MergeFirst:
         del self.owner.__dict__[self.hook]
         return getattr(self.owner, self.hook)(*args, **kwargs)
 
-    def _plan(self, name: str, layer: Grown, shared: set[str]) -> tuple[Grown, ConvMap, nn.Module | None]:
+    def _plan(
+        self, name: str, layer: Grown, shared: set[str], lost: dict[str, float]
+    ) -> tuple[Grown, ConvMap, nn.Module | None]:
         if {name, self.norms.get(name)} & shared:
             raise FuseError(f"{name}, or the norm behind it, shares memory with another module: nothing was merged.")
         total, norm = layer.as_convmap().fit(layer.as_conv()), None
@@ -62,7 +67,7 @@ class MergeFirst:
                     f"{name} has no bias, and no batch norm in this block takes that of its branches: "
                     "growshrink.fuse comes first."
                 )
-        check_cast(name, layer, total, norm)
+        lost[name] = lost_in_cast(name, layer, total, norm)
         return layer, total, norm
 
 
@@ -108,8 +113,8 @@ def write_map(layer: Grown, total: ConvMap) -> None:
 
 
 @torch.no_grad()
-def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | None) -> None:
-    """FuseError where values overflow in the net's own dtype; a warning where rounding takes what the branches add."""
+def lost_in_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | None) -> float:
+    """The share of what branches add that rounding to the net's own dtype takes; FuseError where values overflow."""
     targets: list[tuple[Tensor, Tensor]] = [(next(module.parameters()), total.kernel.cpu())]
     if isinstance(module, Grown):
         weight, bias = module.values_of(total)
@@ -129,6 +134,19 @@ def check_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module | N
             changes.append((added * (added > 1e-12 * float(new.norm())), float((written - new).norm())))
     most = max((added for added, _ in changes), default=0.0)
     shares = [lost / added for added, lost in changes if added > 1e-4 * most]
-    if (share := max(shares, default=0.0)) > MOST_LOST:
-        lost = f"{min(share, 1.0):.0%} of what its branches add: fuse in float32, then cast"
-        warnings.warn(f"{name}: rounding to {dtype} takes {lost}.", stacklevel=2)
+    return min(1.0, max(shares, default=0.0))
+
+
+def warn_of_rounding(lost: Mapping[str, float], model: nn.Module) -> None:
+    """One warning for all layers of which rounding takes more than `MOST_LOST`."""
+    if not (layers := {name: share for name, share in lost.items() if share > MOST_LOST}):
+        return
+    worst = max(layers, key=layers.__getitem__)
+    dtype = next(model.parameters()).dtype
+    wider = "double" if dtype == torch.float32 else "float"
+    warnings.warn(
+        f"{worst}: rounding to {str(dtype).removeprefix('torch.')} takes {layers[worst]:.0%} of what its branches add"
+        f"{f', and over {MOST_LOST:.0%} in {len(layers) - 1} more' * (len(layers) > 1)}: they add little more than "
+        f"rounding; fuse model.{wider}() to keep it.",
+        stacklevel=3,
+    )

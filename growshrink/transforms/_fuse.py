@@ -25,7 +25,7 @@ from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import expand_online, mark_left
 from growshrink.layers.widths import Width, active_width
-from growshrink.transforms._deploy import check_cast, unguard_hooks, write_map
+from growshrink.transforms._deploy import lost_in_cast, unguard_hooks, warn_of_rounding, write_map
 
 _Change = Callable[[nn.Module], object]
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
@@ -121,7 +121,7 @@ def _refuse_alive(model: nn.Module) -> None:
 
 def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
     shared = flow.shared
-    merges: dict[str, _Merge] = {}
+    merges, lost = dict[str, _Merge](), dict[str, float]()
     for name, module in grown_modules(model).items():
         if module is model and isinstance(module, PureBottleneck):
             raise FuseError(
@@ -141,8 +141,9 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             norm, reason = flow.norm_after(name)
             if norm is None:
                 raise FuseError(f"{name} has no bias of its own, and that of its branches has nowhere to go: {reason}.")
-        check_cast(name, module, total, None if norm is None else model.get_submodule(norm))
+        lost[name] = lost_in_cast(name, module, total, None if norm is None else model.get_submodule(norm))
         merges[name] = _Merge(total, norm)
+    warn_of_rounding(lost, model)
     return merges
 
 

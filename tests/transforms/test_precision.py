@@ -34,7 +34,10 @@ def grown(kind="lora", delta=1.0, bias=False):
 @pytest.mark.parametrize("kind", ["lora", "bottleneck"])
 def test_rounding_that_takes_the_branches_is_told(dtype, kind):
     model = grown(kind, delta=torch.finfo(dtype).eps / 30).to(dtype)
-    with pytest.warns(UserWarning, match=r"^1: rounding to \w+ takes \d+% of what its branches add: fuse in float32"):
+    with pytest.warns(
+        UserWarning,
+        match=r"^1: rounding to \w+ takes \d+% of what its branches add: they .*; fuse model\.(float|double)",
+    ):
         fused = gs.fuse(model, input_size=SIZE)
     assert fused[1].weight.dtype == dtype
     x = images(*SIZE, dtype=torch.float64)
@@ -46,6 +49,20 @@ def test_rounding_that_takes_the_branches_is_told(dtype, kind):
         warnings.simplefilter("error")
         gs.fuse(grown(kind).to(dtype), input_size=SIZE)  # a branch of the kernel's size is not lost
         gs.fuse(grown(kind, delta=0.0).to(dtype), input_size=SIZE)  # nor is one that adds nothing
+
+
+def test_many_layers_are_one_warning():
+    convs = [nn.Conv2d(3, 8, 3), *(nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))]
+    model = gs.grow(nn.Sequential(*convs), "lora", where=["1", "2", "3"], input_size=SIZE, init="paper")
+    gs.set_lambda(model, 0.0)
+    with torch.no_grad():
+        for layer in model[1:]:
+            nn.init.ones_(layer.branches[0].get_parameter(layer.branches[0].outermost))
+            branch = layer.branches[0]
+            branch.get_parameter(branch.outermost).mul_(1e-9)
+    with pytest.warns(UserWarning) as told:
+        gs.fuse(model, input_size=SIZE)
+    assert len(told) == 1 and "and over 10% in 2 more: " in str(told[0].message)
 
 
 @torch.no_grad()
