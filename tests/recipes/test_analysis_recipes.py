@@ -41,7 +41,12 @@ def test_prune_retrain_publishes_every_run(tmp_path, capsys):
 def test_shrink_space_compares_drivers_on_images_that_no_driver_has_seen(tmp_path, capsys, monkeypatch):
     judged = []
     evaluate = scores.evaluate
-    monkeypatch.setattr(scores, "evaluate", lambda net, split: judged.append(split.split) or evaluate(net, split))
+
+    def spy(net, split):
+        judged.append((split.split.images, evaluate(net, split)))
+        return judged[-1][1]
+
+    monkeypatch.setattr(scores, "evaluate", spy)
     code, out, err = main(capsys, "shrink_space.py", *SHRINK, "--quiet", "--out", tmp_path / "run")
     assert code == 0, err
     result = json.loads((tmp_path / "run" / "shrink_space.json").read_text())
@@ -49,7 +54,10 @@ def test_shrink_space_compares_drivers_on_images_that_no_driver_has_seen(tmp_pat
     updates = {tuple(row["updates"]) for row in result["drivers"].values()}
     assert len(updates) == 1  # an equal budget
     test = load_data("digits", progress=False).test
-    assert judged and all(torch.equal(split.images, test.images) for split in judged)
+    assert [torch.equal(images, test.images) for images, _ in judged] == 4 * [False, False, True, True]
+    top1 = [score.top1 for _, score in judged]
+    best = [top1[i + 2 + (top1[i + 1] > top1[i])] for i in range(0, 16, 4)]  # by val, of the two of each loop
+    assert sorted(best) == sorted(value for row in result["drivers"].values() for value in row["best"])
     assert "Compare MACs too" in out and "no p is below 0.500" in out
 
 
