@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from program import completed
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -42,3 +44,13 @@ def test_the_readme_stays_short():
     text = README.read_text()
     assert len(text.splitlines()) <= 200
     assert len(text.split()) <= 1600
+
+
+@pytest.mark.exhaustive
+def test_the_first_command_prints_the_lines_that_the_readme_shows(tmp_path):
+    command = "python recipes/grow_cycle.py\n"
+    found = re.search(rf"^```bash\n{re.escape(command)}```\n\n```text\n(.*?)^```$", README.read_text(), re.M | re.S)
+    done = completed(ROOT / "recipes" / "grow_cycle.py", "--out", tmp_path / "run")
+    assert done.returncode == 0
+    shown, printed = (re.sub(r"[\d,.]+", "#", text) for text in (found[1], done.stdout + done.stderr))
+    assert all(line in printed for line in shown.splitlines()), done.stdout
