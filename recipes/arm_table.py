@@ -1,20 +1,38 @@
 """What an experiment says (for compare.py; not a program): a row and a verdict for every arm, curves over cost."""
 
 import json
+import math
 import statistics
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from growshrink.analysis.stats import Estimate, blocked, detectable, holm, paired
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
+from growshrink.analysis.stats import CONFIDENCE, Estimate, detectable, holm, paired
 from growshrink.base.writing import save_picture, write_atomic
+from growshrink.data.datasets import DataSet
+from growshrink.errors import AnalysisError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
 from growshrink.evidence.record import ArmComparison, RunRecord, SeedScore, chosen_lr, read_runs, replace_run, runs_of
 from growshrink.export import Source
-from growshrink.export.int8 import int8_scores
+from growshrink.export.artefacts import ONNX_FILE, Function, onnx_function, quiet, write_onnx
+from growshrink.export.int8 import (
+    GRANULARITIES,
+    calibration_images,
+    check_data,
+    needs_reduced_range,
+    quantise,
+    score_all,
+)
 from growshrink.runs.folder import PLAIN_FILE
+from growshrink.training import Score
+from growshrink.transforms import fold
 
 #: Of corrected p values.
 LEVEL = 0.05
@@ -255,6 +273,33 @@ def _pooled(scores: Mapping[str, Mapping[int, SeedScore]]) -> dict[str, tuple[Es
     return {arm: entry for arm, entry in zip(arms, found, strict=True) if arm != PLAIN}
 
 
+def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE) -> list[tuple[Estimate, float]]:
+    r"""Difference of each row of `values` to the row `control`, with Student's interval and p: columns are blocks.
+
+    With :math:`y_{as} = \mu + \alpha_a + \beta_s + \epsilon`, the noise is estimated from the residuals of all rows,
+    :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`:
+    for few seeds (blocks) and many arms (rows) of equal noise far sharper than pairs alone. `values` is `(A, S)`, at
+    least 2 of both. With two rows it is `paired`'s interval.
+
+    Source: Fisher, The Design of Experiments (1935): randomised blocks.
+    """
+    values_AS = np.asarray(values, dtype=np.float64)
+    shape = values_AS.shape
+    if len(shape) != 2 or min(shape) < 2 or not np.isfinite(values_AS).all():
+        raise AnalysisError(f"values of shape {shape}: needs a finite one for each of 2 rows or more and 2 columns.")
+    rows, columns = shape
+    means_A = values_AS.mean(1)
+    residuals = values_AS - means_A[:, None] - values_AS.mean(0) + values_AS.mean()
+    freedom = (rows - 1) * (columns - 1)
+    error = math.sqrt(float((residuals**2).sum()) / freedom * 2 / columns)
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    found = []
+    for difference in map(float, means_A - means_A[control]):
+        p = float(2 * scipy.stats.t.sf(abs(difference) / error, freedom)) if error else float(not difference)
+        found.append((Estimate(difference, difference - half, difference + half), p))
+    return found
+
+
 def _sees(values: Sequence[float], of_plain: Sequence[float]) -> float:
     return detectable(statistics.stdev([a - b for a, b in zip(values, of_plain, strict=True)]), len(values))
 
@@ -290,3 +335,23 @@ def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
             tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
             scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
         replace_run(out, replace(record, scores=tuple(scores)))
+
+
+def int8_scores(source: Source, data: DataSet, *, calibration: int = 256, seed: int = 0) -> dict[str, Score]:
+    """Score the folded net on the test split in int8, by granularity, with the defaults of `export`; keeps no file.
+
+    Raises:
+        RunError: ONNX is not installed, or the data is not the net's.
+    """
+    check_data(source, data)
+    images = calibration_images(source, data, calibration, seed)
+    functions: dict[str, Function] = {}
+    with tempfile.TemporaryDirectory() as scratch, quiet():
+        folder = Path(scratch)
+        write_onnx(fold(source.plain, input_size=source.input_size).eval(), source, folder)
+        for granularity in GRANULARITIES:
+            path = folder / f"{granularity}.onnx"
+            reduced = needs_reduced_range()
+            quantise(folder / ONNX_FILE, path, images, granularity=granularity, reduce_range=reduced)
+            functions[granularity] = onnx_function(path)
+        return score_all(functions, source, data)

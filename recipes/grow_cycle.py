@@ -38,7 +38,6 @@ import growshrink as gs
 from growshrink.base.limits import InFile, OneOf, Positive, Share
 from growshrink.base.ranks import joined, run_on_rank0, this_rank
 from growshrink.base.reading import read_json
-from growshrink.base.timing import seconds_interleaved
 from growshrink.cli.forms import given, pick
 from growshrink.cli.options import GrowOptions, LengthOptions, Options
 from growshrink.cli.program import run_program
@@ -49,7 +48,6 @@ from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import ARMS
 from growshrink.runs.folder import MARKER, RunFolder, claim_together
-from growshrink.training.choosing import training_step
 from growshrink.training.trainer import TrainConfig
 from starting import StartOptions, images_folder, least_epochs, updates_per_epoch
 from telling import PAGE, draw_mistakes, tell_story
@@ -232,9 +230,8 @@ def plan_in_time(args: Args, model: nn.Module, feed: Feed, about: dict[str, Any]
     updates, size, batch_size = feed.train.updates_per_epoch, feed.input_size, feed.train.batch_size
     if args.hours is None:
         return make_plan(args, updates)
-    device, tried = args.running.torch_device(), list[str]()
-    step = training_step(model, size, batch_size, device)
-    seconds = run_on_rank0(lambda: seconds_interleaved({"step": step}, device=device)["step"])
+    tried = list[str]()
+    seconds = run_on_rank0(lambda: args.step_seconds(model, feed))
     for _, plan_of in plans_of(args):
         least = least_epochs(plan_of, updates) or 1
         plan = plan_of(float(least))

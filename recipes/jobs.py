@@ -42,10 +42,10 @@ from growshrink.evidence.record import (
     runs_of,
     states_of,
 )
-from growshrink.evidence.stack import StackedFeed, stack_nets, unstack_net
 from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
+from side_by_side import StackedFeed, stack_nets, unstack_net
 
 #: How far the cost of a run may be from its budget.
 TOLERANCE = 0.02

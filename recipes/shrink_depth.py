@@ -42,13 +42,13 @@ from growshrink.cli.options import LengthOptions, Options, RunOptions, TimingOpt
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
-from growshrink.depth.latency import Latencies, measure_latencies
 from growshrink.depth.segments import Cut, Segment, links_of, merge_cut, uncut, vanish_cut
 from growshrink.errors import PlanError
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate, fit
 from knob import DepthPlan, depth_frontier, measure_plans, plain_at_depth, plan_depth, segment_harms
+from latency import Latencies, measure_latencies
 
 #: The key of what was timed and chosen.
 CUTS = "cuts"

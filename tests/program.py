@@ -1,5 +1,6 @@
 """Running a program in the process of the tests: starting Python and importing torch takes seconds, every time."""
 
+import importlib
 import importlib.util
 import io
 import os
@@ -50,6 +51,12 @@ def module_of(path: Path) -> Any:
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+def beside(path: Path) -> Any:
+    """The module that lies beside programs, as they import it: what is patched there is patched for them."""
+    with mock.patch.object(sys, "path", [str(path.parent), *sys.path]):
+        return importlib.import_module(path.stem)
 
 
 @cache

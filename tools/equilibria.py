@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.algebra import Solver, operator_bound
-from growshrink.base.limits import Count, InFile, OutFile
+from growshrink.base.limits import Count, InFile
 from growshrink.base.reading import read_tensors
 from growshrink.base.writing import check_unwritten, save_picture
 from growshrink.cli.forms import pick
@@ -32,7 +32,7 @@ from growshrink.cli.program import run_program
 from growshrink.errors import EquilibriumError, RunError
 from growshrink.layers import ConvEquilibrium, ImplicitReLU
 from growshrink.proofs.probes import random_images
-from inputs import NetOptions
+from inputs import NetOptions, PictureOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ class Args:
     """A state_dict (.safetensors); without it the net is fresh."""
     steps: tuple[Count, ...] = (1, 2, 4, 8)
     """The K of explicit steps."""
-    picture: OutFile | None = None
-    """File of a picture of the residuals."""
+    drawn: PictureOptions = PictureOptions()
     net: NetOptions = NetOptions(models=("reducenet20_deq",), batch_size=16)
     model: ModelOptions = pick(ModelOptions(), "model_kwargs")
     rounds: GrowOptions = pick(GrowOptions(branches=("none",)), "branches")
@@ -65,7 +64,7 @@ class Row:
 
 def main(args: Args) -> None:
     """Measure and print."""
-    check_unwritten("--picture", args.picture)
+    check_unwritten("--picture", args.drawn.picture)
     if len(args.net.models) != 1:
         raise RunError(f"{' '.join(args.net.models)}: one model at a time.")
     model, _ = replace(args.model, model=args.net.models[0]).create(num_classes=10)
@@ -80,8 +79,8 @@ def main(args: Args) -> None:
     for row in rows:
         errors = "".join(f"  {found:8.1e} ({allowed:7.1e})" for found, allowed in row.errors)
         print(f"{row.name:44s} {row.bound:6.3f} {row.radius:6.3f} {row.evaluations:5d} {row.residual:8.1e}{errors}")
-    if args.picture:
-        draw(args.picture, rows)
+    if args.drawn.picture:
+        draw(args.drawn.picture, rows)
 
 
 def measure(model: nn.Module, images: Tensor, steps: tuple[int, ...]) -> list[Row]:

@@ -19,9 +19,12 @@ import growshrink as gs
 from growshrink.cycle import run_cycle
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
-from growshrink.evidence.stack import stack_nets
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from side_by_side import stack_nets
 
 Check = Callable[[torch.device, bool], Mapping[str, Any]]
 ROOT = Path(__file__).parents[1]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,10 +19,13 @@ from growshrink.base.timing import Call
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet, Split
 from growshrink.data.feed import MemoryFeed
-from growshrink.evidence.stack import stack_nets
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, Trainer
 from paired import channels_last
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from side_by_side import stack_nets
 
 Speed = Callable[[torch.device, bool], Mapping[str, Any]]
 

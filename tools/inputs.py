@@ -13,7 +13,7 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis.results import Results
 from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
-from growshrink.base.limits import Checkpoint, InFile, OutFile, Pixels
+from growshrink.base.limits import Checkpoint, Count, InFile, OutFile, Pixels
 from growshrink.cli.options import BatchOptions, ModelName, StudyOptions
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
@@ -96,3 +96,21 @@ class FileOptions:
 
     file: OutFile | None = None
     """File of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """What is drawn."""
+
+    group: ClassVar[str] = "running"
+
+    picture: OutFile | None = None
+    """File of a picture of the results."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSizes:
+    """At how many images at a time."""
+
+    batches: tuple[Count, ...] = (128, 32, 8, 1)
+    """Batch sizes."""

@@ -18,10 +18,12 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.algebra.dataflow import inputs_for
 from growshrink.base.copying import copy_net
-from growshrink.base.limits import Count
 from growshrink.base.timing import interleaved_timings, machine
-from growshrink.cli.options import ModelOptions
+from growshrink.cli.forms import pick
+from growshrink.cli.options import ModelOptions, TimingOptions
 from growshrink.cli.program import run_program
+from growshrink.errors import PlanError
+from inputs import BatchSizes
 
 MACS = 0.5
 
@@ -30,13 +32,11 @@ MACS = 0.5
 class Args:
     """Options of slim_speed."""
 
-    batches: tuple[Count, ...] = (128, 32, 8, 1)
-    """Batch sizes."""
-    turns: Count = 30
-    """Turns of each variant."""
     after: str = "stages.0"
     """Where the gate is."""
     model: ModelOptions = ModelOptions(model="reducenet20")
+    sizes: BatchSizes = BatchSizes()
+    timing: TimingOptions = pick(TimingOptions(turns=30), "turns")
 
 
 class Overruled(nn.Module):
@@ -55,6 +55,8 @@ class Overruled(nn.Module):
 
 def main(args: Args) -> None:
     """Measure and print."""
+    if not args.timing.turns:
+        raise PlanError("--turns 0: must be at least 1.")
     torch.manual_seed(0)
     torch.set_num_threads(1)
     plain, _ = args.model.create(num_classes=10)
@@ -71,18 +73,18 @@ def main(args: Args) -> None:
     )
     print(f"MACs: {narrow + share * (wide - narrow):.3f} in the mean. {about['processor']}, one thread.")
     print(f"{'batch':>5s} {'full ms':>9s} {'routed':>7s} {'masks':>7s} {'slim at full width':>19s}")
-    for batch in args.batches:
+    for batch in args.sizes.batches:
         x = torch.randn(batch, *size)
         nets = {"full": plain.eval(), "routed": routed, "masks": masked(plain, share, args.after), "slim": slim.eval()}
         calls = {name: partial(net, x) for name, net in nets.items()}
         with torch.no_grad():
-            times = interleaved_timings(calls, rounds=args.turns, own_thread=True)
+            times = interleaved_timings(calls, rounds=args.timing.turns, own_thread=True)
         full = times["full"]
         print(f"{batch:5d} {full:9.2f} " + " ".join(f"{times[n] / full:{w}.3f}" for n, w in
                                                    (("routed", 7), ("masks", 7), ("slim", 19))))  # fmt: skip
     x, target = torch.randn(64, *size), torch.randint(10, (64,))
     steps = {name: partial(step, net.train(), x, target) for name, net in (("plain", plain), ("slim", slim))}
-    times = interleaved_timings(steps, rounds=args.turns, own_thread=True)
+    times = interleaved_timings(steps, rounds=args.timing.turns, own_thread=True)
     print(f"training step at full width, batch 64: {times['slim'] / times['plain']:.3f} of the plain net's")
 
 

@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 import growshrink as gs
 from growshrink.base.environment import versions
-from growshrink.base.limits import Count, OutFile, Pixels
+from growshrink.base.limits import Pixels
 from growshrink.base.timing import machine
 from growshrink.base.writing import check_unwritten, save_picture, write_json
+from growshrink.cli.forms import pick
 from growshrink.cli.options import command
 from growshrink.cli.program import run_program
-from inputs import FileOptions
+from inputs import BatchSizes, FileOptions, NetOptions, PictureOptions
 from paired import Bench, PairOptions, TimedArgs, load, table
 
 Section = Literal["shallow", "kernels", "depthwise"]
@@ -47,14 +48,11 @@ class Args(TimedArgs):
 
     only: tuple[Section, ...] = SECTIONS
     """Sections to run."""
-    batches: tuple[Count, ...] = (1, 16, 128)
-    """Batch sizes of the whole nets."""
-    pixels: Pixels = 64
-    """Side of the whole nets' images."""
+    whole: BatchSizes = BatchSizes(batches=(1, 16, 128))
+    nets: NetOptions = pick(NetOptions(pixels=64), "pixels")
     side: Pixels = 16
     """Side of the maps of the kernels, at batch 16."""
-    picture: OutFile | None = None
-    """Where the pictures go."""
+    drawn: PictureOptions = PictureOptions()
     pairs: PairOptions = PairOptions(seconds=4.0)
     output: FileOptions = FileOptions()
 
@@ -62,7 +60,7 @@ class Args(TimedArgs):
 def main(args: Args) -> None:
     """Measure, print, draw, write."""
     check_unwritten("--file", args.output.file)
-    check_unwritten("--picture", args.picture)
+    check_unwritten("--picture", args.drawn.picture)
     bench = args.bench()
     began, before = time.perf_counter(), load()
     rows: dict[str, list[dict[str, Any]]] = {section: [] for section in args.only}
@@ -74,16 +72,16 @@ def main(args: Args) -> None:
     print(table(bench.rows, about))
     if args.output.file is not None:
         write_json(args.output.file, {"rows": rows, "about": about})
-    if args.picture is not None:
+    if args.drawn.picture is not None:
         draw(args, rows)
 
 
 def shallow(bench: Bench, args: Args) -> list[dict[str, Any]]:
     """A VanillaNet against deeper nets, by batch size."""
-    size, found = (3, args.pixels, args.pixels), []
+    size, found = (3, args.nets.pixels, args.nets.pixels), []
     nets = {name: gs.fold(timm.create_model(name).eval(), input_size=size) for name in ("vanillanet_5", *OTHERS)}
     macs = {name: gs.profile(net, size).macs for name, net in nets.items()}
-    for batch in args.batches:
+    for batch in args.whole.batches:
         x = torch.randn(batch, *size)
         for name in OTHERS:
             calls = (partial(_forward, nets[own], x) for own in ("vanillanet_5", name))
@@ -138,7 +136,7 @@ def draw(args: Args, rows: dict[str, list[dict[str, Any]]]) -> None:
     """A panel for each section: the ratio of times, with its quartiles, and beside it the ratio of MACs."""
     from matplotlib.figure import Figure
 
-    assert args.picture is not None
+    assert args.drawn.picture is not None
     figure = Figure(figsize=(5 * len(rows), 4.2), layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False)[0]
     titles = {
@@ -165,7 +163,7 @@ def draw(args: Args, rows: dict[str, list[dict[str, Any]]]) -> None:
         axes.set_ylim(bottom=0)
         axes.legend()
         axes.grid(alpha=0.3)
-    save_picture(figure, args.picture, dpi=100)
+    save_picture(figure, args.drawn.picture, dpi=100)
 
 
 if __name__ == "__main__":

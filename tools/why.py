@@ -39,8 +39,7 @@ from growshrink.data.batches import eval_batches
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
 from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
-from growshrink.evidence.record import PLAN_FILE, RunRecord, chosen_lr, read_runs, runs_of
-from growshrink.evidence.stack import unstack_state
+from growshrink.evidence.record import PLAN_FILE, RunRecord, chosen_lr, read_runs, runs_of, unstack_state
 
 #: Of a teacher's tensors in a checkpoint.
 TEACHER = "/teacher/"

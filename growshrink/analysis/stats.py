@@ -248,33 +248,6 @@ def detectable(sd: float, n: int, power: float = 0.8, confidence: float = CONFID
     return float(scipy.special.nctdtrinc(n - 1, 1 - power, bound)) * sd / math.sqrt(n)
 
 
-def blocked(values: ArrayLike, control: int = 0, confidence: float = CONFIDENCE) -> list[tuple[Estimate, float]]:
-    r"""Difference of each row of `values` to the row `control`, with Student's interval and p: columns are blocks.
-
-    With :math:`y_{as} = \mu + \alpha_a + \beta_s + \epsilon`, the noise is estimated from the residuals of all rows,
-    :math:`s^2 = \sum r_{as}^2 / ((A-1)(S-1))`, and a difference of rows has the standard error :math:`s \sqrt{2/S}`:
-    for few seeds (blocks) and many arms (rows) of equal noise far sharper than pairs alone. `values` is `(A, S)`, at
-    least 2 of both. With two rows it is `paired`'s interval.
-
-    Source: Fisher, The Design of Experiments (1935): randomised blocks.
-    """
-    values_AS = np.asarray(values, dtype=np.float64)
-    shape = values_AS.shape
-    if len(shape) != 2 or min(shape) < 2 or not np.isfinite(values_AS).all():
-        raise AnalysisError(f"values of shape {shape}: needs a finite one for each of 2 rows or more and 2 columns.")
-    rows, columns = shape
-    means_A = values_AS.mean(1)
-    residuals = values_AS - means_A[:, None] - values_AS.mean(0) + values_AS.mean()
-    freedom = (rows - 1) * (columns - 1)
-    error = math.sqrt(float((residuals**2).sum()) / freedom * 2 / columns)
-    half = float(scipy.stats.t.ppf((1 + confidence) / 2, freedom)) * error
-    found = []
-    for difference in map(float, means_A - means_A[control]):
-        p = float(2 * scipy.stats.t.sf(abs(difference) / error, freedom)) if error else float(not difference)
-        found.append((Estimate(difference, difference - half, difference + half), p))
-    return found
-
-
 def holm(p_values: Sequence[float]) -> list[float]:
     """Correct p values for being several: the i-th smallest of m times m - i + 1, never falling, at most 1.
 

@@ -36,7 +36,7 @@ from growshrink.base.limits import (
 from growshrink.base.progress import duration, progress_bar
 from growshrink.base.ranks import num_ranks, run_on_rank0, this_rank
 from growshrink.base.reading import read_json
-from growshrink.base.timing import seconds_interleaved
+from growshrink.base.timing import interleaved_timings
 from growshrink.branches.spec import PRESETS
 from growshrink.cli.forms import pick, plain_options, read_pairs
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
@@ -375,11 +375,15 @@ class Options:
         A forward pass alone counts a third.
         """
         if updates and not self.running.quiet:
-            device = self.running.torch_device()
-            step = training_step(net, feed.input_size, feed.train.batch_size, device, amp=self.training.amp)
-            seconds = seconds_interleaved({"step": step}, device=device)["step"]
+            seconds = self.step_seconds(net, feed)
             about = duration(updates * seconds / SHARE_OF_TRAINING)
             self.say(f"about {about} on this machine ({updates:,.0f} updates of {1e3 * seconds:.3g} ms)")
+
+    def step_seconds(self, net: nn.Module, feed: Feed) -> float:
+        """Time a training step of a copy of `net` on the device."""
+        device = self.running.torch_device()
+        step = training_step(net, feed.input_size, feed.train.batch_size, device, amp=self.training.amp)
+        return interleaved_timings({"step": step}, rounds=5, device=device, at_most=5.0)["step"] / 1e3
 
     @contextmanager
     def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:

@@ -24,7 +24,6 @@ from growshrink.base.reading import parse_json, read_bytes, read_json
 from growshrink.base.writing import write_atomic
 from growshrink.cycle.records import Row
 from growshrink.errors import PlanError, RunError
-from growshrink.evidence.stack import unstack_state
 from growshrink.runs.folder import PLAIN_FILE
 
 PLAN_FILE = "plan.json"
@@ -326,3 +325,11 @@ def states_of(out: Path, job: Job) -> list[dict[str, Tensor]]:
     if not path.is_file():
         raise RunError(f"{path}: the weights of a finished run are missing; only its line of runs.jsonl was kept.")
     return unstack_state(load_file(path), len(job.seeds))
+
+
+def unstack_state(state: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The state_dict of each of the nets in that of their stack; what has no dimension is the same for all."""
+    return [
+        {key: value.chunk(count)[index] if value.ndim else value for key, value in state.items()}
+        for index in range(count)
+    ]

@@ -15,9 +15,8 @@ from growshrink.cycle.source import Source
 from growshrink.data.batches import Batch, eval_batches
 from growshrink.data.datasets import DataSet, Split
 from growshrink.errors import RunError
-from growshrink.export.artefacts import ONNX_FILE, ONNX_INPUT, Function, onnx_function, quiet, write_onnx
+from growshrink.export.artefacts import ONNX_INPUT, Function
 from growshrink.training._evaluate import Score
-from growshrink.transforms import fold
 
 INT8_FILE = "int8.onnx"
 GRANULARITIES = ("per-channel", "per-tensor")
@@ -101,26 +100,6 @@ def score_all(functions: Mapping[str, Function], source: Source, data: DataSet) 
             loss[name] += float(F.cross_entropy(logits, labels_N, reduction="sum"))
     number = len(data.test)
     return {name: Score(100.0 * right[name] / number, loss[name] / number) for name in functions}
-
-
-def int8_scores(source: Source, data: DataSet, *, calibration: int = 256, seed: int = 0) -> dict[str, Score]:
-    """Score the folded net on the test split in int8, by granularity, with the defaults of `export`; keeps no file.
-
-    Raises:
-        RunError: ONNX is not installed, or the data is not the net's.
-    """
-    check_data(source, data)
-    images = calibration_images(source, data, calibration, seed)
-    functions: dict[str, Function] = {}
-    with tempfile.TemporaryDirectory() as scratch, quiet():
-        folder = Path(scratch)
-        write_onnx(fold(source.plain, input_size=source.input_size).eval(), source, folder)
-        for granularity in GRANULARITIES:
-            path = folder / f"{granularity}.onnx"
-            reduced = needs_reduced_range()
-            quantise(folder / ONNX_FILE, path, images, granularity=granularity, reduce_range=reduced)
-            functions[granularity] = onnx_function(path)
-        return score_all(functions, source, data)
 
 
 def _batches(source: Source, data: DataSet, split: Split) -> Iterable[Batch]:

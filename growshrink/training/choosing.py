@@ -7,7 +7,7 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
-from growshrink.base.timing import seconds_interleaved
+from growshrink.base.timing import interleaved_timings
 from growshrink.layers.regions import compile_regions
 
 #: How much faster a step has to be: bfloat16 costs digits, compiling takes a minute, and a measurement is uncertain.
@@ -49,8 +49,8 @@ def choose_speed(
         return False, "off, as it takes minutes and gains nothing on a CPU (--compile on decides it)"
     ways = {"as ever": fixed, what: {**fixed, what: True}}
     calls = {way: training_step(model, input_size, batch_size, device, **flags) for way, flags in ways.items()}
-    seconds = seconds_interleaved(calls, device=device)
-    ratio = seconds["as ever"] / seconds[what]
+    times = interleaved_timings(calls, rounds=5, device=device, at_most=5.0)
+    ratio = times["as ever"] / times[what]
     on = ratio >= WORTHWHILE[what]
     change = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"

@@ -282,8 +282,7 @@ def _measure(module: OnlineModule, size: tuple[int, int], batch_size: int, round
         module.collapsed = collapsed
         y = module(x)
         torch.autograd.grad(y, inputs, torch.ones_like(y), allow_unused=True)  # of skipped branches
-        if y.device.type != "cpu":
-            torch.accelerator.synchronize(y.device)
 
-    times = interleaved_timings({"branches": partial(call, False), "merged": partial(call, True)}, rounds=rounds)
+    ways = {"branches": partial(call, False), "merged": partial(call, True)}
+    times = interleaved_timings(ways, rounds=rounds, device=x.device)
     return times["branches"], times["merged"]

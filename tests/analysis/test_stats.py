@@ -12,6 +12,7 @@ from growshrink.analysis import stats
 from growshrink.errors import AnalysisError
 from program import module_of
 
+blocked = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py").blocked
 study = module_of(Path(__file__).parents[2] / "tools" / "study.py")
 
 RNG = np.random.default_rng
@@ -222,7 +223,7 @@ def test_corrected_interval_is_the_percentiles_where_there_is_no_bias():
 
 def test_blocks_of_two_rows_are_pairs():
     values = np.random.default_rng(0).normal(size=(2, 5))
-    (zero, _), (difference, _) = stats.blocked(values)
+    (zero, _), (difference, _) = blocked(values)
     assert zero.value == 0.0
     assert difference == pytest.approx(stats.paired(values[1], values[0]).difference)
 
@@ -233,7 +234,7 @@ def test_blocks_equal_least_squares_of_the_additive_model():
     design = np.stack([rows == 1, rows == 2, rows == 3, columns == 0, columns == 1, columns == 2], 1).astype(float)
     fit, (left,), *_ = np.linalg.lstsq(design, values_AS.ravel())
     error = np.sqrt(left / 6 * np.linalg.inv(design.T @ design)[0, 0])
-    interval, p = stats.blocked(values_AS)[1]
+    interval, p = blocked(values_AS)[1]
     assert interval.value == pytest.approx(fit[0])
     assert interval.high - interval.value == pytest.approx(scipy_stats.t.ppf(0.975, 6) * error)
     assert p == pytest.approx(2 * scipy_stats.t.sf(abs(fit[0]) / error, 6))
@@ -242,4 +243,4 @@ def test_blocks_equal_least_squares_of_the_additive_model():
 @pytest.mark.parametrize("values", [[[1.0, 2.0]], [[1.0], [2.0]], [[1.0, 2.0], [1.0, math.nan]]])
 def test_blocks_need_two_of_both(values):
     with pytest.raises(AnalysisError, match="2 rows"):
-        stats.blocked(values)
+        blocked(values)

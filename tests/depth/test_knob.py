@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from growshrink.depth import latency
-from growshrink.depth.latency import Latencies, hardware_name, measure_cuts, measure_latencies
 from growshrink.depth.segments import all_segments, uncut
 from growshrink.errors import PlanError
 from nets import images, net, untouched
-from program import module_of
+from program import beside, module_of
 
 knob = module_of(Path(__file__).parents[2] / "recipes" / "knob.py")
+latency = beside(Path(__file__).parents[2] / "recipes" / "latency.py")
+Latencies, hardware_name = latency.Latencies, latency.hardware_name
+measure_cuts, measure_latencies = latency.measure_cuts, latency.measure_latencies
 RESOLUTION, depth_frontier, measure_plans = knob.RESOLUTION, knob.depth_frontier, knob.measure_plans
 plan_depth, segment_harms = knob.plan_depth, knob.segment_harms
 

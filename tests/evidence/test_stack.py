@@ -1,6 +1,7 @@
 """Nets side by side are trained as each would be by itself."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ import growshrink as gs
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
-from growshrink.evidence.stack import StackedFeed, StackError, stack_nets, unstack_net
 from growshrink.layers.grown import grown_modules
 from growshrink.training import TrainConfig, Trainer
 from growshrink.training._evaluate import evaluate
 from nets import ConvNet, net, randomized
+from program import beside
 
+stack = beside(Path(__file__).parents[2] / "recipes" / "side_by_side.py")
+StackedFeed, StackError = stack.StackedFeed, stack.StackError
+stack_nets, unstack_net = stack.stack_nets, stack.unstack_net
 SIZE, SEEDS = (3, 16, 16), 3
 NETS = {
     "plain": lambda seed: net(seed=seed),

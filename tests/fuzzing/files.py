@@ -40,7 +40,6 @@ from growshrink.data.datasets import DataSet, Split, channel_statistics, load_da
 from growshrink.data.feed import MemoryFeed
 from growshrink.data.formats import read_cifar_binary, read_cifar_pickled, read_idx_pair
 from growshrink.data.stream import stream_data
-from growshrink.depth.latency import read_table
 from growshrink.errors import GrowShrinkError
 from growshrink.layers.widths import WidthSpace, width_space
 from growshrink.runs.checkpoints import find_checkpoints, load_checkpoint
@@ -50,6 +49,7 @@ from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
 from program import module_of
 
+read_table = module_of(Path(__file__).parents[2] / "recipes" / "latency.py").read_table
 truth = module_of(Path(__file__).parents[2] / "tools" / "truth.py")
 
 #: What a case may take, and how long the line may be that says what is wrong with a file.

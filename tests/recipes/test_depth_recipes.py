@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import growshrink as gs
-from growshrink.depth import latency
 from growshrink.depth.segments import Segment, merge_cut, vanish_cut
-from program import run
+from program import beside, run
 from sampled import exhaustive, sampled
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+latency = beside(RECIPES / "latency.py")
 BRIEF = ["--model-kwargs", "width=0.25", "--quiet", "--epochs"]
 
 

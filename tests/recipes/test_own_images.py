@@ -255,7 +255,7 @@ def test_the_plan_fits_the_images_there_are(pets, monkeypatch, capsys, words, ro
     monkeypatch.setattr(sys, "argv", ["grow_cycle.py", "--data", str(pets), *QUICK, *words])
     args = read_options(recipe.Args, None)
     assert starting.updates_per_epoch(args.data) == 66 // 8
-    monkeypatch.setattr(recipe, "seconds_interleaved", lambda calls, device: {"step": 0.01})
+    monkeypatch.setattr(recipe.Args, "step_seconds", lambda *_: 0.01)
     feed = args.feed()
     assert feed.train.updates_per_epoch == 66 // 8
     model, about = args.model.make(feed)

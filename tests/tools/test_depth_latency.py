@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 import program
-from growshrink.depth import latency
 
+latency = program.beside(Path(__file__).parents[2] / "recipes" / "latency.py")
 TOOL = Path(__file__).parents[2] / "tools" / "depth_latency.py"
 
 

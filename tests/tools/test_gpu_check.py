@@ -31,7 +31,7 @@ def test_some_checks_and_a_speed_on_the_cpu(tmp_path, capsys):
 
 
 def test_a_check_that_fails_is_written_down_and_the_next_one_runs(tmp_path, capsys, monkeypatch):
-    import growshrink.evidence.stack as stack
+    stack = program.beside(TOOL.parents[1] / "recipes" / "side_by_side.py")
 
     def unstacked(net, x):
         return x.new_zeros(len(x), 10)

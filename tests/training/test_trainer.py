@@ -1,5 +1,6 @@
 import copy
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import growshrink as gs
 from growshrink.errors import PlanError, RunError
-from growshrink.evidence.stack import stack_nets
 from growshrink.schedules.functions import constant, linear
 from growshrink.training import TeacherNet, TrainConfig, Trainer, calibrate_bn
 from nets import Batches, net, randomized
+from program import beside
 
+stack_nets = beside(Path(__file__).parents[2] / "recipes" / "side_by_side.py").stack_nets
 SIZE = (3, 8, 8)
 FLAT = {"learning_rate": constant(1.0), "lam": constant(1.0)}
 CONFIG = TrainConfig(lr=0.05)

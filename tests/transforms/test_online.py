@@ -458,7 +458,7 @@ def clock(cheap):
     """interleaved_timings, but merging is said to be cheaper where `cheap(channels)`."""
     log = []
 
-    def times(calls, *, rounds):
+    def times(calls, *, rounds, device):
         assert list(calls) == ["branches", "merged"]
         for call in calls.values():
             call()

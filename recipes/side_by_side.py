@@ -1,4 +1,4 @@
-"""Several nets of one architecture as one net with grouped convolutions: all seeds of an arm in one training run.
+"""Several nets of one architecture as one net with grouped convolutions: all seeds of an arm in one run (for jobs.py).
 
 A small net does not fill a GPU. S nets side by side are one net whose convolutions have S times the groups; all else
 (batch norms, weight decay, momentum, ...) works channel by channel, so each net is trained as it would be alone, up to
@@ -7,7 +7,7 @@ keeps runs apart that listen to the loss or to the val split, which would be a m
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.data.batches import Batch
 from growshrink.data.feed import Feed, ScoringBatches, UpdateBatches
 from growshrink.errors import GrowShrinkError
+from growshrink.evidence.record import unstack_state
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.proofs.probes import random_images
 
@@ -74,14 +75,6 @@ def unstack_net(stack: nn.Module, like: nn.Module, count: int) -> list[nn.Module
     for net, own in zip(nets, unstack_state(stack.state_dict(), count), strict=True):
         net.load_state_dict(own, strict=True)
     return nets
-
-
-def unstack_state(state: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The state_dict of each of the nets in that of their stack; what has no dimension is the same for all."""
-    return [
-        {key: value.chunk(count)[index] if value.ndim else value for key, value in state.items()}
-        for index in range(count)
-    ]
 
 
 class _StackedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""How long a net and its merged segments take on this machine: interleaved timings, cached on disk."""
+"""How long a net and its merged segments take here: interleaved timings, cached on disk (not a program)."""
 
 import json
 import math
