@@ -43,7 +43,6 @@ class Grown(Mergeable):
     else:
         weight = _KernelAlone()  # no data descriptor: what pruning and weight norm set goes first
     plain_class: ClassVar[type[nn.Module]]
-    container: ClassVar[type[nn.ModuleList]] = nn.ModuleList
 
     def as_conv(self) -> nn.Conv2d:
         """The layer without its branches, as a convolution of images; see `growshrink.layers.as_conv`."""

@@ -1,5 +1,6 @@
 """Grown layers other than convolutions of images, which show their inputs and outputs to the branches as images."""
 
+import sys
 from typing import ClassVar
 
 from timm.layers import BatchNormAct2d, register_notrace_module
@@ -91,17 +92,8 @@ class GrownConvTranspose2d(Grown, nn.ConvTranspose2d):
         return F.pad(x, around)
 
 
-class NormBranches(nn.ModuleList):
-    """Branches of a norm; refuses to move into another module, as where torch converts the norm under them."""
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """As `nn.Module.add_module`; GrowError where there is a branch of that name."""
-        if name in self._modules:
-            raise GrowError(
-                "a batch norm that carries branches would lose them in convert_sync_batchnorm, which has converted "
-                "some of the net: make it again, convert the plain net, then grow it."
-            )
-        super().add_module(name, module)
+#: What reads a norm, torch's and timm's, to put another in its place, without what it carries.
+_CONVERTERS = ("convert_sync_batchnorm", "freeze_batch_norm_2d")
 
 
 @register_notrace_module
@@ -113,7 +105,16 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
-    container = NormBranches
+
+    @property
+    def affine(self) -> bool:  # type: ignore[override]
+        """Whether it has gamma and beta; GrowError for functions that would replace it, and lose its branches."""
+        if (name := sys._getframe(1).f_code.co_name) in _CONVERTERS:
+            raise GrowError(
+                f"a batch norm that carries branches would lose them in {name}, which may have converted some of the "
+                "net: make it again, convert the plain net, then grow it."
+            )
+        return bool(vars(self)["affine"])
 
     def on_images(self, x: Tensor) -> Tensor:
         return self.with_branches(x, nn.BatchNorm2d.forward(self, x))

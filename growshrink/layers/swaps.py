@@ -97,7 +97,7 @@ def attach(layer: nn.Module, branches: Iterable[Branch]) -> Grown:
             raise GrowError(f"a {type(layer).__name__} cannot carry branches, only {known}.")
         layer.__class__ = _over(type(layer), GROWN_CLASSES[plain])
         assert isinstance(layer, Grown)
-        layer.branches = layer.container(branches).train(layer.training)
+        layer.branches = nn.ModuleList(branches).train(layer.training)
     join = isinstance(layer, GrownConv2d)
     for branch in layer.branches:
         join &= branch.parallel  # one that reads the output finds in it what came before, and nothing else

@@ -25,6 +25,7 @@ from growshrink.layers.grown import Grown, computed_parameter, grown_modules
 from growshrink.layers.mapping import Mergeable
 from growshrink.layers.swaps import expand_online, mark_left
 from growshrink.layers.widths import Width, active_width
+from growshrink.models.staged import StagedNet, plain_form
 from growshrink.transforms._deploy import lost_in_cast, unguard_hooks, warn_of_rounding, write_map
 
 _Change = Callable[[nn.Module], object]
@@ -99,7 +100,10 @@ def fuse_along(model: nn.Module, flow: Flow) -> nn.Module:
     commit = partial(_commit, merges=_plan(model, flow))
     for inputs in flow.inputs.each():
         check_unchanged(model, commit, inputs)
+    born_grown = isinstance(model, StagedNet) and any(isinstance(m, PureBottleneck) for m in model.modules())
     commit(model)
+    if born_grown and "architecture" in (cfg := vars(model).get("pretrained_cfg") or {}):
+        vars(model)["pretrained_cfg"] = {**cfg, "architecture": plain_form(cfg["architecture"], {}, grown=True)[0]}
     vars(model)["was_grown"] = True
     return model
 

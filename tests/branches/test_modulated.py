@@ -6,8 +6,10 @@ import math
 import pytest
 import timm.layers
 import torch
+from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
+from torchvision.ops import FrozenBatchNorm2d
 
 import growshrink as gs
 from growshrink.branches import Branch, BranchSpec, KernelFactors, Modulated
@@ -278,12 +280,23 @@ def test_every_parameter_has_a_gradient_by_the_second_update(kind):
     assert without == []
 
 
-@pytest.mark.parametrize("convert", [nn.SyncBatchNorm.convert_sync_batchnorm, timm.layers.convert_sync_batchnorm])
-def test_a_norm_is_not_converted_under_its_branches(convert):
-    with pytest.raises(GrowError, match="convert the plain net, then grow it"):
-        convert(gs.grow(ConvNet(), "se", where=["conv"]))
+CONVERT = {
+    "torch": (nn.SyncBatchNorm.convert_sync_batchnorm, nn.SyncBatchNorm),
+    "timm": (timm.layers.convert_sync_batchnorm, nn.SyncBatchNorm),
+    "frozen": (freeze_batch_norm_2d, FrozenBatchNorm2d),
+}
+
+
+@pytest.mark.parametrize("way", CONVERT)
+def test_a_norm_is_not_converted_under_its_branches(way):
+    convert, norm = CONVERT[way]
+    for plain, size in ((ConvNet(), None), (net("test_efficientnet"), (3, 32, 32))):  # timm's norms with activations
+        grown = gs.grow(plain, "se", input_size=size)
+        with pytest.raises(GrowError, match="convert the plain net, then grow it"):
+            convert(grown)
+        assert grown.state_dict() and str(grown) and copy.deepcopy(grown)
     beside = convert(gs.grow(ConvNet(), "bottleneck", where=["conv"]))  # these are on the convolution
-    assert len(grown_modules(beside)) == 1 and isinstance(beside.conv.branches[0].norm, nn.SyncBatchNorm)
+    assert len(grown_modules(beside)) == 1 and isinstance(beside.conv.branches[0].norm, norm)
 
 
 def test_rows_act_behind_the_norm():

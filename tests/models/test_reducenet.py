@@ -605,7 +605,12 @@ def test_pad_front_grown_at_birth_fuses_into_its_plain_net():
     grown = randomize_norms(small("reducenet20_x2", pad="front", dtype=torch.float64)).eval()
     set_lambda(grown, 0)
     plain = small(pad="front", dtype=torch.float64).eval()
-    plain.load_state_dict(fuse(grown).state_dict())
+    fused = fuse(grown)
+    assert (grown.pretrained_cfg["architecture"], fused.pretrained_cfg["architecture"]) == (
+        "reducenet20_x2",
+        "reducenet20",
+    )
+    plain.load_state_dict(fused.state_dict())
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     assert rel(plain(x), grown(x)) < 1e-12
 
