@@ -24,14 +24,14 @@ from scipy.stats import t as student
 
 import growshrink as gs
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import NotNegative
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, ModelOptions, Options, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError, did_you_mean
-from growshrink.training import TrainConfig, evaluate, fit
+from growshrink.training import TrainConfig, evaluate
+from trained import fit, num_updates
 
 COSINE, LOOP = "cosine", "closed loop"
 

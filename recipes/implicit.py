@@ -25,7 +25,6 @@ import growshrink as gs
 from growshrink.algebra import Solver
 from growshrink.analysis.results import Results
 from growshrink.analysis.stats import paired
-from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
@@ -35,7 +34,8 @@ from growshrink.data.feed import Feed
 from growshrink.errors import PlanError
 from growshrink.layers import ConvEquilibrium, ImplicitReLU
 from growshrink.proofs._profile import training_macs
-from growshrink.training import TrainConfig, evaluate, fit
+from growshrink.training import TrainConfig, evaluate
+from trained import fit, num_updates
 
 CONTROL = "explicit-2"
 UNROLLED = (1, 2, 4, 6)

@@ -32,7 +32,6 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import num_updates
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
@@ -41,7 +40,8 @@ from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, SplitBatches
 from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.activations import VanishingReLU, vanishing
-from growshrink.training import TrainConfig, evaluate, fit
+from growshrink.training import TrainConfig, evaluate
+from trained import fit, num_updates
 
 LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"
 MATRIX = "no activation, collapsed"

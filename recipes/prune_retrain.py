@@ -28,7 +28,6 @@ from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import OneOf, Positive, Whole
 from growshrink.base.reading import load_weights, read_tensors
@@ -51,6 +50,7 @@ from retraining import (
     start_arm,
     train_dense,
 )
+from trained import num_updates
 
 #: Tuning seeds are these on: no measured run shares a net with them.
 TUNING = 100_000

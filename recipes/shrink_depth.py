@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 import growshrink as gs
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import num_updates
 from growshrink.base.limits import PartOf, Positive
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
@@ -46,9 +45,10 @@ from growshrink.depth.segments import Cut, Segment, links_of, merge_cut, uncut, 
 from growshrink.errors import PlanError
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import Schedule
-from growshrink.training import TrainConfig, evaluate, fit
+from growshrink.training import TrainConfig, evaluate
 from knob import DepthPlan, depth_frontier, measure_plans, plain_at_depth, plan_depth, segment_harms
 from latency import Latencies, measure_latencies
+from trained import fit, num_updates
 
 #: The key of what was timed and chosen.
 CUTS = "cuts"

@@ -29,7 +29,6 @@ from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
-from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf
 from growshrink.base.progress import progress_bar
@@ -41,6 +40,7 @@ from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
 from shrinking import RANDOM, ShrinkPlan, shrink
+from trained import as_supernet, num_updates, train_supernet
 
 
 @dataclass(frozen=True, kw_only=True)

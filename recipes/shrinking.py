@@ -15,7 +15,6 @@ from torch import nn
 
 from growshrink.analysis._angle import Floats, supernet_table
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
-from growshrink.analysis.trained import num_updates, train_supernet
 from growshrink.base.config import Checked
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import Count, Positive, Whole
@@ -23,6 +22,7 @@ from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import WidthSpace
 from growshrink.training import TrainConfig
+from trained import num_updates, train_supernet
 
 Choices = Mapping[str, tuple[int, ...]]
 

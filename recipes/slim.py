@@ -31,7 +31,6 @@ from growshrink.analysis import WidthScore, stats
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, cost_of, draw_widths, width_of
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import num_updates, train_net, train_supernet
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, Positive
 from growshrink.base.seeding import reinitialise
@@ -41,6 +40,7 @@ from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Stu
 from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
+from trained import num_updates, train_net, train_supernet
 
 #: Widths. The nets that are looked for have at most the MACs of those at one level; the two ends are one net each.
 LEVELS = (0.25, 0.5, 0.75, 1.0)

@@ -38,7 +38,6 @@ from growshrink.analysis._rank import Ranking, jsonable
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
-from growshrink.analysis.trained import num_updates
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, InFile, OneOf
 from growshrink.base.reading import clean_keys, read_tensors
@@ -55,6 +54,7 @@ from growshrink.supernet.passes import MODES
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
 from pictures import draw_angles
+from trained import num_updates
 from truth import Truth, read_rows, read_truth, subnet_name
 
 MODEL = "reducenet20_x4"

@@ -21,9 +21,11 @@ seen with a probability of 80 %.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -34,7 +36,6 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis import stats
 from growshrink.analysis._rank import jsonable
-from growshrink.analysis.trained import num_updates, train_net
 from growshrink.base.environment import versions
 from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
@@ -47,6 +48,10 @@ from growshrink.layers.widths import WidthSpace
 from growshrink.proofs._profile import training_macs
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer, calibrate_bn, evaluate
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from trained import num_updates, train_net
 
 Claim = Literal["activations", "order", "netaug", "stack", "robust"]
 CLAIMS: tuple[Claim, ...] = get_args(Claim)

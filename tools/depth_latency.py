@@ -13,9 +13,7 @@ code 1 if a prediction is further off than --most-off.
 from __future__ import annotations
 
 import random
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import growshrink  # noqa: F401 - registers the models
@@ -26,9 +24,6 @@ from growshrink.cli.program import run_program
 from growshrink.depth.segments import Cut, random_cut
 from growshrink.errors import PlanError
 from inputs import NetOptions
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
 from latency import Latencies, measure_cuts, measure_latencies
 
 

@@ -16,11 +16,9 @@ original  the settings of ReduceNet's own training script: torchvision's transfo
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -45,9 +43,6 @@ from growshrink.training import TrainConfig, Trainer
 from inputs import NetOptions
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import PairOptions, TimedArgs, channels_last, conditions, load
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
-
 from side_by_side import StackedFeed, stack_nets
 
 BATCH = 128

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import tyro
@@ -12,12 +14,15 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import as_supernet, num_updates, train_supernet
 from growshrink.base.limits import Checkpoint, Count, InFile, OutFile, Pixels
 from growshrink.cli.options import BatchOptions, ModelName, StudyOptions
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
 from growshrink.supernet import load_supernet, save_supernet
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
+
+from trained import as_supernet, num_updates, train_supernet
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,6 @@ from growshrink.analysis.channels import CRITERIA, ChannelSpace
 from growshrink.analysis.prune import Budget, DrawnWidths, SupernetSpace, draw_widths
 from growshrink.analysis.results import Results
 from growshrink.analysis.scores import Bench
-from growshrink.analysis.trained import num_updates, train_net
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
 from growshrink.base.progress import progress_bar
@@ -62,6 +61,7 @@ from study import (
     plan_widths,
     summarise,
 )
+from trained import num_updates, train_net
 
 SPACES = ("channels", "widths")
 

@@ -11,4 +11,3 @@ from growshrink.training.sync import branch_parameters as branch_parameters
 from growshrink.training.sync import sync_optimizer as sync_optimizer
 from growshrink.training.trainer import TrainConfig as TrainConfig
 from growshrink.training.trainer import Trainer as Trainer
-from growshrink.training.trainer import fit as fit

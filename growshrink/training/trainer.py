@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.base.config import check_fields
 from growshrink.base.limits import NoOption, NotAll, NotNegative, OneOf, Positive, Regex, SomeOrAll
-from growshrink.base.progress import progress_bar
 from growshrink.base.ranks import average_update_
 from growshrink.branches import Modulated, penalties
 from growshrink.data.batches import Batch
@@ -25,8 +24,7 @@ from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import follow_lambda
 from growshrink.layers.regions import called, compiled_regions
-from growshrink.schedules.closed_loop import ClosedLoop
-from growshrink.schedules.functions import Schedule, constant, cosine, rewarm
+from growshrink.schedules.functions import Schedule
 from growshrink.training._evaluate import Loss
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
@@ -364,35 +362,3 @@ def _muon_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
             if chosen := [p for p in group["params"] if (id(p) in ends) == fallback]:
                 found.append({**group, "params": chosen, **({"use_fallback": True} if fallback else {})})
     return found
-
-
-def fit(
-    model: nn.Module,
-    batches: UpdateBatches,
-    config: TrainConfig,
-    *,
-    updates: int,
-    lam: Schedule | ClosedLoop = constant(1.0),  # noqa: B008 - has no state
-    label: str = "",
-    progress: bool = False,
-    train: Callable[..., Tensor] = Trainer.train,
-) -> nn.Module:
-    """Train `model` in place for some updates: a warm-up of 5 %, then half a cosine down to a learning rate of 0.
-
-    With `ema_decay` the averaged net is returned, recalibrated. A closed loop as `lam` observes the training loss, and
-    `label` names the progress bar. Returns the net to judge, in eval mode; RunError where the loss is not finite.
-    `train` does the updates; `Results.kept` gives one that is resumed.
-    """
-    trainer = Trainer(model, config, batches)
-    on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
-    learning_rate = rewarm(cosine(1.0, 0.0, updates), [0], warmup=updates // 20)
-    how: dict[str, Any] = {"learning_rate": learning_rate, "lam": lam, "on_loss": on_loss}
-    with progress_bar(total=updates, what=label, show=progress) as bar:
-        mean = train(trainer, updates, after_update=bar.update, **how)
-    loss = float(mean)
-    if not loss < float("inf"):
-        raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")
-    trainer.calibrate_average()
-    for ours, theirs in zip(trainer.best.parameters(), model.parameters(), strict=True):
-        ours.requires_grad_(theirs.requires_grad)  # an average needs no gradients, but may be trained further
-    return trainer.best.eval()

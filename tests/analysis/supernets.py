@@ -1,6 +1,7 @@
 """A small supernet on digits, and its bench."""
 
 import copy
+from pathlib import Path
 
 import torch
 
@@ -8,11 +9,13 @@ import growshrink as gs
 import nets
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis.scores import Bench
-from growshrink.analysis.trained import train_supernet
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.datasets import load_data
 from growshrink.data.feed import MemoryFeed
 from growshrink.training import TrainConfig
+from program import beside
+
+train_supernet = beside(Path(__file__).parents[2] / "recipes" / "trained.py").train_supernet
 
 
 def digits(batch_size=64):

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import supernets as small
@@ -10,13 +11,15 @@ import torch
 
 from growshrink.analysis import keeping
 from growshrink.analysis.results import Results
-from growshrink.analysis.trained import train_supernet
 from growshrink.base.stopping import Stopped, handled
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.schedules import ClosedLoop
-from growshrink.training import TrainConfig, fit
+from growshrink.training import TrainConfig
 from nets import Batches, net
+from program import beside
 
+trained = beside(Path(__file__).parents[2] / "recipes" / "trained.py")
+fit, train_supernet = trained.fit, trained.train_supernet
 CONFIG = TrainConfig(lr=0.01, ema_decay=0.5)
 
 

@@ -10,13 +10,13 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.analysis import scores
-from growshrink.analysis.trained import train_supernet
 from growshrink.data.batches import NO_AUGMENT
 from growshrink.data.feed import MemoryFeed
 from growshrink.layers.activations import VanishingReLU
 from growshrink.training import TrainConfig, evaluate
 from program import module_of
 
+train_supernet = small.train_supernet
 angle_rank = module_of(Path(__file__).parents[2] / "tools" / "angle_rank.py")
 random_labels, with_random_labels = angle_rank.random_labels, angle_rank.with_random_labels
 

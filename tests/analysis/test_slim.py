@@ -15,7 +15,6 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.analysis.channels import ChannelSpace
 from growshrink.analysis.prune import SlimSpace
-from growshrink.analysis.trained import train_supernet
 from growshrink.errors import AnalysisError, WidthError
 from growshrink.layers.slim import SlimLayer
 from growshrink.layers.widths import Slots, WidthSpace, draw
@@ -24,6 +23,7 @@ from nets import images, net, randomized, untouched
 from program import module_of
 from supernet.twins import soft_loss
 
+train_supernet = supernets.train_supernet
 SIZE, SIZE_OF_DIGITS = (3, 8, 8), (1, 8, 8)
 
 

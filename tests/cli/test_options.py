@@ -28,6 +28,7 @@ HELPERS = {
     "recipes/side_by_side.py",
     "recipes/starting.py",
     "recipes/telling.py",
+    "recipes/trained.py",
     "tools/export_report.py",
     "tools/exporting.py",
     "tools/gpu_checks.py",

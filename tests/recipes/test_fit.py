@@ -1,8 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
 
-from growshrink.training import TrainConfig, fit
+from growshrink.training import TrainConfig
 from nets import Batches, net
+from program import beside
+
+fit = beside(Path(__file__).parents[2] / "recipes" / "trained.py").fit
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

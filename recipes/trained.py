@@ -1,4 +1,4 @@
-"""Making and training the nets that are analysed."""
+"""Making and training the nets that programs analyse or compare (not a program)."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,11 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from growshrink import schedules
 from growshrink.algebra.dataflow import InputSize
-from growshrink.data.feed import Feed
+from growshrink.base.progress import progress_bar
+from growshrink.data.feed import Feed, UpdateBatches
+from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.widths import WidthSpace, width_space
+from growshrink.schedules import Schedule, constant, cosine, rewarm
+from growshrink.schedules.closed_loop import ClosedLoop
 from growshrink.supernet import NetAugTask
 from growshrink.training import TrainConfig, Trainer
 from growshrink.transforms import grow
@@ -96,10 +99,42 @@ def cosine_trainer(
     """A trainer without averages, and its `train`, learning rate falling by a cosine over `total` updates."""
     trainer = Trainer(model, replace(config, ema_decay=0.0), feed.train)
     trainer.update = start
-    rate = schedules.cosine(1.0, 0.0, total, start)
-    return trainer, partial(train, trainer, learning_rate=rate, lam=schedules.constant(1.0), **options)
+    rate = cosine(1.0, 0.0, total, start)
+    return trainer, partial(train, trainer, learning_rate=rate, lam=constant(1.0), **options)
 
 
 def num_updates(feed: Feed, epochs: float) -> int:
     """Updates that `epochs` are, at least one."""
     return max(1, round(epochs * feed.train.updates_per_epoch))
+
+
+def fit(
+    model: nn.Module,
+    batches: UpdateBatches,
+    config: TrainConfig,
+    *,
+    updates: int,
+    lam: Schedule | ClosedLoop = constant(1.0),  # noqa: B008 - has no state
+    label: str = "",
+    progress: bool = False,
+    train: Callable[..., Tensor] = Trainer.train,
+) -> nn.Module:
+    """Train `model` in place for some updates: a warm-up of 5 %, then half a cosine down to a learning rate of 0.
+
+    With `ema_decay` the averaged net is returned, recalibrated. A closed loop as `lam` observes the training loss, and
+    `label` names the progress bar. Returns the net to judge, in eval mode; RunError where the loss is not finite.
+    `train` does the updates; `Results.kept` gives one that is resumed.
+    """
+    trainer = Trainer(model, config, batches)
+    on_loss = lam.observe if isinstance(lam, ClosedLoop) else None
+    learning_rate = rewarm(cosine(1.0, 0.0, updates), [0], warmup=updates // 20)
+    how: dict[str, Any] = {"learning_rate": learning_rate, "lam": lam, "on_loss": on_loss}
+    with progress_bar(total=updates, what=label, show=progress) as bar:
+        mean = train(trainer, updates, after_update=bar.update, **how)
+    loss = float(mean)
+    if not loss < float("inf"):
+        raise RunError(f"{label or 'training'}: the mean loss is {loss}; try a lower lr.")
+    trainer.calibrate_average()
+    for ours, theirs in zip(trainer.best.parameters(), model.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)  # an average needs no gradients, but may be trained further
+    return trainer.best.eval()
