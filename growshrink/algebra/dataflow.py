@@ -311,9 +311,7 @@ class _Recorder(TorchDispatchMode):
         source = args[0] if op in _VIEWS and isinstance(args[0], Tensor) else None
         if source is None or id(source) not in self._channels:
             self.consumed(op, tree_leaves((args, kwargs)))
-            if op == "native_batch_norm" and args[0].is_meta:  # torch decomposes it there, slowly: half of a pass
-                return torch.empty_like(args[0]), *args[0].new_empty(2, args[0].shape[1]).unbind()
-            return func(*args, **(kwargs or {}))
+            return run_operator(func, *args, **(kwargs or {}))
         view = func(*args, **(kwargs or {}))
         channels = _axis_in_view(op, source, args[1:], view, self._channels[id(source)])
         if channels is None:
@@ -322,6 +320,25 @@ class _Recorder(TorchDispatchMode):
             for name in tuple(self._producers[id(source)]):
                 self.produced(name, view, channels)
         return view
+
+
+_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm_backward")
+
+
+def run_operator(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator; of some on the meta device give the shapes alone: torch decomposes them there, slowly."""
+    op = func.overloadpacket.__name__
+    if op not in (*_NORMS, "_prelu_kernel") or not args[0].is_meta:
+        return func(*args, **kwargs)
+    like = torch.empty_like(args[0])
+    return (like, *like.new_empty(2, like.shape[1]).unbind()) if op in _NORMS else like
+
+
+class MetaNorms(TorchDispatchMode):
+    """Inside it norms on the meta device take no time; see `run_operator`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run_operator(func, *args, **(kwargs or {}))
 
 
 #: Operators that show every entry of a tensor once.

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.dataflow import MetaNorms, inputs_for, run_operator
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs, output_leaves
 from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
@@ -50,7 +50,7 @@ class PeakActivations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note what is read and what is made."""
-        out = func(*args, **(kwargs or {}))
+        out = run_operator(func, *args, **(kwargs or {}))
         read, made = ([t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)] for tree in ((args, kwargs), out))
         self._kept += [*read, *made]
         inside = {t.untyped_storage()._cdata: t.numel() for t in made[:1]}  # others are statistics, indices or views
@@ -107,7 +107,7 @@ def training_macs(model: nn.Module, input_size: InputLike, batch_size: int = 2) 
     batch_size = max(2, batch_size)  # batch norm refuses one value per channel
     replica = copy_net(model).to("meta").train()
     dtype = next((p.dtype for p in replica.parameters()), torch.float32)
-    with flop_counter() as counter:
+    with MetaNorms(), flop_counter() as counter:
         output = inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica)
         torch.stack([leaf.sum() for leaf in output_leaves(output).values()]).sum().backward()
     return counter.get_total_flops() // (2 * batch_size)
