@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 HELPERS = {
     "recipes/arm_table.py",
     "recipes/curve.py",
+    "recipes/gating.py",
     "recipes/halving.py",
     "recipes/jobs.py",
     "recipes/knob.py",
@@ -88,6 +89,7 @@ OTHER_MEANING = {
     "timm_train.vanish": "in updates",
     "angle_rank.widths": "a table of a net's widths, not how they are sampled",
     "speed_claims.only": "claims, not cases of the benchmark",
+    "slim.after": "several places, or one",
     "slim.mode": "of nets with slim layers, which train in other modes",
     "slim.calibration": "batches for statistics, not images for int8",
     "gpu_check.plan": "an experiment's, not a run's",
