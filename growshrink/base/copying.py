@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from collections import OrderedDict
 from typing import Any, TypeVar
 
 import torch
@@ -76,7 +77,11 @@ def copy_net(model: T) -> T:
     if not isinstance(model, nn.Module):
         return copy.deepcopy(model)  # the caller refuses what is no net
     memo = tied_copies(model)
-    memo |= {id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, _SHARED)}
+    for value in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(value, _SHARED):
+            memo[id(value)] = value
+        elif type(value) is OrderedDict and not value:  # of hooks: ten a module, nearly half of the time
+            memo[id(value)] = OrderedDict()
     try:
         with _WithoutGraph(), torch.no_grad():  # or the parameters of scripted parts would get a graph
             copied = copy.deepcopy(model, memo)
