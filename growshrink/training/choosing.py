@@ -52,7 +52,7 @@ def choose_speed(
     times = interleaved_timings(calls, rounds=5, device=device, at_most=5.0)
     ratio = times["as ever"] / times[what]
     on = ratio >= WORTHWHILE[what]
-    change = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
     here = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     how = "in bfloat16" if what == "amp" else "compiled"
-    return on, f"a step {how} is {change} on {here}: {'on' if on else 'off'} (--{what} on, --{what} off decide it)"
+    chosen = "on" if on else f"off, as it is below {WORTHWHILE[what]:g}"
+    return on, f"a step {how} is {ratio:.2f} times as fast on {here}: {chosen} (--{what} on, --{what} off decide it)"
