@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from growshrink.algebra.dataflow import Flow
 from growshrink.base.copying import copy_net
+from growshrink.base.reading import reason
 from growshrink.branches.base import several
 from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors
 from growshrink.errors import GrowError, GrowShrinkError, check_model
@@ -85,15 +86,15 @@ class GuidedKernel(Guided, KernelFactors, kind="guided_kernel"):
 class Guide(nn.Module):
     """Images `(N, C, H, W)`, of one `size`, -> embeddings `(N, EMBEDDING)`.
 
-    `net` maps images to vectors; None is DeepMoE's shallow net, four strided 3x3, with a classification loss of
-    `classes` (0: none).
+    `net`, or timm's model of this name, maps images to vectors; None is DeepMoE's shallow net, four strided 3x3, with a
+    classification loss of `classes` (0: none).
     """
 
     seen: Any = None
     net: nn.Module
     project: nn.Module
 
-    def __init__(self, net: nn.Module | None, size: tuple[int, int, int], classes: int) -> None:
+    def __init__(self, net: nn.Module | str | None, size: tuple[int, int, int], classes: int) -> None:
         super().__init__()
         self.project, self.classify = nn.Identity(), nn.Linear(EMBEDDING, classes) if net is None and classes else None
         if net is None:
@@ -103,10 +104,14 @@ class Guide(nn.Module):
                 layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
             self.net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
             return
-        self.net = copy_net(net)
-        device = next((p.device for p in net.parameters()), torch.device("cpu"))
-        with torch.no_grad():
-            out = copy_net(net).eval()(torch.zeros(2, *size, device=device))
+        try:  # models check their arguments and images in their own ways
+            made = timm.create_model(net, num_classes=0, in_chans=size[0]) if isinstance(net, str) else net
+            self.net = copy_net(made)
+            device = next((p.device for p in made.parameters()), torch.device("cpu"))
+            with torch.no_grad():
+                out = copy_net(made).eval()(torch.zeros(2, *size, device=device))
+        except Exception as error:
+            raise GrowError(f"guide: does not take images {size} ({reason(error)}).") from error
         if not isinstance(out, Tensor) or out.dim() != 2:
             raise GrowError(
                 "guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0."
@@ -137,8 +142,6 @@ def attach_guide(model: nn.Module, new: Iterable[nn.Module], guide: nn.Module | 
         size = flow.input_size
         if hasattr(model, "guide"):
             raise GrowError("guide: the model has something of this name already.")
-        if isinstance(guide, str):
-            guide = timm.create_model(guide, num_classes=0, in_chans=size[0])
         classes = getattr(model, "num_classes", 0)
         built = Guide(guide, size, classes if isinstance(classes, int) else 0)
         kernels = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]

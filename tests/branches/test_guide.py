@@ -83,6 +83,8 @@ def test_parts_of_the_model_have_no_guide():
     [
         ("se", Big(), "for branches of the kinds guided"),
         ("guided", nn.Conv2d(3, 4, 1), r"must map images \(N, C, H, W\) to vectors"),
+        ("guided", nn.Linear(7, 3), "does not take images"),
+        ("guided", "no_such_net", "does not take images"),
         (["guided"], "twice", "in a model without a guide"),
         (["guided"], "taken", "something of this name already"),
     ],
