@@ -23,21 +23,21 @@ import torch
 from scipy.stats import t as student
 
 import growshrink as gs
-from growshrink.analysis.results import Results
 from growshrink.base.limits import NotNegative
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import LengthOptions, ModelOptions, Options, RunOptions
+from growshrink.cli.options import LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import PlanError, RunError, did_you_mean
 from growshrink.training import TrainConfig, evaluate
+from results import ResultOptions, Results
 from trained import fit, num_updates
 
 COSINE, LOOP = "cosine", "closed loop"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Options):
+class Args(ResultOptions):
     """Options of closed_loop; the model is a net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
 
     loss_tolerance: NotNegative = 0.05

@@ -33,10 +33,11 @@ from growshrink.base.writing import write_json
 from growshrink.branches import Modulated
 from growshrink.branches.spec import BranchKind
 from growshrink.cli.forms import pick
-from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command
+from growshrink.cli.options import LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.training import Trainer, evaluate
+from results import StudyOptions
 
 STATES = ("kept", "frozen at once", "faded and fused")
 

@@ -23,18 +23,18 @@ from torch import Tensor, nn
 
 import growshrink as gs
 from growshrink.algebra import Solver
-from growshrink.analysis.results import Results
 from growshrink.analysis.stats import paired
 from growshrink.base.limits import OneOf
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed
 from growshrink.errors import PlanError
 from growshrink.layers import ConvEquilibrium, ImplicitReLU
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, evaluate
+from results import ResultOptions, Results
 from trained import fit, num_updates
 
 CONTROL = "explicit-2"
@@ -54,7 +54,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Options):
+class Args(ResultOptions):
     """Options of implicit."""
 
     arms: tuple[Annotated[str, OneOf("no such arm", ARMS)], ...] = tuple(ARMS)

@@ -31,16 +31,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.analysis.results import Results
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, Options, RunOptions
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, RunOptions
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed, SplitBatches
 from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.activations import VanishingReLU, vanishing
 from growshrink.training import TrainConfig, evaluate
+from results import ResultOptions, Results
 from trained import fit, num_updates
 
 LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"
@@ -58,7 +58,7 @@ class InplaceBug(VanishingReLU):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Options):
+class Args(ResultOptions):
     """Options of one_layer; the model is a ReduceNet that is grown at birth: reducenet20_x1, _x2, ...
 
     Nothing is cropped or flipped: nets and classifiers are to see the same pixels.

@@ -32,12 +32,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import growshrink as gs
-from growshrink.analysis.results import Results
 from growshrink.base.limits import PartOf, Positive
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import LengthOptions, Options, RunOptions, TimingOptions
+from growshrink.cli.options import LengthOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import CACHE
 from growshrink.data.feed import Feed
@@ -48,6 +47,7 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate
 from knob import DepthPlan, depth_frontier, measure_plans, plain_at_depth, plan_depth, segment_harms
 from latency import Latencies, measure_latencies
+from results import ResultOptions, Results
 from trained import fit, num_updates
 
 #: The key of what was timed and chosen.
@@ -55,7 +55,7 @@ CUTS = "cuts"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args(Options):
+class Args(ResultOptions):
     """Options of shrink_depth; the model is a plain ReduceNet, or any net with convolutions in a row."""
 
     targets: tuple[PartOf, ...] = (0.9, 0.8, 0.65, 0.5)

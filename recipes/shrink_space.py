@@ -27,7 +27,6 @@ import growshrink as gs
 from growshrink.analysis import stats
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
-from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf
@@ -35,10 +34,11 @@ from growshrink.base.progress import progress_bar
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
+from results import Results, StudyOptions
 from shrinking import RANDOM, ShrinkPlan, shrink
 from trained import as_supernet, num_updates, train_supernet
 

@@ -93,7 +93,7 @@ for name in {modules!r}:
 PLATFORM = ("fcntl", "grp", "msvcrt", "pwd", "resource", "syslog", "termios", "winreg")
 #: What takes long to import, or is an extra.
 SLOW = ("matplotlib", "onnx", "onnxruntime", "scipy.optimize", "scipy.special", "scipy.stats", "sklearn", "tyro")
-ROOMS = ("evidence", "evidence.experiment", "export", "export.int8", "analysis.results", "runs")
+ROOMS = ("evidence", "evidence.experiment", "export", "export.int8", "runs")
 
 
 def test_nothing_slow_is_imported_at_the_top_and_nothing_of_one_platform():

@@ -35,7 +35,6 @@ from torch import nn
 import growshrink as gs
 from growshrink.analysis._angle import AngleTable, Floats, Index, supernet_table
 from growshrink.analysis._rank import Ranking, jsonable
-from growshrink.analysis.results import Results
 from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.analysis.stats import kendall
 from growshrink.base.environment import versions
@@ -44,7 +43,7 @@ from growshrink.base.reading import clean_keys, read_tensors
 from growshrink.base.seeding import generator
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
-from growshrink.cli.options import LengthOptions, ModelOptions, StudyOptions, command
+from growshrink.cli.options import LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.datasets import DataSet, Split
 from growshrink.data.feed import Feed, MemoryFeed
@@ -54,6 +53,7 @@ from growshrink.supernet.passes import MODES
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
 from pictures import draw_angles
+from results import Results, StudyOptions
 from trained import num_updates
 from truth import Truth, read_rows, read_truth, subnet_name
 

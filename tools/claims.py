@@ -40,7 +40,7 @@ from growshrink.base.environment import versions
 from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
@@ -51,6 +51,7 @@ from growshrink.training import TrainConfig, Trainer, calibrate_bn, evaluate
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
+from results import StudyOptions
 from trained import num_updates, train_net
 
 Claim = Literal["activations", "order", "netaug", "stack", "robust"]

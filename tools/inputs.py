@@ -13,15 +13,15 @@ import tyro
 from torch import nn
 
 import growshrink as gs
-from growshrink.analysis.results import Results
 from growshrink.base.limits import Checkpoint, Count, InFile, OutFile, Pixels
-from growshrink.cli.options import BatchOptions, ModelName, StudyOptions
+from growshrink.cli.options import BatchOptions, ModelName
 from growshrink.data.feed import Feed
 from growshrink.errors import RunError
 from growshrink.supernet import load_supernet, save_supernet
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
+from results import Results, StudyOptions
 from trained import as_supernet, num_updates, train_supernet
 
 

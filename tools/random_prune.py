@@ -35,7 +35,6 @@ from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA, ChannelSpace
 from growshrink.analysis.prune import Budget, DrawnWidths, SupernetSpace, draw_widths
-from growshrink.analysis.results import Results
 from growshrink.analysis.scores import Bench
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
@@ -43,7 +42,7 @@ from growshrink.base.progress import progress_bar
 from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
-from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, StudyOptions, command
+from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import AnalysisError, did_you_mean
@@ -51,6 +50,7 @@ from growshrink.supernet import load_supernet
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
 from pictures import draw_yield
+from results import Results, StudyOptions
 from study import (
     PICKERS,
     RANDOM,

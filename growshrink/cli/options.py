@@ -3,8 +3,6 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -13,8 +11,6 @@ import timm
 import torch
 from torch import nn
 
-from growshrink.analysis.results import Results
-from growshrink.base.environment import versions
 from growshrink.base.limits import (
     Argument,
     BatchSize,
@@ -33,12 +29,11 @@ from growshrink.base.limits import (
     Threads,
     Whole,
 )
-from growshrink.base.progress import duration, progress_bar
 from growshrink.base.ranks import num_ranks, run_on_rank0, this_rank
 from growshrink.base.reading import read_json
 from growshrink.base.timing import interleaved_timings
 from growshrink.branches.spec import PRESETS
-from growshrink.cli.forms import pick, plain_options, read_pairs
+from growshrink.cli.forms import read_pairs
 from growshrink.cycle import CyclePlan, CycleResult, run_cycle
 from growshrink.data.batches import Augment, Magnitude, PhotoAugment
 from growshrink.data.datasets import SOURCES, load_data
@@ -48,7 +43,7 @@ from growshrink.errors import RunError
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import grown_modules
 from growshrink.models.staged import plain_form
-from growshrink.runs.folder import MARKER, RunFolder, claim_together, difference
+from growshrink.runs.folder import MARKER, RunFolder, claim_together
 from growshrink.training.choosing import choose_speed, training_step
 from growshrink.training.trainer import TrainConfig
 
@@ -285,10 +280,6 @@ class RunOptions:
         return device
 
 
-#: Of the time of a training, without scoring and the optimizer.
-SHARE_OF_TRAINING = 0.8
-#: Options that do not change what comes out.
-RUNNING = ("out", "quiet", "device")
 #: Of the data, what need not be the same for a run to be resumed, or is known from its feed.
 _NOT_OF_THE_DATA = ("data", "data_dir", "cache", "batch_size")
 
@@ -339,76 +330,11 @@ class Options:
         keywords |= {"device": running.torch_device(), "progress": not running.quiet, "about": about}
         return run_cycle(model, feed, plan, out_dir=folder, config=config, **keywords)
 
-    def identity(self) -> dict[str, Any]:
-        """Say what has to be the same for all processes that work on a run."""
-        options = {name: value for name, value in plain_options(self).items() if name not in RUNNING}
-        return {"program": Path(sys.argv[0]).stem, "options": options}
-
-    def results(self, program: str, identity: Mapping[str, Any] | None = None) -> Results:
-        """The results of the program: in --out, or in runs/PROGRAM-DATA-MODEL, numbered if others are there.
-
-        Where there are some of the same `identity` (by default all options) already, they are continued.
-        """
-        self.running.set_threads()
-        identity = identity or self.identity()
-        path, number = self.running.out, 1
-        while path is None:
-            name = f"{program}-{self.title}" + f"-{number}" * (number > 1)
-            marker, number = Path("runs") / name / MARKER, number + 1
-            if not marker.parent.exists() or marker.exists() and not difference(read_json(marker), identity):
-                path = marker.parent
-        return Results(path, identity, {"command": command(), "versions": versions()})
-
-    def say(self, text: str) -> None:
-        """A line on stderr, unless --quiet."""
-        if not self.running.quiet:
-            print(f"{Path(sys.argv[0]).stem}: {text}.", file=sys.stderr, flush=True)
-
-    def jobs(self, results: Results, keys: Sequence[str], net: nn.Module, feed: Feed, updates: float) -> Iterator[str]:
-        """Keys to compute (see `Results.unfinished`), of so many updates each; says how long they will take."""
-        self.announce(net, feed, updates * len(set(keys) - results.done().keys()))
-        yield from results.unfinished(keys, self.say)
-
-    def announce(self, net: nn.Module, feed: Feed, updates: float) -> None:
-        """Say how long so many updates of `net` take on this machine, by a few that are timed on a copy.
-
-        A forward pass alone counts a third.
-        """
-        if updates and not self.running.quiet:
-            seconds = self.step_seconds(net, feed)
-            about = duration(updates * seconds / SHARE_OF_TRAINING)
-            self.say(f"about {about} on this machine ({updates:,.0f} updates of {1e3 * seconds:.3g} ms)")
-
     def step_seconds(self, net: nn.Module, feed: Feed) -> float:
         """Time a training step of a copy of `net` on the device."""
         device = self.running.torch_device()
         step = training_step(net, feed.input_size, feed.train.batch_size, device, amp=self.training.amp)
         return interleaved_timings({"step": step}, rounds=5, device=device, at_most=5.0)["step"] / 1e3
-
-    @contextmanager
-    def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:
-        """Show a progress bar; what is to be called after each update."""
-        with progress_bar(total=updates, what=what, show=not self.running.quiet) as bar:
-            yield bar.update
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyOptions(Options):
-    """Of programs that analyse nets."""
-
-    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
-    data: DataOptions = pick(DataOptions(), "data", "data_dir", "batch_size")
-    running: RunOptions = pick(RunOptions(), "out", "seed", "device", "quiet")
-
-    def seeds(self) -> list[int]:
-        """Return the seeds of all nets."""
-        return list(range(self.running.seed, self.running.seed + self.length.seeds))
-
-    def net(self, feed: Feed, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-        """Make the model with a seed, on the device."""
-        torch.manual_seed(seed)
-        model, about = self.model.make(feed)
-        return model.to(self.running.torch_device()), about
 
 
 def command() -> str:

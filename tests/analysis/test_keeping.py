@@ -9,8 +9,6 @@ import pytest
 import supernets as small
 import torch
 
-from growshrink.analysis import keeping
-from growshrink.analysis.results import Results
 from growshrink.base.stopping import Stopped, handled
 from growshrink.runs.checkpoints import find_checkpoints
 from growshrink.schedules import ClosedLoop
@@ -18,6 +16,8 @@ from growshrink.training import TrainConfig
 from nets import Batches, net
 from program import beside
 
+keeping = beside(Path(__file__).parents[2] / "recipes" / "keeping.py")
+Results = beside(Path(__file__).parents[2] / "recipes" / "results.py").Results
 trained = beside(Path(__file__).parents[2] / "recipes" / "trained.py")
 fit, train_supernet = trained.fit, trained.train_supernet
 CONFIG = TrainConfig(lr=0.01, ema_decay=0.5)

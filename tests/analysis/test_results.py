@@ -3,12 +3,15 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from growshrink.analysis.results import FILE, Results
 from growshrink.errors import RunError
+from program import beside
 
+results_module = beside(Path(__file__).parents[2] / "recipes" / "results.py")
+FILE, Results = results_module.FILE, results_module.Results
 KEYS = [f"subnet {i}" for i in range(40)]
 
 

@@ -29,8 +29,6 @@ from safetensors.torch import save
 
 from fuzzing.damage import damage, damage_path
 from growshrink.analysis._angle import supernet_table
-from growshrink.analysis.results import FILE as RESULTS
-from growshrink.analysis.results import Results
 from growshrink.base.reading import load_weights, read_bytes, read_json
 from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
@@ -47,8 +45,10 @@ from growshrink.runs.folder import MARKER, RunFolder, check_same
 from growshrink.supernet.files import load_supernet, save_supernet
 from growshrink.training.trainer import TrainConfig
 from growshrink.transforms import grow
-from program import module_of
+from program import beside, module_of
 
+results_module = beside(Path(__file__).parents[2] / "recipes" / "results.py")
+RESULTS, Results = results_module.FILE, results_module.Results
 read_table = module_of(Path(__file__).parents[2] / "recipes" / "latency.py").read_table
 truth = module_of(Path(__file__).parents[2] / "tools" / "truth.py")
 

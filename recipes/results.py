@@ -1,4 +1,4 @@
-"""Results that many processes add to, one line each, and that a crash cannot spoil.
+"""Results that many processes add to, one line each, and that a crash cannot spoil (not a program).
 
 A folder with run.json (what the run is) and results.jsonl (one record a line, only ever appended to). A process holds a
 lock on the number of the record that it computes, which the system releases when the process dies: so nothing is done
@@ -7,23 +7,31 @@ twice, and a killed run is resumed where it was.
 
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
-from growshrink.analysis.keeping import train_kept
+from growshrink.base.environment import versions
 from growshrink.base.locking import lock_byte, unlock_byte
-from growshrink.base.progress import duration
+from growshrink.base.progress import duration, progress_bar
 from growshrink.base.reading import parse_json, read_json
 from growshrink.base.writing import json_line, write_atomic, write_json
+from growshrink.cli.forms import pick, plain_options
+from growshrink.cli.options import DataOptions, Options, RunOptions, command
+from growshrink.data.feed import Feed
 from growshrink.errors import RunError
-from growshrink.runs.folder import LOCK, MARKER, check_same
+from growshrink.runs.folder import LOCK, MARKER, check_same, difference
+from growshrink.training import TrainConfig
+from keeping import train_kept
 
 FILE = "results.jsonl"
 #: Of the rest of a line, in the line.
@@ -174,3 +182,79 @@ class Results(AbstractContextManager["Results"]):
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json_line(record).encode(), digest_size=8).hexdigest()
+
+
+#: Options that do not change what comes out.
+RUNNING = ("out", "quiet", "device")
+#: Of the time of a training, without scoring and the optimizer.
+SHARE_OF_TRAINING = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultOptions(Options):
+    """Of programs whose results are added to by many processes."""
+
+    def identity(self) -> dict[str, Any]:
+        """Say what has to be the same for all processes that work on a run."""
+        options = {name: value for name, value in plain_options(self).items() if name not in RUNNING}
+        return {"program": Path(sys.argv[0]).stem, "options": options}
+
+    def results(self, program: str, identity: Mapping[str, Any] | None = None) -> Results:
+        """The results of the program: in --out, or in runs/PROGRAM-DATA-MODEL, numbered if others are there.
+
+        Where there are some of the same `identity` (by default all options) already, they are continued.
+        """
+        self.running.set_threads()
+        identity = identity or self.identity()
+        path, number = self.running.out, 1
+        while path is None:
+            name = f"{program}-{self.title}" + f"-{number}" * (number > 1)
+            marker, number = Path("runs") / name / MARKER, number + 1
+            if not marker.parent.exists() or marker.exists() and not difference(read_json(marker), identity):
+                path = marker.parent
+        return Results(path, identity, {"command": command(), "versions": versions()})
+
+    def say(self, text: str) -> None:
+        """A line on stderr, unless --quiet."""
+        if not self.running.quiet:
+            print(f"{Path(sys.argv[0]).stem}: {text}.", file=sys.stderr, flush=True)
+
+    def jobs(self, results: Results, keys: Sequence[str], net: nn.Module, feed: Feed, updates: float) -> Iterator[str]:
+        """Keys to compute (see `Results.unfinished`), of so many updates each; says how long they will take."""
+        self.announce(net, feed, updates * len(set(keys) - results.done().keys()))
+        yield from results.unfinished(keys, self.say)
+
+    def announce(self, net: nn.Module, feed: Feed, updates: float) -> None:
+        """Say how long so many updates of `net` take on this machine, by a few that are timed on a copy.
+
+        A forward pass alone counts a third.
+        """
+        if updates and not self.running.quiet:
+            seconds = self.step_seconds(net, feed)
+            about = duration(updates * seconds / SHARE_OF_TRAINING)
+            self.say(f"about {about} on this machine ({updates:,.0f} updates of {1e3 * seconds:.3g} ms)")
+
+    @contextmanager
+    def bar(self, updates: int, what: str) -> Iterator[Callable[[], None]]:
+        """Show a progress bar; what is to be called after each update."""
+        with progress_bar(total=updates, what=what, show=not self.running.quiet) as bar:
+            yield bar.update
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions(ResultOptions):
+    """Of programs that analyse nets."""
+
+    training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
+    data: DataOptions = pick(DataOptions(), "data", "data_dir", "batch_size")
+    running: RunOptions = pick(RunOptions(), "out", "seed", "device", "quiet")
+
+    def seeds(self) -> list[int]:
+        """Return the seeds of all nets."""
+        return list(range(self.running.seed, self.running.seed + self.length.seeds))
+
+    def net(self, feed: Feed, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+        """Make the model with a seed, on the device."""
+        torch.manual_seed(seed)
+        model, about = self.model.make(feed)
+        return model.to(self.running.torch_device()), about

@@ -1,4 +1,4 @@
-"""A training that a killed process loses at most a minute of."""
+"""A training that a killed process loses at most a minute of (not a program)."""
 
 from __future__ import annotations
 
