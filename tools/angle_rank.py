@@ -103,15 +103,8 @@ class Args(StudyOptions):
 
 def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
+    check(args)
     files = args.files
-    if (files.untrained is None) != (files.trained is None):
-        raise AnalysisError("--untrained and --trained belong together: the same supernet before and after training.")
-    if args.random_labels and files.untrained is not None:
-        raise AnalysisError("--random-labels is about training: it goes without --untrained and --trained.")
-    if args.widths is not None and (files.untrained is None or args.also):
-        raise AnalysisError("--widths needs --untrained and --trained, and goes without --also, which runs the net.")
-    if args.truth is not None:
-        read_rows(args.truth)  # before anything is trained
     if files.untrained is None:
         args = replace(args, model=replace(args.model, model=args.model.model or MODEL))
     identity = args.identity()
@@ -164,17 +157,36 @@ def main(args: Args) -> None:
         else:
             print("Whether any of them knows which subnets are good, only --truth can tell.")
         write_csv(results.path / "ranking.csv", table, index, columns, order)
-        colour = None
-        title = f"{about['name']}: {len(index):,} subnets"
-        if truth is not None:  # the picture is of the subnets that something is known of
-            known = table.score(truth.index)
-            columns = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
-            colour = np.mean(list(truth.columns.values()), axis=0)
-            title = f"{about['name']}: the {len(colour):,} subnets of {args.truth}"
-        draw_angles(results.path / "angle_rank.png", columns, colour, title)
+        draw(args, results, table, truth, columns, about["name"])
         write_json(results.path / "ranking.json", jsonable(result))
         results.finish()
         print(f"{results.path / 'ranking.csv'} has all of them, ranking.json the figures, angle_rank.png the picture.")
+
+
+def check(args: Args) -> None:
+    """Refuse options that do not go together, and a truth that cannot be read, before anything is trained."""
+    files = args.files
+    if (files.untrained is None) != (files.trained is None):
+        raise AnalysisError("--untrained and --trained belong together: the same supernet before and after training.")
+    if args.random_labels and files.untrained is not None:
+        raise AnalysisError("--random-labels is about training: it goes without --untrained and --trained.")
+    if args.widths is not None and (files.untrained is None or args.also):
+        raise AnalysisError("--widths needs --untrained and --trained, and goes without --also, which runs the net.")
+    if args.truth is not None:
+        read_rows(args.truth)
+
+
+def draw(
+    args: Args, results: Results, table: AngleTable, truth: Truth | None, columns: dict[str, Floats], name: str
+) -> None:
+    """Draw the angles: of all subnets, or of those that something is known of."""
+    colour, title = None, f"{name}: {len(columns[FAST[0]]):,} subnets"
+    if truth is not None:
+        known = table.score(truth.index)
+        columns = {name: np.asarray(getattr(known, name), dtype=np.float64) for name in FAST}
+        colour = np.mean(list(truth.columns.values()), axis=0)
+        title = f"{name}: the {len(colour):,} subnets of {args.truth}"
+    draw_angles(results.path / "angle_rank.png", columns, colour, title)
 
 
 def random_labels(data: DataSet, seed: int = 0) -> DataSet:

@@ -1,5 +1,6 @@
 """For any training loop: optimizers that follow a net through changes of structure, and lam by the update."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from timm.optim import Adahessian, Adan, Lamb
@@ -55,15 +56,7 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
         raise GrowShrinkError(f"{kind} keeps state that is no single parameter's: make a new one after the change.")
     named = {id(parameter): (name, parameter) for name, parameter in model.named_parameters()}
     groups = optimizer.param_groups
-    nearest: dict[tuple[str, bool], int] = {}
-    known: set[int] = set()
-    for index, entry in enumerate(groups):
-        for parameter in entry["params"]:
-            if id(parameter) in named:
-                known.add(id(parameter))
-                name = named[id(parameter)][0]
-                for prefix in _prefixes(name):
-                    nearest.setdefault((prefix, _is_small(name, parameter)), index)
+    known = {id(p) for entry in groups for p in entry["params"]} & named.keys()
     if named and not known:
         raise GrowShrinkError(
             "the optimizer has no parameter of this net: grow, fuse and drop return copies. Use inplace=True, or make "
@@ -74,6 +67,7 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
         optimizer.state.pop(parameter, None)
     gone, added = set(map(id, removed)), []
     joins: dict[int, list[Any]] = {}
+    nearest = _nearest(groups, named)
     for name, parameter in named.values():
         if id(parameter) not in known and parameter.requires_grad:
             keys = [(p, small) for small in (_is_small(name, parameter), True, False) for p in _prefixes(name)]
@@ -100,6 +94,18 @@ def branch_parameters(model: nn.Module) -> list[nn.Parameter]:
     check_model(model)
     found = {id(p): p for branch in model.modules() if isinstance(branch, Branch) for p in branch.parameters()}
     return list(found.values())
+
+
+def _nearest(
+    groups: Sequence[Mapping[str, Any]], named: Mapping[int, tuple[str, nn.Parameter]]
+) -> dict[tuple[str, bool], int]:
+    """The first group that trains a parameter within a module, by the module's name and whether it is a small one."""
+    found: dict[tuple[str, bool], int] = {}
+    for index, entry in enumerate(groups):
+        for name, parameter in (named[id(p)] for p in entry["params"] if id(p) in named):
+            for prefix in _prefixes(name):
+                found.setdefault((prefix, _is_small(name, parameter)), index)
+    return found
 
 
 def _prefixes(name: str) -> list[str]:

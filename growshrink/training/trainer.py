@@ -181,21 +181,12 @@ class Trainer:
         with called(self._compiled):  # scores, surgery and proofs run as ever
             while self.update < stop:
                 question = teacher.question(self.update) if teacher is not None and task is None else self.update
-                images_NCHW, labels_N = batch = self.batches.batch(question)
+                batch = self.batches.batch(question)
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.config.lr * learning_rate(self.update) * group.get("lr_scale", 1.0)
                 self._set_lambda(lam(self.update))
                 self.optimizer.zero_grad(set_to_none=True)
-                if task is not None:
-                    task.set_step(self.update)
-                    with self._autocast(images_NCHW):
-                        loss = task.backward(images_NCHW, labels_N)["loss"]
-                else:
-                    loss = self._loss(batch, teacher, question)
-                    if on_loss is not None:
-                        on_loss(loss.detach())
-                    loss.backward()
-                loss = loss.detach().clone()
+                loss = self._backward(batch, teacher, question, task, on_loss).detach().clone()
                 average_update_(self.model, loss)
                 if self.config.clip_grad is not None:
                     nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -272,6 +263,26 @@ class Trainer:
         for name, values in state.items():
             parameter = named[name]
             self.optimizer.state[parameter] = {key: _beside(parameter, value) for key, value in values.items()}
+
+    def _backward(
+        self,
+        batch: Batch,
+        teacher: TeacherNet | None,
+        question: int,
+        task: Task | None,
+        on_loss: Callable[[Tensor], None] | None,
+    ) -> Tensor:
+        """Add the gradients of the update that is next; returns its loss."""
+        images_NCHW, labels_N = batch
+        if task is not None:
+            task.set_step(self.update)
+            with self._autocast(images_NCHW):
+                return task.backward(images_NCHW, labels_N)["loss"]
+        loss = self._loss(batch, teacher, question)
+        if on_loss is not None:
+            on_loss(loss.detach())
+        loss.backward()
+        return loss
 
     def _loss(self, batch: Batch, teacher: TeacherNet | None, question: int = 0) -> Tensor:
         images_NCHW, labels_N = batch
