@@ -14,8 +14,15 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SNIPPET = re.compile(r"^```python\n(?P<code>.*?)^```$(?:\n\n^```text\n(?P<printed>.*?)^```$)?", re.M | re.S)
+#: Pages whose nets are large: their snippets run in the exhaustive run.
+LARGE = {"scale.md", "pretrained.md"}
 SNIPPETS = [
-    pytest.param(path, found, id=f"{path.relative_to(ROOT)}:{path.read_text()[: found.start()].count(chr(10)) + 1}")
+    pytest.param(
+        path,
+        found,
+        id=f"{path.relative_to(ROOT)}:{path.read_text()[: found.start()].count(chr(10)) + 1}",
+        marks=[pytest.mark.exhaustive] * (path.name in LARGE),
+    )
     for path in PAGES
     for found in SNIPPET.finditer(path.read_text())
 ]
