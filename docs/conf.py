@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 from sphinx.application import Sphinx
 
 import growshrink as gs
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "growshrink"
 author = "the growshrink authors"
 release = gs.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "programs"]
 
 myst_heading_anchors = 3
 

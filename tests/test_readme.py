@@ -3,6 +3,7 @@
 import contextlib
 import doctest
 import io
+import json
 import re
 from pathlib import Path
 
@@ -36,6 +37,20 @@ def test_a_snippet_runs_and_prints_what_stands_below_it(path, snippet):
     expected = snippet["printed"] or ""
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.OutputChecker().check_output(expected, out.getvalue(), flags), out.getvalue()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_prints_what_it_shows(path):
+    names = {}
+    for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+        if cell["cell_type"] == "code":
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile("".join(cell["source"]), f"{path}, cell {number}", "exec"), names)
+            shown = ["".join(output["text"]) for output in cell["outputs"]]
+            told = re.sub(r"\d+\.\d+", "0.0", out.getvalue())  # figures of a training differ between machines
+            assert told == re.sub(r"\d+\.\d+", "0.0", "".join(shown))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -4,11 +4,17 @@ import doctest
 import importlib
 import inspect
 import re
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-PAGES = sorted((Path(__file__).parent.parent / "docs" / "reference").glob("*.md"))
+from sampled import sampled
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted((DOCS / "reference").glob("*.md"))
+PROGRAMS = SimpleNamespace(**runpy.run_path(str(DOCS / "programs.py")))
 AUTOMODULE = re.compile(r"automodule:: (\S+)(?:\n +:exclude-members: (.+))?")
 
 
@@ -57,3 +63,16 @@ def test_a_class_is_made_in_an_example_or_is_a_result(name):
         assert f"`{name}`" in (PAGES[0].parent / "errors.md").read_text()
     else:
         assert family & SHOWN or name in returned(), "no example makes it and no function returns it"
+
+
+@pytest.mark.parametrize(
+    "path",
+    sampled(PROGRAMS.programs("recipes") + PROGRAMS.programs("tools"), lambda p: p.stem == "subset"),
+    ids=lambda p: p.stem,
+)
+def test_the_page_of_programs_has_what_help_prints(path):
+    """The options are taken from the parser when the page is built; each has a text."""
+    assert PROGRAMS.docstring(path)
+    if "run_program(" in path.read_text():
+        options = PROGRAMS.options(path)
+        assert str(path.parent.parent) not in options and "  -h, --help" in options

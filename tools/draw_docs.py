@@ -73,7 +73,7 @@ def vanishing() -> Figure:
     for lam in (1.0, 0.75, 0.5, 0.25, 0.0):
         gs.set_lambda(act, lam)
         shade = matplotlib.colormaps["plasma"](0.85 * (1 - lam))
-        curve.plot(x, act(x), color=shade, linewidth=2)
+        curve.plot(x.numpy(), act(x).numpy(), color=shade, linewidth=2)
         note = {1.0: "lam = 1: ReLU", 0.0: "lam = 0: identity"}.get(lam, f"lam = {lam:g}")
         curve.text(-2.08, float(act(x)[0]), note, ha="right", va="center", color=shade)
     curve.set(xlim=(-4.4, 2), xticks=[-2, -1, 0, 1, 2], xlabel="input", ylabel="output", title="The activation")
@@ -179,7 +179,7 @@ def kernels() -> Figure:
     scale = float(abs(parts["fused 3x3"][1, 1]).max())
     for number, (name, kernel) in enumerate(parts.items()):
         axis = figure.add_axes((0.012 + 0.1685 * number, 0.03, 0.136, 0.136 * 9 / 1.62))
-        axis.imshow(kernel[1, 1], cmap="RdBu_r", vmin=-1.3 * scale, vmax=1.3 * scale)
+        axis.imshow(kernel[1, 1].numpy(), cmap="RdBu_r", vmin=-1.3 * scale, vmax=1.3 * scale)
         for row in range(3):
             for column in range(3):
                 value = float(kernel[1, 1, row, column])
