@@ -21,6 +21,7 @@ from growshrink.layers.slim import ChannelGroup, Entries, OwnStatistics, Skippab
 from growshrink.layers.swaps import keep_statistics, make_dense, make_skippable, make_slim
 from growshrink.layers.widths import Slots, Width, active_width, width_space
 from growshrink.proofs.probes import randomize_norms_
+from growshrink.supernet.files import MAKERS
 from growshrink.transforms._fuse import check_unchanged
 
 Axes = Mapping[tuple[str, bool], Mapping[str, Entries]]
@@ -86,6 +87,9 @@ def slim(
     if own_statistics:
         keep_statistics(model, width_space(model).all_levels)
     return model
+
+
+MAKERS["slim"] = slim, "levels, blocks and own_statistics"
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:

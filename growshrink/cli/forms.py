@@ -162,7 +162,7 @@ def shown(value: Any) -> str:
 
 
 def read_pairs(pairs: Iterable[str], what: str) -> dict[str, Any]:
-    """Read KEY=VALUE strings; values are Python literals, or text."""
+    """Read KEY=VALUE strings; values are Python literals (true, false and none too, in any case), or text."""
     values: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -171,7 +171,7 @@ def read_pairs(pairs: Iterable[str], what: str) -> dict[str, Any]:
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            values[key] = text
+            values[key] = {"true": True, "false": False, "none": None}.get(text.lower(), text)
     return values
 
 

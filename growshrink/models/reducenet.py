@@ -92,7 +92,7 @@ class ReduceNet(StagedNet):
         dtype: torch.dtype | None = None,
         **head: Any,
     ) -> None:
-        check_options(width, expansion)
+        check_options(width, expansion, linear=linear, skip=skip)
         channels = tuple(max(1, round(c * width)) for c in channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         stem = conv_norm_act(in_chans, channels[0], stem_stride, linear, **factory)

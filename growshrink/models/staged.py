@@ -171,8 +171,11 @@ class StagedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def check_options(width: float, expansion: int) -> None:
-    """ValueError unless the multiplier of all channels and that of the bottlenecks make sense."""
+def check_options(width: float, expansion: int, **flags: bool) -> None:
+    """ValueError unless the multiplier of all channels and that of the bottlenecks make sense, and flags are such."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name}={flag!r}: must be True or False.")
     if not isinstance(width, numbers.Real) or isinstance(width, bool) or not 0 < width < math.inf:
         raise ValueError(f"{width=}: must be a number > 0, the multiplier of all channels.")
     if isinstance(expansion, bool) or not isinstance(expansion, numbers.Integral) or expansion < 0:

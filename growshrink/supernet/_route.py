@@ -19,6 +19,7 @@ from growshrink.layers.slim import is_slim
 from growshrink.layers.swaps import keep_statistics
 from growshrink.layers.widths import Slots, WidthSpace, active_width
 from growshrink.proofs._profile import flop_counter, profile
+from growshrink.supernet._single import RoutedImage
 from growshrink.supernet.chain import UnitChain
 from growshrink.training.calibrate import calibrate_bn
 
@@ -122,6 +123,16 @@ class Routed(nn.Module):
         twin = copy.copy(self)
         twin._always = choice
         return twin
+
+    def for_one_image(self) -> nn.Module:
+        """The same net for batches of one image: a dense net for every choice; exported, an If at each place.
+
+        `torch.export` and ONNX take this net itself with any batch, and run all choices, some on no image.
+        """
+        widths = [[self._fixed | width for width in own] for own in self._own]
+        net = RoutedImage(self._chain, self.model, self._ends, widths)
+        net.gates = copy_net(self.gates)
+        return net.train(self.training)
 
     def cascade(self, threshold: float) -> "Routed":
         """The same net with the softmax's confidence in place of the gate: the control that needs no training.

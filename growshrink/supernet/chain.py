@@ -70,6 +70,12 @@ class UnitChain:
             raise WidthError(f"{name}: no unit of the model is called so{did_you_mean(name, self._names)}")
         return found[-1]
 
+    def keep_units(self, model: nn.Module, start: int, stop: int) -> None:
+        """Make identities of the other units of a copy of the model."""
+        for name in self._names[:start] + self._names[stop:]:
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, nn.Identity())
+
     def within(self, layers: Sequence[str], start: int, stop: int) -> bool:
         """Whether all of these layers lie in the units from `start` to `stop` (exclusive; the last: or in the head)."""
         units = [next((i for i, n in enumerate(self._names) if f"{la}.".startswith(f"{n}.")), None) for la in layers]

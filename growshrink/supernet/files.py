@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,19 @@ from growshrink.transforms import grow
 _FORMAT = "growshrink-supernet-1"
 #: Pixels along a side at most.
 MOST_SIDE = 4096
+MOST_LEVELS = 64
+#: What makes the net of a plain one, by its key in `about`, and the options of that; growshrink.analysis adds "slim".
+MAKERS: dict[str, tuple[Callable[..., object], str]] = {"grow": (grow, "branch, ratio, where, seed and init")}
 #: Arguments of timm's that fetch weights from elsewhere begin so.
 _FOREIGN = ("pretrained", "checkpoint", "cache_dir", "hf", "features_only", "scriptable")
 
 
 def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mapping[str, Any]) -> None:
-    """Write a grown net, everything in its state_dict, and its width space, atomically.
+    """Write a grown or slim net, everything in its state_dict, and its width space, atomically.
 
     `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-    `growshrink.grow` (None if it is grown at birth), `input_size` (C, H, W); other keys are kept.
+    `growshrink.grow` (None if it is grown at birth) or `slim` for `growshrink.slim`, `input_size` (C, H, W); other keys
+    are kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -87,19 +92,22 @@ def _checked(about: Any) -> dict[str, Any]:
     size = about["input_size"]
     if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int and 0 < n <= MOST_SIDE for n in size)):
         raise RunError(f"a supernet for images of {size!r}: must be three whole numbers up to {MOST_SIDE}.")
-    growth = about.get("grow")
-    if growth is not None:
-        if not isinstance(growth, dict) or not growth.keys() <= {"branch", "ratio", "where", "seed", "init"}:
-            raise RunError(f"a supernet grown by {growth!r}: needs branch, ratio, where, seed and init.")
-        if isinstance(growth.get("where"), str):
-            raise RunError(f"a supernet grown where {growth['where']!r} matches: needs a list of names.")
+    for key, (_, known) in MAKERS.items():
+        given = about.get(key, {}) or {}
+        if not isinstance(given, dict) or not given.keys() <= set(re.split(", | and ", known)):
+            raise RunError(f"a supernet made by {key} with {given!r}: needs {known}.")
+    if isinstance(where := (about.get("grow") or {}).get("where"), str):
+        raise RunError(f"a supernet grown where {where!r} matches: needs a list of names.")
+    if len((about.get("slim") or {}).get("levels", ())) > MOST_LEVELS:
+        raise RunError(f"a slim net of more than {MOST_LEVELS} levels.")
     return about
 
 
 def _make(about: Mapping[str, Any]) -> nn.Module:
     model = timm.create_model(about["name"], **about["kwargs"])
-    if about.get("grow") is not None:
-        grow(model, **about["grow"], inplace=True, input_size=tuple(about["input_size"]))
+    for key, (make, _) in MAKERS.items():
+        if about.get(key) is not None:
+            make(model, **about[key], inplace=True, input_size=tuple(about["input_size"]))
     return model
 
 
@@ -114,13 +122,13 @@ def _check_shapes(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> No
     hook = register_module_module_registration_hook(count)
     try:
         with torch.device("meta"):
-            model = _make(about)
+            model = _make({**about, "slim": None})  # which leaves the keys, and looks at values
     except NotImplementedError:  # a model that looks at its own values while it is made
         return
     finally:
         hook.remove()
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    for key in [*expected, *tensors]:
+    for key in [*expected, *(key for key in tensors if not key.rpartition(".")[2].startswith("slim_"))]:
         there, wanted = tuple(tensors[key].shape) if key in tensors else "nothing", expected.get(key, "nothing")
         if there != wanted:
             raise RunError(f"{key}: {there} in the file, {wanted} in the net it is said to be of.")

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 import growshrink as gs
 from growshrink.analysis.channels import ChannelSpace
 from growshrink.analysis.prune import SlimSpace
-from growshrink.errors import AnalysisError, WidthError
+from growshrink.errors import AnalysisError, RunError, WidthError
 from growshrink.layers.slim import SlimLayer
 from growshrink.layers.widths import Slots, WidthSpace, draw
+from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import TrainConfig
 from nets import images, net, randomized, untouched
 from program import module_of
@@ -356,6 +357,27 @@ def test_the_shrinking_loop_and_rank_take_deployed_widths(driver):
         columns = {name: getattr(scores, name) for name in ("angle", "excess", "null", "params", "macs")}
         ranking = gs.rank(columns, scores.macs + np.arange(30.0), num_resamples=20)
         assert scores.num_undefined == 0 and ranking is not None
+
+
+def test_a_slim_net_is_saved_with_its_levels(tmp_path):
+    kwargs = {"width": 0.25, "depths": [2, 1, 1]}
+    how = {"levels": [0.5, 1.0], "blocks": True, "own_statistics": True}
+    slim = gs.slim(randomized(timm.create_model("reducenet20", **kwargs)), **how, input_size=SIZE)
+    space = gs.width_space(slim)
+    with gs.active_width(slim, space.level(0)):
+        gs.calibrate_bn(slim, [images(*SIZE, n=5) * 2 + 1])
+    about = {"name": "reducenet20", "kwargs": kwargs, "slim": how, "input_size": list(SIZE)}
+    save_supernet(path := tmp_path / "slim.safetensors", slim, space, about)
+    read, its_space, its_about = load_supernet(path)
+    assert its_space == space == gs.width_space(read) and its_about == about
+    x = images(*SIZE)
+    for width in (space.level(0), space.full, space.base):
+        with gs.active_width(slim, width), gs.active_width(read, width):
+            assert torch.equal(slim.eval()(x), read.eval()(x))
+    for wrong, said in (({"levels": [1.0] * 65}, "more than 64 levels"), ([0.5], "needs levels, blocks and own_stat")):
+        save_supernet(path, slim, space, {**about, "slim": wrong})
+        with pytest.raises(RunError, match=said):
+            load_supernet(path)
 
 
 NETS = ["reducenet20", "resnet18", "mobilenetv2_050", "regnetx_002", "convnext_atto", "efficientnet_lite0"]

@@ -11,7 +11,8 @@ import tyro
 
 from growshrink.base.config import Variant, check_fields
 from growshrink.base.limits import Count, NotNegative, OneOf, Positive, Share
-from growshrink.cli.forms import parts_of, pick, plain_options, shown
+from growshrink.cli.forms import parts_of, pick, plain_options, read_pairs, shown
+from growshrink.cli.options import ModelOptions
 from growshrink.cli.program import read_options
 from growshrink.errors import GrowShrinkError, PlanError, RunError
 
@@ -210,3 +211,22 @@ class Home:
 def test_a_union_is_a_program_with_subcommands():
     assert read("home", "--no-bed", args=Home | Args) == Home(bed=False)
     assert read("args", "--bags", "3", args=Home | Args).luggage.bags == 3
+
+
+def test_pairs_are_literals_and_words_for_them():
+    pairs = ("a=False", "b=false", "c=TRUE", "d=none", "e=0.5", "f=(1,2)", "g=relu", "i=nOne_")
+    expected = {
+        "a": False,
+        "b": False,
+        "c": True,
+        "d": None,
+        "e": 0.5,
+        "f": (1, 2),
+        "g": "relu",
+        "i": "nOne_",
+    }
+    assert read_pairs(pairs, "--x") == expected
+    net, _ = ModelOptions(model_kwargs=("skip=false", "width=0.25", "depths=(1,1,1)")).create()
+    assert not net.stages[0][0].skip
+    with pytest.raises(RunError, match="skip='off': must be True or False"):
+        ModelOptions(model_kwargs=("skip=off",)).create()

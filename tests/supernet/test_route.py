@@ -198,6 +198,36 @@ def test_places_that_are_none(routed, after, message):
         gs.route(model, gs.width_space(model), after=after, input_size=SIZE)
 
 
+@pytest.mark.parametrize("name", ["width", "blocks"])
+def test_one_image_runs_its_own_path_alone(routed, name):
+    net = copy.deepcopy(routed[name]).eval()
+    one, taken = net.for_one_image(), set()
+    for image in images(*SIZE, n=24, dtype=torch.float64, seed=7).split(1):
+        torch.testing.assert_close(one(image), net(image), rtol=1e-12, atol=1e-14)
+        taken.add(tuple(map(tuple, choices(net, image))))
+    assert len(taken) > 1
+
+
+@pytest.mark.exhaustive
+def test_export_for_one_image(routed, tmp_path):
+    """The If-form, read back, for images of each choice."""
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    net = copy.deepcopy(routed["width"]).float().eval()
+    path = tmp_path / "net.onnx"
+    with torch.no_grad():
+        program = torch.export.export(net.for_one_image(), (images(*SIZE, n=1),))
+        torch.onnx.export(program, (), path, dynamo=True)
+    assert "If" in {node.op_type for node in onnx.load(path).graph.node}
+    session = onnxruntime.InferenceSession(path)
+    (given,) = session.get_inputs()
+    for image in images(*SIZE, n=24, seed=7).split(1):
+        expected = net(image)
+        torch.testing.assert_close(program.module()(image), expected, rtol=1e-4, atol=1e-5)
+        (out,) = session.run(None, {given.name: image.numpy()})
+        torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-4, atol=1e-5)
+    assert min(net.counts(0)) > 0
+
+
 @pytest.mark.exhaustive
 def test_export(routed, tmp_path):
     net = copy.deepcopy(routed["width"]).float().eval()
