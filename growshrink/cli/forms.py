@@ -180,6 +180,8 @@ def _from_compact(cls: Any, text: str, what: str) -> Any:
     if "=" not in pairs[0]:
         pairs[0] = f"{KIND if 'kinds' in vars(cls) else names[0]}={pairs[0]}"
     values = read_pairs(pairs, what)
+    if values.get(KIND, "") is None:
+        values[KIND] = "none"
     if _MORE in names and (more := {key: values.pop(key) for key in [*values] if key not in names}):
         values[_MORE] = more
     return from_dict(cls, values, what)

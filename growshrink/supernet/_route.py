@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, reduce
 from itertools import pairwise
@@ -44,7 +44,7 @@ class Routed(nn.Module):
         self.costs: list[list[float]] = []
         self._chain, self._slots, self._ends = chain, Slots(model), [*starts, chain.length]
         self._threshold: float | None = None  # a cascade's
-        self._always: int | None = None  # the choice of all images
+        self._overrule: Callable[[Tensor], Tensor] | None = None  # what is taken in place of the largest logit
         self._fixed = space.level(rest)
         self._own: list[list[dict[str, int]]] = []  # what a choice sets
         off = {name: 0 for name, values in space.choices.items() if not values[0]}
@@ -120,9 +120,7 @@ class Routed(nn.Module):
 
     def always(self, choice: int) -> "Routed":
         """The same net in which all images take choice number `choice`, or the last, at each place."""
-        twin = copy.copy(self)
-        twin._always = choice
-        return twin
+        return self._overruled(lambda logits: torch.full_like(logits[:, 0], min(choice, logits.shape[1] - 1)).long())
 
     def for_one_image(self) -> nn.Module:
         """The same net for batches of one image: a dense net for every choice; exported, an If at each place.
@@ -170,10 +168,23 @@ class Routed(nn.Module):
         return reduce(or_, chosen, self._fixed)
 
     def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Take the batch norm statistics of every choice from training images, in place."""
+        """Take the batch norm statistics of every choice from training images, in place.
+
+        With several places each batch is shared out at random at each, so that all choices come before a choice.
+        """
         batches = list(batches)
-        for choice in range(max(map(len, self._own))):
-            calibrate_bn(self.always(choice), batches)
+        if len(self._own) == 1:
+            for choice in range(len(self._own[0])):
+                calibrate_bn(self.always(choice), batches)
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            calibrate_bn(self._overruled(lambda logits: torch.randperm(len(logits)) % logits.shape[1]), batches)
+
+    def _overruled(self, overrule: Callable[[Tensor], Tensor]) -> "Routed":
+        twin = copy.copy(self)
+        twin._overrule = overrule
+        return twin
 
     def _restored(self) -> AbstractContextManager[nn.Module]:
         return active_width(self.model, self._slots.get())
@@ -212,10 +223,9 @@ class Routed(nn.Module):
 
     def _grouped(self, place: int, x: Tensor) -> Tensor:
         num, exporting, out = len(self._own[place]), torch.compiler.is_exporting(), None
-        choice = self.gates[place](x).argmax(1)
-        if self._always is not None:
-            choice = torch.full_like(choice, min(self._always, num - 1))
-        elif not (self.training or exporting):
+        logits = self.gates[place](x)
+        choice = logits.argmax(1) if self._overrule is None else self._overrule(logits).to(x.device)
+        if not (self.training or exporting or self._overrule):
             self.counts(place).add_(choice.bincount(minlength=num))
         for number in range(num):
             rows = (choice == number).nonzero().flatten()

@@ -400,8 +400,15 @@ def test_nets_of_timm(name, tmp_path):
     assert gs.profile(cut, size).macs < 0.8 * gs.profile(model, size).macs
     copied = copy.deepcopy(cut)
     copied.load_state_dict(cut.state_dict())
+    if name == "reducenet20":  # the one with an argument for its width
+        timm.create_model(name, num_classes=10, width=0.5).load_state_dict(cut.state_dict())
     program = torch.export.export(cut, (x,))
     torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-4)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(program, (), path := tmp_path / "net.onnx", dynamo=True)
+    session = onnxruntime.InferenceSession(path)
+    (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-3, atol=1e-4)
     assert len(Slots(slim).layers) == sum(1 for values in space.choices.values() if values != (0, 1))
 
 

@@ -108,6 +108,20 @@ def test_the_static_net_of_gates_in_a_row(routed):
     assert [own.index({name: before[name] for name in own[0]}) for own in net._own] == list(path)
 
 
+def test_statistics_of_gates_in_a_row_are_of_mixed_paths(routed):
+    """Of a norm behind two gates: the mean over its choice's share of each batch, whatever was chosen before."""
+    net, batches = copy.deepcopy(routed["blocks"]), [images(*SIZE, n=9, dtype=torch.float64, seed=s) for s in range(3)]
+    before, seen = torch.random.get_rng_state(), []
+    norm = net.model.get_submodule("stages.0.1.bn")
+    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    net.calibrate(batches)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [len(x) for x in seen] == [4, 4, 4]  # the others skip the block
+    number = max(int(key.rpartition("_")[2]) for key, _ in norm.named_buffers() if "slim_mean" in key)
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    torch.testing.assert_close(norm.get_buffer(f"slim_mean_{number}"), mean, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["width", "blocks"])
 def test_the_exact_gradient_is_that_of_the_expectation(routed, name):
     """By enumeration of the paths from probabilities alone, and by REINFORCE within its error."""
