@@ -112,25 +112,28 @@ class AngleTable:
 
     def score(self, index: Index, checkpoint: int = -1) -> AngleScores:
         """Angle, null, parameters and MACs of subnets."""
-        index = self._checked(index)
+        index, limits = np.asarray(index), np.array([len(choices) for choices in self.choices.values()], dtype=np.uintp)
+        if index.ndim != 2 or index.shape[1] != len(limits) or not np.issubdtype(index.dtype, np.integer):
+            raise AnalysisError(f"an index of shape {index.shape}: needs whole numbers, {len(limits)} for each subnet.")
+        beyond = np.tile(limits, min(_CHUNK, len(index)))  # of the memory's order: nine times as fast as by column
         t = checkpoint % self.num_checkpoints
         columns = [0, 1, 2, 3 + 3 * t, 4 + 3 * t, 5 + 3 * t]
-        factors = [(axes, strides, np.ascontiguousarray(table[:, columns].T)) for axes, strides, table in self._factors]
+        tables = [np.ascontiguousarray(table[:, columns].T) for _, _, table in self._factors]
+        place = np.zeros((len(self.names), len(tables)))  # float64: a product of BLAS; exact below 2**53
+        for factor, (axes, strides, _) in enumerate(self._factors):
+            place[list(axes), factor] = strides
         scores = AngleScores(*(np.empty(len(index), dtype) for dtype in (float, float, np.int64, np.int64)))
         for start in range(0, len(index), _CHUNK):
             rows = slice(start, start + _CHUNK)
-            part = index[rows].astype(np.intp, copy=False)  # codes would overflow narrower integers
-            total = np.zeros((len(columns), len(part)))
-            for axes, strides, table in factors:
-                code = np.zeros(len(part), dtype=np.intp)
-                for axis, stride in zip(axes, strides, strict=True):
-                    code += part[:, axis] * stride
-                for sums, column in zip(total, table, strict=True):
-                    sums += column.take(code)
-            params, macs, norm0, difference, distance, null = total
-            scores.params[rows], scores.macs[rows] = params, macs
-            scores.angle[rows] = angle_of(norm0, difference, distance)
-            scores.null[rows] = angle_of(norm0, difference, null)
+            part = np.ascontiguousarray(index[rows], dtype=np.intp)
+            if (part.reshape(-1).view(np.uintp) >= beyond[: part.size]).any():  # those below 0 are huge
+                raise AnalysisError("an index beyond the choices of a width.")
+            codes = (part.astype(np.float64) @ place).astype(np.intp)
+            total = tables[0].take(codes[:, 0], axis=1)
+            for factor, table in enumerate(tables[1:], 1):
+                total += table.take(codes[:, factor], axis=1)
+            scores.params[rows], scores.macs[rows] = total[:2]
+            scores.angle[rows], scores.null[rows] = angle_of(total[2], total[3], total[4:])
         return scores
 
     def trajectory(self, index: Index) -> Floats:
@@ -168,15 +171,6 @@ class AngleTable:
     def width(self, row: Sequence[int] | Index) -> dict[str, int]:
         """One row of an index as a width."""
         return {name: choices[i] for (name, choices), i in zip(self.choices.items(), row, strict=True)}
-
-    def _checked(self, index: Index) -> Index:
-        index = np.asarray(index)
-        limits = np.array([len(choices) for choices in self.choices.values()])
-        if index.ndim != 2 or index.shape[1] != len(limits) or not np.issubdtype(index.dtype, np.integer):
-            raise AnalysisError(f"an index of shape {index.shape}: needs whole numbers, {len(limits)} for each subnet.")
-        if len(index) and ((index.min(0) < 0) | (index.max(0) >= limits)).any():
-            raise AnalysisError("an index beyond the choices of a width.")
-        return index
 
     def _of_layer(
         self, layer: Layer, init: State, checkpoints: Sequence[State], order: Mapping[str, Sequence[int]]
@@ -254,7 +248,8 @@ def angle_of(norm0: Floats, difference: Floats, distance: Floats) -> Floats:
     square = (difference / np.maximum(np.sqrt(norm0) + np.sqrt(norm1), 1e-300)) ** 2
     across = np.maximum(distance - square, 0.0)
     along = np.maximum(2.0 * (norm0 + norm1) - distance - square, 0.0)
-    angle = 2.0 * np.arctan2(np.sqrt(across), np.sqrt(along))
+    with np.errstate(divide="ignore", invalid="ignore"):  # opposite vectors; a zero norm
+        angle = 2.0 * np.arctan(np.sqrt(across / along))
     return np.where((norm0 > 0) & (norm1 > 0), angle, np.nan)
 
 
