@@ -121,7 +121,7 @@ class AngleTable:
         tables = [np.ascontiguousarray(table[:, columns].T) for _, _, table in self._factors]
         place = np.zeros((len(self.names), len(tables)))  # float64: a product of BLAS; exact below 2**53
         for factor, (axes, strides, _) in enumerate(self._factors):
-            place[list(axes), factor] = strides
+            np.add.at(place[:, factor], list(axes), strides)  # a variable may stand in several of its tables
         scores = AngleScores(*(np.empty(len(index), dtype) for dtype in (float, float, np.int64, np.int64)))
         for start in range(0, len(index), _CHUNK):
             rows = slice(start, start + _CHUNK)
