@@ -78,10 +78,10 @@ def copy_net(model: T) -> T:
         return copy.deepcopy(model)  # the caller refuses what is no net
     memo = tied_copies(model)
     for value in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(value, _SHARED):
-            memo[id(value)] = value
-        elif type(value) is OrderedDict and not value:  # of hooks: ten a module, nearly half of the time
+        if type(value) is OrderedDict and not value:  # of hooks: ten a module, nearly half of the time
             memo[id(value)] = OrderedDict()
+        elif type(value) in _SHARED:  # isinstance takes a tenth of a copy's time
+            memo[id(value)] = value
     try:
         with _WithoutGraph(), torch.no_grad():  # or the parameters of scripted parts would get a graph
             copied = copy.deepcopy(model, memo)
