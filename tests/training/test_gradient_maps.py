@@ -86,7 +86,7 @@ def train(model, optimizer, updates, start=0, before_step=lambda: None):
         optimizer.step()
 
 
-def apart(grown, updates=50, make=sgd, before_step=lambda model: None, normalize=False, mapped=None):
+def apart(grown, updates=20, make=sgd, before_step=lambda model: None, normalize=False, mapped=None):
     """Largest relative difference of a parameter, branches trained apart and then fused against compiled gradients."""
     plain, maps = mapped or compiled(grown, normalize)
     ours, theirs = make(plain), make(grown)
