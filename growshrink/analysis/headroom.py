@@ -67,6 +67,21 @@ def headroom(
         raise AnalysisError("right: must hold 0 or 1, False or True.")
     if confidence is not None and (np.shape(confidence) != right.shape or np.isnan(confidence).any()):
         raise AnalysisError(f"confidence of shape {np.shape(confidence)}: must be {right.shape}, without NaN.")
+    boot, found = Bootstrap(len(right), num=num, seed=seed), []
+    for name, (hit, paid) in _policies(right, macs, confidence, gates or {}, shared).items():
+
+        def over_mix(index: NDArray[np.int64], hit: Floats = hit, paid: Floats = paid) -> float:
+            return float(100 * (hit[index].mean() - _mix(macs, right[index].mean(0), float(paid[index].mean()))))
+
+        estimate = boot.interval(over_mix(np.arange(len(right))), boot.of(over_mix))
+        found.append(Policy(name, float(paid.mean()), float(100 * hit.mean()), estimate))
+    return found
+
+
+def _policies(
+    right: Floats, macs: Floats, confidence: ArrayLike | None, gates: Mapping[str, ArrayLike], shared: float
+) -> dict[str, tuple[Floats, Floats]]:
+    """Whether each is right on each image, and what it pays, `(N,)` each."""
     rows, count = np.arange(len(right)), len(macs)
     policies = {f"net {net}": (right[:, net], np.full(len(right), macs[net])) for net in range(count)}
 
@@ -80,7 +95,7 @@ def headroom(
             enough = sure[:, :-1] >= np.quantile(sure[:, :-1], share)
             stop = np.where(enough.any(1), enough.argmax(1), count - 1)
             choose(f"cascade {share:.2f}", stop, shared + np.cumsum(macs - shared))
-    for name, given in (gates or {}).items():
+    for name, given in gates.items():
         taken = np.asarray(given, dtype=np.float64)
         if taken.shape == (2, len(right)):
             policies[name] = taken[0], taken[1]
@@ -88,15 +103,7 @@ def headroom(
             choose(name, taken.astype(np.intp))
         else:
             raise AnalysisError(f"gates, {name}: must be one of 0 to {count - 1} for each of {len(right)} images.")
-    boot, found = Bootstrap(len(right), num=num, seed=seed), []
-    for name, (hit, paid) in policies.items():
-
-        def over_mix(index: NDArray[np.int64], hit: Floats = hit, paid: Floats = paid) -> float:
-            return float(100 * (hit[index].mean() - _mix(macs, right[index].mean(0), float(paid[index].mean()))))
-
-        estimate = boot.interval(over_mix(rows), boot.of(over_mix))
-        found.append(Policy(name, float(paid.mean()), float(100 * hit.mean()), estimate))
-    return found
+    return policies
 
 
 def _mix(macs: Floats, top1: Floats, at: float) -> float:
