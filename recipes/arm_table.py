@@ -34,7 +34,7 @@ from growshrink.runs.folder import PLAIN_FILE
 from growshrink.training import Score
 from growshrink.transforms import fold
 
-#: Of corrected p values.
+#: Level of corrected p values.
 LEVEL = 0.05
 _INT8_LEGEND = (
     " int8: test top-1 of the deployed net after the exporter's static quantisation (256 training images), one scale "
@@ -43,7 +43,7 @@ _INT8_LEGEND = (
 _LEGEND = (
     "Every arm ends as the same plain net, and was trained for the same MACs, forward and backward, teachers "
     "included: those of {budget:g} epochs of the plain net. (Scoring is not counted, nor are the 50 forward "
-    "passes before a fuse that take the statistics of norms anew.) Seeds {seeds}. Test top-1 in percent, the test "
+    "passes before a fuse that take the statistics of norms again.) Seeds {seeds}. Test top-1 in percent, the test "
     "split having had no part in any choice; difference to plain with the same seed (weights, val split, order of "
     "images), its 95 % interval by Student's t, and the same with the noise estimated from all arms together "
     "(pooled). p: of the pooled test, corrected for "
@@ -65,7 +65,7 @@ class TableRow:
         sees: The true difference to plain that its seeds tell from 0 with a chance of 80 %; NaN for fewer than 2.
         int8: Mean test top-1 in int8, one scale per layer and per output channel; None where it was not taken.
         cost: Training MACs over the budget.
-        seconds: Of training a net, over plain's; NaN where they were not trained in the same way.
+        seconds: Time of training a net, over plain's; NaN where they were not trained in the same way.
         edge: Its learning rate is the largest or the smallest that was tried.
     """
 
@@ -316,7 +316,7 @@ def _number(value: float) -> str:
 
 
 def _seconds(runs: Sequence[RunRecord]) -> float:
-    """Of training one net, on average."""
+    """Time of training one net, on average."""
     return sum(run.spent.seconds for run in runs) / max(1, sum(len(run.seeds) for run in runs))
 
 

@@ -38,10 +38,10 @@ COSINE, LOOP = "cosine", "closed loop"
 
 @dataclass(frozen=True, kw_only=True)
 class Args(ResultOptions):
-    """Options of closed_loop; the model is a net that is grown at birth: reducenet20_x1, vanillanet_5_x1, ..."""
+    """Options of closed_loop; the model is a net that is built grown: reducenet20_x1, vanillanet_5_x1, ..."""
 
     loss_tolerance: NotNegative = 0.05
-    """Of the closed loop: how far the smoothed loss may be above its lowest, relatively."""
+    """Closed loop: how far the smoothed loss may be above its lowest, relatively."""
     length: LengthOptions = LengthOptions(epochs=30.0, seeds=5)
     training: TrainConfig = TrainConfig(ema_decay=0.0)
     model: ModelOptions = ModelOptions(model="reducenet20_x2", model_kwargs=("width=0.5",))
@@ -78,9 +78,7 @@ def main(args: Args) -> None:
         raise PlanError(f"--seeds {args.length.seeds}: must be at least 2.")
     known = timm.list_models(["reducenet*_x*", "vanillanet*_x*"])
     if args.model.model not in known:
-        raise RunError(
-            f"--model {args.model.name}: no net that is grown at birth{did_you_mean(args.model.name, known)}"
-        )
+        raise RunError(f"--model {args.model.name}: no net that is built grown{did_you_mean(args.model.name, known)}")
     with args.results("closed-loop") as results:
         print(run(args, results))
         results.finish()

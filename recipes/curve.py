@@ -42,7 +42,7 @@ class Point:
         teacher: That teacher's share.
         given: Whether another net taught that the run did not train.
         macs: Training MACs of an epoch's worth.
-        seconds: Of training.
+        seconds: Time of training.
         searched: What the trials of its learning rate cost.
         int8: Mean test top-1 in int8, one scale per layer and per output channel; None where it was not taken.
     """

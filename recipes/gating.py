@@ -78,7 +78,7 @@ class Choosing(nn.Module):
         return F.one_hot(self.taken, logits.shape[1]).to(logits)
 
     def log_probability(self) -> Tensor:
-        """Of what was taken `(N,)`."""
+        """Log-probability of what was chosen `(N,)`."""
         return self.gate(self.seen).log_softmax(1).gather(1, self.taken[:, None])[:, 0]
 
 
@@ -123,7 +123,7 @@ def static_nets(routed: Any, split: ScoringBatches) -> tuple[Any, Any, Any]:
 def train_gates(
     routed: Any, loss: GateLoss, data: tuple[Tensor, Tensor], *, price: float, updates: int, size: int, seed: int
 ) -> None:
-    """Train gates anew, in place, the net frozen, on batches of `size` of images and labels."""
+    """Train new gates, in place, the net frozen, on batches of `size` of images and labels."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in routed.gates.modules():
@@ -207,7 +207,7 @@ def depth(
 ) -> dict[str, Any]:
     """Stochastic depth by its last share, folded; then, on the last of these nets, SkipNet's gates around its blocks.
 
-    The static nets beside the gates are those on the greedy path of blocks, statistics taken anew.
+    The static nets beside the gates are those on the greedy path of blocks, statistics recalibrated.
     """
     size, drops = feed.input_size, []
     for last in LAST:

@@ -60,7 +60,7 @@ COMMON = tuple(entry.name for entry in fields(gs.Round) if entry.name not in ("e
 TUNING_LR, TUNING_DECAY = 0.02, 0.85
 #: Updates below which the learning rate is lowered, in proportion to their root.
 FEW_UPDATES = 1000
-#: Of the time of a run, without scoring and surgery.
+#: Share of the time of a run, without scoring and surgery.
 SHARE_OF_TRAINING = 0.8
 CAUTIOUS = (
     "The images are your own and no rounds were asked for, so the cautious recipe was taken (--arm small: linear "
@@ -75,7 +75,7 @@ class Args(Options):
     """Options of grow_cycle.
 
     The epochs are those of the whole run: --base, then rounds of equal length. Round 1, 2, ... attaches the 1st, 2nd,
-    ... entry of --branches, the last one again and again; a model that is grown at birth (reducenet20_x4) is not grown
+    ... entry of --branches, the last one again and again; a model that is built grown (reducenet20_x4) is not grown
     again in round 1. What hold, vanish and settle leave of a round is trained at plain cost.
     """
 
@@ -220,7 +220,7 @@ def plan_of_arm(args: Args, name: str, epochs: float) -> gs.CyclePlan:
         raise PlanError(f"--arm {name}: is an upper bound, and makes no plain net.")
     if arm.expansion and not args.model.name.endswith(f"_x{arm.expansion}"):
         raise PlanError(
-            f"--arm {name}: begins with a net that is grown at birth; add --model reducenet20_x{arm.expansion}."
+            f"--arm {name}: begins with a net that is built grown; add --model reducenet20_x{arm.expansion}."
         )
     return arm.plan(epochs, args.running.seed)
 

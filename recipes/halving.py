@@ -28,7 +28,7 @@ from growshrink.proofs._profile import profile
 from growshrink.proofs.probes import random_images
 from growshrink.transforms import fold
 
-#: Of memory, in bytes: activations at their peak (RAM) and weights (flash), see `Profile.memory`.
+#: Kinds of memory, in bytes: activations at their peak (RAM) and weights (flash), see `Profile.memory`.
 MEMORY = ("ram_float32", "ram_int8", "flash_float32", "flash_int8")
 BOUNDS = ("macs", "params", "ms", *MEMORY)
 

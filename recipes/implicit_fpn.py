@@ -223,7 +223,7 @@ def targets(objects: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int
 
 
 def focal_loss(logits: Tensor, heat: Tensor) -> Tensor:
-    """Of CenterNet (arXiv:1904.07850, eq. 1), alpha 2 and beta 4."""
+    """Loss of CenterNet (arXiv:1904.07850, eq. 1), alpha 2 and beta 4."""
     p, log_p, log_q = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
     centre = heat == 1
     loss = torch.where(centre, (1 - p) ** 2 * log_p, (1 - heat) ** 4 * p**2 * log_q)

@@ -53,7 +53,7 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class ExperimentOptions:
-    """Of programs that compare arms."""
+    """Options of programs that compare arms."""
 
     experiment: Annotated[InFile | None, tyro.conf.Positional] = None
     """A JSON file: data, net, seeds and training (see recipes/plans/)."""

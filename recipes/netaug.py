@@ -4,7 +4,7 @@
     python recipes/netaug.py --data cifar10 --data-dir D --epochs 60 --batch-size 128 --lr 0.2
     python recipes/netaug.py --widths suffix,inplace_distil=0.5        other ways to draw the wider nets; see --help
     python recipes/netaug.py --exit choose                            branches go linear, the best width is merged
-    python recipes/netaug.py --model reducenet20_x4 --exit choose     a net that is grown at birth has no other exit
+    python recipes/netaug.py --model reducenet20_x4 --exit choose     a net that is built grown has no other exit
 
 Prints what the base net, the widest net and the deployed net reach on the val split, what a step costs in MACs and in
 time over a plain step, and leaves runs/NAME/ with report.md, netaug.png, plain.safetensors (the net to deploy), and

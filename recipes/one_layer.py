@@ -59,7 +59,7 @@ class InplaceBug(VanishingReLU):
 
 @dataclass(frozen=True, kw_only=True)
 class Args(ResultOptions):
-    """Options of one_layer; the model is a ReduceNet that is grown at birth: reducenet20_x1, _x2, ...
+    """Options of one_layer; the model is a ReduceNet that is built grown: reducenet20_x1, _x2, ...
 
     Nothing is cropped or flipped: nets and classifiers are to see the same pixels.
     """
@@ -87,7 +87,7 @@ def main(args: Args) -> None:
     """Run it; errors of the user's are raised as GrowShrinkError."""
     built_grown = [name for name in timm.list_models("reducenet*") if "_x" in name]
     if (name := args.model.name) not in built_grown:
-        raise RunError(f"--model {name}: no ReduceNet that is grown at birth{did_you_mean(name, built_grown)}")
+        raise RunError(f"--model {name}: no ReduceNet that is built grown{did_you_mean(name, built_grown)}")
     with args.results("one-layer") as results:
         print(run(args, results))
         results.finish()

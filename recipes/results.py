@@ -34,7 +34,7 @@ from growshrink.training import TrainConfig
 from keeping import train_kept
 
 FILE = "results.jsonl"
-#: Of the rest of a line, in the line.
+#: Key of a line's checksum over the rest of it.
 DIGEST = "digest"
 #: Numbers of locks beyond those of records.
 _APPEND, _SETUP = 2**30, 2**30 + 1
@@ -186,13 +186,13 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 #: Options that do not change what comes out.
 RUNNING = ("out", "quiet", "device")
-#: Of the time of a training, without scoring and the optimizer.
+#: Share of the time of a training, without scoring and the optimizer.
 SHARE_OF_TRAINING = 0.8
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResultOptions(Options):
-    """Of programs whose results are added to by many processes."""
+    """Options of programs whose results are added to by many processes."""
 
     def identity(self) -> dict[str, Any]:
         """Say what has to be the same for all processes that work on a run."""
@@ -243,7 +243,7 @@ class ResultOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions(ResultOptions):
-    """Of programs that analyse nets."""
+    """Options of programs that analyse nets."""
 
     training: TrainConfig = pick(TrainConfig(ema_decay=0.0), "lr", "weight_decay")
     data: DataOptions = pick(DataOptions(), "data", "data_dir", "batch_size")

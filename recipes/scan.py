@@ -48,7 +48,7 @@ class Args(ExperimentOptions):
     fill: str = "orepa-online"
     """What the nets are filled with: an arm of compare's."""
     budget: Positive = 5.0
-    """Of the first rung, in epochs of each plain net."""
+    """Budget of the first rung, in epochs of each plain net."""
 
 
 def main(args: Args) -> None:

@@ -61,7 +61,7 @@ class Args(ResultOptions):
     targets: tuple[PartOf, ...] = (0.9, 0.8, 0.65, 0.5)
     """Latencies to reach, as shares of the net's own."""
     shrink_epochs: Positive = 20.0
-    """Of the training in which activations vanish, which --deadline is a share of. From half of --lr."""
+    """Epochs of the training in which activations vanish, of which --deadline is a share. From half of --lr."""
     schedule: Literal["cosine", "closed-loop"] = "cosine"
     """How lam falls."""
     remeasure: bool = False

@@ -45,7 +45,7 @@ from trained import as_supernet, num_updates, train_supernet
 
 @dataclass(frozen=True, kw_only=True)
 class Args(StudyOptions):
-    """Options of shrink_space; a model that is not grown at birth is grown with bottlenecks."""
+    """Options of shrink_space; a model that is not built grown is grown with bottlenecks."""
 
     drivers: tuple[Annotated[str, OneOf("no such score", (*SCORES, RANDOM))], ...] = (
         "angle",
@@ -83,7 +83,7 @@ def main(args: Args) -> None:
 
 
 def updates_of(args: Args, feed: MemoryFeed, space: gs.layers.WidthSpace) -> float:
-    """Of a loop and its share of the supernet, about; a forward pass counts a third."""
+    """Updates of a loop and its share of the supernet, about; a forward pass counts a third."""
     loop, widths = args.loop, list(map(len, space.choices.values()))
     steps = min(loop.max_iterations, -(-(sum(widths) - len(widths)) // loop.drop))
     trained = steps * num_updates(feed, loop.later_epochs) + num_updates(feed, loop.first_epochs) / len(args.drivers)

@@ -44,7 +44,7 @@ from trained import num_updates, train_net, train_supernet
 
 #: Widths. The nets that are looked for have at most the MACs of those at one level; the two ends are one net each.
 LEVELS = (0.25, 0.5, 0.75, 1.0)
-#: Of the MACs of random widths, which lie on both sides.
+#: Tolerance on the MACs of random widths, which lie on both sides.
 TOLERANCE = 0.05
 
 

@@ -1,4 +1,4 @@
-"""What a friend would say of a finished run, and its report as one page (for grow_cycle.py; not a program).
+"""Plain summary of a finished run, and its report as one page (for grow_cycle.py; not a program).
 
 Everything is read from the files that the run has left, so that it can be said again at any time.
 """
@@ -35,7 +35,7 @@ class Told:
 
     Attributes:
         report: report.json.
-        rows: Of log.jsonl.
+        rows: Rows of log.jsonl.
         baseline: The same of the plain net beside it, or None.
     """
 

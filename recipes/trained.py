@@ -19,7 +19,7 @@ from growshrink.supernet import NetAugTask
 from growshrink.training import TrainConfig, Trainer
 from growshrink.transforms import grow
 
-#: Ratio of the branches of a model that is not grown at birth.
+#: Ratio of the branches of a model that is not built grown.
 RATIO = 4.0
 
 

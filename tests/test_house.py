@@ -1,6 +1,7 @@
 """Rules that hold for the package as a whole; import-linter checks the order of the rooms (pyproject.toml)."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -101,3 +102,25 @@ def test_nothing_slow_is_imported_at_the_top_and_nothing_of_one_platform():
     script = IMPORT.format(modules=modules, blocked=PLATFORM, slow=SLOW)
     done = subprocess.run([sys.executable, "-c", script], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+#: House style: the field's terms, no literary turns. Each entry is what a reader stumbled over once.
+ODD = re.compile(
+    r"\b(anew|nobody|somebody|anybody|whoever|dearer|born|at birth|in turns|by itself|goes on|meanwhile|mentor|of yore|"
+    r"see the end of it|gone off|bears it out|stands in the way of|is to ask|needs as many|statistics any more)\b"
+    r'|"""Of |^ +\w+: Of |^ *#: Of ',
+    re.IGNORECASE | re.MULTILINE,
+)
+TOP = PACKAGE.parent
+WRITTEN = [TOP / "README.md", TOP / "CONTRIBUTING.md"]
+WRITTEN += [path for room in ("growshrink", "recipes", "tools") for path in sorted((TOP / room).rglob("*.py"))]
+WRITTEN += [path for path in sorted((TOP / "docs").rglob("*.md")) if "evidence" not in path.parts]
+
+
+def test_what_a_person_reads_is_plain_technical_english():
+    found = [
+        f"{path.relative_to(TOP)}:{path.read_text()[: match.start()].count(chr(10)) + 1}: {match.group().strip()}"
+        for path in filter(Path.exists, WRITTEN)  # the sdist has no docs
+        for match in ODD.finditer(path.read_text())
+    ]
+    assert not found

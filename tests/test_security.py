@@ -35,7 +35,7 @@ UNSAFE = CALLS | {"torch.load", "torch.jit.load", "subprocess.getoutput"}
 
 
 def offences(source):
-    """What a module does that could run somebody's file."""
+    """What a module does that could run code from a file."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):

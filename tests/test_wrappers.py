@@ -125,7 +125,7 @@ def test_lam_of_an_average_is_set_not_averaged(foreach):
     assert 0 < next(iter(gs.get_lambda(average.module).values())) < 1  # timm averages every buffer of floats
     with pytest.raises(FuseError, match="have not vanished"):
         gs.fuse(average.module)
-    gs.set_lambda(average, 0.0)  # what whoever owns the average does after each update
+    gs.set_lambda(average, 0.0)  # what the owner of the average does after each update
     x = images(*SIZE)
     with torch.no_grad():
         assert rel(gs.fuse(average.module).eval()(x), average.module.eval()(x)) < 1e-5

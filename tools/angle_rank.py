@@ -91,9 +91,9 @@ class Args(StudyOptions):
     sort: ScoreName = "angle"
     """What the table is sorted by: angle, excess, null, params, macs, or one of --also without --truth."""
     resamples: Count = 1000
-    """Of the bootstrap."""
+    """Resamples of the bootstrap."""
     mode: Annotated[str, OneOf("no such mode", MODES)] = "single"
-    """Of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
+    """Mode of NetAugTask: single (one subnet an update, drawn uniformly, as published), netaug, sandwich, ..."""
     random_labels: bool = False
     """Train on labels drawn once per image: RLNAS."""
     files: NetFiles = NetFiles()

@@ -41,7 +41,7 @@ MANY = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Args(TimedArgs):
-    """Options of angle_speed; the model is grown at birth, without grouped convolutions."""
+    """Options of angle_speed; the model is built grown, without grouped convolutions."""
 
     many: Count = 100_000
     """Subnets of a turn by look-up."""
@@ -58,7 +58,7 @@ def main(args: Args) -> int:
     name = args.model.name
     init = timm.create_model(name, num_classes=10)
     if not grown_modules(init):
-        raise AnalysisError(f"--model {name}: has no widths; take one that is grown at birth, such as {MODEL}.")
+        raise AnalysisError(f"--model {name}: has no widths; take one that is built grown, such as {MODEL}.")
     trained = moved(init)
     size = (3, args.nets.pixels, args.nets.pixels)
     table = supernet_table(init, trained, gs.width_space(init), input_size=size)

@@ -136,7 +136,7 @@ class HandWritten(nn.Module):
 
 
 def measure_fused(bench: Bench) -> None:
-    """A fused net is as fast as one that never was grown, and as one that no library had a part in."""
+    """A fused net is as fast as one that never was grown, and as one written in PyTorch alone."""
     _, fused = grown_and_fused("reducenet20_x4")
     hand, plain = HandWritten(), timm.create_model("reducenet20", num_classes=10)
     for name, other in (("hand-written", hand), ("reducenet20 never grown", plain)):

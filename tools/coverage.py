@@ -46,7 +46,7 @@ from growshrink.proofs.probes import random_images, randomize_norms_
 from inputs import NetOptions
 from zoo import ZOO
 
-#: How the reasons begin that say a layer cannot be grown by anybody.
+#: How the reasons begin of layers that cannot be grown at all.
 NOT_ELIGIBLE = ("the stem", "the classifier", "it runs 0 times", "it is seen on 1x1 maps", "it is seen on one token")
 LEAST_LAYER_SHARE = 0.5
 #: A net whose outputs move by no more when its pixels move by their last bits (1e-15) is steady enough for a proof.
@@ -95,7 +95,7 @@ def main(args: Args) -> int:
             raise gs.errors.GrowShrinkError(
                 f"{pattern}: matches no model of timm{did_you_mean(pattern, timm.list_models())}"
             )
-    names.sort(key=num_params)  # small ones first: whoever stops early has seen the most nets
+    names.sort(key=num_params)  # small ones first: a run that is stopped early has seen the most nets
     groups = [[name] for name in names] or [timm.list_models(module=module) for module in timm.list_modules()]
     print(
         f"{'model':32s} {'branch':11s} {'convs':>5s} {'linears':>7s} {'grown':>5s} share  float64  float32 effect "

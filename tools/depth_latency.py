@@ -4,9 +4,9 @@
     python tools/depth_latency.py --model reducenet56 --latency-batch 16
     python tools/depth_latency.py --model mobilenetv2_050 --pixels 96 --turns 50
 
-Makes the depth knob's table of latencies (in turns, but nothing is read from or written to the disk): what merging each
+Makes the depth knob's table of latencies (interleaved, nothing is read from or written to the disk): what merging each
 run of neighbouring blocks does to the net's time. Then draws whole cuts at random, predicts their latency by adding up,
-and times those that are predicted to be no slower than the net (the knob plans no others), in turns of their own. Exit
+and times those that are predicted to be no slower than the net (the knob plans no others), interleaved. Exit
 code 1 if a prediction is further off than --most-off.
 """
 

@@ -239,7 +239,7 @@ def cost() -> Figure:
         "repvgg": ("RepVGG branches", "C1", -0.7),
         "lazy-distil": ("NetAug, every 8th update", "C4", -0.5),
         "one-round": ("grow, vanish, fuse", "C3", 0),
-        "reducenet-x4": ("grown 4 times at birth", "C5", 0),
+        "reducenet-x4": ("built grown 4 times", "C5", 0),
     }
     figure = Figure(figsize=(9, 4.4), layout="constrained")
     axis = figure.subplots()

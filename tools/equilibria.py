@@ -140,7 +140,7 @@ def _row(name: str, layer: nn.Module, inputs: Tensor | list[Tensor], steps: tupl
 
 
 def spectral_radius(func: Callable[[Tensor], Tensor], value: Tensor, iterations: int = 60, last: int = 20) -> float:
-    """Of the derivative of `func` at `value`, largest sample: growth of a random vector in the last iterations."""
+    """Spectral radius of the derivative of `func` at `value`, largest sample, by the last of the power iterations."""
     point = value.detach().requires_grad_()
     with torch.enable_grad():
         out = func(point)

@@ -1,6 +1,6 @@
 """Is the fused net the grown one? Errors in float64 and float32 for any timm models, as a table.
 
-    python tools/exactness.py                                every ReduceNet that is grown at birth, at full width
+    python tools/exactness.py                                every ReduceNet that is built grown, at full width
     python tools/exactness.py resnet18 efficientnet_lite0 --branch nest --pixels 64
 
 Norm parameters and statistics are random: a fresh batch norm hides most mistakes. `effect` is the relative change of

@@ -121,7 +121,7 @@ class _CutFeed:
         return getattr(self.feed, name)
 
     def batch(self, update: int) -> tuple[Tensor, Tensor]:
-        """Of an update before the end."""
+        """Batch of an update before the end."""
         if update >= self.stop:
             raise _Cut
         return self.feed.train.batch(update)
@@ -272,7 +272,7 @@ class _Double:
         self.batch_size, self.updates_per_epoch = batches.batch_size, batches.updates_per_epoch
 
     def batch(self, update: int) -> tuple[Tensor, Tensor]:
-        """Of an update."""
+        """Batch of an update, in float64."""
         x, y = self.batches.batch(update)
         return x.double(), y
 

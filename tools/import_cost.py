@@ -1,4 +1,4 @@
-"""What `import growshrink` costs beside `import timm`: fresh processes in turns, the median of the pairs' ratios.
+"""What `import growshrink` costs beside `import timm`: fresh processes, interleaved, the median of the pairs' ratios.
 
     python tools/import_cost.py        exit code 1 above AT_MOST
 

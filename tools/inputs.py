@@ -37,7 +37,7 @@ class NetOptions(BatchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Of programs that read a checkpoint."""
+    """Options of programs that read a checkpoint."""
 
     checkpoint: Annotated[Checkpoint, tyro.conf.Positional]
     """Folder of a finished run, or a file with weights."""
@@ -48,7 +48,7 @@ class NetFiles:
     """A net that has been trained already."""
 
     untrained: InFile | None = None
-    """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net grown at birth."""
+    """A supernet before training: init.safetensors, or a state_dict alone (.safetensors) of a net built grown."""
     trained: InFile | None = None
     """The same net after it: supernet.safetensors, or a state_dict alone."""
 
@@ -71,7 +71,7 @@ def trained_supernet(
 
     Args:
         args: Says what and how long.
-        results: Of all processes.
+        results: Results of all processes.
         feed: What it is trained on.
         number: Added to the seed.
         name: Added to the names of the files.

@@ -63,7 +63,7 @@ class Bench:
     def compare(
         self, what: str, a: Call, b: Call, *, at_most: float = math.inf, at_least: float = 0.0, images: Images = None
     ) -> Row:
-        """Time `a` and `b` in turns, for as many pairs as fit into the seconds given; `what` begins with the section.
+        """Time `a` and `b` interleaved, for as many pairs as fit into the given time; `what` begins with the section.
 
         With the numbers of `images` that a call of `a` and one of `b` make, the rates are compared, not the times.
         """
@@ -114,7 +114,7 @@ class PairOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedArgs:
-    """Of programs with paired timings."""
+    """Options of programs with paired timings."""
 
     pairs: PairOptions = PairOptions()
     running: RunOptions = pick(RunOptions(), "threads", "quiet")

@@ -47,7 +47,7 @@ class Args:
     """Options of soak; the model is a plain one, the file, which must be new, gets a line of JSON per round."""
 
     updates: Count = 5
-    """Of training in each round."""
+    """Updates of training in each round."""
     most_growth: Positive = 16.0
     """MiB that the process may grow by over the second half of the rounds: allocators keep some."""
     grow: GrowOptions = pick(GrowOptions(rounds=50), "rounds")

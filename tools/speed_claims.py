@@ -1,4 +1,4 @@
-"""Are shallow nets and merged kernels faster on this machine? Timings in turns, and a page of pictures.
+"""Are shallow nets and merged kernels faster on this machine? Interleaved timings, and a page of pictures.
 
     python tools/speed_claims.py --file speed.json --picture speed.png
     python tools/speed_claims.py --only kernels --seconds 2

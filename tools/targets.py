@@ -38,7 +38,7 @@ from growshrink.transforms import fold
 from inputs import CheckpointOptions
 
 Function = Callable[[Tensor], Tensor]
-#: Of the outputs' largest, between a file in float32 and torch.
+#: Relative to the largest output, between a file in float32 and torch.
 TOLERANCE = 1e-4
 NUM_CHECKED, NUM_CALIBRATION = 16, 64
 PACKAGES = {"executorch": "executorch", "litert": "litert_torch"}

@@ -41,7 +41,7 @@ from growshrink.errors import RunError
 from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
 from growshrink.evidence.record import PLAN_FILE, RunRecord, chosen_lr, read_runs, runs_of, unstack_state
 
-#: Of a teacher's tensors in a checkpoint.
+#: Prefix of a teacher's tensors in a checkpoint.
 TEACHER = "/teacher/"
 
 
@@ -56,7 +56,7 @@ class Args:
     hessian_images: Count = 1000
     """Training images that the Hessian is taken on."""
     iterations: Count = 20
-    """Of the power iteration."""
+    """Steps of the power iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ def operator_bound(kernel: Tensor, groups: int = 1) -> Tensor:
 
     Args:
         kernel: `(O, I // groups, kh, kw)`.
-        groups: Of the convolution, which is block-diagonal.
+        groups: Groups of the convolution, which is block-diagonal.
 
     >>> bool(operator_bound(torch.full((1, 1, 3, 3), 1 / 9)) < 1.18)  # a mean over 3x3, of norm 1
     True

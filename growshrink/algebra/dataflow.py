@@ -63,7 +63,7 @@ class Flow:
         read_beside: Modules a parameter of which was read while they did not run.
         input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
         others: The passes in train mode and at further sizes, by what they were.
-        rivals: Of each batch norm, a module that works on as many channels and ran in no pass, where there is one.
+        rivals: For each batch norm, a module that works on as many channels and ran in no pass, where there is one.
         shared: What `shared_parameters` found.
     """
 

@@ -32,8 +32,8 @@ class Solver:
             Numer. Anal. 49, 2011, eq. 1.2); a sample that this leads astray continues from its best iterate.
         tol: Relative residual at which a sample stops, and is frozen; 1e-13 in float64, which is for proofs.
         max_steps: Evaluations at most; in float64 10 times as many.
-        gradient: Of an equilibrium: "implicit" solves for it, "one_step" is that of one evaluation there, cheaper and
-            biased (Fung et al., arXiv:2103.12803).
+        gradient: "implicit" solves for the gradient of an equilibrium, "one_step" takes that of one evaluation there,
+            cheaper and biased (Fung et al., arXiv:2103.12803).
 
     >>> Solver(tol=1e-6).solve(torch.cos, torch.zeros(1, 1)).value
     tensor([[0.7391]])

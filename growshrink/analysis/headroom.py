@@ -43,7 +43,7 @@ def headroom(
     Args:
         right: Whether each net is right, `(N, M)`.
         macs: MACs of the nets, `(M,)`, rising.
-        confidence: Of each net, e.g. the softmax's maximum, `(N, M)`; without it there is no cascade.
+        confidence: Confidence of each net, e.g. the softmax's maximum, `(N, M)`; without it there is no cascade.
         gates: By name what a trained gate takes: a net for each image, `(N,)`, its own MACs left out; or whether it is
             right there and the MACs, `(2, N)`. A net that was right with another seed shows what is luck.
         shared: MACs of what all nets begin with, which a cascade runs once.
@@ -54,7 +54,7 @@ def headroom(
         Each net, the oracle, the cascade at quantiles of its confidence, and the gates.
 
     Raises:
-        AnalysisError: The shapes do not fit, MACs do not rise, or a value is none that it can be.
+        AnalysisError: The shapes do not fit, MACs do not rise, or a value is out of range.
 
     >>> right = [[True, True], [False, True], [True, False], [True, True]]  # 4 images, 2 nets
     >>> [(policy.name, policy.macs, policy.top1) for policy in gs.analysis.headroom(right, macs=[1, 3])]

@@ -183,7 +183,7 @@ class LayerCosts:
         blocks: Sequence[str] = (),
     ) -> None:
         positions, full = output_positions(model, input_size), [0] * len(names)
-        #: Of each parameter: constant and factors of its first two sizes, blocks it is in, entries, positions.
+        #: By parameter: constant and factors of its first two sizes, blocks it is in, entries, positions.
         self._terms: list[tuple[list[tuple[int, NDArray[np.int64]]], list[int], int, int]] = []
         for name, module in model.named_modules():
             inside = [i for i, block in enumerate(names) if block in blocks and f"{name}.".startswith(f"{block}.")]

@@ -28,7 +28,7 @@ from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer, is_slim
 from growshrink.layers.widths import Slots, active_width, set_width, width_space
 
-#: DrawnWidths after which a budget counts as one that nothing meets.
+#: Draws after which a budget counts as impossible.
 MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
 
@@ -99,7 +99,7 @@ class Budget:
 class DrawnWidths:
     """Widths drawn under a budget: `index` is `(N, names)`, `params` and `macs` `(N,)`.
 
-    Of `drawn` widths `accepted` met the budget, of which `index` has the first N, perhaps without repetitions.
+    Out of `drawn` widths `accepted` met the budget, of which `index` has the first N, perhaps without repetitions.
     """
 
     index: NDArray[np.intp]

@@ -19,7 +19,7 @@ from growshrink.errors import did_you_mean
 
 #: Upper limit of a number that has no other.
 MANY = 10**9
-#: Of `Ratio`.
+#: Upper limit of `Ratio`.
 MOST_RATIO = 10_000
 
 

@@ -31,7 +31,7 @@ def lock_file(file: IO[str]) -> bool:
 def unlock_file(file: IO[str]) -> None:
     """Unlock and close a file."""
     if fcntl is not None:
-        fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked this moment may not have let go of it yet
+        fcntl.flock(file, fcntl.LOCK_UN)  # a child that was forked this moment may still hold it
     file.close()
 
 

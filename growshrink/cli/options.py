@@ -171,7 +171,7 @@ class LengthOptions:
     group: ClassVar[str] = "training"
 
     epochs: Positive = 30.0
-    """Of the whole run, or of every net that is trained."""
+    """Epochs of the whole run, or of every net that is trained."""
     seeds: Count = 1
     """How many times everything is trained, with other seeds; --seed, where there is one, is the first of them."""
     deadline: PartOf = 0.7
@@ -216,7 +216,7 @@ class RunOptions:
     keep: Count = 2
     """How many checkpoints are kept, the newest."""
     seed: Seed = 0
-    """Of all that is drawn at random: weights, branches, widths, order, augmentation."""
+    """Seed of all that is drawn at random: weights, branches, widths, order, augmentation."""
     device: Device = "auto"
     """auto (a GPU of CUDA's if there is one, else the CPU), cpu, cuda, cuda:1, mps."""
     amp: Literal["auto", "on", "off"] = "auto"
@@ -224,7 +224,7 @@ class RunOptions:
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step by torch.compile, chosen and kept as amp is; on a CPU it seldom pays."""
     threads: Threads | None = None
-    """Of torch; by default as many as it chooses, the physical cores."""
+    """Threads of torch; by default its own choice, the physical cores."""
     tensorboard: bool = False
     """Write TensorBoard event files too."""
     quiet: bool = False
@@ -280,13 +280,13 @@ class RunOptions:
         return device
 
 
-#: Of the data, what need not be the same for a run to be resumed, or is known from its feed.
+#: Fields of the data that need not be the same for a run to be resumed, or is known from its feed.
 _NOT_OF_THE_DATA = ("data", "data_dir", "cache", "batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Of programs that train a net."""
+    """Options of programs that train a net."""
 
     length: LengthOptions = LengthOptions()
     training: TrainConfig = TrainConfig()

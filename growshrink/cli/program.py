@@ -87,7 +87,7 @@ def guarded(go_on: str = "") -> Iterator[None]:
             try:
                 yield
             except SystemExit as end:
-                if not end.code and (number := came()):  # somebody else's script has swallowed it
+                if not end.code and (number := came()):  # another script has caught it
                     interrupted(Stopped(number))
                 raise
             if number := came():

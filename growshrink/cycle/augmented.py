@@ -27,7 +27,7 @@ class NetAug(Checked):
     """How middle widths are sampled while the net is grown (NetAug, Cai et al., arXiv:2110.08890).
 
     Attributes:
-        mode: Of `NetAugTask`.
+        mode: Mode of `NetAugTask`.
         alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
             that have one, the weight of the base's.
         inplace_distil: Share of the base net's loss that comes from the augmented net's logits of the same update;

@@ -27,7 +27,7 @@ class Exit(Checked, Variant, ABC):
     linear: ClassVar[bool] = True
     #: Only a round with sampled widths has it.
     needs_widths: ClassVar[bool] = False
-    #: Layers need kernels of their own, which a net that is grown at birth does not have.
+    #: Layers need kernels of their own, which a net that is built grown does not have.
     needs_kernels: ClassVar[bool] = False
     #: An augmented net fades out with lam.
     fades: ClassVar[bool] = False

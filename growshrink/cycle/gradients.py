@@ -51,7 +51,7 @@ class FromBranches(MapSource, kind="branches"):
         branch: Kinds, in their forms without norms; see `BranchSpec`.
         search: Updates, over those of the run, that train the branches first, with scales, by a learning rate of their
             own and merged into their kernels; the scales are then kept, and all weights are as before. (A run that is
-            stopped meanwhile starts again.) 0 leaves the scales at 1.
+            stopped during it starts again.) 0 leaves the scales at 1.
 
     Source: RepOptimizers (Ding et al., arXiv:2205.15242), where the scales are searched on other data.
     """
@@ -101,7 +101,7 @@ class FromPixels(MapSource, kind="pixels"):
 
     Attributes:
         every: Share of the run after which they are measured again.
-        batches: Of training images, on which they are measured.
+        batches: Number of batches of training images, on which they are measured.
     """
 
     every: Annotated[float, Interval(0, 1, above=True)] = 0.05

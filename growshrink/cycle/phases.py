@@ -346,7 +346,7 @@ def begin_record(run: Run, span: RoundSpan, before: float, *, built_grown: bool 
     then = now if built_grown else run.plain.size
     record = RoundRecord(
         number=span.number,
-        branch=["born grown"] if built_grown else list(plan.branch),
+        branch=["built grown"] if built_grown else list(plan.branch),
         ratio=plan.ratio,
         widths=None if plan.widths is None else plan.widths.mode,
         teacher=None if plan.teacher is None else plan.teacher.of,

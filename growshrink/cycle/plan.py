@@ -25,7 +25,7 @@ CLOSED_LOOP = "closed_loop"
 CONTROLS = ("schedule", CLOSED_LOOP)
 #: hold + vanish at most: the rest of a round is linear.
 MOST_ALIVE = 0.85
-#: Of sums of shares.
+#: Rounding error of sums of shares.
 SLACK = 1e-9  # 0.45 + 0.4 is 0.8500000000000001
 
 
@@ -40,7 +40,7 @@ class Round:
         ratio: Middle width of a branch over the output channels of its layer.
         where: Regular expression on dotted names; None for every convolution and linear layer that can be grown
             exactly.
-        init: How branches are born: "silent", or as in the "paper" they come from, which changes what the net computes
+        init: How branches start: "silent", or as in the "paper" they come from, which changes what the net computes
             and is meant for a round at the very start; see `grow`.
         guide: Model of timm's that feeds branches of the kinds "guided" and "guided_kernel"; None is a shallow net.
         linear: The activations are not there from the start: lam is 0 throughout.
@@ -155,7 +155,7 @@ class CyclePlan:
         base_epochs: Plain training before the first round; growing should not wait for convergence.
         rewarm: Updates over which the learning rate comes back after every change of structure.
         restarts: Epochs at which it is led back up without one: the control of what the restarts alone are worth.
-        seed: Of the branches' weights; each round draws others.
+        seed: Seed of the branches' weights; each round draws others.
         gradients: Maps on the gradients, in a plan without rounds.
 
     >>> plan = gs.CyclePlan(base_epochs=5, rounds=(gs.Round(epochs=30), gs.Round(epochs=30, branch=("insert",))))

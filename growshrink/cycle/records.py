@@ -110,7 +110,7 @@ def replay(model: nn.Module, changes: Sequence[Change], input_size: InputSize) -
 
 
 def plain_net(model: nn.Module, input_size: InputSize) -> nn.Module:
-    """A copy of a net without branches; one that was grown at birth is fused."""
+    """A copy of a net without branches; one that was built grown is fused."""
     return replay(model, [Fused()] if grown_modules(model) else [], input_size)
 
 
@@ -244,7 +244,7 @@ class RoundRecord:
     """What became of a round.
 
     Attributes:
-        branch: Kinds that were attached; "born grown" where the net had its own.
+        branch: Kinds that were attached; "built grown" where the net had its own.
         widths: Mode of the sampling, or None.
         num_grown: Layers that carry branches; `num_skipped` were left alone.
         macs: MACs of an image forward.

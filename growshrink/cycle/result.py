@@ -92,7 +92,7 @@ class CycleResult:
         judged: On the test set, read once; `final` is its score.
         plain: MACs and parameters of the plain architecture; `deployed` those of the net that came out.
         training_macs: Spent, forward and backward, teachers included; `plain_training_macs` by as many plain updates.
-        seconds: Of training.
+        seconds: Time of training.
         about: Command, plan, config, data and versions.
     """
 

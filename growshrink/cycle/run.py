@@ -64,7 +64,7 @@ def run_cycle(
     Ctrl-C finishes the update and saves.
 
     Args:
-        model: A plain timm model (or one grown at birth, which the first round then does not grow). Not modified.
+        model: A plain timm model (or one built grown, which the first round then does not grow). Not modified.
         data: A data set, or a feed of batches of your own.
         plan: The rounds.
         out_dir: Folder of the run, made here or claimed before; see `RunFolder`.
@@ -159,7 +159,7 @@ def _feed_of(
 
 @contextmanager
 def _claimed(out_dir: str | Path | RunFolder, resume: bool) -> Iterator[RunFolder]:
-    """The folder of an unfinished run; whoever claimed it before releases it."""
+    """The folder of an unfinished run; the caller that claimed it releases it."""
     if isinstance(out_dir, RunFolder):
         claim: AbstractContextManager[RunFolder] = nullcontext(out_dir)
     else:
@@ -204,16 +204,16 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
     rounds = plan.rounds
     if grown_modules(model):
         if not rounds:
-            raise PlanError("the model is grown at birth, but the plan has no round at whose end it would be fused.")
+            raise PlanError("the model is built grown, but the plan has no round at whose end it would be fused.")
         if not rounds[0].branch:
-            raise PlanError("branch=() in round 1: a net that is grown at birth would not be fused in it.")
+            raise PlanError("branch=() in round 1: a net that is built grown would not be fused in it.")
         leaves, rounds = rounds[0].exit, rounds[1:]
         if leaves.needs_kernels:
             raise PlanError(
-                f"exit={leaves.kind!r} in round 1: a net that is grown at birth has no kernels that would remain."
+                f"exit={leaves.kind!r} in round 1: a net that is built grown has no kernels that would remain."
             )
         if leaves.may_go_back:
-            raise PlanError("accept_within in round 1: a net that is grown at birth has nothing to go back to.")
+            raise PlanError("accept_within in round 1: a net that is built grown has nothing to go back to.")
     plain = plain_net(model, input_size)
     for entry in rounds:
         if not entry.branch:
@@ -256,7 +256,7 @@ def restore(run: Run, phases: Phases, plan: CyclePlan) -> None:
         run.journal.restart(run.state.history, run.trainer.update)
     except RunError as error:
         raise RunError(f"{path}: {error}") from error
-    except Exception as error:  # its digest is right, but anybody can make one
+    except Exception as error:  # a right digest proves nothing about the content
         raise RunError(f"{path}: of another model or plan ({reason(error)}).") from error
 
 

@@ -146,7 +146,7 @@ class Run:
 
     @property
     def record(self) -> RoundRecord:
-        """Of the present round."""
+        """Record of the present round."""
         return self.state.rounds[-1]
 
     @property
@@ -155,7 +155,7 @@ class Run:
         return next(change for change in reversed(self.state.log) if isinstance(change, Grew))
 
     def make_trainer(self, model: nn.Module) -> Trainer:
-        """Of a copy of `model`, on the run's device."""
+        """Trainer of a copy of `model`, on the run's device."""
         return Trainer(self.placed(copy_net(model)), self.config, self.feed.train, self.loss)
 
     def placed(self, model: nn.Module) -> nn.Module:
@@ -206,7 +206,7 @@ class Run:
     # ---- scores and costs
 
     def score(self, model: nn.Module | None = None) -> Score:
-        """Of a net, by default the one to judge, on the val split."""
+        """Score of a net, by default the one to judge, on the val split."""
         return run_on_rank0(lambda: evaluate(model or self.trainer.best, self.feed.val, self.loss))
 
     def top1(self, model: nn.Module | None = None) -> float:

@@ -25,7 +25,7 @@ class RoundSpan:
 
     Attributes:
         number: From 1.
-        seed: Of the run; rounds draw other weights and widths from it.
+        seed: Seed of the run; rounds draw other weights and widths from it.
         begin: Its first update; those before `start`, when the run's own net grows, train its teacher.
         hold_stop: The update with which lam begins to fall.
         vanish_stop: The first update with lam 0.

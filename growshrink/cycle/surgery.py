@@ -100,7 +100,7 @@ def gradients(trainer: Trainer) -> Gradients:
     """How many of the new parameters the last update had a gradient for, and their share of its norm."""
     grown = shapes_of(trainer.model)
     # Lists, not sets: sums in the order of a set differ in their last bit from process to process.
-    new = [name for name in grown if ".branches." in name] or list(grown)  # grown at birth: all of it is new
+    new = [name for name in grown if ".branches." in name] or list(grown)  # built grown: all of it is new
     named = trainer.model.named_parameters()
     norms = {name: float(parameter.grad.norm()) for name, parameter in named if parameter.grad is not None}
     total = sum(value**2 for value in norms.values()) ** 0.5

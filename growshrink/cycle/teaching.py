@@ -40,12 +40,12 @@ class Teacher(Checked):
             round began with; "wider", the run's plain net with its argument `width` multiplied by `kwargs["width"]` (2
             where that is missing); "given", a net that `run_cycle` is handed; any model of timm's; or the path of a
             run's folder or of its plain.safetensors.
-        weight: Of the teacher's loss; the labels get the rest.
+        weight: Weight of the teacher's loss; the labels get the rest.
         asked: Share of the updates with a teacher in which it is asked, at least an epoch's whatever the share. After
             these the same images come again, changed and batched as they were, with the answers it gave: its forward
             is paid once an answer (Shen and Xing, FKD, arXiv:2112.01528). Answers that do not fit into memory are kept
             in a file.
-        temperature: Of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
+        temperature: Temperature of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
         share: Share of the round's updates that train another net first, with a learning rate of its own from its peak
             to 0, before it teaches; 0 where it is trained.
         kwargs: Arguments of the model, for one of timm's or "wider". `checkpoint_path` names a file of weights (see

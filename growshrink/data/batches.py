@@ -35,7 +35,7 @@ class PhotoAugment:
 
     Attributes:
         resized_crop: Least share of the area that a random crop keeps, which is then resized (arXiv:1409.4842).
-        jitter: Largest relative change of brightness, contrast and saturation, and four times that of the hue in turns.
+        jitter: Largest relative change of brightness, contrast and saturation, and four times that of the hue.
         randaugment: Magnitude of two random operations of RandAugment's (arXiv:1909.13719).
         mixup: Alpha of the Beta distribution of the share of another image that is blended in (arXiv:1710.09412).
         cutmix: Likewise, of the area pasted from another image (arXiv:1905.04899); with mixup too, either at random.

@@ -143,7 +143,7 @@ def load_data(
 def stratified(labels: Tensor, fraction: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Split indices class by class: (the rest, the picked `fraction`), both int64 and rising.
 
-    Of a class with n images `round(n * fraction)` are picked, but at least 1 and at most n - 1; none if it is 0.
+    From a class with n images `round(n * fraction)` are picked, but at least 1 and at most n - 1; none if it is 0.
 
     >>> rest, picked = stratified(torch.tensor([0, 1, 0, 0, 1, 0]), 0.5, generator("example"))
     >>> len(rest), len(picked)

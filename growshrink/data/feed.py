@@ -37,7 +37,7 @@ class ScoringBatches(Protocol):
 
 
 class Feed(Protocol):
-    """Everything `run_cycle` wants to know of a data set, as in `DataSet`; `MemoryFeed` and `StreamedData` are two."""
+    """What `run_cycle` needs to know about a data set, as in `DataSet`; `MemoryFeed` and `StreamedData` are two."""
 
     @property
     def name(self) -> str: ...  # noqa: D102

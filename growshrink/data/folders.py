@@ -105,7 +105,7 @@ def find_parts(root: Path) -> tuple[Path, Path | None]:
 def split_off_test(paths: Sequence[str], labels: Tensor) -> tuple[Tensor, Tensor]:
     """(training, test) indices of images without a test folder, both int64 and rising.
 
-    Of each class the fifth is taken whose names have the smallest hashes: no seed and no order matters.
+    From each class the fifth is taken whose names have the smallest hashes: no seed and no order matters.
     """
     marks = [
         hashlib.blake2b("/".join(path.split(os.sep)[-2:]).encode(errors="surrogateescape")).digest() for path in paths

@@ -1,6 +1,6 @@
 """Segments: convolutions in a row that are to become one, and nets made for them.
 
-Of a ReduceNet they are the blocks of a stage, whose skips merge too. Of any other net they are those of a chain
+In a ReduceNet they are the blocks of a stage, whose skips merge too. In any other net they are those of a chain
 (`growshrink.depth.chains`), which a skip may span: it stays, or becomes a tap of the kernel (`absorb_skips`).
 """
 

@@ -37,7 +37,7 @@ class Arm:
         model_kwargs: Arguments of its net over the experiment's; they are not to change what the net costs.
         init: "FOLDER/ARM", where it starts from another experiment's plain net, the classifier excepted: the
             experiment's folder, beside this one's, and the arm (see `load_start_`); "" for fresh weights.
-        expansion: Of a ReduceNet that is grown at birth; 0 for the plain net.
+        expansion: Expansion of a ReduceNet that is built grown; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
         config: What it trains with in place of the experiment's `TrainConfig`, by name.
         lr: Factor on the experiment's learning rates, for an optimizer that wants others: all arms then have the same
@@ -188,7 +188,7 @@ ARMS: Mapping[str, Arm] = {
         "dbb, trained as one kernel to afford more epochs (after OREPA, arXiv:2204.00826)", "dbb", online=True
     ),
     "dbb-online-silent": _linear(
-        "dbb-online, born as the plain net: its branches add nothing at first", "dbb", init="silent", online=True
+        "dbb-online that starts as the plain net: its branches add nothing at first", "dbb", init="silent", online=True
     ),
     "orepa-online": _linear(
         "paths with a scale instead of norms, trained as one kernel (OREPA, arXiv:2204.00826)", "orepa", online=True

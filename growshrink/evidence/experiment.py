@@ -41,7 +41,7 @@ class Experiment:
             "given"; {seed} in it stands for the run's seed.
         images: Train on about so many images only, drawn from each seed's train split class by class; None for all.
         budget: Training MACs of every run, as epochs of the plain net (forward and backward).
-        seeds: Of weights, val split, order and augmentation; the same for every arm.
+        seeds: Seeds of weights, val split, order and augmentation; the same for every arm.
         arms: In the order of the table, "plain" among them; `own_arms` are those that `ARMS` does not have.
         config: How all arms are trained, the learning rate excepted where it is tuned.
         crop: Padding in pixels of the random crop; None for an eighth of the image.

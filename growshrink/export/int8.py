@@ -82,7 +82,7 @@ def check_data(source: Source, data: DataSet) -> None:
 
 
 def calibration_images(source: Source, data: DataSet, number: int, seed: int) -> Tensor:
-    """Training images (N, C, H, W) drawn at random without replacement, normalised as the net wants them."""
+    """Training images (N, C, H, W) drawn at random without replacement, normalised as the net expects."""
     chosen = torch.randperm(len(data.train), generator=generator("int8 calibration", seed))[:number]
     split = Split(data.train.images[chosen], data.train.labels[chosen])
     return torch.cat([images for images, _ in _batches(source, data, split)])

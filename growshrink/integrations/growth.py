@@ -13,7 +13,7 @@ from growshrink.transforms import fuse, grow
 
 
 class Growth:
-    """A net that grows, vanishes and is fused while somebody else's loop trains it, in place.
+    """A net that grows, vanishes and is fused while another library's loop trains it, in place.
 
     Args:
         branch: As for `growshrink.grow`.

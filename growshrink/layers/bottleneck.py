@@ -92,7 +92,7 @@ class PureBottleneck(Mergeable):
 
     @torch.jit.ignore
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
-        """The whole module as one affine map, at its active width; AlgebraError while the activation lives."""
+        """The whole module as one affine map, at its active width; AlgebraError while lam is not 0."""
         channels = self.conv.out_channels
         first, norm, last = (
             convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "pointwise")

@@ -30,7 +30,7 @@ _SIZES = (
 
 @dataclass(eq=False)
 class ChannelGroup:
-    """Channels that live and die together, named by their first layer; `levels` has the width of each level."""
+    """Channels that are kept or removed together, named by their first layer; `levels` has the width of each level."""
 
     name: str
     levels: tuple[int, ...]  # rising; where they are few channels, some are the same

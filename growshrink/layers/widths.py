@@ -189,7 +189,7 @@ class WidthSpace:
         diversity: s, the number of steps from base to full.
         divisor: What the widths between base and full are multiples of, where the branch is wide enough.
         shares: How often each choice of a branch is drawn; all as often where none are given.
-        levels: Of a slim net by name the width at each level, one share of all channels; a block is on at every level.
+        levels: Width of a slim net at each level by name, one share of all channels; a block is on at every level.
 
     Source: NetAug (Cai et al., arXiv:2110.08890, section 3.2), whose r and s these are.
     """
@@ -238,7 +238,7 @@ class WidthSpace:
     def level(self, share: float) -> dict[str, int]:
         """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one.
 
-        Of a slim net, of the list of its levels, or what comes nearest to that.
+        For a slim net from the list of its levels, or the nearest to that.
         """
         if not 0.0 <= share <= 1.0:
             raise WidthError(f"{share=}: must lie in [0, 1], 0 the base and 1 the full width.")

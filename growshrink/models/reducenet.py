@@ -3,7 +3,7 @@
 Every name exists in two forms with one deployed architecture:
 
 * `reducenet20` is the **plain net**: each block is one 3x3 conv -> BN (+ identity) -> ReLU.
-* `reducenet20_x4` is the same net **grown at birth**: the conv of every block is a `PureBottleneck`, 3x3 -> BN ->
+* `reducenet20_x4` is the same net **built grown**: the conv of every block is a `PureBottleneck`, 3x3 -> BN ->
   vanishing ReLU -> 1x1, with a middle 4 times as wide as the block. Once `lam` is exactly 0, `gs.fuse(model)` turns the
   net into `reducenet20`: the same state_dict keys and shapes, the same function.
 
@@ -147,7 +147,7 @@ default_cfgs = generate_default_cfgs(
 
 def _describe(name: str) -> str:
     expansion, plain = _VARIANTS[name]["expansion"], name.split("_")[0]
-    form = f"grown at birth, expansion {expansion}; fuses into `{plain}`" if expansion else "the plain net"
+    form = f"built grown, expansion {expansion}; fuses into `{plain}`" if expansion else "the plain net"
     return f"ReduceNet with {list(_VARIANTS[name]['depths'])} blocks: {form}."
 
 

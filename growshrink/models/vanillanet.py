@@ -1,7 +1,7 @@
 """VanillaNet for small images: pointwise convolutions, max pools and series activations, no skip anywhere.
 
 A block is 1x1 conv -> BN -> max pool where it strides -> series activation. `vanillanet_5` is the plain net; in
-`vanillanet_5_x1` the 1x1 of every block is grown at birth into a `PureBottleneck`, 1x1 -> BN -> vanishing ReLU -> 1x1:
+`vanillanet_5_x1` the 1x1 of every block is built grown into a `PureBottleneck`, 1x1 -> BN -> vanishing ReLU -> 1x1:
 the paper's *deep training*, with the paper's middle width; `gs.fuse` makes it `vanillanet_5`. The number counts layers
 as the paper does: stem, one per block, classifier.
 
@@ -117,7 +117,7 @@ default_cfgs = generate_default_cfgs({f"{name}.untrained": _CFG for name in _VAR
 def _describe(name: str) -> str:
     expansion = _VARIANTS[name]["expansion"]
     plain = name.partition("_x")[0]
-    form = f"grown at birth, expansion {expansion}; fuses into `{plain}`" if expansion else "the plain net"
+    form = f"built grown, expansion {expansion}; fuses into `{plain}`" if expansion else "the plain net"
     return f"VanillaNet of {plain.rpartition('_')[2]} layers for small images: {form}."
 
 

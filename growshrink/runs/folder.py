@@ -18,7 +18,7 @@ from growshrink.base.writing import PARTIAL, write_json
 from growshrink.errors import RunError
 
 MARKER = "run.json"
-#: Of run folders: plans, logs and checkpoints. 1 was that of growshrink 0.1.
+#: Format of run folders: plans, logs and checkpoints. 1 was that of growshrink 0.1.
 FORMAT = 2
 LOCK = ".lock"
 #: The deployed net of a finished run.

@@ -33,7 +33,7 @@ class Routed(nn.Module):
     Attributes:
         model: The slim net.
         gates: One for each place: features, pooled -> linear, ReLU, linear -> logits of its choices.
-        costs: Of each place and choice its MACs, over the full net's; `fixed` are those of the rest, gates included.
+        costs: MACs of each place and choice, over the full net's; `fixed` are those of the rest, gates included.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mappin
     """Write a grown or slim net, everything in its state_dict, and its width space, atomically.
 
     `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-    `growshrink.grow` (None if it is grown at birth) or `slim` for `growshrink.slim`, `input_size` (C, H, W); other keys
+    `growshrink.grow` (None if it is built grown) or `slim` for `growshrink.slim`, `input_size` (C, H, W); other keys
     are kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
@@ -46,7 +46,7 @@ def load_supernet(
 ) -> tuple[nn.Module, WidthSpace, dict[str, Any]]:
     """The net, its width space, and what was written `about` it; the inverse of `save_supernet`.
 
-    A state_dict alone is loaded into the timm model `name`, grown at birth, made with `kwargs`; its classes and input
+    A state_dict alone is loaded into the timm model `name`, built grown, made with `kwargs`; its classes and input
     channels are read off the weights, its space is `width_space(model)`.
 
     Raises:

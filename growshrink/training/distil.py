@@ -46,7 +46,7 @@ class TeacherNet:
 
     @torch.no_grad()
     def answer(self, question: int, images_NCHW: Tensor) -> Tensor:
-        """Its logits `(N, K)` for the batch of an update, given for the first time or once more."""
+        """Its logits `(N, K)` for the batch of an update, computed or read back."""
         if self.repeat is None:
             return self.model(images_NCHW)
         if question not in self._answers:

@@ -61,8 +61,8 @@ class GradientMaps:
 
         Args:
             model: The plain net; not wrapped, as the parameters go by name.
-            optimizer: Of its parameters: SGD or SGDW (with momentum and decay, Nesterov's or not), where the maps act
-                on the gradient; AdamW or NAdamW, where they act on the update.
+            optimizer: SGD or SGDW (with momentum and decay, Nesterov's or not), where the maps act on the gradient;
+                AdamW or NAdamW, where they act on the update.
 
         Raises:
             GradientError: The optimizer is of another kind or does not train a mapped parameter, or the maps are of

@@ -226,7 +226,7 @@ class Trainer:
     def map_gradients(self, maps: GradientMaps | None) -> None:
         """Apply `maps` in every update from now on, after gradients are averaged over the ranks; None ends that.
 
-        PlanError where gradients are clipped, GradientError where optimizer or net are none that the maps are for.
+        PlanError where gradients are clipped, GradientError where optimizer or net do not fit the maps.
         """
         if maps is not None and self.config.clip_grad is not None:
             raise PlanError(f"clip_grad={self.config.clip_grad!r}: clipping is not linear; map_gradients needs None.")

@@ -78,7 +78,7 @@ def grow(
             for training from scratch.
         seed: Branch weights are a function of (seed, dotted name, position) only.
         trainable: Whether the branches train, on a frozen net too; None: each as the kernel it is on.
-        guide: Of the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
+        guide: For the kinds "guided...": a net that maps images to vectors, or the name of one of timm's, which feeds
             all of them (a copy of it; it runs whenever the model is called, until fuse or drop takes it off). None
             makes DeepMoE's shallow one.
         inplace: Work on `model` itself; otherwise on a deep copy. Parameters of the plain net stay what they were.

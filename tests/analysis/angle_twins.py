@@ -10,7 +10,7 @@ from growshrink.base.seeding import generator
 
 
 def angle_between(a, b):
-    """Of two vectors, by Kahan's formula on unit vectors."""
+    """Angle of two vectors, by Kahan's formula on unit vectors."""
     a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
     return 2 * np.arctan2(np.linalg.norm(a - b), np.linalg.norm(a + b))
 

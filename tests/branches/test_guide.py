@@ -28,7 +28,7 @@ def test_any_net_guides_every_layer_and_is_taken_off():
     x = images(3, 32, 32, n=3)
     with untouched(plain, big):
         grown = gs.grow(plain, ["guided", "guided_kernel"], guide=big)
-        assert rel(grown.eval()(x), plain(x)) < 1e-5, "born silent"
+        assert rel(grown.eval()(x), plain(x)) < 1e-5, "starts silent"
     assert sum(isinstance(m, Guide) for m in grown.modules()) == 1
     assert set(gs.growth_report(grown).grown) == set(gs.growth_report(gs.grow(plain)).grown)
     randomized(grown)

@@ -246,7 +246,7 @@ def test_silent_refused_and_fused(name, kind):
     for train in (False, True):
         grown.train(train), plain.train(train)
         with torch.no_grad():
-            assert rel(grown(x), plain(x)) < 1e-13, "born adding nothing"
+            assert rel(grown(x), plain(x)) < 1e-13, "adds nothing at first"
     assert grown_modules(grown).keys() == grown_modules(gs.grow(plain, kind, where=list(grown_modules(grown)))).keys()
     if kind != "asr":  # which has nothing to fade
         gs.set_lambda(grown, 1e-3)

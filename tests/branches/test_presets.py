@@ -29,7 +29,7 @@ def bn(norm, x):
 
 
 def bn_and_pad(norm, x, p):
-    """Of DBB: zeros become beta - mu gamma / sigma, and so does the padding around the map."""
+    """As in DBB zeros become beta - mu gamma / sigma, and so does the padding around the map."""
     constant = norm.bias - norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
     out = constant.view(1, -1, 1, 1).repeat(len(x), 1, x.shape[2] + 2 * p, x.shape[3] + 2 * p)
     out[:, :, p : p + x.shape[2], p : p + x.shape[3]] = bn(norm, x)

@@ -67,7 +67,7 @@ class Travel:
         speed_limit: In m/s.
         stops: How many.
         way: The way out.
-        guide: Who leads, if anybody.
+        guide: Who leads, if any.
     """
 
     speed_limit: Positive = 1.5

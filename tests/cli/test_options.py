@@ -209,7 +209,7 @@ def test_no_program_is_missing():
     ("program", "step"), [*((program, 3) for program in FEW), *(exhaustive((program, 1)) for program in PROGRAMS)]
 )
 def test_what_an_option_cannot_be_is_refused_in_one_line(program, step, place, capsys):
-    """Of the values, every so many only in the default run."""
+    """Every so many of the values only, in the default run."""
     found = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     before, wrong, count = signal.signal(signal.SIGALRM, too_long), [], 0
     try:

@@ -21,7 +21,7 @@ CASES = {
     "drop, annealed": ({"widths": NetAug("lazy", inplace_distil=0.5), "exit": Drop()}, {}),
     "fuse": ({"widths": NetAug("netaug"), "exit": Fuse()}, {}),
     "choose": ({"widths": NetAug("single"), "exit": Choose()}, {}),
-    "choose, born grown": ({"widths": NetAug("sandwich"), "exit": Choose()}, {"built_grown": True}),
+    "choose, built grown": ({"widths": NetAug("sandwich"), "exit": Choose()}, {"built_grown": True}),
     "peak": ({"widths": NetAug("netaug"), "exit": Choose(), "teacher": Teacher("peak")}, {"dropout": 0.3}),
 }
 
@@ -73,9 +73,9 @@ def test_a_run_ends_plain_and_a_resumed_one_ends_alike(tmp_path, case):
     text = (tmp_path / "whole" / "report.md").read_text()
     assert "## Sampled widths" in text and f"mode {CASES[case][0]['widths'].mode}" in text
 
-    segments = lay_out(plan_of(case), 4, built_grown="born" in case).all
+    segments = lay_out(plan_of(case), 4, built_grown="built" in case).all
     points = [segments[1].start + 3, segments[-2].start + 1]  # in the first hold, in the second round
-    for fail_at in points if case in ("peak", "choose, born grown") else points[:1]:
+    for fail_at in points if case in ("peak", "choose, built grown") else points[:1]:
         path = tmp_path / str(fail_at)
         with pytest.raises(Interrupt):
             run(path, case, fail_at=fail_at)
@@ -161,7 +161,7 @@ def test_plans_that_cannot_be(case):
 
 def test_a_net_grown_at_birth_cannot_be_dropped(tmp_path):
     with pytest.raises(PlanError, match="no kernels that would remain"):
-        run(tmp_path / "run", "choose, born grown", plan=plan_of("drop"))
+        run(tmp_path / "run", "choose, built grown", plan=plan_of("drop"))
     assert not (tmp_path / "run").exists()
 
 

@@ -26,7 +26,7 @@ from growshrink.training import TrainConfig
 from growshrink.training.trainer import Trainer
 from sampled import exhaustive, sampled
 
-#: Of the two rounds, the first is undone and the second is not.
+#: In the two rounds, the first is undone and the second is not.
 UNDONE = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0))
 
 OTHER = two_rounds(teacher=Teacher("peak"), exit=Fuse(accept_within=0.0), ratio=2.0)
@@ -279,7 +279,7 @@ def bits_of(model):
 
 
 def test_what_has_nothing_to_go_back_to_is_refused(tmp_path):
-    with pytest.raises(PlanError, match="accept_within in round 1: a net that is grown at birth"):
+    with pytest.raises(PlanError, match="accept_within in round 1: a net that is built grown"):
         run(tmp_path, model=small(built_grown=True, outputs=4))
     for value in (-0.1, math.nan, "1"):
         with pytest.raises(PlanError, match="accept_within="):

@@ -108,7 +108,7 @@ def test_the_learning_rate_follows_one_cosine_and_is_warmed_anew_after_each_chan
 
 def test_a_net_that_is_born_grown_is_alive_from_the_first_update():
     plan = CyclePlan(base_epochs=10, rounds=(Round(epochs=40),))
-    assert [lay_out(plan, 10, built_grown=born).lam(5) for born in (False, True)] == [0.0, 1.0]
+    assert [lay_out(plan, 10, built_grown=built).lam(5) for built in (False, True)] == [0.0, 1.0]
     assert lay_out(plan, 10, built_grown=True).lam(499) == 0.0
 
 

@@ -26,7 +26,7 @@ def test_ranks_that_are_asked_to_stop_and_that_die(tmp_path):
         "PYTHONPATH": os.pathsep.join([str(Path(growshrink.__file__).parent.parent), str(HERE)]),
     }
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
-    command += ["--monitor-interval", "3"]  # the rank that is left finds out by itself, before torchrun ends it
+    command += ["--monitor-interval", "3"]  # the remaining rank notices on its own, before torchrun ends it
     done = subprocess.run(
         [sys.executable, *command, str(HERE / "ranks_worker.py"), str(tmp_path)],
         capture_output=True,

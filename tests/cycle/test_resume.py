@@ -23,7 +23,7 @@ CASES = {
         "model": {"bias": True},
         "config": TrainConfig(optimizer="adamw", lr=0.003, ema_decay=0.0, clip_grad=1.0),
     },
-    "born grown": {
+    "built grown": {
         "plan": two_rounds(teacher=Teacher("peak")),
         "model": {"built_grown": True, "dropout": 0.3},
         "config": TrainConfig(optimizer="nadamw", lr=0.003, ema_decay=0.9),

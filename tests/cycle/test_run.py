@@ -228,7 +228,7 @@ def test_a_net_born_grown_lives_until_its_first_round_ends(tmp_path):
     base = [row for row in result.history if row.phase == "base"]
     assert [row.lam for row in base] == [1.0]  # vanishing begins after the hold, not before
     first, second = result.rounds
-    assert first.branch == ["born grown"] and first.num_grown == 2
+    assert first.branch == ["built grown"] and first.num_grown == 2
     assert first.retention is None and first.top1.before is None and first.top1.dropped is None
     assert second.branch == ["insert"] and second.top1.before is not None
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
@@ -305,7 +305,7 @@ def bad_weights():
         ({"plan": two_rounds(where="nothing")}, GrowError, "where='nothing'.*matches no convolution"),
         ({"plan": two_rounds(where="stem")}, GrowError, "the stem is left alone"),
         ({"plan": two_rounds(epochs=1)}, PlanError, "round 1 has 4 updates: too few"),
-        ({"plan": BASE_ONLY, "model": small(built_grown=True, outputs=4)}, PlanError, "grown at birth"),
+        ({"plan": BASE_ONLY, "model": small(built_grown=True, outputs=4)}, PlanError, "built grown"),
         ({"model": small(outputs=7)}, RunError, "has 4 classes: make it with num_classes=4"),
         ({"config": TrainConfig(optimizer="lamb")}, PlanError, "optimizer='lamb'"),
         ({"config": TrainConfig(optimizer="lamb"), "progress": True, "tensorboard": True}, PlanError, "optimizer="),

@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_the_same_given_net_only(tmp_path):
 
 @pytest.mark.parametrize("most", [1 << 30, 0], ids=["in memory", "in a file"])
 def test_answers_that_are_used_again_are_those_to_the_same_views(tmp_path, monkeypatch, most):
-    """An independent way: each view made anew, and the net asked about it again."""
+    """An independent way: each view made again, and the net run on it again."""
     monkeypatch.setattr(distil, "MOST_IN_MEMORY", most)
     net, batches, asked = wise().eval(), Feed.make(augment=Augment(crop=1)).train, []
     teacher = TeacherNet(copy.deepcopy(net), 0.5, 3.0, repeat=(2, 5), path=tmp_path / "answers.bin")
@@ -278,5 +278,5 @@ def test_a_net_that_cannot_teach_is_refused_in_one_line(tmp_path, teacher, nets,
 def test_a_round_without_branches_needs_another_net(teacher):
     with pytest.raises(PlanError, match=r"branch=\(\): must be"):
         gs.Round(epochs=1, branch=(), teacher=teacher)
-    with pytest.raises(PlanError, match=r"branch=\(\) in round 1: a net that is grown at birth"):
+    with pytest.raises(PlanError, match=r"branch=\(\) in round 1: a net that is built grown"):
         gs.cycle.run.rehearse(small(built_grown=True, outputs=4), plan_of("given"), SIZE)

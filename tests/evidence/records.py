@@ -1,4 +1,4 @@
-"""Finished runs that nobody made."""
+"""Made-up finished runs."""
 
 from growshrink.evidence.record import Cost, RunRecord, SeedScore
 

@@ -1,4 +1,4 @@
-"""Nets side by side are trained as each would be by itself."""
+"""Nets side by side are trained as each would be alone."""
 
 import copy
 from pathlib import Path
@@ -23,7 +23,7 @@ stack_nets, unstack_net = stack.stack_nets, stack.unstack_net
 SIZE, SEEDS = (3, 16, 16), 3
 NETS = {
     "plain": lambda seed: net(seed=seed),
-    "born grown": lambda seed: net("reducenet20_x2", seed=seed),
+    "built grown": lambda seed: net("reducenet20_x2", seed=seed),
     "grown": lambda seed: gs.grow(net(seed=seed), "bottleneck", ratio=2, seed=seed, input_size=SIZE),
     "dbb, as in the paper": lambda seed: gs.grow(net(seed=seed), "dbb", init="paper", seed=seed, input_size=SIZE),
     "squeeze and excite, depthwise": lambda seed: net("mobilenetv3_small_050", seed=seed),
@@ -77,7 +77,7 @@ def test_a_stack_that_was_grown_fuses_into_the_nets_it_is_made_of():
 
 
 def test_branches_start_as_those_of_a_single_net_do():
-    """He's fan out is that of a group: a grouped kernel is not born smaller."""
+    """He's fan out is that of a group: a grouped kernel does not start smaller."""
     single = gs.grow(net(width=1.0), "bottleneck", ratio=2, input_size=SIZE)
     stack = stack_nets([net(seed=s, width=1.0) for s in range(4)], SIZE)
     stack = gs.grow(stack, "bottleneck", ratio=2, input_size=(12, 16, 16))

@@ -48,9 +48,9 @@ class Outcome:
         wrong: What was not as it must be; empty for a sound one.
         grown: Whether it was grown (and then fused).
         convs: Its convolutions.
-        eligible: Of them, those that nothing spoke against.
+        eligible: Those of them without a reason against.
         causes: Why the others were left alone.
-        kinds: Of the branches that were grown and merged.
+        kinds: Kinds of the branches that were grown and merged.
         max_rel: Largest relative difference of grown and fused in float64.
         effect: Relative change of the output when the branches are dropped instead: at 0 nothing was proven.
     """

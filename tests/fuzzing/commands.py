@@ -24,7 +24,7 @@ from fuzzing.files import (
     write_damaged,
 )
 
-#: Of the checkout: programs are no part of the package.
+#: Top of the checkout: programs are no part of the package.
 TOP = Path(__file__).resolve().parents[2]
 SECONDS = 120.0
 _LITTLE = "--epochs 0.2 --rounds 0 --quiet --ema-decay 0 --batch-size 2"

@@ -1,4 +1,4 @@
-"""What becomes of a file on its way: flipped, cut, spliced, or written by somebody who means harm.
+"""What becomes of a file on its way: flipped, cut, spliced, or written by an attacker.
 
 A file is damaged as bytes, or as what it is: a tree of JSON, a table, named tensors behind a JSON head, a compressed
 array, an image with a checksum that is right again. All of it is decided by a random stream.

@@ -318,7 +318,7 @@ def _read_results(root: Path) -> object:
     with Results(root / "r", {"program": "x", "options": {"lr": 0.1}}) as results:
         done = results.done()
         written = [{"key": f"k{number}", "top1": 50.0 + number, "widths": {"a": [1, 2]}} for number in range(3)]
-        assert all(record in written for record in done.values()), "a record that nobody has written"
+        assert all(record in written for record in done.values()), "a record that was never written"
         return done
 
 

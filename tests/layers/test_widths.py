@@ -125,7 +125,7 @@ def test_samples_depend_on_seed_step_and_name_alone():
     assert draw == small.sample(3, 11) == WidthSpace.from_json(small.to_json()).sample(3, 11)
     assert all(large.sample(3, 11)[name] == width for name, width in draw.items() if name.startswith("stages.0"))
     assert draw != small.sample(3, 12) != small.sample(4, 12)
-    # a run of today goes on tomorrow: the law itself must not change
+    # runs are resumed by later versions: the draws must not change
     assert [small.sample(0, step)["stages.0.0.conv"] for step in range(8)] == [48, 48, 32, 16, 64, 32, 64, 32]
 
 

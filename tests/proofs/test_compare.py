@@ -340,7 +340,7 @@ def test_memory_at_the_peak_is_that_of_a_count_by_hand():
         (block(), 3 + 8),  # the norm and the activation write over the convolution's output
         (block(nn.Conv2d(8, 4, 1)), 8 + 4),
         (block(Residual()), 8 + 16 + 8),  # the input of the block is held to its end
-        (block(nn.Conv2d(8, 16, 1), nn.MaxPool2d(1)), 16 + 16),  # not the indices, which nobody reads
+        (block(nn.Conv2d(8, 16, 1), nn.MaxPool2d(1)), 16 + 16),  # not the indices, which are not read
         (block(nn.Flatten(), nn.Linear(8 * pixels, 5)), 3 + 8),
     ):
         found = gs.profile(model, (3, 8, 8))

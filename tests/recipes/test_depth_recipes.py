@@ -105,9 +105,9 @@ def test_shrink_depth(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "args", "message"),
     [
-        ("one_layer", ["--model", "reducenet20"], "no ReduceNet that is grown at birth; did you mean reducenet20_x"),
+        ("one_layer", ["--model", "reducenet20"], "no ReduceNet that is built grown; did you mean reducenet20_x"),
         ("closed_loop", ["--seeds", "1"], "at least 2"),
-        ("closed_loop", ["--model", "resnet18"], "no net that is grown at birth"),
+        ("closed_loop", ["--model", "resnet18"], "no net that is built grown"),
         ("shrink_depth", ["--model", "reducenet20_x1"], "carries branches"),
         exhaustive(("shrink_depth", ["--data", "digts"], "did you mean digits")),
         exhaustive(("shrink_depth", ["--shrink-epochs", "0"], "--shrink-epochs 0: must be above 0")),

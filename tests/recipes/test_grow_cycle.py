@@ -189,7 +189,7 @@ def test_a_net_born_grown_on_a_folder_of_images_in_the_default_place(tmp_path, m
     assert main(*net, *options) == 0
     path = tmp_path / "my data" / "runs" / "my data-reducenet20_x2"
     report = json.loads((path / "report.json").read_text())
-    assert report["rounds"][0]["branch"] == ["born grown"]
+    assert report["rounds"][0]["branch"] == ["built grown"]
     assert report["final"]["params"] == report["plain"]["params"]
     assert main(*net, *options, "--resume") == 0
     assert "is finished" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_a_net_grown_at_birth_is_fused_at_the_best_width(tmp_path, capsys, monke
 BAD = {
     "mode": (["--widths", "netog"], "--widths netog: mode='netog': no such mode; did you mean netaug"),
     "exit": (["--exit", "jump"], "--exit jump: no such exit"),
-    "born grown": (["--model", "reducenet20_x4"], "no kernels that would remain"),
+    "built grown": (["--model", "reducenet20_x4"], "no kernels that would remain"),
     "alpha": (["--widths", "lazy,alpha=-1"], "--widths lazy,alpha=-1: alpha=-1: must be at least 0"),
     "distil": (["--widths", "lazy,inplace_distil=2"], "--widths lazy,inplace_distil=2: inplace_distil=2"),
     "hold": (["--alive", "2"], "--alive 2"),
@@ -90,7 +90,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", sampled(BAD, ("mode", "born grown", "alpha")))
+@pytest.mark.parametrize("case", sampled(BAD, ("mode", "built grown", "alpha")))
 def test_bad_input_gets_one_clear_line(tmp_path, monkeypatch, capsys, case):
     args, words = BAD[case]
     monkeypatch.chdir(tmp_path)

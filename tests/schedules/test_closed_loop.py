@@ -139,7 +139,7 @@ def rank_of_two(rank, folder):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_ranks_agree(tmp_path):
-    # Forked: to import torch and timm anew in two processes takes longer than all other tests here together.
+    # Forked: to import torch and timm again in two processes takes longer than all other tests here together.
     multiprocessing.start_processes(rank_of_two, args=(tmp_path,), nprocs=2, start_method="fork")
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second

@@ -28,7 +28,7 @@ CASES = {
 }
 FEW = {"depths": (1, 2, 1)}  # blocks: each has to be counted
 MODELS = {
-    "born grown": lambda: net("reducenet20_x4", **FEW),
+    "built grown": lambda: net("reducenet20_x4", **FEW),
     "grown": lambda: gs.grow(net("reducenet20", **FEW), ratio=3),
     "two branches": lambda: gs.grow(net("reducenet20", **FEW), ["bottleneck", "insert"], ratio=2),
     "nested": lambda: gs.grow(net("reducenet20", **FEW), "nest", ratio=2, where="stages.1"),
@@ -50,8 +50,8 @@ def counted(task, update):
 @pytest.mark.parametrize(
     ("model", "case"),
     sampled(
-        itertools.product(["born grown", "grown"], CASES),
-        {("born grown", "netaug"), ("grown", "suffix, lazily"), ("grown", "single, distilled"), ("grown", "teacher")},
+        itertools.product(["built grown", "grown"], CASES),
+        {("built grown", "netaug"), ("grown", "suffix, lazily"), ("grown", "single, distilled"), ("grown", "teacher")},
     ),
 )
 def test_a_step_costs_what_is_counted(model, case):

@@ -61,7 +61,7 @@ def test_both_ranks_draw_the_same_and_end_with_the_same_weights(runs, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_the_mean_over_the_ranks(runs, name):
-    """Of the first update, against one process that runs both ranks' batches, each by itself."""
+    """Gradients of the first update, against one process that runs the batches of both ranks one by one."""
     case = CASES[name]
     grads = []
     for rank in range(2):

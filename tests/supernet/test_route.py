@@ -37,7 +37,7 @@ def routed():
 
 
 def choices(routed, x):
-    """Of every image the choice of every gate, one image at a time."""
+    """The choice of every gate for every image, one image at a time."""
     found = []
     for image in x.split(1):
         before = [routed.counts(place).clone() for place in range(len(routed.gates))]

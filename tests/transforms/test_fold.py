@@ -221,7 +221,7 @@ def test_the_report_names_what_is_left_and_why():
     assert fold_report(ConvNet()) == {}  # all of them would go
 
 
-@pytest.mark.parametrize("grown", [lambda: gs.grow(net()), lambda: net("reducenet20_x1")], ids=["grown", "at birth"])
+@pytest.mark.parametrize("grown", [lambda: gs.grow(net()), lambda: net("reducenet20_x1")], ids=["grown", "built grown"])
 def test_a_grown_net_is_refused(grown):
     model = grown()
     with untouched(model), pytest.raises(FuseError, match=r"^stages\.0\.0\.conv .*growshrink.fuse comes before"):

@@ -205,7 +205,7 @@ def test_the_check_compares_with_what_it_should(monkeypatch):
         gs.grow(ConvNet(), input_size=SIZE)
 
 
-# --- a loop that goes on around the exit, or was never grown ---
+# --- a loop that continues after the exit, or was never grown ---
 
 
 @pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel], ids=["net", "wrapped"])
