@@ -234,7 +234,7 @@ def _torch_pruning() -> Any:
             warnings.simplefilter("ignore")
             import torch_pruning
     except ImportError as error:
-        needed = "pruning channels needs Torch-Pruning: pip install 'growshrink[prune]' (torch-pruning)."
+        needed = "pruning channels needs Torch-Pruning: pip install torch-pruning."
         raise AnalysisError(needed) from error
     return torch_pruning
 

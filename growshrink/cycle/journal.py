@@ -76,5 +76,5 @@ def _tensorboard_writer(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise RunError("TensorBoard is not installed: pip install 'growshrink[tensorboard]'.") from error
+        raise RunError("TensorBoard is not installed: pip install tensorboard.") from error
     return SummaryWriter(str(folder / "tensorboard"))

@@ -201,7 +201,7 @@ def _digits() -> _Raw:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise DataError("The digits data set needs scikit-learn: pip install growshrink[recipes]") from error
+        raise DataError("The digits data set needs scikit-learn: pip install scikit-learn") from error
     bunch = load_digits()
     images = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     labels = torch.from_numpy(bunch.target).long()

@@ -109,7 +109,7 @@ def require_onnx() -> None:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        advice = "pip install growshrink[onnx], or leave it out (--no-onnx)."
+        advice = "pip install -e '.[onnx]' in the clone, or leave it out (--no-onnx)."
         raise RunError(f"ONNX needs {error.name}: {advice}") from error
 
 

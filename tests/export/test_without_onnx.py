@@ -22,4 +22,4 @@ except RunError as error:
 def test_the_package_is_imported_and_the_hint_is_true():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", CODE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("ONNX needs onnxscript: pip install growshrink[onnx]")
+    assert done.stdout.startswith("ONNX needs onnxscript: pip install -e '.[onnx]'")
