@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
 from growshrink.base.progress import progress_bar
-from growshrink.base.seeding import reinitialise
 from growshrink.depth.segments import (
     Cut,
     Segment,
@@ -32,6 +31,7 @@ from growshrink.models.staged import Block, block_conv, front_padding
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.transforms._fuse import replace_module
 from latency import Latencies, measure_cuts
+from trained import reinitialise
 
 #: Latencies closer than this share of the net's are taken for equal while searching.
 RESOLUTION = 1 / 2000

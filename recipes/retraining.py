@@ -19,13 +19,13 @@ from growshrink.analysis import stats
 from growshrink.analysis.channels import ChannelSpace, Kept, best_channels
 from growshrink.analysis.layers import State
 from growshrink.analysis.prune import Budget, draw_widths, random_channels, threshold_widths, width_of
-from growshrink.base.seeding import generator, reinitialise
+from growshrink.base.seeding import generator
 from growshrink.data.feed import Feed
 from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import profile, training_macs
 from growshrink.training import TrainConfig, calibrate_bn, evaluate
 from growshrink.transforms import fuse, grow
-from trained import cosine_trainer, num_updates
+from trained import cosine_trainer, num_updates, reinitialise
 
 #: The arms, and what each does; every one but scratch-b trains for as many epochs as the dense net was trained.
 RETRAIN_ARMS = {

@@ -32,7 +32,6 @@ from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, cost_of, draw_widths, width_of
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, Positive
-from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
@@ -40,7 +39,7 @@ from growshrink.cli.program import run_program
 from growshrink.errors import AnalysisError, PlanError
 from growshrink.training import evaluate
 from results import Results, StudyOptions
-from trained import num_updates, train_net, train_supernet
+from trained import num_updates, reinitialise, train_net, train_supernet
 
 #: Widths. The nets that are looked for have at most the MACs of those at one level; the two ends are one net each.
 LEVELS = (0.25, 0.5, 0.75, 1.0)

@@ -1,6 +1,7 @@
 """Making and training the nets that programs analyse or compare (not a program)."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.progress import progress_bar
+from growshrink.base.seeding import own_randomness
 from growshrink.data.feed import Feed, UpdateBatches
 from growshrink.errors import RunError
 from growshrink.layers.grown import grown_modules
@@ -138,3 +140,16 @@ def fit(
     for ours, theirs in zip(trainer.best.parameters(), model.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)  # an average needs no gradients, but may be trained further
     return trainer.best.eval()
+
+
+def reinitialise(net: nn.Module, seed: int | None = None) -> None:
+    """Fresh weights, in place: each layer's `reset_parameters`, then the net's own `init_weights` if it has one.
+
+    They are drawn from `seed`; None draws them from the process's random stream.
+    """
+    with own_randomness(seed + 1_000_003) if seed is not None else nullcontext():
+        for module in net.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        if callable(init := getattr(net, "init_weights", None)):
+            init()

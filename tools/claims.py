@@ -37,7 +37,6 @@ import growshrink as gs
 from growshrink.analysis import stats
 from growshrink.analysis._rank import jsonable
 from growshrink.base.environment import versions
-from growshrink.base.seeding import reinitialise
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
@@ -52,7 +51,7 @@ from growshrink.training import TrainConfig, Trainer, calibrate_bn, evaluate
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))
 
 from results import StudyOptions
-from trained import num_updates, train_net
+from trained import num_updates, reinitialise, train_net
 
 Claim = Literal["activations", "order", "netaug", "stack", "robust"]
 CLAIMS: tuple[Claim, ...] = get_args(Claim)

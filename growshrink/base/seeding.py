@@ -3,11 +3,10 @@
 import hashlib
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
 
 
 def generator(purpose: str, *numbers: int) -> torch.Generator:
@@ -41,16 +40,3 @@ def own_randomness(seed: int, device: torch.device | None = None) -> Iterator[No
         finally:
             random.setstate(python)
             np.random.set_state(numpys)
-
-
-def reinitialise(net: nn.Module, seed: int | None = None) -> None:
-    """Fresh weights, in place: each layer's `reset_parameters`, then the net's own `init_weights` if it has one.
-
-    They are drawn from `seed`; None draws them from the process's random stream.
-    """
-    with own_randomness(seed + 1_000_003) if seed is not None else nullcontext():
-        for module in net.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-        if callable(init := getattr(net, "init_weights", None)):
-            init()
