@@ -14,12 +14,23 @@ import scipy
 from numpy.typing import ArrayLike
 
 from growshrink.analysis.stats import CONFIDENCE, Estimate, detectable, holm, paired
+from growshrink.base.reading import read_bytes
 from growshrink.base.writing import save_picture, write_atomic
 from growshrink.data.datasets import DataSet
 from growshrink.errors import AnalysisError
 from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment, data_of, deployed_nets
-from growshrink.evidence.record import ArmComparison, RunRecord, SeedScore, chosen_lr, read_runs, replace_run, runs_of
+from growshrink.evidence.record import (
+    RUNS_FILE,
+    WORK,
+    ArmComparison,
+    RunRecord,
+    SeedScore,
+    chosen_lr,
+    locked,
+    read_runs,
+    runs_of,
+)
 from growshrink.export import Source
 from growshrink.export.artefacts import ONNX_FILE, Function, onnx_function, quiet, write_onnx
 from growshrink.export.int8 import (
@@ -335,6 +346,15 @@ def add_int8(experiment: Experiment, out: Path, data_dir: Path | None) -> None:
             tensor, channel = found["per-tensor"].top1, found["per-channel"].top1
             scores.append(replace(score, int8_tensor=tensor, int8_channel=channel))
         replace_run(out, replace(record, scores=tuple(scores)))
+
+
+def replace_run(out: Path, record: RunRecord) -> None:
+    """Put a run's line in the place of the one that its job has; the others stay as they are, byte for byte."""
+    path = out / RUNS_FILE
+    with locked(out / WORK):
+        lines = read_bytes(path).splitlines(keepends=True)
+        kept = [record.to_line().encode() if RunRecord.from_line(line).job == record.job else line for line in lines]
+        write_atomic(path, b"".join(kept))
 
 
 def int8_scores(source: Source, data: DataSet, *, calibration: int = 256, seed: int = 0) -> dict[str, Score]:

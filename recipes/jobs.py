@@ -26,7 +26,7 @@ from growshrink.data.batches import Augment
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import DivergedError, PlanError, RunError
 from growshrink.evidence.arms import Arm
-from growshrink.evidence.experiment import MAY_GROW, Experiment, about_net, data_of, net_of, plain_of
+from growshrink.evidence.experiment import Experiment, about_net, data_of, net_of, plain_of
 from growshrink.evidence.record import (
     PLAN_FILE,
     ArmComparison,
@@ -49,6 +49,10 @@ from side_by_side import StackedFeed, stack_nets, unstack_net
 
 #: How far the cost of a run may be from its budget.
 TOLERANCE = 0.02
+#: What may be added to between two starts of an experiment.
+MAY_GROW = ("arms", "seeds", "own_arms")
+#: Optimizers (of timm's names) to which S nets side by side are S nets.
+ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +75,30 @@ class ExperimentOptions:
 def keep_plan(experiment: Experiment, out: Path) -> None:
     """Write plan.json into the folder of an experiment; RunError if it holds the runs of another."""
     old = read_plan(out)
-    if old is not None and (key := experiment.differs(old)):
+    if old is not None and (key := differs(experiment, old)):
         raise RunError(f"{out}: holds the results of another plan ({key} differs). Choose another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / PLAN_FILE, experiment.to_json())
+
+
+def differs(experiment: Experiment, old: Mapping[str, Any]) -> str | None:
+    """Find the first key in which it is more than the one `old` (of `to_json`) with other arms and seeds."""
+    new, old = experiment.to_json(), Experiment.from_dict(old).to_json()  # which fills in what there was not yet
+    changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
+    own = new["own_arms"]
+    changed += [f"own_arms, {name}," for name, arm in old["own_arms"].items() if own.get(name, arm) != arm]
+    return next(iter(changed), None)
+
+
+def stackable(experiment: Experiment, name: str) -> bool:
+    """Say whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
+    arm = experiment.arm(name)
+    listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
+    config = arm.trained(experiment.config, experiment.config.lr)
+    elementwise = config.optimizer in ELEMENTWISE and config.clip_grad is None
+    return (
+        arm.shrinks and elementwise and not listens and arm.gradients is None and not arm.mixes
+    )  # a peak is scored by run_cycle, which knows of one net only
 
 
 def jobs_of(
@@ -88,7 +112,7 @@ def jobs_of(
     for arm, runs in runs_of(experiment.comparison, lr, records).items():
         done = {seed for run in runs for seed in run.seeds}
         missing = tuple(seed for seed in experiment.seeds if seed not in done)
-        groups = [missing] if stack and missing and experiment.stackable(arm) else [(seed,) for seed in missing]
+        groups = [missing] if stack and missing and stackable(experiment, arm) else [(seed,) for seed in missing]
         jobs += [Job(arm=arm, seeds=seeds, lr=lr[arm], budget=experiment.budget) for seeds in groups]
     return jobs
 

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, RunOptions
@@ -40,7 +39,7 @@ from growshrink.data.feed import MemoryFeed, SplitBatches
 from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.activations import VanishingReLU, vanishing
 from growshrink.training import TrainConfig, evaluate
-from results import ResultOptions, Results
+from results import ResultOptions, Results, load_weights
 from trained import fit, num_updates
 
 LINEAR, BUGGY, DEFAULT = "no activation (linear=True)", "the in-place bug", "one ReLU a block (default)"

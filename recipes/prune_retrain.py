@@ -29,7 +29,7 @@ from growshrink.analysis.channels import CRITERIA
 from growshrink.analysis.prune import Budget
 from growshrink.base.environment import versions
 from growshrink.base.limits import OneOf, Positive, Whole
-from growshrink.base.reading import load_weights, read_tensors
+from growshrink.base.reading import read_tensors
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, RunOptions, command
@@ -38,7 +38,7 @@ from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import training_macs
 from growshrink.training import TrainConfig, evaluate
-from results import Results, StudyOptions
+from results import Results, StudyOptions, load_weights
 from retraining import (
     RETRAIN_ARMS,
     SPARSE_ARMS,

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from growshrink.base.environment import versions
 from growshrink.base.locking import lock_byte, unlock_byte
 from growshrink.base.progress import duration, progress_bar
-from growshrink.base.reading import parse_json, read_json
+from growshrink.base.reading import clean_keys, parse_json, read_json, read_tensors, reason
 from growshrink.base.writing import json_line, write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
 from growshrink.cli.options import DataOptions, Options, RunOptions, command
@@ -182,6 +182,18 @@ class Results(AbstractContextManager["Results"]):
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.blake2b(json_line(record).encode(), digest_size=8).hexdigest()
+
+
+def load_weights(model: nn.Module, path: Path, prefix: str = "") -> None:
+    """Load a state_dict from a safetensors file, strictly; of its names (`clean_keys`) those below `prefix`.
+
+    RunError: it is no such file, or of another model.
+    """
+    tensors = clean_keys(read_tensors(path))
+    try:
+        model.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+    except RuntimeError as error:
+        raise RunError(f"{path}: not the weights of this model ({reason(error)}).") from error
 
 
 #: Options that do not change what comes out.

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import torch
 
-from growshrink.base.limits import Count, Multiplier, OneOf, Operations, Positive
+from growshrink.base.limits import Count, Interval, OneOf, Positive
 from growshrink.base.reading import read_json
 from growshrink.base.writing import write_json
 from growshrink.cli.program import run_program
@@ -39,9 +39,9 @@ class Args(ExperimentOptions):
 
     bound: Annotated[str, OneOf("no such bound", BOUNDS)] = "macs"
     """What is bounded, of the plain net: MACs or milliseconds an image, parameters, or bytes of RAM or flash."""
-    at_most: Operations = 1e6
+    at_most: Annotated[float, Interval(0, 10**15, above=True)] = 1e6
     """The bound."""
-    channels: tuple[Multiplier, ...] = (0.125, 0.25, 0.375, 0.5)
+    channels: tuple[Annotated[float, Interval(0, 100, above=True)], ...] = (0.125, 0.25, 0.375, 0.5)
     """Channel multipliers of the grid."""
     depths: tuple[Count, ...] = (1, 2, 3)
     """Blocks per stage of the grid."""

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 import growshrink as gs
 from growshrink.base.limits import PartOf, Positive
-from growshrink.base.reading import load_weights
 from growshrink.base.writing import save_picture, write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import LengthOptions, RunOptions, TimingOptions
@@ -47,7 +46,7 @@ from growshrink.schedules.functions import Schedule
 from growshrink.training import TrainConfig, evaluate
 from knob import DepthPlan, depth_frontier, measure_plans, plain_at_depth, plan_depth, segment_harms
 from latency import Latencies, measure_latencies
-from results import ResultOptions, Results
+from results import ResultOptions, Results, load_weights
 from trained import fit, num_updates
 
 #: The key of what was timed and chosen.

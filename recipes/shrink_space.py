@@ -31,14 +31,13 @@ from growshrink.analysis.scores import FAST, SCORES, Bench
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, OneOf
 from growshrink.base.progress import progress_bar
-from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
 from growshrink.data.feed import MemoryFeed
 from growshrink.errors import AnalysisError
-from results import Results, StudyOptions
+from results import Results, StudyOptions, load_weights
 from shrinking import RANDOM, ShrinkPlan, shrink
 from trained import as_supernet, num_updates, train_supernet
 

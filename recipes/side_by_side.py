@@ -2,7 +2,7 @@
 
 A small net does not fill a GPU. S nets side by side are one net whose convolutions have S times the groups; all else
 (batch norms, weight decay, momentum, ...) works channel by channel, so each net is trained as it would be alone, up to
-rounding. What a run draws or decides once, such as sampled widths, it does for all its nets; `Experiment.stackable`
+rounding. What a run draws or decides once, such as sampled widths, it does for all its nets; `stackable` of jobs.py
 keeps runs apart that listen to the loss or to the val split, which would be a mean.
 """
 

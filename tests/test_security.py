@@ -20,14 +20,16 @@ import torch
 import growshrink as gs
 from fuzzing.damage import join_safetensors, split_safetensors
 from fuzzing.files import supernet_files
-from growshrink.base.reading import load_weights, read_json, read_tensors
+from growshrink.base.reading import read_json, read_tensors
 from growshrink.data.datasets import load_data
 from growshrink.data.formats import read_cifar_pickled, read_idx
 from growshrink.errors import DataError, RunError
 from growshrink.runs.checkpoints import load_checkpoint, save_checkpoint
 from growshrink.supernet import load_supernet
+from program import beside
 
 TOP = Path(__file__).parents[1]
+load_weights = beside(TOP / "recipes" / "results.py").load_weights
 SOURCES = sorted(path for folder in ("growshrink", "recipes", "tools") for path in (TOP / folder).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "yaml", "joblib", "cloudpickle"}
 CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "np.load", "numpy.load"}

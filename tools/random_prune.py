@@ -34,12 +34,11 @@ import growshrink as gs
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.channels import CRITERIA, ChannelSpace
-from growshrink.analysis.prune import Budget, DrawnWidths, SupernetSpace, draw_widths
+from growshrink.analysis.prune import Budget, DrawnWidths, draw_widths
 from growshrink.analysis.scores import Bench
 from growshrink.base.environment import versions
 from growshrink.base.limits import Count, NotNegative, OneOf, SomeOrAll, Whole
 from growshrink.base.progress import progress_bar
-from growshrink.base.reading import load_weights
 from growshrink.base.writing import write_atomic, write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
@@ -50,11 +49,12 @@ from growshrink.supernet import load_supernet
 from growshrink.training import evaluate
 from inputs import NetFiles, trained_supernet
 from pictures import draw_yield
-from results import Results, StudyOptions
+from results import Results, StudyOptions, load_weights
 from study import (
     PICKERS,
     RANDOM,
     PlannedNet,
+    SupernetSpace,
     format_summary,
     measure,
     plan_channels,

@@ -12,22 +12,48 @@ from typing import Any
 
 import numpy as np
 import scipy  # its parts are loaded where they are used
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from growshrink.analysis import prune, stats
-from growshrink.analysis._angle import Floats, Index
+from growshrink.analysis._angle import AngleTable, Floats, Index
 from growshrink.analysis.channels import ChannelSpace, best_channels
-from growshrink.analysis.prune import Budget, DrawnWidths, Space, SupernetSpace, cost_of, draw_widths, width_of
+from growshrink.analysis.prune import Budget, DrawnWidths, Space, cost_of, draw_widths, width_of
 from growshrink.analysis.scores import RANDOM, SCORES, Bench
+from growshrink.base.copying import copy_net
 from growshrink.data.feed import ScoringBatches
 from growshrink.errors import AnalysisError
+from growshrink.layers.widths import set_width
 from growshrink.training import calibrate_bn, evaluate
 
 #: What a subnet of a supernet may be picked by.
 PICKERS = ("angle", "excess", "null", "params", "naswot", "grad_norm", "jacob_cov", "early_loss")
 Made = tuple[nn.Module, Mapping[str, int]]
 """A net and its widths."""
+
+
+@dataclass(frozen=True, eq=False)
+class SupernetSpace:
+    """The widths of a trained supernet, whose subnets keep the first channels; `table` has their costs."""
+
+    model: nn.Module
+    table: AngleTable
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[int]]:
+        """Rising widths by name."""
+        return self.table.choices
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
+        scores = self.table.score(index)
+        return scores.params, scores.macs
+
+    def subnet(self, widths: Mapping[str, int]) -> nn.Module:
+        """A copy of the supernet at these widths."""
+        net = copy_net(self.model)
+        set_width(net, widths)
+        return net
 
 
 @dataclass(frozen=True, eq=False)

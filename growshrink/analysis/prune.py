@@ -1,6 +1,6 @@
 """Random pruning in regular shapes, and criteria beside it, under a budget of MACs.
 
-Two spaces: the widths of a supernet (`SupernetSpace`), and the deployed channels of any net (`ChannelSpace`). Widths
+Spaces: the widths of a supernet, the deployed channels of any net (`ChannelSpace`), and of a slim one. Widths
 are drawn uniformly for all layers at once, and accepted if the cost fits the budget.
 
 Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et al., EagleEye (arXiv:2007.02491).
@@ -9,6 +9,7 @@ Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et a
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,45 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
-from growshrink.analysis._angle import AngleTable, Floats, Index
+from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis._slim import cut
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
 from growshrink.analysis.layers import LayerCosts
 from growshrink.base.config import check_fields
-from growshrink.base.copying import copy_net
 from growshrink.base.limits import PartOf, SomeOrAll
 from growshrink.base.seeding import generator
 from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer, is_slim
-from growshrink.layers.widths import Slots, active_width, set_width, width_space
+from growshrink.layers.widths import Slots, active_width, width_space
 
 #: Draws after which a budget counts as impossible.
 MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
-
-
-@dataclass(frozen=True, eq=False)
-class SupernetSpace:
-    """The widths of a trained supernet, whose subnets keep the first channels; `table` has their costs."""
-
-    model: nn.Module
-    table: AngleTable
-
-    @property
-    def choices(self) -> Mapping[str, Sequence[int]]:
-        """Rising widths by name."""
-        return self.table.choices
-
-    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Parameters and MACs of `(N, names)` subnets, each given by the positions of its widths."""
-        scores = self.table.score(index)
-        return scores.params, scores.macs
-
-    def subnet(self, widths: Mapping[str, int]) -> nn.Module:
-        """A copy of the supernet at these widths."""
-        net = copy_net(self.model)
-        set_width(net, widths)
-        return net
 
 
 class SlimSpace:
@@ -76,7 +52,13 @@ class SlimSpace:
         return self._costs.of(np.stack([np.asarray(c)[index[:, i]] for i, c in enumerate(self.choices.values())], 1))
 
 
-Space = SupernetSpace | ChannelSpace | SlimSpace
+class Space(Protocol):
+    """Rising widths by name, `choices`, and what they cost: the deployed channels of a net, or a supernet's."""
+
+    @property
+    def choices(self) -> Mapping[str, Sequence[int]]: ...  # noqa: D102
+
+    def cost(self, index: Index) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,6 @@ Seed = Annotated[int, Interval(0, 2**62)]
 Threads = Annotated[int, Interval(1, 1024)]
 Pixels = Annotated[int, Interval(1, 65536)]
 Positive = Annotated[float, Interval(0, above=True)]
-Multiplier = Annotated[float, Interval(0, 100, above=True)]
-Operations = Annotated[float, Interval(0, 10**15, above=True)]
 NotNegative = Annotated[float, Interval(0)]
 Ratio = Annotated[float, Interval(0, MOST_RATIO, above=True)]
 """Middle width of a branch over the output channels of its layer."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from growshrink.errors import RunError
 
@@ -86,18 +86,6 @@ def clean_keys(state: Mapping[str, T]) -> dict[str, T]:
     while cleaned and all(key.startswith("module.") for key in cleaned):
         cleaned = {key.removeprefix("module."): value for key, value in cleaned.items()}
     return cleaned
-
-
-def load_weights(model: nn.Module, path: Path, prefix: str = "") -> None:
-    """Load a state_dict from a safetensors file, strictly; of its names (`clean_keys`) those below `prefix`.
-
-    RunError: it is no such file, or of another model.
-    """
-    tensors = clean_keys(read_tensors(path))
-    try:
-        model.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
-    except RuntimeError as error:
-        raise RunError(f"{path}: not the weights of this model ({reason(error)}).") from error
 
 
 def reason(error: BaseException) -> str:

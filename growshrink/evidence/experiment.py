@@ -22,11 +22,6 @@ from growshrink.evidence.arms import ARMS, PLAIN, Arm
 from growshrink.evidence.record import ArmComparison, Job, Tuning, states_of
 from growshrink.training.trainer import TrainConfig
 
-#: What may be added to between two starts of an experiment.
-MAY_GROW = ("arms", "seeds", "own_arms")
-#: Optimizers (of timm's names) to which S nets side by side are S nets.
-ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
@@ -92,27 +87,9 @@ class Experiment:
         kept = {entry.name: getattr(self, entry.name) for entry in fields(ArmComparison) if entry.name != "lr"}
         return ArmComparison(lr=self.config.lr, **kept)
 
-    def stackable(self, name: str) -> bool:
-        """Whether the seeds of an arm may be trained side by side: nothing is decided for all of them at once."""
-        arm = self.arm(name)
-        listens = any(entry.controlled or entry.exit.decides for entry in arm.rounds)
-        config = arm.trained(self.config, self.config.lr)
-        elementwise = config.optimizer in ELEMENTWISE and config.clip_grad is None
-        return (
-            arm.shrinks and elementwise and not listens and arm.gradients is None and not arm.mixes
-        )  # a peak is scored by run_cycle, which knows of one net only
-
     def to_json(self) -> dict[str, Any]:
         """Plain lists and numbers; the inverse of `from_dict`."""
         return to_dict(self)
-
-    def differs(self, old: Mapping[str, Any]) -> str | None:
-        """The first key in which this is more than the experiment `old` (of `to_json`) with other arms and seeds."""
-        new, old = self.to_json(), Experiment.from_dict(old).to_json()  # which fills in what there was not yet
-        changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
-        own = new["own_arms"]
-        changed += [f"own_arms, {name}," for name, arm in old["own_arms"].items() if own.get(name, arm) != arm]
-        return next(iter(changed), None)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Experiment:

@@ -200,22 +200,13 @@ def read_runs(out: Path) -> tuple[RunRecord, ...]:
 def append_run(out: Path, record: RunRecord) -> None:
     """Add the line of a finished run, atomically, also among other processes; do nothing if its job has one."""
     path = out / RUNS_FILE
-    with _locked(out / WORK):
+    with locked(out / WORK):
         if record.job in {old.job for old in read_runs(out)}:
             return
         content = read_bytes(path) if path.exists() else b""
         if content and not content.endswith(b"\n"):
             content += b"\n"
         write_atomic(path, content + record.to_line().encode())
-
-
-def replace_run(out: Path, record: RunRecord) -> None:
-    """Put a run's line in the place of the one that its job has; the others stay as they are, byte for byte."""
-    path = out / RUNS_FILE
-    with _locked(out / WORK):
-        lines = read_bytes(path).splitlines(keepends=True)
-        kept = [record.to_line().encode() if RunRecord.from_line(line).job == record.job else line for line in lines]
-        write_atomic(path, b"".join(kept))
 
 
 def read_plan(out: Path) -> dict[str, Any] | None:
@@ -237,7 +228,7 @@ def _refuse_old_form(out: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Let one process at a time inside."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a") as lock:  # closing it ends the lock

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import angle_twins as twins
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import nets
 from growshrink.analysis import prune
 from growshrink.analysis._angle import supernet_table
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
-from growshrink.analysis.prune import Budget, SupernetSpace, draw_widths, random_channels, width_of
+from growshrink.analysis.prune import Budget, draw_widths, random_channels, width_of
 from growshrink.errors import AnalysisError
 from growshrink.proofs._profile import Profile
+from program import module_of
 
+SupernetSpace = module_of(Path(__file__).parents[2] / "tools" / "study.py").SupernetSpace
 SIZE = (3, 32, 32)
 pytest.importorskip("torch_pruning")
 

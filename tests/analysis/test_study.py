@@ -8,7 +8,7 @@ import supernets as small
 
 import growshrink as gs
 from growshrink.analysis._rank import jsonable
-from growshrink.analysis.prune import Budget, SupernetSpace, draw_widths
+from growshrink.analysis.prune import Budget, draw_widths
 from growshrink.errors import AnalysisError
 from program import module_of
 
@@ -16,6 +16,7 @@ pytest.importorskip("torch_pruning")
 from growshrink.analysis.channels import ChannelSpace
 
 study = module_of(Path(__file__).parents[2] / "tools" / "study.py")
+SupernetSpace = study.SupernetSpace
 
 
 def records(random, criteria, net=0):

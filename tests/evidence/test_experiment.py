@@ -29,6 +29,7 @@ table = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py")
 jobs = module_of(Path(__file__).parents[2] / "recipes" / "jobs.py")
 TOLERANCE, _side_by_side, matched_epochs = jobs.TOLERANCE, jobs._side_by_side, jobs.matched_epochs
 feed_of, jobs_of, run_job = jobs.feed_of, jobs.jobs_of, jobs.run_job
+stackable, differs = jobs.stackable, jobs.differs
 markdown, rows_of, verdict = table.markdown, table.rows_of, table.verdict
 
 TINY = Experiment(
@@ -78,9 +79,9 @@ def test_an_arm_has_an_optimizer_of_its_own_and_is_then_stacked_or_not_by_it():
     muon = experiment.arm("plain-muon").trained(experiment.config, 0.4)
     assert (muon.optimizer, muon.lr, muon.momentum) == ("nmuon", pytest.approx(0.04), 0.95)
     assert experiment.arm("plain").trained(experiment.config, 0.4) == replace(experiment.config, lr=0.4)
-    assert [experiment.stackable(name) for name in experiment.arms] == [True, False, True]
+    assert [stackable(experiment, name) for name in experiment.arms] == [True, False, True]
     own = Arm(about="x", base=1.0, config={"clip_grad": 1.0})
-    assert not replace(experiment, own_arms={"own": own}, arms=("plain", "own")).stackable("own")
+    assert not stackable(replace(experiment, own_arms={"own": own}, arms=("plain", "own")), "own")
 
 
 def test_teachers_side_by_side_say_what_each_says(tmp_path):
@@ -264,20 +265,20 @@ def test_a_plan_without_what_a_table_needs_is_refused(key, words):
 
 def test_more_arms_and_seeds_are_the_same_experiment_and_nothing_else_is():
     kept = TINY.to_json()
-    assert replace(TINY, arms=("plain", "dbb"), seeds=(0, 1, 2)).differs(kept) is None
-    assert replace(TINY, arms=("plain", "dbb"), batch_size=32).differs(kept) == "batch_size"
-    assert "short" in replace(TINY, own_arms={"short": ARMS["dbb"]}).differs(kept)
-    assert replace(TINY, own_arms={**TINY.own_arms, "new": ARMS["dbb"]}).differs(kept) is None
+    assert differs(replace(TINY, arms=("plain", "dbb"), seeds=(0, 1, 2)), kept) is None
+    assert differs(replace(TINY, arms=("plain", "dbb"), batch_size=32), kept) == "batch_size"
+    assert "short" in differs(replace(TINY, own_arms={"short": ARMS["dbb"]}), kept)
+    assert differs(replace(TINY, own_arms={**TINY.own_arms, "new": ARMS["dbb"]}), kept) is None
     del kept["tuning"]  # written before there was such a thing
-    assert TINY.differs(kept) is None
+    assert differs(TINY, kept) is None
 
 
 def test_what_is_decided_for_a_whole_run_is_not_decided_for_several_nets_at_once():
     listening = Arm.from_dict({"rounds": [{"epochs": 1.0, "control": "closed_loop"}]})
     experiment = replace(TINY, arms=("plain", "listening"), own_arms={"listening": listening})
-    assert [experiment.stackable(arm) for arm in experiment.arms] == [True, False]
+    assert [stackable(experiment, arm) for arm in experiment.arms] == [True, False]
     for config in (TrainConfig(clip_grad=1.0), TrainConfig(optimizer="muon")):
-        assert not replace(experiment, config=config).stackable("plain")
+        assert not stackable(replace(experiment, config=config), "plain")
 
 
 def test_a_trial_that_diverges_has_lost(tmp_path):

@@ -3,14 +3,17 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from records import record_of
 
 from growshrink.cycle.records import Row
 from growshrink.errors import RunError
-from growshrink.evidence.record import RUNS_FILE, History, Job, RunRecord, append_run, read_plan, read_runs, replace_run
+from growshrink.evidence.record import RUNS_FILE, History, Job, RunRecord, append_run, read_plan, read_runs
+from program import module_of
 
+replace_run = module_of(Path(__file__).parents[2] / "recipes" / "arm_table.py").replace_run
 JOB = Job(arm="plain", seeds=(0, 1), lr=0.1, budget=3.0)
 ROW = {
     **{"update": 7, "epoch": 1 / 3, "round": 0, "phase": "base", "train_loss": 1 / 7, "val_top1": 100 / 3},

@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from fuzzing.damage import damage, damage_path
 from growshrink.analysis._angle import supernet_table
-from growshrink.base.reading import load_weights, read_bytes, read_json
+from growshrink.base.reading import read_bytes, read_json
 from growshrink.cycle import Teacher, lay_out
 from growshrink.cycle.plan import CyclePlan, Round
 from growshrink.cycle.run import identity_of, restore, run_cycle
@@ -49,6 +49,7 @@ from program import beside, module_of
 
 results_module = beside(Path(__file__).parents[2] / "recipes" / "results.py")
 RESULTS, Results = results_module.FILE, results_module.Results
+load_weights = results_module.load_weights
 read_table = module_of(Path(__file__).parents[2] / "recipes" / "latency.py").read_table
 truth = module_of(Path(__file__).parents[2] / "tools" / "truth.py")
 
