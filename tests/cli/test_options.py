@@ -32,6 +32,7 @@ HELPERS = {
     "recipes/starting.py",
     "recipes/telling.py",
     "recipes/trained.py",
+    "tools/draw_docs.py",
     "tools/export_report.py",
     "tools/exporting.py",
     "tools/gpu_checks.py",
