@@ -132,9 +132,8 @@ def rank(
     Raises:
         AnalysisError: Columns of different lengths, a truth that is not finite or all tied, or fewer than 8 subnets.
 
-    >>> truth = [i % 7 + i / 9 for i in range(40)]
-    >>> scores = {"mine": truth, "macs": [i % 9 for i in range(40)]}
-    >>> gs.rank(scores, truth, baselines=["macs"], num_resamples=20).verdicts["mine"].adds
+    >>> scores = {"mine": [i % 7 + i / 9 for i in range(40)], "macs": [i % 9 for i in range(40)]}
+    >>> gs.rank(scores, scores["mine"], baselines=["macs"], num_resamples=20).verdicts["mine"].adds
     True
     """
     baselines = (baselines,) if isinstance(baselines, str) else tuple(baselines)

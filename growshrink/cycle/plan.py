@@ -62,8 +62,7 @@ class Round:
 
     >>> fused = gs.Round(epochs=30, branch=("dbb",), exit=gs.cycle.Fuse(accept_within=0.5))
     >>> netaug = gs.Round(epochs=30, ratio=4, widths=gs.cycle.NetAug(), exit=gs.cycle.Drop())  # or gs.cycle.Choose()
-    >>> teacher, back = gs.cycle.Teacher("peak"), gs.cycle.Rewind()
-    >>> taught = gs.Round(epochs=30, vanish=0, settle=0, teacher=teacher, exit=back)
+    >>> taught = gs.Round(epochs=9, vanish=0, settle=0, teacher=gs.cycle.Teacher("peak"), exit=gs.cycle.Rewind())
     """
 
     epochs: Positive

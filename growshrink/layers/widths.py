@@ -164,8 +164,7 @@ def set_width(model: nn.Module, width: Width) -> None:
 def active_width(model: nn.Module, width: Width) -> Iterator[nn.Module]:
     """Run the model at `width` within a `with`; restore the width afterwards.
 
-    >>> grown = gs.grow(net, ratio=4)
-    >>> with gs.active_width(grown, gs.width_space(grown).base):
+    >>> with gs.active_width(grown := gs.grow(net), gs.width_space(grown).base):
     ...     gs.profile(grown).macs == gs.profile(net).macs
     True
     """

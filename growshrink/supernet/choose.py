@@ -59,11 +59,8 @@ def choose_width(
         WidthError: No candidate, or one of another model.
         FuseError: A candidate cannot be fused.
 
-    >>> grown, images = gs.grow(net), torch.randn(8, 3, 32, 32)
-    >>> _ = gs.set_lambda(grown, 0)
-    >>> candidates, score = [gs.width_space(grown).base, gs.width_space(grown).full], lambda plain: 0.0  # yours: top-1
-    >>> len(gs.choose_width(grown, candidates, batches=[images], score=score).candidates)
-    2
+    >>> space, batches = gs.width_space(grown := gs.grow(net, "repvgg")), [torch.randn(8, 3, 32, 32)]
+    >>> choice = gs.choose_width(grown, [space.base, space.full], batches=batches, score=lambda plain: 0.0)
     """
     scored: list[tuple[ScoredWidth, nn.Module]] = []
     for width in progress(list(candidates)):

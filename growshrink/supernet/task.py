@@ -65,12 +65,8 @@ class NetAugTask(ClassificationTask):
     Args:
         model: A grown net, or one of `growshrink.slim`; it is set to base width.
         criterion: Loss of (logits, target); None makes timm's, from `criterion_kwargs`.
-        criterion_kwargs: As `device`, `dtype` and `verbose` those of timm's `ClassificationTask`.
-        device: See there.
-        dtype: See there.
-        verbose: See there.
+        criterion_kwargs, device, dtype, verbose: Those of timm's `ClassificationTask`.
         space: Widths to draw from; None is `width_space(model)`.
-        mode: See above.
         every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
             `lazy` and 1 otherwise.
         alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update (that of lam, say);
@@ -91,12 +87,10 @@ class NetAugTask(ClassificationTask):
         WidthError: The model is plain, the space is another model's, or `suffix` does not fit the model.
         PlanError: An option is out of range.
 
-    >>> grown, images, target = gs.grow(net), torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    >>> task = gs.NetAugTask(grown)
-    >>> detach = task.attach(torch.optim.SGD(grown.parameters(), lr=0.1))
-    >>> for update in range(2):
-    ...     task.set_step(update)
-    ...     losses = task.backward(images, target)
+    >>> task = gs.NetAugTask(gs.grow(net))
+    >>> detach = task.attach(torch.optim.SGD(task.parameters(), lr=0.1))
+    >>> task.set_step(0)  # the number of the update
+    >>> losses = task.backward(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     """
 
     def __init__(

@@ -68,8 +68,6 @@ def collapse_online(
             else than its map. The model is then as it was. (`collapse_report` tells what was merged.)
 
     >>> online = gs.collapse_online(gs.grow(net, "repvgg"), choose="always")
-    >>> gs.transforms.collapse_report(online).collapsed
-    ['stages.0.0.conv', 'stages.1.0.conv', 'stages.2.0.conv']
     """
     check_model(model)
     if not isinstance(choose, Iterable):
