@@ -172,8 +172,11 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
     over_time.plot(
         [row["update"] for row in history], [row["val_top1"] for row in history], color="C0", label="base net"
     )
-    for name, label, colour in (("augmented", "widest net, end of the hold", "C3"), ("deployed", "deployed net", "C2")):
-        over_time.axhline(summary["val_top1"][name], color=colour, linestyle="--", label=label)
+    for name, label, colour, dashes in (  # where both are the same, each shows in the gaps of the other
+        ("augmented", "widest net, end of the hold", "C3", (0, (5, 5))),
+        ("deployed", "deployed net", "C2", (5, (5, 5))),
+    ):
+        over_time.axhline(summary["val_top1"][name], color=colour, linestyle=dashes, label=label)
     low = min(row["val_top1"] for row in history[len(history) // 4 :])
     low = min(low, *summary["val_top1"].values())
     top = max(*(row["val_top1"] for row in history), *summary["val_top1"].values())
@@ -183,10 +186,12 @@ def draw(path: Path, summary: Mapping[str, Any]) -> None:
     over_time.legend(frameon=False)
     bars = summary["candidates"] or [{"width": name, "top1": value} for name, value in summary["val_top1"].items()]
     names = [bar["width"] if isinstance(bar["width"], str) else "random" for bar in bars]
-    by_width.barh(range(len(bars)), [bar["top1"] for bar in bars], color="0.6")
+    by_width.plot([bar["top1"] for bar in bars], range(len(bars)), "o", color="0.3")
+    for row, bar in enumerate(bars):
+        by_width.annotate(f"{bar['top1']:.2f}", (bar["top1"], row), (0, 7), textcoords="offset points", ha="center")
     by_width.set_yticks(range(len(bars)), names)
-    by_width.set_xlim(min(bar["top1"] for bar in bars) - 1.0, max(bar["top1"] for bar in bars) + 0.5)
-    by_width.invert_yaxis()
+    by_width.set(xlim=(min(bar["top1"] for bar in bars) - 1.0, max(bar["top1"] for bar in bars) + 1.0))
+    by_width.set_ylim(len(bars) - 0.5, -0.7)
     by_width.set_xlabel("val top-1 (%)")
     by_width.set_title("fused at width" if summary["candidates"] else "nets of the run")
     figure.suptitle(f"deployed: test top-1 {summary['test_top1']:.2f} %, a step costs {summary['macs_of_a_step']:.2f}x")

@@ -264,6 +264,12 @@ def draw(path: Path, nets: dict[str, nn.Sequential], feed: MemoryFeed) -> None:
                 axis.imshow(template_HWC.mean(2), cmap="RdBu_r", vmin=-scale, vmax=scale)
             axis.set(xticks=[], yticks=[], xlabel=label)
         line[0].set_title(name, loc="left", fontsize=8)
+    signs = (
+        "grey pixels do not count"
+        if feed.input_size[0] == 3
+        else "a bright pixel counts for the class where red, against it where blue"
+    )
+    figure.suptitle(f"weights of each class: {signs}", fontsize=10)
     save_picture(figure, path, dpi=120)
 
 

@@ -265,12 +265,12 @@ def draw(path: Path, rows: list[Row], title: str) -> None:
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).subplots()
     ordered = sorted(rows, key=lambda row: row.ms)
     for key, label, style in (("knob", "depth knob", "o-"), ("plain", "trained plainly at this depth", "s--")):
-        axes.plot(
-            [row.ms for row in ordered], [statistics.mean(getattr(row, key)) for row in ordered], style, label=label
-        )
-        for row in ordered:
-            axes.scatter([row.ms] * len(row.knob), getattr(row, key), s=8, color="grey", zorder=0)
-    axes.axvline(rows[0].ms, color="grey", lw=0.8, ls=":")
+        found = [(row.ms, statistics.mean(getattr(row, key)), getattr(row, key)) for row in ordered]
+        bars = [[mean - min(seeds) for _, mean, seeds in found], [max(seeds) - mean for _, mean, seeds in found]]
+        axes.errorbar([ms for ms, *_ in found], [mean for _, mean, _ in found], bars, fmt=style, capsize=3, label=label)
+    axes.axvline(rows[0].ms, color="grey", lw=0.8, ls=":", label="the net as trained")
+    if (num := len(rows[0].knob)) > 1:
+        axes.plot([], [], " ", label=f"bars: range over {num} seeds")
     axes.set(xlabel="measured latency, ms per batch", ylabel="test top-1, %", title=title)
     axes.legend()
     axes.grid(alpha=0.3)

@@ -26,7 +26,8 @@ def draw_angles(path: Path, columns: Mapping[str, Floats], colour: Floats | None
         dots = axis.scatter(columns[x][shown], columns[y][shown], s=4, c=c, linewidths=0, rasterized=True)
         axis.set(xlabel=_LABELS[x], ylabel=_LABELS[y])
     low, high = np.nanmin(columns["null"]), np.nanmax(columns["null"])
-    axes[1].plot([low, high], [low, high], color="0.6", linewidth=1)
+    axes[1].plot([low, high], [low, high], color="0.6", linewidth=1, label="angle = null")
+    axes[1].legend(frameon=False)
     if colour is not None:
         figure.colorbar(dots, ax=axes[-1], label="truth")
     figure.suptitle(title)
@@ -48,7 +49,13 @@ def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title
     for axis in (histogram, edf):
         axis.set_xlabel("val top-1 (%)")
         for number, (name, values) in enumerate(criteria.items()):
-            axis.axvline(float(np.mean(values)), color=f"C{number % 10}", label=name, linewidth=1.2)
+            axis.axvline(
+                float(np.mean(values)),
+                color=f"C{number % 10}",
+                label=name,
+                linewidth=1.8,
+                linestyle=_DASHES[number % 3],
+            )
     if criteria:
         edf.legend(frameon=False)
     figure.suptitle(title)
@@ -56,6 +63,8 @@ def draw_yield(path: Path, random: Floats, criteria: Mapping[str, Floats], title
     return True
 
 
+#: Lines at the same place show in each other's gaps.
+_DASHES = ((0, (4, 8)), (4, (4, 8)), (8, (4, 8)))
 _LABELS = {"params": "parameters", "angle": "angle (rad)", "null": "structural null (rad)", "excess": "excess (rad)"}
 
 

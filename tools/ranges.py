@@ -90,7 +90,7 @@ def draw_ranges(ranges: Sequence[LayerRange], path: Path, *, most: int = 40) -> 
         axis.scatter([column], [1 / layer.ratio], s=60, marker="_", color="C3", label="median" if not column else None)
     lowest = min([1 / LEVELS, *(share for layer in shown for share in layer.channels if share > 0)]) / 1.5
     label = "below 8 steps with one scale per layer"
-    axis.axhspan(lowest, 8 / LEVELS, color="0.88", linewidth=0, zorder=0, label=label)
+    axis.axhspan(lowest, 8 / LEVELS, facecolor="0.9", edgecolor="0.5", linewidth=0.6, zorder=0, label=label)
     axis.set(yscale="log", ylim=(lowest, 1.2), ylabel="max|w| of a channel over its layer's")
     axis.set_xticks(range(len(shown)), [layer.name for layer in shown], rotation=90, fontsize=7)
     axis.legend(frameon=False, loc="lower left")

@@ -257,6 +257,8 @@ def _draw_scores(result: CycleResult, accuracy: Any, loss: Any) -> None:
     interesting = [row.val_top1 for row in rows if row.round] or top1  # the climb from chance would hide the rest
     margin = 0.08 * (max(top1) - min(interesting)) or 1.0
     what = "val: minus the loss" if "loss" in result.about else "val top-1 (%)"
+    if top1[0] < min(interesting) - margin:
+        accuracy.annotate(f"from {top1[0]:.4g}", (updates[0], 0.02), xycoords=("data", "axes fraction"))
     accuracy.set(ylim=(min(interesting) - margin, max(top1) + margin), ylabel=what)
     for update in dict.fromkeys(change.update for change in result.growth_log):
         text = ", ".join(f"{change.kind} {change.round}" for change in result.growth_log if change.update == update)
