@@ -31,11 +31,11 @@ def docstring(path: Path) -> str:
 
 
 def options(path: Path) -> str:
-    """What `--help` prints behind the docstring, 100 columns wide; empty for a program without options."""
+    """What `--help` prints behind the docstring, 74 columns wide; empty for a program without options."""
     if PARSED not in path.read_text():
         return ""
     shown, paths = io.StringIO(), [str(path.parent), str(ROOT / "tests"), *sys.path]
-    environment = {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    environment = {"COLUMNS": "74", "NO_COLOR": "1", "TERM": "dumb"}
     with mock.patch.object(sys, "argv", [path.name, "--help"]), mock.patch.object(sys, "path", paths):
         with mock.patch.dict(os.environ, environment), redirect_stdout(shown):
             try:

@@ -56,7 +56,7 @@ def main(args: Args) -> None:
         if name not in PICTURES:
             raise RunError(f"--only {name}: no such picture{did_you_mean(name, PICTURES)}")
         content = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 11, "axes.spines.top": False}):
+        with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 12, "axes.spines.top": False}):
             with matplotlib.rc_context({"axes.spines.right": False}):
                 PICTURES[name]().savefig(content, format="svg", metadata={"Date": None})
         write_atomic(args.out / f"{name}.svg", content.getvalue())
@@ -76,7 +76,7 @@ def vanishing() -> Figure:
         curve.plot(x.numpy(), act(x).numpy(), color=shade, linewidth=2)
         note = {1.0: "lam = 1: ReLU", 0.0: "lam = 0: identity"}.get(lam, f"lam = {lam:g}")
         curve.text(-2.08, float(act(x)[0]), note, ha="right", va="center", color=shade)
-    curve.set(xlim=(-4.4, 2), xticks=[-2, -1, 0, 1, 2], xlabel="input", ylabel="output", title="The activation")
+    curve.set(xlim=(-5, 2), xticks=[-2, -1, 0, 1, 2], xlabel="input", ylabel="output", title="The activation")
     default = gs.Round(epochs=100)
     hold, vanish, settle = (round(100 * share) for share in (default.hold, default.vanish, default.settle))
     lam_at, stop = gs.schedules.hold_then_vanish(hold=hold, vanish=vanish), hold + vanish + settle
@@ -87,7 +87,7 @@ def vanishing() -> Figure:
     for name, (begin, end) in spans.items():
         upright = end - begin > 10
         schedule.text(
-            (begin + end) / 2, 1.12, name, ha="center", va="center", fontsize=9, rotation=0 if upright else 90
+            (begin + end) / 2, 1.12, name, ha="center", va="center", fontsize=10, rotation=0 if upright else 90
         )
         schedule.axvline(end, color="0.75", linewidth=0.8)
     schedule.annotate("fuse", (stop, 0.02), (stop + 10, 0.3), arrowprops={"arrowstyle": "->"}, color=BLUE)
@@ -106,8 +106,8 @@ def grown() -> Figure:
 
     def box(x: float, y: float, text: str, colour: str) -> None:
         shape: dict[str, Any] = {"boxstyle": "round,pad=0,rounding_size=6", "fc": colour, "ec": "#333"}
-        axis.add_patch(matplotlib.patches.FancyBboxPatch((x - 72, y - 20), 144, 40, **shape))
-        axis.text(x, y, text, ha="center", va="center", fontsize=10)
+        axis.add_patch(matplotlib.patches.FancyBboxPatch((x - 82, y - 20), 164, 40, **shape))
+        axis.text(x, y, text, ha="center", va="center", fontsize=11.5)
 
     def wire(*points: tuple[float, float]) -> None:
         axis.plot(*zip(*points[:-1], strict=True), color="#333", linewidth=1.2, solid_joinstyle="miter")
@@ -131,7 +131,7 @@ def grown() -> Figure:
     }
     for x, (name, boxes) in columns.items():
         wire((290, 32), (290, 56), (x, 56), (x, boxes[0][1] - 20))
-        axis.text(x + 8, 76, name, va="center", fontsize=9, color=GREY)
+        axis.text(x + 8, 76, name, va="center", fontsize=11, color=GREY)
         for (_, y, _), (_, below, _) in zip(boxes, boxes[1:], strict=False):
             wire((x, y + 20), (x, below - 20))
         for text, y, colour in boxes:
@@ -147,8 +147,8 @@ def grown() -> Figure:
         axis.text(x, 20, about, ha="center", va="center", color=GREY)
         axis.text(x + 10, 430, "output y", va="center", color=GREY)
     axis.annotate("", (715, 220), (585, 220), arrowprops={"arrowstyle": "-|>", "color": BLUE, "linewidth": 2})
-    axis.text(650, 204, "fuse", ha="center", color=BLUE, fontweight="bold")
-    axis.text(650, 240, "at lam = 0, exactly", ha="center", va="center", color=BLUE, fontsize=9)
+    axis.text(645, 204, "fuse", ha="center", color=BLUE, fontweight="bold")
+    axis.text(645, 240, "exact at lam = 0", ha="center", va="center", color=BLUE, fontsize=11)
     return figure
 
 
@@ -184,10 +184,10 @@ def kernels() -> Figure:
             for column in range(3):
                 value = float(kernel[1, 1, row, column])
                 text, ink = (f"{value:.2f}", "black") if value else ("0", "0.6")
-                axis.text(column, row, text, ha="center", va="center", fontsize=9, color=ink)
+                axis.text(column, row, text, ha="center", va="center", fontsize=10, color=ink)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(visible=True, color="0.4")
-        axis.set_title(name, fontsize=11, color=BLUE if number in (0, len(parts) - 1) else ORANGE)
+        axis.set_title(name, fontsize=12.5, color=BLUE if number in (0, len(parts) - 1) else ORANGE)
         if number:
             sign = "=" if number == len(parts) - 1 else "+"
             figure.text(0.1685 * number - 0.0045, 0.4, sign, ha="center", va="center", fontsize=15)
@@ -234,10 +234,10 @@ def cost() -> Figure:
     """Accuracy over the training compute, from docs/evidence."""
     evidence = ROOT / "docs/evidence/cifar10-16px/runs.jsonl"
     arms = {
-        "plain": ("the plain net", "black", 1.5),
-        "orepa-online": ("OREPA, merged as it trains", "C2", 0),
-        "repvgg": ("RepVGG branches", "C1", -0.7),
-        "lazy-distil": ("NetAug, every 8th update", "C4", -0.5),
+        "plain": ("the plain net", "black", 1.9),
+        "orepa-online": ("OREPA, merged as it trains", "C2", 0.1),
+        "repvgg": ("RepVGG branches", "C1", -1.1),
+        "lazy-distil": ("NetAug, every 8th update", "C4", -1.2),
         "one-round": ("grow, vanish, fuse", "C3", 0),
         "reducenet-x4": ("built grown 4 times", "C5", 0),
     }
@@ -252,8 +252,8 @@ def cost() -> Figure:
         axis.fill_between(macs, list(map(min, curves)), list(map(max, curves)), color=colour, alpha=0.15, linewidth=0)
         tests = [run["scores"][0]["test"] for run in found]
         told = f"{name}: {statistics.mean(tests):.1f} ± {statistics.stdev(tests):.1f}"
-        axis.text(macs[-1] + 0.02, statistics.mean(curves[-1]) + lift, told, color=colour, va="center", fontsize=10)
-    axis.set(xlim=(0, 1.45), ylim=(25, 71), ylabel="val top-1 (%), mean and range of 3 seeds")
+        axis.text(macs[-1] + 0.02, statistics.mean(curves[-1]) + lift, told, color=colour, va="center", fontsize=11)
+    axis.set(xlim=(0, 1.58), ylim=(25, 71), ylabel="val top-1 (%), mean and range of 3 seeds")
     axis.set(xlabel="training compute, 10^12 MACs (forward and backward)")
     axis.set_title(
         "CIFAR-10 at 16 x 16 pixels, one budget for all: the plain net's 6 epochs (at the ends: test top-1, sd)",
