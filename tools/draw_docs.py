@@ -10,9 +10,9 @@ import io
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
 import timm
@@ -22,9 +22,9 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.algebra.convmap import ConvMap
+from growshrink.base.limits import OneOf, OutFolder
 from growshrink.base.writing import write_atomic
 from growshrink.cli.program import run_program
-from growshrink.errors import RunError, did_you_mean
 from growshrink.layers.grown import GrownConv2d
 
 ROOT = Path(__file__).parent.parent
@@ -39,13 +39,18 @@ def picture(draw: Callable[[], Figure]) -> Callable[[], Figure]:
     return draw
 
 
+def names() -> list[str]:
+    """Those there are."""
+    return sorted(PICTURES)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Args:
     """Options of draw_docs."""
 
-    only: tuple[str, ...] = ()
+    only: tuple[Annotated[str, OneOf("no such picture", names)], ...] = ()
     """Names of pictures; by default all."""
-    out: Path = field(default=ROOT / "docs" / "pictures")
+    out: OutFolder = ROOT / "docs" / "pictures"
     """Folder they are written to."""
 
 
@@ -53,8 +58,6 @@ def main(args: Args) -> None:
     """Draw them."""
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only or PICTURES:
-        if name not in PICTURES:
-            raise RunError(f"--only {name}: no such picture{did_you_mean(name, PICTURES)}")
         content = io.BytesIO()
         with matplotlib.rc_context({"svg.hashsalt": name, "font.size": 12, "axes.spines.top": False}):
             with matplotlib.rc_context({"axes.spines.right": False}):

@@ -32,7 +32,6 @@ HELPERS = {
     "recipes/starting.py",
     "recipes/telling.py",
     "recipes/trained.py",
-    "tools/draw_docs.py",
     "tools/export_report.py",
     "tools/exporting.py",
     "tools/gpu_checks.py",
@@ -66,6 +65,7 @@ PROGRAMS = (
     *(f"recipes/{name}.py" for name in ("netaug", "one_layer")),
     *(f"recipes/{name}.py" for name in ("prune_retrain", "scan", "shrink_depth", "shrink_space", "slim", "timm_train")),
     *(f"tools/{name}.py" for name in ("angle_rank", "angle_speed", "benchmark", "claims", "coverage", "depth_latency")),
+    "tools/draw_docs.py",
     *(
         f"tools/{name}.py"
         for name in (
@@ -95,6 +95,8 @@ OTHER_MEANING = {
     "slim.after": "several places, or one",
     "slim.mode": "of nets with slim layers, which train in other modes",
     "slim.calibration": "batches for statistics, not images for int8",
+    "draw_docs.only": "pictures, not cases of the benchmark",
+    "draw_docs.out": "the pictures of the docs, which it replaces: not a run's new folder",
     "gpu_check.plan": "an experiment's, not a run's",
     "gpu_check.only": "checks, not cases of the benchmark",
 }
