@@ -95,7 +95,7 @@ def find_parts(root: Path) -> tuple[Path, Path | None]:
     """
     train = root / "train"
     test = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), None)
-    if test is None and not train.is_dir() and len(_class_folders(root)) > 1:
+    if test is None and not train.is_dir() and root.is_dir() and len(_class_folders(root)) > 1:
         return root, None
     if not train.is_dir():
         raise DataError(f"{root} has no folder train/; needed are {LAYOUT}.")

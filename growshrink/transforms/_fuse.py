@@ -88,6 +88,7 @@ def fuse(
         with active_width(model, width):
             return fuse(model, inplace=True, input_size=input_size, example_inputs=example_inputs)
     if grown_modules(model):
+        _refuse_alive(model)  # before a pass, which may need a size
         return fuse_along(model, trace(model, given_inputs(input_size, example_inputs)))
     if not was_grown(model):
         warnings.warn(f"nothing to fuse: {NEVER_GROWN}", stacklevel=2)

@@ -155,10 +155,10 @@ def test_rounds_with_equilibria_record_the_norm_of_a(undisturbed, case):
 
 
 #: In a surgery, at its end, at the end.
-PLACES = ("surgery.fuse", "running.save_checkpoint", "report.save_plain", "report.write_json")
+PLACES = ("surgery.fuse_along", "running.save_checkpoint", "report.save_plain", "report.write_json")
 
 
-@pytest.mark.parametrize("place", sampled(PLACES, ("surgery.fuse", "report.write_json")))
+@pytest.mark.parametrize("place", sampled(PLACES, ("surgery.fuse_along", "report.write_json")))
 def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
     expected = undisturbed("peak")
     module, _, name = place.partition(".")
@@ -167,7 +167,7 @@ def test_killed_between_two_updates(tmp_path, undisturbed, monkeypatch, place):
 
     def die(*args, **kwargs):
         calls.append(1)
-        if len(calls) == (2 if place in ("surgery.fuse", "running.save_checkpoint") else 1):
+        if len(calls) == (2 if place in ("surgery.fuse_along", "running.save_checkpoint") else 1):
             raise Interrupt(place)
         return real(*args, **kwargs)
 

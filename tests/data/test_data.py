@@ -138,7 +138,7 @@ def test_digits() -> None:
 
 def test_digits_without_sklearn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(DataError, match=r"pip install growshrink\[recipes\]"):
+    with pytest.raises(DataError, match=r"pip install scikit-learn"):
         load_data("digits")
 
 

@@ -303,7 +303,7 @@ def test_options_that_make_no_sense(options, words):
 
 def test_without_onnx_it_is_said_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(RunError, match=r"pip install growshrink\[onnx\]"):
+    with pytest.raises(RunError, match=r"pip install -e '\.\[onnx\]'"):
         ExportOptions().check_installed()
     ExportOptions(onnx=False).check_installed()
 
