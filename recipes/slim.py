@@ -36,7 +36,7 @@ from growshrink.base.writing import write_json
 from growshrink.cli.forms import pick
 from growshrink.cli.options import DataOptions, LengthOptions, ModelOptions, command
 from growshrink.cli.program import run_program
-from growshrink.errors import AnalysisError, PlanError
+from growshrink.errors import AnalysisError, PlanError, did_you_mean
 from growshrink.training import evaluate
 from results import Results, StudyOptions
 from trained import num_updates, reinitialise, train_net, train_supernet
@@ -92,8 +92,12 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
     """Everything of one seed."""
     feed = args.memory_feed(seed)
     plain, about = args.net(feed, seed)
+    for name in args.after:  # before anything is trained
+        if name not in (known := dict(plain.named_modules())):
+            raise PlanError(f"--after {name}: no such module{did_you_mean(name, known)}")
     model = gs.slim(plain, LEVELS, input_size=feed.input_size).to(args.running.torch_device())
     space, table = gs.width_space(model), SlimSpace(model, feed.input_size)
+    gs.route(model, space, after=args.after, seed=seed, input_size=feed.input_size)  # the same: their order
     train_supernet(model, feed, epochs=args.length.epochs, config=args.training, mode=args.mode, seed=seed)
     batches = [feed.train.batch(update)[0] for update in range(args.calibration)]
     score = WidthScore(model, batches, lambda net: -evaluate(net, feed.val).loss)

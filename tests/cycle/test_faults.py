@@ -79,7 +79,7 @@ EVENTS = (
     "running.save_checkpoint",
     "running.Trainer.calibrate_average",
     "exits.fuse_nets",
-    "surgery.fuse",
+    "surgery.fuse_along",
     "surgery.verify",
     "exits.undo",
     "report.save_plain",
