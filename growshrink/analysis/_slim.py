@@ -141,7 +141,9 @@ def cut(
         with active_width(model, width):
             return cut(model, survival=survival, inplace=True, input_size=input_size, example_inputs=example_inputs)
     flow = trace(model, given_inputs(input_size, example_inputs))
-    factors = _last_layers(model, flow, survival or {})
+    ends = _last_layers(model, flow, survival or {})
+    _check_ends(model, ends, flow)
+    factors = {layer: (survival or {})[name] for name, layer in ends.items()}
     commit = partial(_commit_cut, factors=factors)
     check_unchanged(model, commit, flow.inputs, prepare=partial(_scale_outputs, factors=factors))
     commit(model)
@@ -240,9 +242,9 @@ def _residual_blocks(model: nn.Module, batch: Arguments) -> list[str]:
     return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
 
 
-def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) -> dict[str, float]:
-    """Factors by name of the layer that alone ends what a block adds."""
-    factors: dict[str, float] = {}
+def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) -> dict[str, str]:
+    """The layer that alone ends what a block adds, by name of the block."""
+    ends: dict[str, str] = {}
     for name, share in survival.items():
         if not isinstance(block := dict(model.named_modules()).get(name), SkippableBlock) or not 0.0 <= share <= 1.0:
             raise WidthError(f"{name}: {share} is not the share of a block of this model, from 0 to 1.")
@@ -256,8 +258,24 @@ def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) ->
             continue
         if len(last) != 1:
             raise WidthError(f"{name}: what it adds ends in {len(last)} layers, so it takes no factor.")
-        factors[last[0]] = share
-    return factors
+        ends[name] = last[0]
+    return ends
+
+
+@torch.no_grad()
+def _check_ends(model: nn.Module, ends: Mapping[str, str], flow: Flow) -> None:
+    """WidthError unless each block gives its input back once the layer that ends it gives 0."""
+    replica, like = copy_net(model).eval(), next(model.parameters())
+
+    def observe(block: nn.Module, args: tuple[Any, ...], output: Tensor, name: str) -> None:
+        if not torch.equal(output, args[0]):
+            raise WidthError(f"{name}: what it adds is not 0 where {ends[name]} gives 0, so it takes no factor.")
+
+    for name, layer in ends.items():
+        replica.get_submodule(layer).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        replica.get_submodule(name).register_forward_hook(partial(observe, name=name))
+    if ends:
+        flow.inputs.batch(2).to(like.device, like.dtype).run(replica)
 
 
 def _scale_outputs(model: nn.Module, factors: Mapping[str, float]) -> None:

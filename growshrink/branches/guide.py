@@ -25,9 +25,11 @@ class RunGuide:
     def __init__(self, embedding: Tensor | None = None) -> None:
         self.embedding = embedding
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        """Run the guide, before the model; forget what it said, behind."""
-        self.embedding = model.get_submodule("guide")(args[0]) if output is None else None
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], *output: Any) -> None:
+        """Run the guide, before the model; forget what it said, behind, also where the model raised."""
+        if not (args or output):
+            raise GrowShrinkError("a net with a guide takes its images as its first argument, by position.")
+        self.embedding = None if output else model.get_submodule("guide")(args[0])
 
     def __getstate__(self) -> dict[str, Any]:  # no tensors of a graph
         return {"embedding": None}
@@ -150,7 +152,7 @@ def attach_guide(model: nn.Module, new: Iterable[nn.Module], guide: nn.Module | 
         model.guide = built.to(branches[0].scale).train(model.training)
         hook = RunGuide()
         model.register_forward_pre_hook(hook)
-        model.register_forward_hook(hook)
+        model.register_forward_hook(hook, always_call=True)
     for branch in branches:
         branch.guide = hook
 

@@ -140,7 +140,7 @@ class Fading(Vanishing):
 
     def forward(self, g: Tensor) -> Tensor:
         """`(N, size)` -> the same shape and dtype."""
-        if self.training:
+        if self.training and len(g):
             with torch.no_grad():
                 self.mean.lerp_(g.detach().float().mean(0), self.MOMENTUM * (self.lam > 0))
         return torch.lerp(self.mean.to(g.dtype).expand_as(g), g, self.lam.to(g.dtype))

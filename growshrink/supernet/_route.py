@@ -11,6 +11,7 @@ from operator import or_
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
@@ -44,7 +45,7 @@ class Routed(nn.Module):
         self.costs: list[list[float]] = []
         self._chain, self._slots, self._ends = chain, Slots(model), [*starts, chain.length]
         self._threshold: float | None = None  # a cascade's
-        self._overrule: Callable[[Tensor], Tensor] | None = None  # what is taken in place of the largest logit
+        self._overrule: Callable[[int, Tensor], Tensor] | None = None  # of a place: taken for the largest logit
         self._fixed = space.level(rest)
         self._own: list[list[dict[str, int]]] = []  # what a choice sets
         off = {name: 0 for name, values in space.choices.items() if not values[0]}
@@ -120,13 +121,18 @@ class Routed(nn.Module):
 
     def always(self, choice: int) -> "Routed":
         """The same net in which all images take choice number `choice`, or the last, at each place."""
-        return self._overruled(lambda logits: torch.full_like(logits[:, 0], min(choice, logits.shape[1] - 1)).long())
+        most = max(map(len, self._own)) - 1
+        if not 0 <= choice <= most:
+            raise WidthError(f"choice={choice!r}: must be from 0 to {most}.")
+        self._needs_gates("always")
+        return self._overruled(lambda _, x: torch.full_like(x[:, 0], min(choice, x.shape[1] - 1)).long())
 
     def for_one_image(self) -> nn.Module:
         """The same net for batches of one image: a dense net for every choice; exported, an If at each place.
 
         `torch.export` and ONNX take this net itself with any batch, and run all choices, some on no image.
         """
+        self._needs_gates("for_one_image")
         widths = [[self._fixed | width for width in own] for own in self._own]
         net = RoutedImage(self._chain, self.model, self._ends, widths)
         net.gates = copy_net(self.gates)
@@ -137,6 +143,7 @@ class Routed(nn.Module):
 
         Choices run one after another, narrowest first, until one is at least so sure. WidthError with several places.
         """
+        self._needs_gates("cascade")
         if len(self._own) != 1:
             raise WidthError(f"a cascade has one place, this net has {len(self._own)}.")
         if not 0 <= threshold <= 1:
@@ -170,7 +177,8 @@ class Routed(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take the batch norm statistics of every choice from training images, in place.
 
-        With several places each batch is shared out at random at each, so that all choices come before a choice.
+        With several places, place by place: those before it share out each batch at random, so that all choices come
+        before a choice.
         """
         batches = list(batches)
         if len(self._own) == 1:
@@ -179,9 +187,23 @@ class Routed(nn.Module):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
-            calibrate_bn(self._overruled(lambda logits: torch.randperm(len(logits)) % logits.shape[1]), batches)
+            for place, span in enumerate(pairwise([0, *self._ends]), -1):  # what lies before the first place, too
+                norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)]
+                leave = [norm for name, norm in norms if not self._chain.within([name], *span)]
+                for choice in range(len(self._own[place]) if place >= 0 else 1):
+                    calibrate_bn(self._overruled(partial(self._mixed, place, choice)), batches, leave=leave)
 
-    def _overruled(self, overrule: Callable[[Tensor], Tensor]) -> "Routed":
+    @staticmethod
+    def _mixed(place: int, choice: int, here: int, logits: Tensor) -> Tensor:
+        """One choice at a place, all of them elsewhere."""
+        drawn = torch.randperm(len(logits)) % logits.shape[1]
+        return torch.full_like(drawn, choice) if here == place else drawn
+
+    def _needs_gates(self, what: str) -> None:
+        if self._overrule is not None or self._threshold is not None:
+            raise WidthError(f"{what}() is of the net with gates, not of what always() or cascade() gave.")
+
+    def _overruled(self, overrule: Callable[[int, Tensor], Tensor]) -> "Routed":
         twin = copy.copy(self)
         twin._overrule = overrule
         return twin
@@ -224,7 +246,7 @@ class Routed(nn.Module):
     def _grouped(self, place: int, x: Tensor) -> Tensor:
         num, exporting, out = len(self._own[place]), torch.compiler.is_exporting(), None
         logits = self.gates[place](x)
-        choice = logits.argmax(1) if self._overrule is None else self._overrule(logits).to(x.device)
+        choice = logits.argmax(1) if self._overrule is None else self._overrule(place, logits).to(x.device)
         if not (self.training or exporting or self._overrule):
             self.counts(place).add_(choice.bincount(minlength=num))
         for number in range(num):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from growshrink.base.copying import copy_net
+from growshrink.errors import WidthError
 from growshrink.layers.swaps import make_dense
 from growshrink.layers.widths import Slots
 from growshrink.supernet.chain import UnitChain
@@ -46,6 +47,8 @@ class RoutedImage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(1, C, H, W)` -> logits `(1, num_classes)`."""
+        if x.shape[0] != 1:
+            raise WidthError(f"{x.shape[0]} images: this net takes one at a time; Routed itself takes any number.")
         x = self.prefix(x)
         nets: Any
         for gate, nets in zip(self.gates, self.parts, strict=True):

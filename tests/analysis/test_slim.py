@@ -426,3 +426,22 @@ def test_survival_folds_where_the_sum_is_in_place():
     width = gs.width_space(slim).full
     cut = gs.cut(slim, width, survival={"layer1.0": 0.5}, input_size=(3, 32, 32))
     assert torch.equal(cut.layer1[0].bn2.weight, 0.5 * slim.layer1[0].bn2.weight)
+
+
+class Squeezed(nn.Module):
+    """A block whose last norm is scaled by a hard sigmoid of its own: an `add` that is not the block's."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        return x + y * F.relu6(self.fc(y.mean((2, 3))) + 3)[..., None, None] / 6
+
+
+def test_a_factor_is_not_folded_into_a_layer_that_does_not_end_the_block():
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), Squeezed(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    model = gs.slim(randomized(nn.Sequential(*layers)), (1.0,), blocks=True, input_size=SIZE)
+    with untouched(model), pytest.raises(WidthError, match=r"2: what it adds is not 0 where 2\.fc gives 0"):
+        gs.cut(model, gs.width_space(model).full, survival={"2": 0.5}, input_size=SIZE)

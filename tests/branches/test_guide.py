@@ -97,3 +97,25 @@ def test_what_is_refused(branch, guide, message):
         model.guide, guide = nn.Identity(), None
     with untouched(model), pytest.raises(GrowError, match=message):
         gs.grow(model, branch, guide=guide, inplace=True)
+
+
+def test_a_pass_that_fails_leaves_no_embedding_behind():
+    grown = gs.grow(small().eval(), "guided", guide=Big())
+    with pytest.raises(RuntimeError):
+        grown(images(5, 32, 32))
+    broken = next(m for m in grown.modules() if isinstance(m, nn.Linear))
+    hook = broken.register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grown(images(3, 32, 32))
+    hook.remove()
+    runs = [h for h in grown._forward_pre_hooks.values() if isinstance(h, RunGuide)]
+    assert [run.embedding for run in runs] == [None]
+    with pytest.raises(GrowShrinkError, match="first argument, by position"):
+        grown(x=images(3, 32, 32))
+
+
+def test_a_batch_without_images_leaves_the_mean_as_it_is():
+    grown = gs.grow(small(), "se").train()
+    before = {key: value.clone() for key, value in grown.named_buffers() if key.endswith("fade.mean")}
+    grown(images(3, 32, 32)[:0])
+    assert before and all(torch.equal(value, grown.get_buffer(key)) for key, value in before.items())

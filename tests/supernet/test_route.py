@@ -109,17 +109,42 @@ def test_the_static_net_of_gates_in_a_row(routed):
 
 
 def test_statistics_of_gates_in_a_row_are_of_mixed_paths(routed):
-    """Of a norm behind two gates: the mean over its choice's share of each batch, whatever was chosen before."""
+    """Of a norm behind two gates: the mean over batches at its choice, whatever was chosen before, and no older one."""
     net, batches = copy.deepcopy(routed["blocks"]), [images(*SIZE, n=9, dtype=torch.float64, seed=s) for s in range(3)]
+    with torch.no_grad():
+        for key, buffer in net.named_buffers():
+            if "slim_mean" in key:
+                buffer.add_(100.0)  # what calibration leaves behind would show
     before, seen = torch.random.get_rng_state(), []
     norm = net.model.get_submodule("stages.0.1.bn")
-    norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    hook = norm.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach()) if module.training else None
+    )
     net.calibrate(batches)
+    hook.remove()
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert [len(x) for x in seen] == [4, 4, 4]  # the others skip the block
+    assert {len(x) for x in seen} == {9}  # one choice at a time
     number = max(int(key.rpartition("_")[2]) for key, _ in norm.named_buffers() if "slim_mean" in key)
-    mean = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
+    mean = torch.stack([x.mean((0, 2, 3)) for x in seen[-3:]]).mean(0)
     torch.testing.assert_close(norm.get_buffer(f"slim_mean_{number}"), mean, rtol=1e-9, atol=1e-12)
+    stale = [key for key, value in net.named_buffers() if "slim_mean" in key and float(value.abs().max()) > 90]
+    assert len(stale) == 3  # of each place, the choice in which the block does not run
+    state = copy.deepcopy(net.state_dict())
+    net.calibrate(batches)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items() if "num_batches" not in key)
+
+
+def test_what_overrules_the_gates_is_not_overruled_again(routed):
+    net = routed["width"]
+    for overruled in (net.always(1), net.cascade(0.5)):
+        for name, args in (("for_one_image", ()), ("always", (0,)), ("cascade", (0.5,))):
+            with pytest.raises(WidthError, match="is of the net with gates"):
+                getattr(overruled, name)(*args)
+    for choice in (-1, 3):
+        with pytest.raises(WidthError, match=f"choice={choice}: must be from 0 to 2"):
+            net.always(choice)
+    with pytest.raises(WidthError, match="2 images: this net takes one at a time"):
+        net.for_one_image()(images(*SIZE, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["width", "blocks"])
