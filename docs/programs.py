@@ -34,7 +34,10 @@ def options(path: Path) -> str:
     """What `--help` prints behind the docstring, 74 columns wide; empty for a program without options."""
     if PARSED not in path.read_text():
         return ""
-    shown, paths = io.StringIO(), [str(path.parent), str(ROOT / "tests"), *sys.path]
+    shown, paths = (
+        io.StringIO(),
+        [str(path.parent), *(str(ROOT / name) for name in ("recipes", "tools", "tests")), *sys.path],
+    )
     environment = {"COLUMNS": "74", "NO_COLOR": "1", "TERM": "dumb"}
     with mock.patch.object(sys, "argv", [path.name, "--help"]), mock.patch.object(sys, "path", paths):
         with mock.patch.dict(os.environ, environment), redirect_stdout(shown):
