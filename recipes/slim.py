@@ -92,12 +92,15 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
     """Everything of one seed."""
     feed = args.memory_feed(seed)
     plain, about = args.net(feed, seed)
-    for name in args.after:  # before anything is trained
-        if name not in (known := dict(plain.named_modules())):
+    known = dict(plain.named_modules())
+    for name in args.after:  # before anything is made and trained
+        if name not in known:
             raise PlanError(f"--after {name}: no such module{did_you_mean(name, known)}")
     model = gs.slim(plain, LEVELS, input_size=feed.input_size).to(args.running.torch_device())
     space, table = gs.width_space(model), SlimSpace(model, feed.input_size)
-    gs.route(model, space, after=args.after, seed=seed, input_size=feed.input_size)  # the same: their order
+    gs.route(
+        model, space, after=args.after, seed=seed, input_size=feed.input_size
+    )  # refuses what is no unit, and another order, too
     train_supernet(model, feed, epochs=args.length.epochs, config=args.training, mode=args.mode, seed=seed)
     batches = [feed.train.batch(update)[0] for update in range(args.calibration)]
     score = WidthScore(model, batches, lambda net: -evaluate(net, feed.val).loss)

@@ -121,7 +121,7 @@ def _class_folders(part: Path) -> dict[str, Path]:
     return {d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."}
 
 
-#: What is told of it.
+#: The note for the user.
 SPLIT = "there is no folder test/: a fifth of each class, the same images in every run, is kept for the test"
 
 

@@ -187,8 +187,8 @@ class Routed(nn.Module):
             return
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
+            norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)]
             for place, span in enumerate(pairwise([0, *self._ends]), -1):  # what lies before the first place, too
-                norms = [(name, m) for name, m in self.model.named_modules() if isinstance(m, _BatchNorm)]
                 leave = [norm for name, norm in norms if not self._chain.within([name], *span)]
                 for choice in range(len(self._own[place]) if place >= 0 else 1):
                     calibrate_bn(self._overruled(partial(self._mixed, place, choice)), batches, leave=leave)

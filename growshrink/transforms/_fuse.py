@@ -101,9 +101,9 @@ def fuse_along(model: nn.Module, flow: Flow) -> nn.Module:
     commit = partial(_commit, merges=_plan(model, flow))
     for inputs in flow.inputs.each():
         check_unchanged(model, commit, inputs)
-    born_grown = isinstance(model, StagedNet) and any(isinstance(m, PureBottleneck) for m in model.modules())
+    built_grown = isinstance(model, StagedNet) and any(isinstance(m, PureBottleneck) for m in model.modules())
     commit(model)
-    if born_grown and "architecture" in (cfg := vars(model).get("pretrained_cfg") or {}):
+    if built_grown and "architecture" in (cfg := vars(model).get("pretrained_cfg") or {}):
         vars(model)["pretrained_cfg"] = {**cfg, "architecture": plain_form(cfg["architecture"], {}, grown=True)[0]}
     vars(model)["was_grown"] = True
     return model
