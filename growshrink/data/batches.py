@@ -22,6 +22,7 @@ from growshrink.base.config import check_fields
 from growshrink.base.limits import Interval, NotNegative, Share
 from growshrink.base.seeding import generator, own_randomness
 from growshrink.data.datasets import Split
+from growshrink.data.randaugment import randaugment
 from growshrink.errors import DataError
 
 #: Uniform numbers that decide about an image.
@@ -61,7 +62,7 @@ class PhotoAugment:
         if self.resized_crop:
             images = _bytes(_crop(images.float(), draws_ND[:, :4], self.resized_crop))
         if self.randaugment:
-            images = _randaugment(images, (draws_ND[:, 8] * 2**24).long().tolist(), self.randaugment)
+            images = randaugment(images, (draws_ND[:, 8] * 2**24).long().tolist(), self.randaugment)
         if self.jitter:
             images = _bytes(_jitter(images.float(), draws_ND[:, 4:8], self.jitter))
         return images.permute(0, 2, 3, 1).contiguous()
@@ -106,17 +107,6 @@ def _jitter(images_NCHW: Tensor, draws_N4: Tensor, most: float) -> Tensor:
     eye = torch.eye(3, device=images.device)
     rotation = turn.cos() * eye + (1 - turn.cos()) / 3 + turn.sin() * axes
     return torch.einsum("nij,njhw->nihw", rotation @ torch.lerp(grey_C.expand(3, 3), eye, saturation[..., 0]), images)
-
-
-def _randaugment(images_NCHW: Tensor, seeds: Sequence[int], magnitude: int) -> Tensor:
-    """torchvision's, image by image: it changes all images of a batch alike."""
-    from torchvision.transforms import v2
-
-    transform, changed = v2.RandAugment(magnitude=magnitude), []
-    for image, seed in zip(images_NCHW.cpu(), seeds, strict=True):
-        with own_randomness(seed):
-            changed.append(transform(image))
-    return torch.stack(changed).to(images_NCHW.device)
 
 
 Batch = tuple[Tensor, Tensor]

@@ -5,8 +5,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
+from growshrink.base.seeding import own_randomness
 from growshrink.data.batches import DRAWS, Augment, PhotoAugment, TrainBatches
 from growshrink.data.datasets import Split
+from growshrink.data.randaugment import OPERATIONS, _draw, randaugment
 from growshrink.errors import DataError
 
 STATS = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
@@ -84,6 +86,20 @@ def test_jitter_is_torchvisions_one_change_at_a_time():
     red = torch.tensor([[[[200, 10, 10]]]], dtype=torch.uint8)
     found = PhotoAugment(jitter=1.0).change(red, draws).flatten()  # a quarter of a turn, towards green
     assert found[1] > found[0] > found[2] and torch.equal(PhotoAugment(jitter=0.5).change(images, half), images)
+
+
+@pytest.mark.parametrize(("magnitude", "channels"), [(9, 3), (30, 1)])
+def test_randaugment_is_torchvisions_on_each_image_alone(magnitude, channels):
+    random = torch.Generator().manual_seed(magnitude)
+    images = torch.randint(256, (90, 10, 12, channels), dtype=torch.uint8, generator=random).permute(0, 3, 1, 2)
+    seeds = torch.randint(2**24, (90,), generator=random).tolist()
+    assert {operation for seed in seeds for operation, _ in _draw(seed)} == set(OPERATIONS)
+    before, transform = images.clone(), v2.RandAugment(magnitude=magnitude)
+    found = randaugment(images, seeds, magnitude)
+    for image, seed, ours in zip(images, seeds, found, strict=True):
+        with own_randomness(seed):
+            assert torch.equal(transform(image), ours), _draw(seed)
+    assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
