@@ -118,7 +118,7 @@ def main(args: Args) -> None:
         model, about = args.model.make(feed)
         plan, why = (kept, "") if (kept := kept_plan(args, folder)) else plan_in_time(args, model, feed, about)
         config = configure(args, feed, plan)
-        config = replace(config, **args.running.decide_speed(model, feed, folder))
+        config = args.running.decide_speed(config, model, feed, folder)
         run: dict[str, Any] = {"about": about, "config": config}
         if why:
             run["why"] = f"{why}."

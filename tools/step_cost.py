@@ -3,6 +3,7 @@
     python tools/step_cost.py                               every mode on reducenet20 grown with ratio 4, and _x4
     python tools/step_cost.py resnet18 --ratio 2 --pixels 64 --batch-size 16
     python tools/step_cost.py reducenet20 resnet18 --branches se condconv moe --ratio 4     of branches, at full width
+    python tools/step_cost.py resnet18 --branches dbb --recompute       for less memory: grown layers run once more
     python tools/step_cost.py --strict                      exit 1 if the default mode costs more than 1.5 plain steps
 
 A plain step trains the plain net. The two take turns and each pair of turns gives a ratio (see benchmark.py); a mode
@@ -24,6 +25,7 @@ from growshrink.cli.forms import pick
 from growshrink.cli.options import GrowOptions
 from growshrink.cli.program import run_program
 from growshrink.errors import RunError
+from growshrink.layers import recompute
 from growshrink.proofs._profile import training_macs, training_memory
 from growshrink.supernet.cost import StepCost
 from growshrink.training import TrainConfig, Trainer
@@ -55,6 +57,7 @@ class Args(TimedArgs):
     nets: NetOptions = NetOptions(models=("reducenet20", "reducenet20_x4"))
     rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
     grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
+    training: TrainConfig = pick(TrainConfig(lr=1e-3), "recompute")
 
 
 def main(args: Args) -> int:
@@ -69,12 +72,14 @@ def main(args: Args) -> int:
         rows: Mapping[str, Mapping[str, Any]] = {kind: {} for kind in args.grow.branches} or MODES
         for mode, options in rows.items():
             of = branch_cost if args.grow.branches else measure
-            macs, memory, row = of(bench, args, name, mode, options)
+            with recompute(args.training.recompute):  # for what is counted; trainers have it in their configs
+                macs, memory, row = of(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
             times = f"{row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}"
             print(f"{name:16s} {mode:22s} {macs:6.2f} {memory:6.2f} {times}", flush=True)
+    how = "; grown layers recomputed" if args.training.recompute else ""
     settings = f"batch {nets.batch_size}, {nets.pixels} pixels"
-    print(f"\nOver a step of the plain net; {settings}; {conditions(before)}")
+    print(f"\nOver a step of the plain net; {settings}; {conditions(before)}{how}")
     if missed:
         print(f"MISSED: the default mode is to cost at most {DEFAULT_AT_MOST} plain steps in MACs.")
     return int(args.pairs.strict and missed)
@@ -87,7 +92,7 @@ def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping
     grown = gs.grow(plain, kind, ratio=args.rounds.ratio, init="paper", input_size=size)
     images = torch.randn(batch, *size).contiguous(memory_format=torch.channels_last)
     batches = OneBatch((images, torch.randint(10, (batch,))), batch)
-    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), batches) for net in (grown, plain)]
+    trainers = [Trainer(channels_last(net), args.training, batches) for net in (grown, plain)]
     one = gs.schedules.constant(1.0)
 
     def advance(trainer: Trainer) -> None:
@@ -108,7 +113,7 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
     task = gs.NetAugTask(grown, verbose=False, input_size=size, **options)
     images = torch.randn(args.nets.batch_size, *size).contiguous(memory_format=torch.channels_last)
     batches = OneBatch((images, torch.randint(10, (args.nets.batch_size,))), args.nets.batch_size)
-    trainers = [Trainer(channels_last(net), TrainConfig(lr=1e-3), batches) for net in (grown, plain)]
+    trainers = [Trainer(channels_last(net), args.training, batches) for net in (grown, plain)]
     task.attach(trainers[0].optimizer)
     one = gs.schedules.constant(1.0)
 

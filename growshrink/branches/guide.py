@@ -39,6 +39,7 @@ class Guided(Modulated, kind=""):
     """Base of the branches whose numbers a `Guide` gives, from its embedding of the images."""
 
     guide: RunGuide | None = None
+    recomputable = False  # the guide has forgotten its images by the backward pass
 
     def coefficients(self, source: Tensor) -> Tensor:
         """See `Modulated.coefficients`; GrowShrinkError where no guide has run and lam is not 0."""

@@ -246,8 +246,8 @@ class RunOptions:
         """The device, chosen where it is to be."""
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
-    def decide_speed(self, model: nn.Module, feed: Feed, folder: RunFolder) -> dict[str, Any]:
-        """Whether to train in bfloat16 ("amp") and compiled ("compile"): once for a run and for all its ranks.
+    def decide_speed(self, config: TrainConfig, model: nn.Module, feed: Feed, folder: RunFolder) -> TrainConfig:
+        """Decide whether to train in bfloat16 and compiled: once for a run and for all its ranks.
 
         The environment variables GROWSHRINK_AMP and GROWSHRINK_COMPILE (on, off) stand for measurements.
         """
@@ -255,6 +255,8 @@ class RunOptions:
         for what in ("amp", "compile"):
             if (choice := getattr(self, what)) == "auto":
                 choice = os.environ.get(f"GROWSHRINK_{what.upper()}", "auto")
+            if self.compile == "auto" and what == "compile" and config.recompute:
+                choice = "off"
 
             def decide(what: str = what) -> bool:
                 if not folder.fresh:
@@ -265,7 +267,7 @@ class RunOptions:
                 return on
 
             chosen[what] = run_on_rank0(decide) if choice == "auto" else choice == "on"
-        return chosen
+        return replace(config, **chosen)
 
     def torch_device(self) -> torch.device:
         """Return the device, if it is there."""
@@ -323,7 +325,7 @@ class Options:
         """Run a plan as the options have it; `about` says how to make the model again, `more` goes into the record."""
         running = self.running
         running.set_threads()
-        config = config or replace(self.training, **running.decide_speed(model, feed, folder))
+        config = config or running.decide_speed(self.training, model, feed, folder)
         options = {name: value for name, value in vars(self.data).items() if name not in _NOT_OF_THE_DATA}
         about = {"command": command(), "seed": running.seed, "model": about, "options": options, **more}
         keywords: dict[str, Any] = {name: getattr(running, name) for name in ("tensorboard", "save_every", "keep")}

@@ -11,9 +11,10 @@ from torchvision.ops import FrozenBatchNorm2d
 from growshrink.algebra.convmap import ConvMap
 from growshrink.errors import AlgebraError
 from growshrink.layers.activations import VanishingReLU
+from growshrink.layers.recompute import Recomputed
 
 
-class Mergeable(nn.Module):
+class Mergeable(Recomputed):
     """Base of the modules that are one affine map once their activations are gone."""
 
     was_grown = True  # the net is; see growshrink.set_lambda

@@ -6,13 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from growshrink.algebra.dataflow import MetaNorms, inputs_for, run_operator
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs, output_leaves
 from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
+from growshrink.layers.grown import grown_modules
+from growshrink.layers.recompute import recomputing
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def training_memory(model: nn.Module, input_size: InputLike, batch_size: int) ->
 
     Weights, their gradients, and what autograd keeps of a batch of `batch_size` images; not the optimizer's state (of
     momentum, as much as the weights), an average of the weights (the same), or what an operation takes while it runs.
+    Inside `growshrink.layers.recompute` it counts as that keeps; the backward pass then adds one layer's at a time.
 
     >>> gs.proofs.training_memory(net, (3, 32, 32), batch_size=128)
     13131056
@@ -132,6 +135,8 @@ def training_memory(model: nn.Module, input_size: InputLike, batch_size: int) ->
             kept[storage] = tensor  # held on to: no other gets its number
         return tensor
 
+    for module in grown_modules(replica).values() if recomputing() else ():
+        module.register_forward_pre_hook(lambda _, inputs: tree_map_only(torch.Tensor, keep, inputs))
     dtype = next((p.dtype for p in tensors), torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         inputs_for(model, input_size).batch(batch_size, seed=None).to("meta", dtype).run(replica)

@@ -23,6 +23,7 @@ from growshrink.data.batches import Batch
 from growshrink.data.feed import UpdateBatches
 from growshrink.errors import PlanError, RunError
 from growshrink.layers.activations import follow_lambda
+from growshrink.layers.recompute import recompute
 from growshrink.layers.regions import called, compiled_regions
 from growshrink.schedules.functions import Schedule
 from growshrink.training._evaluate import Loss
@@ -60,6 +61,8 @@ class TrainConfig:
         metric: What rounds are judged by, a field of `Score`.
         amp: bfloat16 autocast in training: about twice as fast where the machine has bfloat16 instructions, slower
             elsewhere. Scores are always taken in float32.
+        recompute: Keep of each grown layer only its input for the backward pass, and run it once more then: less memory
+            for more time, the same results (see `growshrink.layers.recompute`). Not together with `compile`.
         compile: `torch.compile` for the updates, part by part, again after a change of structure; not for lam or
             widths. Results are equal up to rounding.
     """
@@ -74,6 +77,7 @@ class TrainConfig:
     clip_grad: Positive | None = None
     layer_decay: SomeOrAll = 1.0
     freeze: Regex | None = None
+    recompute: bool = False
     class_weights: Annotated[tuple[NotNegative, ...], NoOption()] = ()
     metric: Annotated[Literal["top1", "balanced", "macro_f1"], NoOption()] = "top1"
     amp: Annotated[bool, NoOption()] = False
@@ -83,6 +87,8 @@ class TrainConfig:
         check_fields(self)
         if self.optimizer in ("sgd", "nesterov") and not self.momentum:
             raise PlanError(f"momentum=0: optimizer {self.optimizer!r} is Nesterov's; without any, take 'momentum'.")
+        if self.recompute and self.compile:
+            raise PlanError("recompute: not together with compile, which chooses for itself what is kept; take one.")
 
 
 class Task(Protocol):
@@ -178,7 +184,7 @@ class Trainer:
             raise PlanError("class_weights: not with sampled widths, whose losses are computed elsewhere.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
-        with called(self._compiled):  # scores, surgery and proofs run as ever
+        with called(self._compiled), recompute(self.config.recompute):  # scores, surgery and proofs run as ever
             while self.update < stop:
                 question = teacher.question(self.update) if teacher is not None and task is None else self.update
                 batch = self.batches.batch(question)

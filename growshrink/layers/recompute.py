@@ -1,0 +1,85 @@
+"""Recomputing grown layers in the backward pass, so that what is inside their branches need not be kept for it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+_ON: ContextVar[bool] = ContextVar("recompute", default=False)
+
+_Attributes = list[tuple[nn.Module, dict[str, Any]]]
+
+
+@contextmanager
+def recompute(on: bool = True) -> Iterator[None]:
+    """Let the forward passes inside keep of every grown layer its input alone; backward runs the layer again.
+
+    The gradients, and the running statistics, are those of a pass that keeps everything, bit by bit: a layer runs again
+    with the statistics, widths, lam and random numbers it ran with. It costs the grown layers' forward pass once more.
+    Layers that a guide feeds are kept; what is compiled by `torch.compile` chooses for itself what it keeps.
+
+    Source: Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174), one segment a grown layer.
+
+    >>> grown = gs.grow(net, "dbb").train()
+    >>> with gs.layers.recompute():
+    ...     loss = grown(torch.randn(8, 3, 32, 32)).sum()
+    >>> loss.backward()
+    """
+    token = _ON.set(on)
+    try:
+        yield
+    finally:
+        _ON.reset(token)
+
+
+def recomputing() -> bool:
+    """Whether this runs inside `recompute`."""
+    return _ON.get()
+
+
+class Recomputed(nn.Module):
+    """Base of the modules that `recompute` is about."""
+
+    recomputable = True  # of a module inside: False where it reads what is gone by the backward pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module as ever, or keep its input alone."""
+        if torch.compiler.is_compiling() or not _ON.get() or not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        if not all(getattr(module, "recomputable", True) for module in self.modules()):
+            return super().__call__(*args, **kwargs)
+        return _kept_by_input(self, super().__call__, *args, **kwargs)
+
+
+def _kept_by_input(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    then = [(part, {**vars(part), "_buffers": _copied(part._buffers)}) for part in module.modules()]
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _as_it_was(then)
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        with recompute(False):  # of a grown layer inside
+            return call(*args, **kwargs)
+
+    return checkpoint(whole, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+@contextmanager
+def _as_it_was(then: _Attributes) -> Iterator[None]:
+    """Give modules the attributes and buffers of `then`; afterwards they have their own again, untouched."""
+    now: _Attributes = [(part, vars(part)) for part, _ in then]
+    try:
+        for part, old in then:
+            object.__setattr__(part, "__dict__", {**old, "_buffers": _copied(old["_buffers"])})
+        yield
+    finally:
+        for part, own in now:
+            object.__setattr__(part, "__dict__", own)
+
+
+def _copied(buffers: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}
