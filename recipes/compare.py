@@ -10,7 +10,7 @@
 A plan file names data, net, budget, seeds and arms (see recipes/plans/). Learning rates are tuned first, if the plan
 says so: the same trials for every arm, judged on a part of the training set. A finished run is a line of runs.jsonl in
 --out, with config, versions, scores and history. What has a line is not trained again, here or on another machine that
-has plan.json and runs.jsonl, so arms and seeds may be added there; unfinished runs are resumed from --out/runs/.
+has plan.json and runs.jsonl, so arms, seeds and rates may be added there; unfinished runs are resumed from --out/runs/.
 README.md (the table, the verdicts), table.json and curves.png are made from these two files alone.
 """
 

@@ -50,7 +50,7 @@ from side_by_side import StackedFeed, stack_nets, unstack_net
 #: How far the cost of a run may be from its budget.
 TOLERANCE = 0.02
 #: What may be added to between two starts of an experiment.
-MAY_GROW = ("arms", "seeds", "own_arms")
+MAY_GROW = ("arms", "seeds", "own_arms", "tuning")
 #: Optimizers (of timm's names) to which S nets side by side are S nets.
 ELEMENTWISE = ("sgd", "nesterov", "momentum", "adam", "adamw", "nadam", "nadamw", "radam", "rmsprop", "lion")
 
@@ -87,6 +87,10 @@ def differs(experiment: Experiment, old: Mapping[str, Any]) -> str | None:
     changed = [key for key in new if old[key] != new[key] and key not in MAY_GROW]
     own = new["own_arms"]
     changed += [f"own_arms, {name}," for name, arm in old["own_arms"].items() if own.get(name, arm) != arm]
+    if new["tuning"] != old["tuning"]:  # an arm whose best rate is the last of the grid needs one more
+        before, now = old["tuning"] or {"lr": ()}, new["tuning"] or {"lr": ()}
+        if not set(before["lr"]) <= set(now["lr"]) or (old["tuning"] and {**now, "lr": 0} != {**before, "lr": 0}):
+            changed.append("tuning")
     return next(iter(changed), None)
 
 

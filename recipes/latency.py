@@ -5,7 +5,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from growshrink.base.reading import read_json
 from growshrink.base.timing import interleaved_timings, machine
 from growshrink.base.writing import write_atomic
 from growshrink.data.datasets import CACHE
-from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, links_of, merge_cut, random_cut, vanish_cut
+from growshrink.depth.segments import Cut, Segment, all_segments, cut_at, links_of, merge_cut, vanish_cut
 from growshrink.errors import RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.proofs.probes import random_images
@@ -171,3 +171,14 @@ def _conv(conv: nn.Module) -> str:
     assert isinstance(conv, nn.Conv2d)
     kernel = "x".join(map(str, conv.kernel_size))
     return f"{conv.in_channels}-{conv.out_channels}/{conv.stride[0]} {kernel}" + f" g{conv.groups}" * (conv.groups > 1)
+
+
+def random_cut(segments: Iterable[Segment], draw: random.Random) -> Cut:
+    """A cut of the whole net into some of the segments, drawn from front to back."""
+    segments, cut = list(segments), list[Segment]()
+    for stage in sorted({segment.stage for segment in segments}):
+        start = 0
+        while following := [s for s in segments if s.stage == stage and s.start == start]:
+            cut.append(draw.choice(following))
+            start = cut[-1].stop
+    return tuple(cut)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from growshrink.base.environment import versions
 from growshrink.base.locking import lock_byte, unlock_byte
-from growshrink.base.progress import duration, progress_bar
+from growshrink.base.progress import progress_bar
 from growshrink.base.reading import clean_keys, parse_json, read_json, read_tensors, reason
 from growshrink.base.writing import json_line, write_atomic, write_json
 from growshrink.cli.forms import pick, plain_options
@@ -270,3 +270,11 @@ class StudyOptions(ResultOptions):
         torch.manual_seed(seed)
         model, about = self.model.make(feed)
         return model.to(self.running.torch_device()), about
+
+
+def duration(seconds: float) -> str:
+    """A time in one unit: 40 s, 12 min, 3.4 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{max(1.0, seconds):.0f} s"

@@ -21,10 +21,10 @@ from growshrink.base.limits import Count, NotNegative
 from growshrink.cli.forms import pick
 from growshrink.cli.options import ModelOptions, RunOptions, TimingOptions
 from growshrink.cli.program import run_program
-from growshrink.depth.segments import Cut, random_cut
+from growshrink.depth.segments import Cut
 from growshrink.errors import PlanError
 from inputs import NetOptions
-from latency import Latencies, measure_cuts, measure_latencies
+from latency import Latencies, measure_cuts, measure_latencies, random_cut
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,11 +41,3 @@ def progress_bar(items: Iterable[Any] | None = None, what: str = "", *, show: bo
     stream = sys.stderr if terminal else PlainLines(sys.stderr)
     more = {"unit": "update", "leave": False, "dynamic_ncols": True, "file": stream, **rarely, **more}
     return tqdm(items, what or None, disable=not show, **more)
-
-
-def duration(seconds: float) -> str:
-    """A time in one unit: 40 s, 12 min, 3.4 h."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{max(1.0, seconds):.0f} s"

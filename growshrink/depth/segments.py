@@ -4,8 +4,7 @@ In a ReduceNet they are the blocks of a stage, whose skips merge too. In any oth
 (`growshrink.depth.chains`), which a skip may span: it stays, or becomes a tap of the kernel (`absorb_skips`).
 """
 
-import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -88,17 +87,6 @@ def links_of(model: nn.Module, like: nn.Module | None = None) -> Sequence[Sequen
 def _slims(model: nn.Module, links: Sequence[Link]) -> bool:
     first, *rest = (max(cast(nn.Conv2d, model.get_submodule(link.conv)).kernel_size) for link in links)
     return bool(rest) and first >= max(rest) > 1
-
-
-def random_cut(segments: Iterable[Segment], draw: random.Random) -> Cut:
-    """A cut of the whole net into some of the segments, drawn from front to back."""
-    segments, cut = list(segments), list[Segment]()
-    for stage in sorted({segment.stage for segment in segments}):
-        start = 0
-        while following := [s for s in segments if s.stage == stage and s.start == start]:
-            cut.append(draw.choice(following))
-            start = cut[-1].stop
-    return tuple(cut)
 
 
 def check_reducenet(model: ReduceNet) -> None:

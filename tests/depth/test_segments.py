@@ -10,13 +10,14 @@ from torch import nn
 
 import growshrink as gs
 from growshrink.depth.chains import chains_of
-from growshrink.depth.segments import Segment, all_segments, merge_cut, random_cut, uncut, vanish_cut
+from growshrink.depth.segments import Segment, all_segments, merge_cut, uncut, vanish_cut
 from growshrink.depth.skips import reserve_skips
 from growshrink.errors import MergeError, PlanError
 from nets import images, net, randomized, rel, train_a_bit, untouched
 from program import module_of
 from sampled import sampled
 
+random_cut = module_of(Path(__file__).parents[2] / "recipes" / "latency.py").random_cut
 plain_at_depth = module_of(Path(__file__).parents[2] / "recipes" / "knob.py").plain_at_depth
 
 CUTS = [

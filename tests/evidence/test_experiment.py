@@ -264,12 +264,18 @@ def test_a_plan_without_what_a_table_needs_is_refused(key, words):
         ArmComparison.from_plan(plan)
 
 
-def test_more_arms_and_seeds_are_the_same_experiment_and_nothing_else_is():
+def test_more_arms_seeds_and_rates_are_the_same_experiment_and_nothing_else_is():
     kept = TINY.to_json()
     assert differs(replace(TINY, arms=("plain", "dbb"), seeds=(0, 1, 2)), kept) is None
     assert differs(replace(TINY, arms=("plain", "dbb"), batch_size=32), kept) == "batch_size"
     assert "short" in differs(replace(TINY, own_arms={"short": ARMS["dbb"]}), kept)
     assert differs(replace(TINY, own_arms={**TINY.own_arms, "new": ARMS["dbb"]}), kept) is None
+    tuned = replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=1.0))
+    assert differs(tuned, kept) is None
+    more = replace(TINY, tuning=Tuning(lr=(0.05, 0.1, 0.2), budget=1.0))
+    assert (differs(more, tuned.to_json()), differs(tuned, more.to_json())) == (None, "tuning")
+    assert differs(TINY, tuned.to_json()) == "tuning"
+    assert differs(replace(TINY, tuning=Tuning(lr=(0.1, 0.2), budget=2.0)), tuned.to_json()) == "tuning"
     del kept["tuning"]  # written before there was such a thing
     assert differs(TINY, kept) is None
 
