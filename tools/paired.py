@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -58,6 +59,7 @@ class Bench:
     round_batch: int = 8
     round_updates: int = 700  # from 625 on LEAST_SETTLE does not change the default shares
     progress: bool = True
+    own_thread: bool = False  # see PairOptions.processor_time
     rows: list[Row] = field(default_factory=list)
 
     def compare(
@@ -69,13 +71,14 @@ class Bench:
         """
         for _ in range(2):  # warm up: allocator, primitive caches, worker processes
             a(), b()
-        first, second = seconds_of(a), seconds_of(b)
+        seconds = partial(seconds_of, own_thread=self.own_thread)
+        first, second = seconds(a), seconds(b)
         calls = max(1, math.ceil(TURN / min(first, second)))
         pairs = int(self.seconds / (calls * (first + second)))
         times_a, times_b = [], []
         for _ in self.bar(min(MOST_REPEATS, max(self.least_repeats, pairs)), what):
-            times_a.append(1e3 * seconds_of(a, calls))
-            times_b.append(1e3 * seconds_of(b, calls))
+            times_a.append(1e3 * seconds(a, calls))
+            times_b.append(1e3 * seconds(b, calls))
         unit = "ms" if images is None else "images/s"
         if images is not None:
             times_a, times_b = ([1e3 * n / ms for ms in t] for n, t in zip(images, (times_a, times_b), strict=True))
@@ -110,6 +113,8 @@ class PairOptions:
     """A smoke run: very few repeats, times that mean nothing."""
     strict: bool = False
     """Exit 1 if a target is missed."""
+    processor_time: bool = False
+    """Time what the processor spends on this thread, not what passes: on a busy machine, with --threads 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,7 @@ class TimedArgs:
         self.running.set_threads()
         bench = (quick or Bench(0.02, 2)) if self.pairs.quick else Bench(self.pairs.seconds, least_repeats)
         bench.progress = not self.running.quiet
+        bench.own_thread = self.pairs.processor_time
         return bench
 
 

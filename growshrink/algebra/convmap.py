@@ -89,9 +89,8 @@ class ConvMap:
         scale_O = (bn.running_var.to(dtype) + bn.eps).rsqrt()
         if bn.weight is not None:
             scale_O = scale_O * bn.weight.to(dtype)
-        bias_O = -bn.running_mean.to(dtype) * scale_O
-        if bn.bias is not None:
-            bias_O = bias_O + bn.bias.to(dtype)
+        shift_O = torch.zeros_like(scale_O) if bn.bias is None else bn.bias.to(dtype)
+        bias_O = torch.addcmul(shift_O, bn.running_mean.to(dtype), scale_O, value=-1)
         return ConvMap(scale_O.reshape(-1, 1, 1, 1), bias_O, groups=bias_O.numel())
 
     @staticmethod
@@ -142,11 +141,21 @@ class ConvMap:
     def __call__(self, x: Tensor) -> Tensor:
         """`(N, I, H, W) -> (N, O, H', W')`."""
         (top, bottom), (left, right) = self.padding
-        if self.padding != NO_PADDING:
-            x = F.pad(
-                x, (left, right, top, bottom), mode="constant" if self.padding_mode == "zeros" else self.padding_mode
-            )
-        return F.conv2d(x, self.kernel, self.bias, self.stride, 0, self.dilation, self.groups)
+        pads, kernel = (left, right, top, bottom), self.kernel.to(x.dtype)
+        late = self._is_pointwise and self.stride == (1, 1) and not self.biased and self.padding_mode == "zeros"
+        if any(pads) and not late:
+            x = F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+        if self._is_pointwise and self._is_depthwise:
+            y = x[:, :, :: self.stride[0], :: self.stride[1]] * kernel.view(-1, 1, 1)
+        elif self.groups > 1 or x[:, 0].numel() > 2 * self.in_channels:
+            y = F.conv2d(x, kernel, None, self.stride, 0, self.dilation, self.groups)
+        else:  # on few pixels a product of unfolded images is faster
+            windows = x.permute(0, 2, 3, 1).unfold(1, self.extent[0], self.stride[0])
+            windows = windows.unfold(2, self.extent[1], self.stride[1])[..., :: self.dilation[0], :: self.dilation[1]]
+            columns = windows.permute(0, 1, 2, 4, 5, 3).flatten(3)
+            y = (columns @ kernel.permute(2, 3, 1, 0).flatten(0, 2)).permute(0, 3, 1, 2)
+        y = y + self.bias.to(x.dtype)[:, None, None] if self.biased else y
+        return F.pad(y, pads) if late and any(pads) else y
 
     # ---- algebra
 
@@ -292,12 +301,10 @@ class ConvMap:
         """The output `(O,)` for an image that holds `value_I` everywhere."""
         sums_OI = self.kernel.flatten(1) if self._is_pointwise else self.kernel.sum((2, 3))
         if self._is_depthwise:
-            value_O = sums_OI.flatten() * value_I
-        elif self.groups == 1:
-            value_O = sums_OI @ value_I
-        else:
-            value_O = (sums_OI.unflatten(0, (self.groups, -1)) @ value_I.view(self.groups, -1, 1)).flatten()
-        return value_O + self.bias if self.biased else value_O
+            return torch.addcmul(self.bias, sums_OI.flatten(), value_I)
+        if self.groups == 1:
+            return torch.addmv(self.bias, sums_OI, value_I)
+        return self.bias + (sums_OI.unflatten(0, (self.groups, -1)) @ value_I.view(self.groups, -1, 1)).flatten()
 
     @property
     def _shrinkage(self) -> Pair:
@@ -351,8 +358,8 @@ class ConvMap:
         ]
         (top, bottom), (left, right) = margins
         kernel = spread(self.kernel, grid_steps(self.dilation, dilation))
-        if margins != [(0, 0), (0, 0)]:
-            kernel = F.pad(kernel, (left, right, top, bottom))
+        if margins != [(0, 0), (0, 0)]:  # channels last, as products are
+            kernel = F.pad(kernel.permute(0, 2, 3, 1), (0, 0, left, right, top, bottom)).permute(0, 3, 1, 2)
         return replace(self, kernel=kernel, padding=padding, dilation=dilation)
 
 
@@ -371,17 +378,29 @@ def compose(maps: Sequence[ConvMap]) -> ConvMap:
     return left[0]
 
 
+def cheaper_apart(maps: Sequence[ConvMap], pixels: float) -> bool:
+    """Whether `maps` cost fewer MACs one after another, on `pixels` pixels, than multiplied out."""
+    apart = product = fan_in = 0.0
+    for each in maps:
+        if not (each._is_pointwise and each._is_depthwise):
+            pixels /= math.prod(each.stride)
+            apart += pixels * each.kernel.numel()
+            product += fan_in * each.kernel.numel()
+            fan_in = (fan_in or each.kernel.shape[1]) * math.prod(each.kernel.shape[2:])
+    return apart < product
+
+
 def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
     """The kernel of `second` after `first` where one of the two is pointwise: products of matrices, tap by tap."""
     if second._is_depthwise:
-        return second.kernel * first.kernel
+        return (second.kernel.permute(0, 2, 3, 1) * first.kernel.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     if first._is_depthwise:
         scales_GMHW = first.kernel.reshape(second.groups, 1, -1, *first.kernel.shape[2:])
         return (second.kernel.unflatten(0, (second.groups, -1)) * scales_GMHW).flatten(0, 1)
     first, second = first.regroup(groups), second.regroup(groups)
-    if groups == 1 and first._is_pointwise and second._is_pointwise:
-        return (second.kernel.flatten(1) @ first.kernel.flatten(1))[:, :, None, None]
     # channels last: where the weights are so too, this is one product without copies
+    if groups == 1 and first._is_pointwise:
+        return (second.kernel.permute(0, 2, 3, 1) @ first.kernel.flatten(1)).permute(0, 3, 1, 2)
     first_GMHWI = first.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
     second_GOHWM = second.kernel.permute(0, 2, 3, 1).unflatten(0, (groups, -1))
     if first._is_pointwise:

@@ -113,11 +113,14 @@ class Chain(Branch, kind=""):
         self.path = nn.Sequential(OrderedDict(parts))
 
     def as_convmap(self, kernel: ConvMap) -> ConvMap:
+        return compose(*self.as_chains(kernel))
+
+    def as_chains(self, kernel: ConvMap) -> list[list[ConvMap]]:
         maps: list[ConvMap] = []
         for name, part in self.path.named_children():
             channels = maps[-1].out_channels if maps else kernel.in_channels
             maps.append(convmap_of(part, f"path.{name}", channels, kernel.kernel.dtype, kernel.kernel.device))
-        total = compose(maps)
-        (top, bottom), (left, right) = total.padding
+        (top, bottom), (left, right) = maps[0].padding
         vertical, horizontal = self.crop
-        return replace(total, padding=((top - vertical, bottom - vertical), (left - horizontal, right - horizontal)))
+        padding = ((top - vertical, bottom - vertical), (left - horizontal, right - horizontal))
+        return [[replace(maps[0], padding=padding), *maps[1:]]]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.convmap import ConvMap, compose
 from growshrink.branches.base import ONE_TAP, even_sides, freeze_, leave_one_trained_, like, several
 from growshrink.layers.branch import Branch
 
@@ -113,18 +113,20 @@ class Orepa(Kernels, kind="orepa"):
         return even_sides(conv)
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        own_OIHW = self.conv.weight.to(dtype)
-        height, width = own_OIHW.shape[2:]
-        around = [width // 2, width // 2, height // 2, height // 2]
-        pointwise_OIHW = nn.functional.pad(self.pointwise.weight.to(dtype), around)
-        chain_OIHW = chain_kernel(self.before.weight.to(dtype), self.behind.weight.to(dtype), self.conv.groups)
-        average_OIHW = self.average.weight.to(dtype).expand_as(own_OIHW) / (height * width)
-        own, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
-        return own * own_OIHW + pointwise * pointwise_OIHW + chain * chain_OIHW + average * average_OIHW
+        (own,), chain = self.as_chains(ConvMap.from_conv2d(self.conv, dtype))
+        return own.kernel + compose(chain).kernel
 
-
-def chain_kernel(before: Tensor, behind: Tensor, groups: int) -> Tensor:
-    """The kernel of a 1x1 `(M, I // groups, 1, 1)` and, behind it, a kxk `(O, M // groups, kh, kw)`."""
-    before_GMI = before.flatten(1).unflatten(0, (groups, -1))
-    behind_GOMHW = behind.unflatten(0, (groups, -1))
-    return torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)
+    def as_chains(self, kernel: ConvMap) -> list[list[ConvMap]]:
+        dtype = kernel.kernel.dtype
+        own, *small, before, behind = (
+            ConvMap.from_conv2d(m, dtype)  # type: ignore[arg-type]
+            for m in (self.conv, self.pointwise, self.average, self.before, self.behind)
+        )
+        height, width = own.kernel.shape[2:]
+        scale, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
+        around = [0, 0, width // 2, width // 2, height // 2, height // 2]
+        padded = nn.functional.pad((pointwise * small[0].kernel).permute(0, 2, 3, 1), around).permute(0, 3, 1, 2)
+        spread = average / (height * width) * small[1].kernel
+        own = replace(own, kernel=torch.addcmul(padded + spread, scale, own.kernel))
+        factor = ConvMap(chain, behind.bias, groups=len(chain), biased=False)
+        return [[own], [before, behind, factor]]

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.convmap import ConvMap, Pair
+from growshrink.algebra.convmap import ConvMap, Pair, compose
 from growshrink.branches.base import ONE_TAP, Chain, even_sides, like, padding_of
-from growshrink.branches.kernels import Kernels, chain_kernel
+from growshrink.branches.kernels import Kernels
 from growshrink.layers.branch import Branch
 from growshrink.layers.mapping import Mergeable, convmap_of
 
@@ -157,7 +157,7 @@ class PublishedOrepa(Kernels, kind="orepa", published=True):
         mix = weights["mix"].flatten(1).unflatten(0, (groups, -1)).unflatten(2, (-1, 8))
         paths = [
             F.pad(weights["pointwise"], around),
-            chain_kernel(weights["before"], weights["conv"], groups),
+            compose([ConvMap.from_conv2d(conv, dtype) for conv in (self.before, self.conv)]).kernel,
             weights["average"].expand(-1, -1, height, width) / (height * width),
             weights["wave"] * self.waves.to(dtype),  # type: ignore[operator]
             torch.einsum("goit,githw->goihw", mix, depthwise).flatten(0, 1),

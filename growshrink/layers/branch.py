@@ -83,6 +83,10 @@ class Branch(nn.Module, ABC):
         `kernel` is the map of the convolution so far (x to y), its dtype the one to compute in.
         """
 
+    def as_chains(self, kernel: ConvMap) -> list[list[ConvMap]]:
+        """The same map as a sum of maps in a row, of which `collapse_online` multiplies out what is cheaper so."""
+        return [[self.as_convmap(kernel)]]
+
     def kernels(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Kernels `(N, O, I // groups, kh, kw)` and biases `(N, O)` of a branch that is `per_image`."""
         raise NotImplementedError

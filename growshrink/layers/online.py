@@ -1,24 +1,30 @@
-"""Modules that train several linear branches at the cost of one convolution: their kernel is merged in every step.
+"""Modules that train several linear branches at the cost of one layer: their kernel is merged in every step.
 
 A branch without a live activation, whose norms have frozen statistics, is a kernel that depends on its parameters
-alone: output and gradients are the same. Grown modules change their class while they are online, and nothing else.
+alone: output and gradients are the same. Kernels in a row that on few pixels cost less MACs than their product run
+beside it. Grown modules change their class while they are online, and nothing else.
 
 Source: online re-parameterisation (OREPA, Hu et al., arXiv:2204.00826) and collapsed training (SESR, Bhardwaj et al.,
 arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from growshrink.algebra.convmap import ConvMap
+from growshrink.algebra.convmap import ConvMap, cheaper_apart, compose
 from growshrink.errors import CollapseError
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import GrownConv2d, GrownConv2dSame
+from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
+from growshrink.layers.grown_linear import GrownLinear
 
 
 class OnlineModule(nn.Module):
@@ -34,7 +40,7 @@ class OnlineModule(nn.Module):
 
     def held_parts(self) -> Iterator[nn.Module]:
         """The linear parts, whose statistics are frozen and whose activations are held at lam = 0."""
-        raise NotImplementedError
+        return (part for part in self.branches if part.merged) if isinstance(self, Grown) else self.children()
 
     def train(self, mode: bool = True) -> Any:
         """Train or evaluate, but the norms of the linear parts always use their running statistics."""
@@ -47,29 +53,47 @@ class OnlineModule(nn.Module):
         raise CollapseError("merged kernels are no TorchScript: growshrink.expand_online comes before TorchScript.")
 
 
-@register_notrace_module  # the kernel is made from parameters, whose values are not to be traced
-class OnlineConv2d(OnlineModule, GrownConv2d):
-    """A `GrownConv2d` whose linear branches (`branch.merged`) run as part of its kernel, and the others beside it."""
+class OnlineLayer(OnlineModule, Grown):
+    """A grown layer whose linear branches (`branch.merged`) run as part of its kernel, and the others beside it."""
 
-    def held_parts(self) -> Iterator[nn.Module]:
-        return (branch for branch in self.branches if branch.merged)
+    def maps(self, dtype: torch.dtype, pixels: float = math.inf) -> tuple[ConvMap, list[list[ConvMap]]]:
+        """The layer with its linear branches, and of those the chains that on so many pixels are not multiplied out."""
+        own, rest = ConvMap.from_conv2d(self.as_conv(), dtype), []
+        total = replace(own, kernel=self.weight.to(dtype).view(own.kernel.shape))  # of a linear layer that was detached
+        linear = [branch for branch in self.branches if branch.merged and not branch.skipped]
+        if not all(branch.parallel for branch in linear):  # one is to find the others in the output
+            pixels = math.inf
+        for branch in linear:
+            for chain in branch.as_chains(total):
+                if cheaper_apart(chain, pixels):
+                    rest.append(chain)
+                else:
+                    total = total + compose(chain)
+        return total, rest
+
+    def run_merged(self, image: Tensor, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """The output for an image, where `run` applies the layer with a given weight and bias."""
+        with no_autocast(image.device.type):
+            total, rest = self.maps(torch.promote_types(self.weight.dtype, torch.float32), image[:, 0].numel())
+            weight, bias = (tensor.to(self.weight.dtype) for tensor in self.values_of(total))
+        out = run(weight, bias if total.biased else None)
+        for chain in rest:
+            out = out + reduce(lambda x, part: part(x), chain, image)
+        for branch in self.branches:
+            if not (branch.merged or branch.skipped):
+                out = out + branch(image, out)
+        return out
+
+
+@register_notrace_module  # the kernel is made from parameters, whose values are not to be traced
+class OnlineConv2d(OnlineLayer, GrownConv2d):
+    """A `GrownConv2d` that is online."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.collapsed:
             return super().forward(input)
         x = self.padded(input)
-        y = self._conv_forward(x, *merged(self, self._map))
-        for branch in self.branches:
-            if not (branch.merged or branch.skipped):
-                y = y + branch(x, y)
-        return y
-
-    def _map(self, dtype: torch.dtype) -> ConvMap:
-        total = ConvMap.from_conv2d(self, dtype)
-        for branch in self.branches:
-            if branch.merged and not branch.skipped:
-                total = total + branch.as_convmap(total)
-        return total
+        return self.run_merged(x, partial(self._conv_forward, x))
 
 
 @register_notrace_module
@@ -78,24 +102,27 @@ class OnlineConv2dSame(OnlineConv2d, GrownConv2dSame):
 
 
 @register_notrace_module
+class OnlineLinear(OnlineLayer, GrownLinear):
+    """A `GrownLinear` that is online."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.collapsed or input.numel() == 0:
+            return super().forward(input)
+        out = self.run_merged(self._image(input), lambda *values: self._image(F.linear(input, *values)))
+        return out.permute(0, 2, 3, 1).reshape(*input.shape[:-1], -1)
+
+
+@register_notrace_module
 class OnlineBottleneck(OnlineModule, PureBottleneck):
     """A `PureBottleneck` that runs as one convolution."""
-
-    def held_parts(self) -> Iterator[nn.Module]:
-        return self.children()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.collapsed:
             return super().forward(x)
-        return self.conv._conv_forward(x, *merged(self, self.as_convmap))
-
-
-def merged(module: nn.Module, make: Callable[[torch.dtype], ConvMap]) -> tuple[Tensor, Tensor | None]:
-    """Kernel and bias of a map in the dtype of the module's parameters, computed in float32 at least."""
-    like = next(module.parameters())
-    with no_autocast(like.device.type):
-        total = make(torch.promote_types(like.dtype, torch.float32))
-    return total.kernel.to(like.dtype), total.bias.to(like.dtype) if total.biased else None
+        dtype = self.pointwise.weight.dtype
+        with no_autocast(x.device.type):
+            total = self.as_convmap(torch.promote_types(dtype, torch.float32))
+        return self.conv._conv_forward(x, total.kernel.to(dtype), total.bias.to(dtype) if total.biased else None)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

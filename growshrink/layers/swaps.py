@@ -18,7 +18,7 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear, GrownNorm2d, GrownNormAct2d
-from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineModule
+from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineLinear, OnlineModule
 from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, add_statistics, write_active
 from growshrink.layers.widths import Slots, Width, active_width
 
@@ -36,7 +36,7 @@ _COMPUTE = ("forward", "_conv_forward", "_output_padding", "__call__", "_call_im
 TABLE = (
     Swap(nn.Conv2d, GrownConv2d, OnlineConv2d),
     Swap(Conv2dSame, GrownConv2dSame, OnlineConv2dSame),
-    Swap(nn.Linear, GrownLinear, None),
+    Swap(nn.Linear, GrownLinear, OnlineLinear),
     Swap(nn.Conv1d, GrownConv1d, None),
     Swap(nn.ConvTranspose2d, GrownConvTranspose2d, None),
     Swap(nn.BatchNorm2d, GrownNorm2d, None),
@@ -178,7 +178,6 @@ def left_net(parameter: nn.Parameter) -> bool:
 
 def go_online(module: nn.Module) -> None:
     """Change the class of a grown module whose linear branches are marked (`branch.merged`), and hold its parts."""
-    assert isinstance(module, (GrownConv2d, PureBottleneck))
     module.__class__ = _over(getattr(module, "plain_class", None), ONLINE_CLASSES[base_class(module)])
     assert isinstance(module, OnlineModule)
     for part in module.held_parts():

@@ -17,7 +17,7 @@ from growshrink.base.timing import interleaved_timings
 from growshrink.branches import Branch
 from growshrink.errors import AlgebraError, CollapseError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
-from growshrink.layers.grown import Grown, GrownConv2d, grown_modules
+from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.online import OnlineModule
 from growshrink.layers.swaps import ONLINE_CLASSES, base_class, expand_online, go_online
 from growshrink.transforms._fuse import MODULE_TOLERANCE, probe, relative_error
@@ -96,7 +96,9 @@ def collapse_online(
     if choose == "measured":
         sizes = trace(expanded, given_inputs(input_size, example_inputs)).input_sizes
         of_key: dict[Hashable, tuple[float, float]] = {}
-        seen = [name for name in online if name in sizes]
+        # of a linear layer the trace tells no number of tokens
+        linear = {name for name in online if isinstance(expanded.get_submodule(name), nn.Linear)}
+        seen = [name for name in online if name in sizes and name not in linear]
         for name in progress_bar(seen, "measuring", show=progress):
             module = _online_copy(expanded, name, online[name])
             alike = _key(module, sizes[name])
@@ -182,7 +184,8 @@ def _reasons(module: nn.Module, freeze: bool) -> list[str]:
         return [f"it is part of a {type(module).__name__}, whose forward is its own"] * len(_parts(module))
     if isinstance(module, PureBottleneck):
         return [_reason(module, None, freeze)]
-    assert isinstance(module, GrownConv2d)
+    assert isinstance(module, Grown)
+    conv = module.as_conv()
     reasons: list[str] = []
     output_read = False  # by a branch that stays, which must find in the output what it finds there now
     for branch in module.branches:
@@ -191,7 +194,7 @@ def _reasons(module: nn.Module, freeze: bool) -> list[str]:
             why = "a branch before it, which is not linear, reads the output without it"
         elif not branch.parallel and any(reasons):
             why = "it reads the output of a branch that is not linear"
-        reasons.append(why or _reason(branch, module, freeze))
+        reasons.append(why or _reason(branch, conv, freeze))
         output_read |= bool(reasons[-1]) and not branch.parallel
     return reasons
 
@@ -223,7 +226,7 @@ def _online_copy(model: nn.Module, name: str, reasons: list[str]) -> OnlineModul
 
 
 def _go_online(module: nn.Module, reasons: list[str]) -> OnlineModule:
-    if isinstance(module, GrownConv2d):
+    if isinstance(module, Grown):
         for branch, why in zip(module.branches, reasons, strict=True):
             branch.merged = not why
     go_online(module)
@@ -242,9 +245,10 @@ def _prove(name: str, module: OnlineModule) -> None:
         if isinstance(part, Branch):
             part.skipped = False
     x = probe(ConvMap.from_conv2d(_conv_of(module)))
-    once = module(x.clone())
+    call = module.on_images if isinstance(module, Grown) else module
+    once = call(x.clone())
     module.collapsed = False
-    difference = relative_error(once, module(x))
+    difference = relative_error(once, call(x))
     if not difference <= MODULE_TOLERANCE:
         raise CollapseError(
             f"{name}: a branch computes something else than its map (relative difference {difference:.1e}). A module "
@@ -253,7 +257,7 @@ def _prove(name: str, module: OnlineModule) -> None:
 
 
 def _conv_of(module: nn.Module) -> nn.Conv2d:
-    conv = module.conv if isinstance(module, PureBottleneck) else module
+    conv = module.as_conv() if isinstance(module, Grown) else module.conv
     assert isinstance(conv, nn.Conv2d)
     return conv
 

@@ -12,7 +12,7 @@ from growshrink.branches import Branch, BranchSpec
 from growshrink.errors import CollapseError, FuseError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import GrownConv2d, grown_modules
-from growshrink.layers.online import OnlineBottleneck, OnlineConv2d
+from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineLinear
 from growshrink.layers.swaps import ONLINE_CLASSES, attach
 from growshrink.transforms import _online
 from nets import ConvNet, images, net, randomized, rel, small, train_a_bit, untouched
@@ -109,6 +109,50 @@ def test_a_bottleneck_without_a_kernel_of_its_own(options):
     (y, found), (expected_y, expected) = gradients(online, x), gradients(block, x)
     assert rel(y, expected_y) < 1e-12 and rel(y, gradients(gs.expand_online(online).eval(), x)[0]) < 1e-12
     assert all(rel(found[name], expected[name]) < 1e-10 for name in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kinds", "apart"),
+    [
+        (["pointwise", "pointwise_conv", "pointwise_average"], 2),
+        (["orepa", "expandnet", "identity", "bottleneck"], 3),
+        (["orepa", "insert"], 0),  # which reads an output that is whole
+    ],
+    ids=str,
+)
+def test_on_few_pixels_kernels_in_a_row_are_not_multiplied_out(kinds, apart, dtype):
+    online = gs.collapse_online(grown_conv(kinds, kernel_size=3, padding=1, stride=1), choose="always")
+    twin = copy.deepcopy(online)
+    twin.collapsed = False
+    x = images(8, 2, 2, dtype=dtype, n=1)
+    assert len(online.maps(torch.float64, pixels=4)[1]) == apart and not online.maps(torch.float64)[1]
+    if dtype == torch.float64:
+        assert_same_gradients(online, twin, x)
+    for model in (online, twin):
+        model.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+        out, expected = online(x), twin(x)
+    assert out.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+    assert rel(out, expected) < (1e-12 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize("shape", [(5, 6), (2, 40, 6), (2, 3, 4, 6), (0, 6)], ids=str)
+def test_linear_layers(shape):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(6, 6, bias=index != 2) for index in range(4))).double()
+    kinds = ["lora", "pointwise", "identity", "pointwise_conv", "bottleneck", "insert"]
+    grown = gs.grow(model, kinds, where="1", ratio=1.5, example_inputs=torch.randn(4, 6).double())
+    gs.grow(grown, ["lora", "expandnet"], where="2", example_inputs=torch.randn(4, 6).double(), inplace=True)
+    gs.set_lambda(randomized(grown), 0.0)
+    online = gs.collapse_online(grown, batch_size=2, rounds=2, example_inputs=torch.randn(4, 6).double())
+    assert all(isinstance(layer, OnlineLinear) and layer.collapsed for layer in online[1:3])
+    x = torch.randn(shape, dtype=torch.float64)
+    if x.numel() == 0:
+        assert online(x).shape == grown(x).shape
+        return
+    assert_same_gradients(online, frozen(grown), x)
+    assert rel(gs.fuse(online, example_inputs=x)(x), grown.eval()(x)) < 1e-10
 
 
 def nets(branch="dbb", **kwargs):
@@ -403,7 +447,7 @@ def test_kernels_are_merged_in_float32_under_autocast(branch):
     seen.clear()
     half._conv_forward = lambda x, kernel, bias: seen.append(kernel) or x
     half(images(conv.in_channels, 5, 5, dtype=torch.bfloat16))
-    rounded = half.double()._map(torch.float64).kernel
+    rounded = half.double().maps(torch.float64)[0].kernel
     assert seen[0].dtype == torch.bfloat16 and rel(seen[0].double(), rounded) < 2**-8
 
 
