@@ -119,8 +119,7 @@ class Orepa(Kernels, kind="orepa"):
     def as_chains(self, kernel: ConvMap) -> list[list[ConvMap]]:
         dtype = kernel.kernel.dtype
         own, *small, before, behind = (
-            ConvMap.from_conv2d(m, dtype)  # type: ignore[arg-type]
-            for m in (self.conv, self.pointwise, self.average, self.before, self.behind)
+            ConvMap.from_conv2d(m, dtype) for m in (self.conv, self.pointwise, self.average, self.before, self.behind)
         )
         height, width = own.kernel.shape[2:]
         scale, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()

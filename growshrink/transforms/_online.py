@@ -39,7 +39,7 @@ def collapse_online(
     inplace: bool = False,
     progress: bool = False,
 ) -> nn.Module:
-    """Train linear branches cheaply: merge them into one kernel in every step, and run one layer, convolution or linear.
+    """Train linear branches cheaply: merge them into one kernel in every step, and run one layer.
 
     A branch is linear once every lam in it is 0, or from the start where it has no activation. What each convolution
     then computes, and the gradient of every parameter, are those of the branches run one by one with their norms in
