@@ -392,6 +392,8 @@ def cheaper_apart(maps: Sequence[ConvMap], pixels: float) -> bool:
 
 def _product(first: ConvMap, second: ConvMap, groups: int) -> Tensor:
     """The kernel of `second` after `first` where one of the two is pointwise: products of matrices, tap by tap."""
+    if second._is_depthwise and second._is_pointwise:
+        return second.kernel * first.kernel
     if second._is_depthwise:
         return (second.kernel.permute(0, 2, 3, 1) * first.kernel.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     if first._is_depthwise:

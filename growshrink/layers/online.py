@@ -58,8 +58,9 @@ class OnlineLayer(OnlineModule, Grown):
 
     def maps(self, dtype: torch.dtype, pixels: float = math.inf) -> tuple[ConvMap, list[list[ConvMap]]]:
         """The layer with its linear branches, and of those the chains that on so many pixels are not multiplied out."""
-        own, rest = ConvMap.from_conv2d(self.as_conv(), dtype), []
-        total = replace(own, kernel=self.weight.to(dtype).view(own.kernel.shape))  # of a linear layer that was detached
+        total, rest = ConvMap.from_conv2d(self.as_conv(), dtype), []
+        if isinstance(self, nn.Linear):  # whose kernel was detached
+            total = replace(total, kernel=self.weight.to(dtype)[:, :, None, None])
         linear = [branch for branch in self.branches if branch.merged and not branch.skipped]
         if not all(branch.parallel for branch in linear):  # one is to find the others in the output
             pixels = math.inf
