@@ -47,6 +47,7 @@ from growshrink.cycle.records import plain_net
 from growshrink.data.feed import Feed, MemoryFeed
 from growshrink.errors import PlanError, RunError
 from growshrink.evidence.arms import ARMS
+from growshrink.layers import recompute
 from growshrink.runs.folder import MARKER, RunFolder, claim_together
 from growshrink.training.trainer import TrainConfig
 from starting import StartOptions, images_folder, least_epochs, updates_per_epoch
@@ -106,7 +107,8 @@ def main(args: Args) -> None:
     if args.arm == "small":
         stronger: dict[str, Any] = {name: value for name, value in STRONGER.items() if not given(name)}
         args = replace(args, data=replace(args.data, **stronger))
-    with joined(args.running.device_name), args.running.claim(args.title) as folder:
+    counted = recompute(args.training.recompute)  # what is run again is counted
+    with joined(args.running.device_name), args.running.claim(args.title) as folder, counted:
         if folder.finished:
             if this_rank() == 0 and not (folder.path / PAGE).exists():  # it was stopped just before
                 tell_story(folder.path)

@@ -42,6 +42,7 @@ from growshrink.evidence.record import (
     runs_of,
     states_of,
 )
+from growshrink.layers import recompute
 from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
@@ -126,11 +127,11 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
     if job in {record.job for record in read_runs(out)}:
         return
     folder = RunFolder.claim(out / job.folder, resume=True)
-    with folder:
+    arm = experiment.arm(job.arm)
+    with folder, recompute(arm.trained(experiment.config, job.lr).recompute):  # for what is counted
         if job in {record.job for record in read_runs(out)}:  # another process was faster
             return
         folder.finished = False  # it was ended before its line was written: its last checkpoint has all to be scored
-        arm = experiment.arm(job.arm)
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
         plain = net_of(experiment, experiment.model, feeds[0], job.seeds[0])

@@ -30,6 +30,7 @@ from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
 from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
 from growshrink.layers.grown import grown_modules
+from growshrink.layers.recompute import recompute
 from growshrink.layers.swaps import expand_online
 from growshrink.runs.checkpoints import newest_checkpoint
 from growshrink.runs.folder import RunFolder, check_same, claim_together, difference
@@ -113,7 +114,7 @@ def run_cycle(
     nets = teacher_nets(plan, feed, (about or {}).get("model", {}), teachers)
     own |= {} if loss is None else {"loss": _check_loss(loss, plan, config)}
     own |= {"teachers": digests} if (digests := fingerprints(plan, nets)) else {}
-    with _claimed(out_dir, resume) as folder:
+    with _claimed(out_dir, resume) as folder, recompute(config.recompute):  # for what is counted, too
         how: dict[str, Any] = {"progress": progress, "tensorboard": tensorboard, "saving": saving, "config": config}
         told = {key: value for key, value in {**(about or {}), **own}.items() if key != "command"}
         run = Run(

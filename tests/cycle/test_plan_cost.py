@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import growshrink as gs
 from growshrink.cycle import Choose, Drop, NetAug, Rewind, Teacher, lay_out
 from growshrink.cycle.costs import Costs
 from growshrink.errors import PlanError
+from growshrink.layers import recompute
 from growshrink.proofs._profile import training_macs
 from growshrink.schedules.functions import cosine
 from growshrink.training import Trainer
@@ -62,6 +64,18 @@ def test_the_cost_is_known_before(tmp_path, name):
     assert phases.macs(Costs(small(outputs=4), plan, feed.train, SIZE)) == result.training_macs
     assert gs.CyclePlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert list(result.model.state_dict()) == list(small(outputs=4).state_dict())
+
+
+def test_what_is_run_again_is_paid_for(tmp_path, monkeypatch):
+    plan, feed = plan_of("fuse"), Feed.make()
+    plain = run(tmp_path / "kept", plan)
+    monkeypatch.setattr(f"{__name__}.CONFIG", replace(CONFIG, recompute=True))
+    again = run(tmp_path / "recomputed", plan)
+    with recompute():
+        costs = Costs(small(outputs=4), plan, feed.train, SIZE)
+    assert lay_out(plan, feed.train.updates_per_epoch).macs(costs) == again.training_macs > plain.training_macs
+    weights = again.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in plain.model.state_dict().items())
 
 
 def test_a_guide_is_paid_for():
