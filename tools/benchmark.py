@@ -17,6 +17,7 @@ On a machine that is busy with other things, --threads 1 is steadier: threads wa
 | round      | time of a default round on reducenet20 / of its twin that stays grown for as many updates | bound   |
 | activation | other ways to write the vanishing ReLU, forward and backward / VanishingReLU              |         |
 | step       | one update of Trainer / of a loop of forward, backward and step written by hand           |         |
+| data       | making a batch, by augmentation / a whole training step with it: the share of the data    |         |
 
 The bound of a round is 1.1 * ((1 - t) + t / c): t is the share of its tail, trained at plain cost, and c the time of a
 grown training step over that of a plain one. The surgery (growing, fusing with its proofs) counts against the round
@@ -33,6 +34,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Literal, get_args
 
 import timm
@@ -49,7 +51,9 @@ from growshrink.cli.program import run_program
 from growshrink.cycle import lay_out
 from growshrink.cycle.records import Grew
 from growshrink.cycle.surgery import fuse_nets, grow_nets
-from growshrink.data.batches import Batch, TrainBatches
+from growshrink.data.batches import Augment, Batch, PhotoAugment, TrainBatches
+from growshrink.data.feed import UpdateBatches
+from growshrink.data.stream import stream_data
 from growshrink.errors import RunError
 from growshrink.proofs.probes import randomize_norms_
 from growshrink.training import TrainConfig, Trainer
@@ -57,7 +61,7 @@ from inputs import FileOptions
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import Bench, OneBatch, PairOptions, TimedArgs, channels_last, load, table
 
-Section = Literal["fused", "grown", "loader", "round", "activation", "step"]
+Section = Literal["fused", "grown", "loader", "round", "activation", "step", "data"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
 SIZE = (3, 32, 32)
@@ -313,7 +317,52 @@ def measure_step(bench: Bench) -> None:
         bench.compare(what, advance, partial(BareLoop(copy.deepcopy(net)), *batches.value))
 
 
-MEASURES = (measure_fused, measure_grown, measure_loader, measure_round, measure_activation, measure_step)
+# ---- data
+
+#: Nets, their options, side of the images, batch size.
+FED: tuple[tuple[str, dict[str, float], int, int], ...] = (
+    ("reducenet20", {"width": 0.25}, 16, 128),
+    ("reducenet20", {}, 32, 128),
+    ("mobilenetv2_050", {}, 96, 32),
+)
+AUGMENTS = {
+    "crop, flip": Augment(),
+    "with cutout": Augment(cutout=8),
+    "with resized crop": Augment(crop=0, photo=PhotoAugment(resized_crop=0.3)),
+    "with jitter": Augment(photo=PhotoAugment(jitter=0.2)),
+    "with RandAugment": Augment(photo=PhotoAugment(randaugment=9)),
+    "with mixup": Augment(photo=PhotoAugment(mixup=0.2)),
+    "with CutMix": Augment(photo=PhotoAugment(cutmix=1.0)),
+    "with all": Augment(cutout=8, photo=PhotoAugment(0.3, 0.2, 9, 0.2, 1.0)),
+}
+
+
+def measure_data(bench: Bench) -> None:
+    """What a step's batch takes of it, in the thread that trains; the last net's images also out of PNG files."""
+    one, bench.own_thread = gs.schedules.constant(1.0), True  # the last section
+
+    def share(what: str, net: nn.Module, make: Callable[[], UpdateBatches]) -> None:
+        updates, alone, trainer = count(), make(), Trainer(copy.deepcopy(net), TrainConfig(lr=1e-3), make())
+
+        def advance() -> None:
+            trainer.train(trainer.update + 1, learning_rate=one, lam=one)
+
+        bench.compare(f"data: {what}", lambda: alone.batch(next(updates)), advance)
+
+    for name, options, side, size in FED:
+        net, split = channels_last(timm.create_model(name, num_classes=10, **options)), random_split(8 * size, side)
+        case = f"{name} {options.get('width', '')}".strip() + f", {side} px, batch {size}"
+        common: dict[str, Any] = {"batch_size": size, "mean": MEAN, "std": STD}
+        for words, augment in AUGMENTS.items():
+            share(f"{words} / step, {case}", net, partial(TrainBatches, split, augment=augment, **common))
+    with tempfile.TemporaryDirectory(prefix="growshrink-benchmark-") as folder:
+        png_folder(split, folder, bench)
+        for workers in (0, 2):
+            what = f"streamed, {workers} workers / step, {case}"
+            share(what, net, lambda: stream_data(folder, num_workers=workers, **common).train)  # noqa: B023 - at once
+
+
+MEASURES = (measure_fused, measure_grown, measure_loader, measure_round, measure_activation, measure_step, measure_data)
 
 
 # ---- small things

@@ -147,6 +147,8 @@ def measure(
     if train is not None:
         train(net)
     calibrate_bn(net, calibration)
+    if isinstance(space, ChannelSpace):
+        space.fold(net)
     score = evaluate(net, val)
     params, macs = cost_of(space, widths)
     return {

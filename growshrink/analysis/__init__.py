@@ -11,9 +11,11 @@ from growshrink.analysis._rank import rank as rank
 from growshrink.analysis._slim import cut as cut
 from growshrink.analysis._slim import left_alone as left_alone
 from growshrink.analysis._slim import slim as slim
+from growshrink.analysis.channels import ChannelSpace as ChannelSpace
 from growshrink.analysis.channels import channel_usage as channel_usage
 from growshrink.analysis.headroom import headroom as headroom
 from growshrink.analysis.layers import Layer as Layer
 from growshrink.analysis.layers import Side as Side
 from growshrink.analysis.layers import read_width_table as read_width_table
 from growshrink.analysis.prune import random_prune as random_prune
+from growshrink.analysis.prune import random_subnets as random_subnets

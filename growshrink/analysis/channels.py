@@ -6,6 +6,7 @@ Source: Fang et al., DepGraph (arXiv:2301.12900), by Torch-Pruning (the optional
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from growshrink.algebra.dataflow import inputs_for
+from growshrink.algebra.dataflow import inputs_for, trace
 from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import LayerCosts
@@ -24,6 +25,7 @@ from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.grown import Grown, grown_modules
 from growshrink.layers.slim import Entries
 from growshrink.proofs._profile import profile
+from growshrink.transforms._fold import fold_norms_, foldable
 
 #: Importances of Torch-Pruning by the name they have here, with their arguments.
 CRITERIA: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,6 +98,15 @@ class ChannelSpace:
     def cut(self, kept: Kept, model: nn.Module | None = None) -> nn.Module:
         """A copy of the net (or of another `model` of its structure) with only the `kept` channels, in eval mode."""
         return self._cut(copy_net(self.model if model is None else model).eval(), kept)
+
+    def fold(self, net: nn.Module) -> nn.Module:
+        """Fold the norms of a net that was cut here, in place: `growshrink.fold` with the data flow of the full net."""
+        fold_norms_(net, self._norms)
+        return net
+
+    @cached_property
+    def _norms(self) -> dict[str, str]:
+        return foldable(self.model, trace(self.model, self.inputs))
 
     def axes(self) -> dict[tuple[str, bool], dict[str, Entries]]:
         """By layer, and whether its output channels: by group the entries of each channel, `(channels, each)`."""

@@ -11,6 +11,7 @@ bytes by bit masks, which vectorise where `torch.where` with a broadcast conditi
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, NamedTuple
 
 import torch
@@ -22,7 +23,6 @@ from growshrink.base.config import check_fields
 from growshrink.base.limits import Interval, NotNegative, Share
 from growshrink.base.seeding import generator, own_randomness
 from growshrink.data.datasets import Split
-from growshrink.data.randaugment import randaugment
 from growshrink.errors import DataError
 
 #: Uniform numbers that decide about an image.
@@ -62,7 +62,7 @@ class PhotoAugment:
         if self.resized_crop:
             images = _bytes(_crop(images.float(), draws_ND[:, :4], self.resized_crop))
         if self.randaugment:
-            images = randaugment(images, (draws_ND[:, 8] * 2**24).long().tolist(), self.randaugment)
+            images = _randaugment(images, (draws_ND[:, 8] * 2**24).long().tolist(), self.randaugment)
         if self.jitter:
             images = _bytes(_jitter(images.float(), draws_ND[:, 4:8], self.jitter))
         return images.permute(0, 2, 3, 1).contiguous()
@@ -107,6 +107,36 @@ def _jitter(images_NCHW: Tensor, draws_N4: Tensor, most: float) -> Tensor:
     eye = torch.eye(3, device=images.device)
     rotation = turn.cos() * eye + (1 - turn.cos()) / 3 + turn.sin() * axes
     return torch.einsum("nij,njhw->nihw", rotation @ torch.lerp(grey_C.expand(3, 3), eye, saturation[..., 0]), images)
+
+
+def _randaugment(images_NCHW: Tensor, seeds: Sequence[int], magnitude: int) -> Tensor:
+    """Torchvision's for the seed of each image, each operation applied once to all images that drew it."""
+    from torchvision.transforms import v2
+
+    transform, drawn = v2.RandAugment(num_ops=1, magnitude=magnitude), list(map(_drawn_operations, seeds))
+    images = images_NCHW.clone(memory_format=torch.contiguous_format)
+    with own_randomness(0):
+        for turn in range(2):
+            for operation in sorted({operations[turn] for operations in drawn}):
+                rows = [index for index, operations in enumerate(drawn) if operations[turn] == operation]
+                torch.default_generator.manual_seed(_seed_of_operation()[operation])
+                images[rows] = transform(images[rows])
+    return images
+
+
+def _drawn_operations(seed: int) -> list[tuple[int, bool]]:
+    """The two of 14 operations that torchvision draws, by number, and whether their magnitudes are negative."""
+    random, drawn = torch.Generator().manual_seed(seed), []
+    for _ in range(2):
+        number = int(torch.randint(14, (), generator=random))
+        drawn.append((number, 1 <= number <= 9 and float(torch.rand((), generator=random)) <= 0.5))
+    return drawn
+
+
+@cache
+def _seed_of_operation() -> dict[tuple[int, bool], int]:
+    """A seed with which each operation, of each sign, is the first to be drawn."""
+    return {_drawn_operations(seed)[0]: seed for seed in range(512)}
 
 
 Batch = tuple[Tensor, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,11 +84,18 @@ class MemoryFeed:
         augment: Augment = Augment(),  # noqa: B008 - frozen
         seed: int = 0,
         device: torch.device | str = "cpu",
-        eval_batch_size: int = 512,
+        eval_batch_size: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> MemoryFeed:
-        """Batches of `data` for one process, rank `rank` of `world_size`; DataError for fewer images than a batch."""
+        """Batches of `data` for one process, rank `rank` of `world_size`; DataError for fewer images than a batch.
+
+        Scored are 512 images at a time, on a CPU fewer of more than 16x16 pixels: activations beyond what the allocator
+        keeps are given back and fetched again page by page.
+        """
+        if eval_batch_size is None:
+            fits = max(32, 2**17 // math.prod(data.input_size[1:]))
+            eval_batch_size = min(512, fits) if torch.device(device).type == "cpu" else 512
         colours: dict[str, Any] = {"mean": data.mean, "std": data.std, "device": device}
         ranks: dict[str, Any] = {"rank": rank, "world_size": world_size}
         train = TrainBatches(data.train, batch_size=batch_size, augment=augment, seed=seed, **colours, **ranks)

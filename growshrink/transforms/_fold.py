@@ -1,5 +1,6 @@
 """fold: the inference form, batch norms inside the convolutions."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -57,7 +58,7 @@ def fold(
         )
     model = model if inplace else copy_net(model)
     flow = trace(model, given_inputs(input_size, example_inputs))
-    commit = partial(_commit, pairs=_foldable(model, flow))
+    commit = partial(fold_norms_, pairs=foldable(model, flow))
     check_unchanged(model, commit, flow.inputs)
     commit(model)
     return model
@@ -72,7 +73,7 @@ def fold_report(
     {'1': 'it reads the output of no convolution or linear layer'}
     """
     flow = trace(model, given_inputs(input_size, example_inputs))
-    pairs, reasons = _foldable(model, flow), {}
+    pairs, reasons = foldable(model, flow), {}
     for name, norm in model.named_modules():
         if isinstance(norm, (_BatchNorm, *_NORMS)) and name not in pairs.values():
             feeding = [key for key, readers in flow.readers.items() if name in (r.norm for r in readers)]
@@ -88,7 +89,7 @@ def fold_report(
     return reasons
 
 
-def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
+def foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
     """Names of layers and of the norm each can take in."""
     shared = flow.shared
     pairs = {}
@@ -104,7 +105,8 @@ def _foldable(model: nn.Module, flow: Flow) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _commit(model: nn.Module, pairs: dict[str, str]) -> None:
+def fold_norms_(model: nn.Module, pairs: Mapping[str, str]) -> None:
+    """Fold norms into layers, by the names of both, in place."""
     for layer_name, norm_name in pairs.items():
         layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
         total = ConvMap.from_conv2d(as_conv(layer)).then(ConvMap.from_bn(norm))

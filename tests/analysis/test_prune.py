@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import angle_twins as twins
@@ -84,6 +85,40 @@ def test_costs_are_those_of_the_nets_that_are_cut(name):
         params, macs = space.cost(row[None])
         assert gs.profile(net, SIZE) == Profile(int(macs[0]), int(params[0]))
         net(torch.zeros(2, *SIZE))
+
+
+@pytest.mark.parametrize("name", ["reducenet20", "test_efficientnet"])
+def test_judged_subnets_are_those_of_a_loop_over_torch_pruning(name):
+    """Its graph traced for each net, statistics averaged by plain passes in train mode, nothing folded."""
+    import torch_pruning as tp
+
+    model = nets.randomized(nets.net(name)).eval().double()
+    space = ChannelSpace(model, SIZE)
+    batches = [nets.images(*SIZE, n=6, dtype=torch.float64, seed=seed) for seed in range(3)]
+    draws = draw_widths(space, Budget(0.5, 0.1), 2, seed=0)
+    found = gs.analysis.random_subnets(space, 2, tolerance=0.1)
+    for number, (net, row) in enumerate(zip(found, draws.index, strict=True)):
+        twin = copy.deepcopy(model).requires_grad_(True)
+        graph = tp.DependencyGraph().build_dependency(twin, batches[0])
+        for layer, kept in random_channels(space, width_of(space, row), number).items():
+            gone = np.setdiff1d(np.arange(space.choices[layer][-1]), kept).tolist()
+            graph.get_pruning_group(twin.get_submodule(layer), tp.prune_conv_out_channels, gone).prune()
+        norms = [module for module in twin.modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad():
+            for x in batches[:2]:
+                twin.train()(x)
+            expected = twin.eval()(batches[2])
+            gs.calibrate_bn(net, batches[:2])
+            ours = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+            for norm, own in zip(norms, ours, strict=True):
+                assert nets.rel(own.running_mean, norm.running_mean) < 1e-10
+                assert nets.rel(own.running_var, norm.running_var) < 1e-10
+            folded = space.fold(net)
+            assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) < len(norms)
+            assert nets.rel(folded(batches[2]), expected) < 1e-10
 
 
 def test_channels_that_are_left_compute_what_they_did(plain):

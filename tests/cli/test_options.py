@@ -78,6 +78,7 @@ PROGRAMS = (
             "netaug_modes",
             "online_cost",
             "predict",
+            "pruned_speed",
             "random_prune",
         )
     ),

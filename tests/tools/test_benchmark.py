@@ -29,7 +29,7 @@ def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
 
     assert found["threads"] == 1 and found["cores"] >= 1 and found["processor"] and found["versions"]["torch"]
     sections = [row["section"] for row in rows]
-    assert list(dict.fromkeys(sections)) == ["fused", "grown", "loader", "round", "activation", "step"]
+    assert list(dict.fromkeys(sections)) == ["fused", "grown", "loader", "round", "activation", "step", "data"]
     assert len({(row["section"], row["what"]) for row in rows}) == len(rows)
     for row in rows:
         assert row["repeats"] == len(row["ratios"]) >= 3
@@ -46,6 +46,9 @@ def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
             assert row["verdict"] == ""
     assert {row["section"] for row in rows if row["target"]} == set(TARGETS)
     assert {row["unit"] for row in rows if row["section"] == "loader"} == {"images/s"}
+
+    shares = [row["ratio"] for row in rows if row["section"] == "data"]
+    assert len(shares) == 3 * 8 + 2 and max(shares) < 1  # a step holds what its batch takes
 
     steps, whole = (row for row in rows if row["section"] == "round")
     hold, vanish, settle, total = 24, 18, 50, 120  # 20 %, 15 %, and no fewer than 50 updates
