@@ -320,7 +320,7 @@ def measure_step(bench: Bench) -> None:
 # ---- data
 
 #: Nets, their options, side of the images, batch size.
-FED: tuple[tuple[str, dict[str, float], int, int], ...] = (
+FED: tuple[tuple[str, dict[str, Any], int, int], ...] = (
     ("reducenet20", {"width": 0.25}, 16, 128),
     ("reducenet20", {}, 32, 128),
     ("mobilenetv2_050", {}, 96, 32),
