@@ -60,7 +60,7 @@ class Args:
     statistics: Count = 3
     """Batches that statistics are taken from."""
     images: Count = 1500
-    """Of the val split."""
+    """Images of the val split."""
     running: RunOptions = pick(RunOptions(), "threads", "quiet")
 
 
@@ -191,7 +191,7 @@ def line(name: str, clock: Clock, against: list[float]) -> str:
 
 
 def macs_a_second(side: int = 1024) -> float:
-    """Of a matrix product: the best of ten."""
+    """Rate of a matrix product: the best of ten."""
     a = torch.randn(side, side)
     return side**3 / min(seconds_of(lambda: a @ a, own_thread=True) for _ in range(10))
 
