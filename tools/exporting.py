@@ -6,8 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
+import timm.models
 import torch
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from export_report import write_report
 from growshrink.base.config import check_fields
@@ -16,11 +19,12 @@ from growshrink.base.environment import versions
 from growshrink.base.limits import BatchSize, Count, OneOf, Seed, Whole
 from growshrink.base.progress import progress_bar
 from growshrink.base.timing import interleaved_timings, machine
+from growshrink.base.writing import write_atomic
 from growshrink.cycle.source import Source
 from growshrink.data.datasets import DataSet
 from growshrink.errors import RunError
 from growshrink.export import artefacts, int8
-from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, TIMM_FILE, Function, write_folded
+from growshrink.export.artefacts import FOLDED_FILE, ONNX_FILE, TIMM_FILE, Function
 from growshrink.export.int8 import GRANULARITIES
 from growshrink.proofs._compare import (
     EXACT_FLOAT32,
@@ -107,7 +111,7 @@ def export(
             bar.update()
 
         doing("timm's format")
-        artefacts.write_timm(source, folder)
+        write_timm(source, folder)
         doing("folded")
         folded = write_folded(source, folder)
         programs = _programs(source, folded, folder, options, doing)
@@ -139,7 +143,7 @@ def _programs(
     if options.pt2:
         doing("torch.export")
         for name, net in nets.items():
-            programs[f"{name}.pt2"] = artefacts.write_pt2(net, source, folder, f"{name}.pt2")
+            programs[f"{name}.pt2"] = write_pt2(net, source, folder, f"{name}.pt2")
     if options.onnx:
         doing("ONNX")
         with artefacts.quiet():
@@ -278,3 +282,59 @@ def _in_float64(net: nn.Module, source: Source, seed: int) -> nn.Module | None:
     except RuntimeError:
         return None
     return double
+
+
+# ---- files
+
+
+def write_timm(source: Source, folder: Path) -> None:
+    """model.safetensors and config.json: what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
+    data_config: dict[str, Any] = {"input_size": source.input_size}
+    if source.mean:
+        data_config |= {"mean": source.mean, "std": source.std}
+    if source.data is not None:  # trained by growshrink, whose images are not cropped to be scored
+        data_config["crop_pct"] = 1.0
+    timm.models.save_for_hf(
+        source.plain,
+        str(folder),
+        model_config={"label_names": list(source.classes)} if source.classes else {},
+        model_args=dict(source.kwargs),
+        safe_serialization=True,
+        data_config=data_config,
+    )
+    # written again by ours: timm's is readable by its owner alone
+    write_atomic(folder / TIMM_FILE, save(_contiguous(source.plain), {"format": "pt"}))
+    with torch.random.fork_rng([]):
+        read = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    _assert_same_bits(read, source.plain, folder / TIMM_FILE)
+
+
+def write_folded(source: Source, folder: Path) -> nn.Module:
+    """folded.safetensors: the inference form, to be loaded into a net folded likewise (see `growshrink.fold`)."""
+    folded = fold(source.plain, input_size=source.input_size).eval()
+    path = folder / FOLDED_FILE
+    write_atomic(path, save(_contiguous(folded)))
+    with torch.random.fork_rng([]):
+        read = fold(timm.create_model(source.name, **source.kwargs).eval(), input_size=source.input_size)
+    read.load_state_dict(load_file(path))
+    _assert_same_bits(read, folded, path)
+    return read
+
+
+def write_pt2(folded: nn.Module, source: Source, folder: Path, file: str = "folded.pt2") -> Function:
+    """folded.pt2: a `torch.export` program with any batch size; torch alone runs it, on the CPU and elsewhere."""
+    path = folder / file
+    batch = torch.zeros(2, *source.input_size)  # a batch of one would be taken for a constant
+    program = torch.export.export(folded, (batch,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+def _contiguous(net: nn.Module) -> dict[str, Tensor]:
+    return {key: value.contiguous() for key, value in net.state_dict().items()}
+
+
+def _assert_same_bits(read: nn.Module, written: nn.Module, path: Path) -> None:
+    ours, theirs = written.state_dict(), read.state_dict()
+    if list(ours) != list(theirs) or any(not torch.equal(ours[key], theirs[key]) for key in ours):
+        raise RunError(f"{path}: the net read back is not the one that was written.")

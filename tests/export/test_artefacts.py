@@ -178,7 +178,7 @@ def test_tf_same_convolutions(tmp_path):
     folded = gs.fold(source.plain, input_size=source.input_size)
     x = images(*source.input_size, n=3)
     for function in (
-        artefacts.write_pt2(folded, source, tmp_path),
+        run.write_pt2(folded, source, tmp_path),
         artefacts.write_onnx(folded, source, tmp_path),
     ):
         with torch.no_grad():

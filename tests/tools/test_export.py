@@ -1,3 +1,4 @@
+import importlib
 import json
 from pathlib import Path
 
@@ -56,8 +57,8 @@ def test_a_run_is_exported_with_int8_and_again_beside_it(trained, capsys):
 
 
 def test_an_error_beyond_rounding_is_exit_code_1(trained, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(artefacts, "fold", lambda net, **kwargs: gs.fold(net, **kwargs).requires_grad_(False))
-    original = artefacts.write_folded
+    monkeypatch.setattr("exporting.fold", lambda net, **kwargs: gs.fold(net, **kwargs).requires_grad_(False))
+    original = importlib.import_module("exporting").write_folded
 
     def damaged(source, folder):
         folded = original(source, folder)
