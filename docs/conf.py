@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import growshrink as gs
@@ -25,9 +26,16 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 
+#: Pages of tables that need the width of the side bars.
+WIDE = ("methods", "measured/claims")
 html_theme = "pydata_sphinx_theme"
 html_title = "growshrink"
-html_theme_options = {"show_prev_next": False, "secondary_sidebar_items": ["page-toc"], "footer_end": []}
+html_theme_options = {
+    "show_prev_next": False,
+    "secondary_sidebar_items": {"**": ["page-toc"], **dict.fromkeys(WIDE, [])},
+    "footer_end": [],
+}
+html_sidebars = {page: [] for page in WIDE}
 
 
 def skip_top_names(app: Sphinx, what: str, name: str, item: object, skip: bool, options: object) -> bool | None:
@@ -36,6 +44,17 @@ def skip_top_names(app: Sphinx, what: str, name: str, item: object, skip: bool, 
     return True if not on_top_page and getattr(gs, name, None) is item else None
 
 
+def caption_pictures(app: Sphinx, doctree: nodes.document) -> None:
+    """Show the text of a picture that is a paragraph of its own below it."""
+    for image in list(doctree.findall(nodes.image)):
+        paragraph = image.parent
+        if isinstance(paragraph, nodes.paragraph) and len(paragraph) == 1 and (text := image.get("alt")):
+            caption = nodes.caption("", f"{text[0].upper()}{text[1:].rstrip('.')}.")
+            paragraph.replace_self(figure := nodes.figure("", image, caption))
+            doctree.set_id(figure)
+
+
 def setup(app: Sphinx) -> None:
     """Connect what this file adds."""
+    app.connect("doctree-read", caption_pictures)
     app.connect("autodoc-skip-member", skip_top_names)

@@ -16,10 +16,10 @@ from torch import nn
 LONGEST = 1000
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`"; did you mean ...?"`, or the list of what there is, to end a message about an unknown name."""
     names = sorted(known)
-    close = difflib.get_close_matches(word[:100], names, n=4, cutoff=0.5)
+    close = difflib.get_close_matches(str(word)[:100], names, n=4, cutoff=0.5)
     return f"; did you mean {', '.join(close)}?" if close else f"; there are {', '.join(names[:12])}."
 
 

@@ -62,6 +62,7 @@ _LEGEND = (
     "spread of their differences. Epochs: of all updates, a teacher's included. *: the end of the learning rates "
     "that were tried. *val*: on the val split."
 )
+_CURVES = "![val top-1 over training MACs, a line for each arm, teachers' cost included](curves.png)"
 
 
 @dataclass(frozen=True)
@@ -165,14 +166,25 @@ def _word(interval: Estimate) -> str:
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else ""
 
 
+def title(comparison: ArmComparison) -> str:
+    """What a comparison asks, of which net, on which data, and for how long: no two pages have one title."""
+    arms = [name for name in comparison.arms if name != PLAIN]
+    some = ", ".join(arms[:3]) + f" and {len(arms) - 3} more" * (len(arms) > 3)
+    rate = "" if comparison.tuning else f", lr {comparison.lr:g}"
+    kwargs = ", ".join(f"{key}={value}" for key, value in comparison.model_kwargs.items())
+    images = f"{comparison.images:,} images of " if comparison.images else ""
+    side = f", {comparison.pool} x {comparison.pool} pixels averaged into one" if comparison.pool > 1 else ""
+    asked = f"{some} against plain" if arms else "plain alone"
+    net = f"{comparison.model}{f' ({kwargs})' if kwargs else ''}"
+    return f"{asked}: {net} on {images}{comparison.data}{side}, {comparison.budget:g} epochs{rate}"
+
+
 def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) -> str:
     """The page of an comparison."""
     seeds = ", ".join(map(str, comparison.seeds))
-    side = f", {comparison.pool} x {comparison.pool} pixels averaged into one" if comparison.pool > 1 else ""
-    kwargs = ", ".join(f"{key}={value}" for key, value in comparison.model_kwargs.items())
     quantised = any(row.int8 for row in rows)
     lines = [
-        f"# {comparison.model}{f' ({kwargs})' if kwargs else ''} on {comparison.data}{side}",
+        f"# {title(comparison)}",
         "",
         _LEGEND.format(budget=comparison.budget, seeds=seeds) + _INT8_LEGEND * quantised,
         "",
@@ -197,7 +209,7 @@ def markdown(rows: Sequence[TableRow], comparison: ArmComparison, command: str) 
     if comparison.predictions:
         lines += ["", "## Predicted", "", "Written before the first run.", ""]
         lines += [f"- {prediction}" for prediction in comparison.predictions]
-    lines += ["", "![accuracy over cost](curves.png)", "", "## Made by", "", f"`{command}`", ""]
+    lines += ["", _CURVES, "", "## Made by", "", f"`{command}`", ""]
     return "\n".join(lines)
 
 
@@ -241,7 +253,7 @@ def write_table(comparison: ArmComparison, records: Sequence[RunRecord], out: Pa
     used = {run.job for runs in found.values() for run in runs}
     command = next((record.command for record in reversed(records) if record.job in used), "")
     page = markdown(rows, comparison, f"python {command}")
-    page = page if drawn else page.replace("![accuracy over cost](curves.png)\n", "")
+    page = page if drawn else page.replace(f"{_CURVES}\n", "")
     write_atomic(out / "README.md", page.encode())
     table = [
         {**vars(row), **{key: (value := getattr(row, key)) and value._asdict() for key in ("difference", "pooled")}}

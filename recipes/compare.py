@@ -37,7 +37,7 @@ from growshrink.evidence.arms import ARMS
 from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import PLAN_FILE, ArmComparison, Job, chosen_lr, read_plan, read_runs, trials_of
 from halving import ScanPlan, write_scan_report
-from jobs import ExperimentOptions, jobs_of, keep_plan, run_job
+from jobs import ExperimentOptions, check_jobs, jobs_of, keep_plan, run_job
 
 #: Where the published experiments lie.
 EVIDENCE = Path(__file__).parents[1] / "docs" / "evidence"
@@ -83,7 +83,11 @@ def main(args: Args) -> None:
     experiment = Experiment.from_dict(read_json(args.plan))
     out = args.running.out or EVIDENCE / args.plan.stem
     keep_plan(experiment, out)
-    train(args, experiment, trials_of(experiment.comparison), out, "tuning")
+    trials = trials_of(experiment.comparison)
+    lr = dict.fromkeys(experiment.arms, experiment.config.lr)
+    runs = [*trials, *jobs_of(experiment, lr, read_runs(out), stack=args.stack)]
+    check_jobs([(experiment, job) for job in runs], out, args.data.data_dir)
+    train(args, experiment, trials, out, "tuning")
     records = read_runs(out)
     lr = chosen_lr(experiment.comparison, records)
     train(args, experiment, jobs_of(experiment, lr, records, stack=args.stack), out, "training")

@@ -197,6 +197,15 @@ def luck(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     return found
 
 
+def block_units(model: nn.Module) -> tuple[list[str], list[str]]:
+    """Units of a net whose blocks are slots, and these blocks; PlanError where they are no units."""
+    units = ["stem", *(name for name, _ in model.named_modules() if re.fullmatch(r"stages\.\d+\.\d+", name))]
+    blocks = [name for name, values in gs.width_space(model).choices.items() if not values[0]]
+    if not set(blocks) <= set(units[1:]):
+        raise PlanError("--depth needs a net of blocks stages.N.N, such as reducenet20.")
+    return units, blocks
+
+
 def depth(
     make: Callable[[], nn.Module],
     train: Callable[..., Any],
@@ -220,10 +229,7 @@ def depth(
         macs = np.mean([cost_of(table, drawn.sample(0, step))[1] for step in range(300)])
         macs /= cost_of(table, space.full)[1]
         drops.append({"last": last, "macs": float(macs), "test": evaluate(net, feed.test).top1})
-    units = ["stem", *(name for name, _ in model.named_modules() if re.fullmatch(r"stages\.\d+\.\d+", name))]
-    blocks = [name for name, values in space.choices.items() if not values[0]]
-    if not set(blocks) <= set(units[1:]):
-        raise PlanError("--depth needs a net of blocks stages.N.N, such as reducenet20.")
+    units, blocks = block_units(model)
     score = WidthScore(model, batches, lambda net: -evaluate(net, feed.val).loss)
     least = cost_of(table, space.full | dict.fromkeys(blocks, 0))[1] / cost_of(table, space.full)[1]
     path = gs.allocate(model, space, macs=least * (1 + 1e-9), score=score, input_size=size).steps[::-1]

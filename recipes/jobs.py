@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +122,32 @@ def jobs_of(
     return jobs
 
 
+def check_jobs(runs: Iterable[tuple[Experiment, Job]], out: Path, data_dir: Path | None) -> None:
+    """Raise, before any training, what `run_job` would where a budget is too small or a net or teacher is wrong."""
+    done, seen = {record.job for record in read_runs(out)}, set()
+    for experiment, job in runs:
+        key = job.net, job.arm, job.budget
+        if job not in done and key not in seen:
+            seen.add(key)
+            arm, feeds = experiment.arm(job.arm), [feed_of(experiment, job.seeds[0], data_dir, torch.device("cpu"))]
+            try:
+                net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds[:1], out)
+                _epochs(experiment, job, feeds, net, feed, teachers)
+            except PlanError as error:
+                raise PlanError(f"{job.name}: {error}") from error
+
+
+def _epochs(
+    experiment: Experiment, job: Job, feeds: Sequence[Feed], net: nn.Module, feed: Feed, teachers: Any
+) -> tuple[float, float]:
+    """Epochs of a run, and its budget in MACs for one seed."""
+    plain, batch_size = net_of(experiment, experiment.model, feeds[0], job.seeds[0]), feed.train.batch_size
+    budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
+    budget *= training_macs(plain, feeds[0].input_size, batch_size)
+    arm, whole = experiment.arm(job.arm), budget * len(feeds)
+    return matched_epochs(arm, net, feed, whole, job.seeds[0], teachers=teachers), budget
+
+
 def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | None, device: str, progress: bool) -> None:
     """Do a run, or the rest of it, and append its line to the record; do nothing if there is such a line."""
     if job in {record.job for record in read_runs(out)}:
@@ -134,12 +160,9 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         folder.finished = False  # it was ended before its line was written: its last checkpoint has all to be scored
         where = torch.device(device)
         feeds = [feed_of(experiment, seed, data_dir, where) for seed in job.seeds]
-        plain = net_of(experiment, experiment.model, feeds[0], job.seeds[0])
         net, feed, teachers = _side_by_side(experiment, arm, feeds, job.seeds, out)
         count, batch_size = len(feeds), feed.train.batch_size
-        budget = batch_size * round(job.budget * feed.train.updates_per_epoch)
-        budget *= training_macs(plain, feeds[0].input_size, batch_size)
-        epochs = matched_epochs(arm, net, feed, budget * count, job.seeds[0], teachers=teachers)
+        epochs, budget = _epochs(experiment, job, feeds, net, feed, teachers)
         plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
         model = about_net(experiment, arm.model(experiment.model), feed, **arm.model_kwargs)
         about = {

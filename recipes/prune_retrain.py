@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from growshrink.analysis._rank import jsonable
-from growshrink.analysis.channels import CRITERIA
-from growshrink.analysis.prune import Budget
+from growshrink.analysis.channels import CRITERIA, ChannelSpace
+from growshrink.analysis.prune import Budget, draw_widths
 from growshrink.base.environment import versions
 from growshrink.base.limits import OneOf, Positive, Whole
 from growshrink.base.reading import read_tensors
@@ -78,6 +78,11 @@ def main(args: Args) -> None:
     """Run it, or a part of it; errors of the user's are raised as GrowShrinkError."""
     if args.length.seeds < 2 or not args.lrs or not args.arms:
         raise AnalysisError("needs at least 2 --seeds, one of --lrs and one of --arms.")
+    if RETRAIN_ARMS.keys() & set(args.arms):  # refuse, before any training, what cannot be pruned
+        feed = args.memory_feed(args.running.seed)
+        space = ChannelSpace(args.net(feed, args.running.seed)[0], feed.input_size)
+        if "random-widths" in args.arms:
+            draw_widths(space, args.budget, 1)
     with args.results("retrain") as results:
         tuning = [TUNING + args.running.seed + number for number in range(args.tuning_seeds)]
         measured = args.seeds()

@@ -30,7 +30,7 @@ from growshrink.evidence.arms import PLAIN
 from growshrink.evidence.experiment import Experiment
 from growshrink.evidence.record import PLAN_FILE, Job, RunRecord, read_plan, read_runs
 from halving import BOUNDS, ScanPlan, candidates_of, halve, winner, write_scan_report
-from jobs import ExperimentOptions, feed_of, run_job
+from jobs import ExperimentOptions, check_jobs, feed_of, run_job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +73,9 @@ def main(args: Args) -> None:
         finished = {record.job: record for record in read_runs(out)}
         return [finished[job] for _, job in runs]
 
+    for arm in experiment.arms:
+        job = Job(arm=arm, seeds=experiment.seeds, lr=experiment.config.lr, budget=args.budget)
+        check_jobs([(net.of(experiment), replace(job, net=net.name)) for net in plan.candidates], out, data_dir)
     for arm in experiment.arms:
         halve(experiment, plan.candidates, arm, args.budget, train)
     for arm, entries in write_scan_report(plan, out).items():

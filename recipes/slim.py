@@ -26,7 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 
 import growshrink as gs
-from gating import depth, luck, policies
+from gating import block_units, depth, luck, policies
 from growshrink.analysis import WidthScore, stats
 from growshrink.analysis._rank import jsonable
 from growshrink.analysis.prune import Budget, SlimSpace, cost_of, draw_widths, width_of
@@ -96,6 +96,8 @@ def run_seed(args: Args, seed: int) -> dict[str, Any]:
     for name in args.after:  # before anything is made and trained
         if name not in known:
             raise PlanError(f"--after {name}: no such module{did_you_mean(name, known)}")
+    if args.depth:
+        block_units(gs.slim(plain, (1.0,), blocks=True, input_size=feed.input_size))  # refuses other nets
     model = gs.slim(plain, LEVELS, input_size=feed.input_size).to(args.running.torch_device())
     space, table = gs.width_space(model), SlimSpace(model, feed.input_size)
     gs.route(

@@ -1,18 +1,24 @@
-"""Every public name, given what it cannot take: a GrowShrinkError, or Python's own TypeError, that says what is wrong.
+"""Every public name, given what it cannot take: a GrowShrinkError that says what is wrong, or for arguments that are
+missing Python's own TypeError.
 
 The table names each public name of growshrink; a test proves that it does.
 """
 
 import copy
+import inspect
 import types
+from traceback import extract_tb
+from typing import get_type_hints
 
 import pytest
 import timm
+import torch
 from torch import nn
 from torch.optim import LBFGS, SGD
 
 import growshrink as gs
 from growshrink.algebra import ConvMap
+from growshrink.base.limits import fault
 from growshrink.layers import get_width
 from growshrink.schedules import ClosedLoop
 from nets import images, net
@@ -26,6 +32,7 @@ NO_NETS = (None, 3, "resnet18", [1])
 PLAIN = net("reducenet20", depths=(1, 1, 1))
 GROWN = gs.grow(PLAIN, input_size=SIZE)
 SLIM = gs.slim(PLAIN, (0.5, 1.0), input_size=SIZE)
+ROUTED = gs.route(SLIM, gs.width_space(SLIM), after="stages.0", input_size=SIZE)
 
 
 def plain():
@@ -169,11 +176,14 @@ BAD = {
     "allocate": each(lambda m: gs.allocate(m, gs.width_space(SLIM), macs=0.5, score=len), (*NO_NETS, plain()))
     + each(lambda share: gs.allocate(SLIM, gs.width_space(SLIM), macs=share, score=len, input_size=SIZE), (0, -1)),
     "route": each(lambda m: gs.route(m, gs.width_space(SLIM), after="stages.0"), (*NO_NETS, plain()))
-    + each(lambda a: gs.route(SLIM, gs.width_space(SLIM), after=a, input_size=SIZE), ("x", "", [], ["x"], "stages.2")),
+    + each(lambda a: gs.route(SLIM, gs.width_space(SLIM), after=a, input_size=SIZE), ("x", "", [], ["x"], "stages.2"))
+    + each(lambda v: ROUTED.loss(images(*SIZE), torch.zeros(1).long(), price=v), (None, "a", NAN, {}))
+    + each(ROUTED.always, (None, "a", NAN, -1, 9)) + each(ROUTED.cascade, (None, "a", NAN, -1, 2))
+    + each(ROUTED.calibrate, (None, 3, "a")),
     "slim": each(gs.slim, NO_NETS) + [lambda: gs.slim(grown())]
     + each(lambda levels: gs.slim(plain(), levels), ((), (1.0, 0.5), (0.5,), (0, 1.0), (NAN, 1.0), "x", None, 3)),
     "cut": each(gs.cut, (*NO_NETS, plain())) + each(lambda w: gs.cut(SLIM, w), ({}, {"x": 1}, 3, "base"))
-    + each(lambda s: gs.cut(SLIM, survival=s), ({"x": 0.5}, {"stem.conv": 2})),
+    + each(lambda s: gs.cut(SLIM, survival=s), ({"x": 0.5}, {"stem.conv": 2}, {"x": None}, [], "x", 3)),
     "set_width": each(lambda w: gs.set_width(grown(), w), ({}, {"x": 1}, None, 3, "base"))
     + each(lambda v: gs.set_width(grown(), dict.fromkeys(get_width(grown()), v)), (-1, 10**9, NAN, 1.5, None, "8")),
     "width_space": each(gs.width_space, (*NO_NETS, plain()))
@@ -208,10 +218,48 @@ def test_what_cannot_be_taken_is_refused(name, tmp_path, monkeypatch):
         try:
             call()
             wrong.append(f"{number}: accepted")
-        except (gs.errors.GrowShrinkError, TypeError) as error:
-            if not str(error) or "\n" in str(error):
-                wrong.append(f"{number}: says {error!r}")
         except Exception as error:
-            wrong.append(f"{number}: {type(error).__name__}: {error}"[:300])
+            wrong += [f"{number}: {fault}" for fault in faults_of(error)]
     assert wrong == []
     assert list(tmp_path.iterdir()) == []
+
+
+def faults_of(error):
+    """What is wrong with an error that a user sees."""
+    missing = type(error) is TypeError and extract_tb(error.__traceback__)[-1].filename == __file__
+    if not missing and not isinstance(error, gs.errors.GrowShrinkError):
+        return [f"{type(error).__name__}: {error}"[:300]]
+    return [] if str(error) and "\n" not in str(error) else [f"says {error!r}"]
+
+
+#: For each kind of argument one of it, in place of those that have no default.
+VALID = (GROWN, gs.width_space(GROWN), images(*SIZE), 0.5, 1, SIZE, "silent", len, [], {}, SGD(PLAIN.parameters()))
+WRONG = (None, "a", NAN, 3, -1, object(), [None], {"a": None})
+
+
+def wrong_arguments():
+    """Every public function, with one argument that its annotation excludes, as far as that matters."""
+    for name in sorted(public_names()):
+        function = getattr(gs, name)
+        hints = get_type_hints(function) if inspect.isfunction(function) else {}
+        needed = [p.name for p in inspect.signature(function).parameters.values() if hints and p.default is p.empty]
+        base = {key: next((v for v in VALID if not fault(hints[key], v)), None) for key in needed}
+        for key, hint in hints.items():
+            if hint is not bool and key not in ("return", "input_size", "example_inputs"):
+                yield from ((function, name, base, key, value) for value in WRONG if fault(hint, value))
+
+
+def test_an_argument_of_another_kind_is_refused_by_every_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong, count = [], 0
+    for function, name, base, key, value in wrong_arguments():
+        count += 1
+        try:
+            context = function(**{**base, key: value})
+            if hasattr(context, "__enter__"):
+                context.__enter__()
+            wrong.append(f"{name}({key}={value!r}): accepted")
+        except Exception as error:
+            wrong += [f"{name}({key}={value!r}): {fault}" for fault in faults_of(error)]
+    assert wrong == []
+    assert count > 500

@@ -137,12 +137,12 @@ def draw(args: Args, rows: dict[str, list[dict[str, Any]]]) -> None:
     from matplotlib.figure import Figure
 
     assert args.drawn.picture is not None
-    figure = Figure(figsize=(5 * len(rows), 4.2), layout="constrained")
-    panels = figure.subplots(1, len(rows), squeeze=False)[0]
+    figure = Figure(figsize=(7, 3.2 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     titles = {
-        "shallow": "vanillanet_5's time over that of ...",
-        "kernels": "two 3x3 over one 5x5",
-        "depthwise": "inverted residual over dense 3x3",
+        "shallow": "time of vanillanet_5 over that of ... (below 1: vanillanet_5 is faster)",
+        "kernels": "two 3x3 over one 5x5 (below 1: the two are faster)",
+        "depthwise": "inverted residual over dense 3x3 (below 1: the inverted residual is faster)",
     }
     for axes, (section, found) in zip(panels, rows.items(), strict=True):
         by = "batch" if section == "shallow" else "width"
@@ -159,7 +159,7 @@ def draw(args: Args, rows: dict[str, list[dict[str, Any]]]) -> None:
         ticks = list(dict.fromkeys(row[by] for row in found))
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         unit = "images in a batch" if by == "batch" else "channels"
-        axes.set(xlabel=unit, ylabel="ratio of times (below 1: the first is faster)", title=titles[section])
+        axes.set(xlabel=unit, ylabel="ratio of times", title=titles[section])
         axes.set_ylim(bottom=0)
         axes.legend()
         axes.grid(alpha=0.3)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from growshrink.algebra.inputs import InputLike
 from growshrink.analysis.prune import SlimSpace, cost_of, profile_macs
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import SomeOrAll, checked
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Slots, Width, WidthSpace
 from growshrink.training import calibrate_bn
@@ -29,6 +30,7 @@ class WidthPath:
 
     steps: tuple[WidthStep, ...]
 
+    @checked(WidthError)
     def within(self, cost: float) -> WidthStep:
         """The first net that costs at most this share of the full one; WidthError if the path ends before."""
         for step in self.steps:
@@ -40,6 +42,7 @@ class WidthPath:
 class WidthScore:
     """The score of a slim net at any width, batch norm statistics taken from `batches` each time; scores are kept."""
 
+    @checked(WidthError)
     def __init__(self, model: nn.Module, batches: Sequence[Tensor], score: Callable[[nn.Module], float]) -> None:
         self._net, self._batches, self._score = copy_net(model), list(batches), score
         self._slots = Slots(self._net)
@@ -56,6 +59,7 @@ class WidthScore:
         return self.known[key]
 
 
+@checked(WidthError, macs=SomeOrAll)
 def allocate(
     model: nn.Module,
     space: WidthSpace,
@@ -90,8 +94,6 @@ def allocate(
     True
     """
     space.check(model)
-    if not 0 < macs <= 1:
-        raise WidthError(f"macs={macs!r}: must be a share of the full net's, above 0 and at most 1.")
     if cost is None:
         table = SlimSpace(model, input_size)
         full_macs = profile_macs(table)

@@ -19,6 +19,7 @@ from torch import nn
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.analysis.layers import Layer, Side, State, check_states, output_positions, supernet_layers
 from growshrink.analysis.stats import Floats
+from growshrink.base.limits import checked
 from growshrink.errors import AnalysisError, did_you_mean
 from growshrink.layers.widths import Width, WidthSpace
 
@@ -85,8 +86,8 @@ class AngleTable:
         order: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         checkpoints = [trained] if isinstance(trained, Mapping) else list(trained)
-        if not checkpoints:
-            raise AnalysisError("an angle needs trained weights, at least one checkpoint of them.")
+        if not checkpoints or not layers:
+            raise AnalysisError("an angle needs layers, and trained weights, at least one checkpoint of them.")
         check_states(layers, [init, *checkpoints])
         self.choices = {name: tuple(choices) for name, choices in variables.items()}
         self.names = tuple(self.choices)
@@ -271,6 +272,7 @@ def channel_sums(layer: Layer, init: State, checkpoints: Sequence[State]) -> Flo
     return np.stack(columns, axis=2)
 
 
+@checked(AnalysisError)
 def supernet_table(
     init: nn.Module | State,
     trained: nn.Module | State | Sequence[nn.Module | State],
@@ -305,6 +307,7 @@ def supernet_table(
     )
 
 
+@checked(AnalysisError)
 def angle(
     init: nn.Module | State,
     trained: nn.Module | State,

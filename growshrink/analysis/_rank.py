@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from growshrink.analysis import stats
 from growshrink.analysis.stats import Bootstrap, Estimate, Floats
+from growshrink.base.limits import checked
 from growshrink.errors import AnalysisError
 
 #: What a score has to beat before it is said to add anything.
@@ -104,11 +105,12 @@ class Ranking:
         return "\n".join(filter(None, lines))
 
 
+@checked(AnalysisError, scores=Any, truth=Any)
 def rank(
     scores: Mapping[str, ArrayLike],
     truth: Floats | Sequence[Floats],
     *,
-    baselines: Sequence[str] = BASELINES,
+    baselines: str | Sequence[str] = BASELINES,
     k: int | None = None,
     num_bins: int = 10,
     num_resamples: int = 1000,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.dataflow import Flow, trace
+from growshrink.algebra.dataflow import FROZEN_NORMS, Flow, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, output_leaves
 from growshrink.analysis.channels import ChannelSpace
 from growshrink.base.copying import copy_net, ties
+from growshrink.base.limits import Share, SomeOrAll, checked
 from growshrink.base.reading import reason
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.grown import grown_modules
@@ -28,6 +29,7 @@ Axes = Mapping[tuple[str, bool], Mapping[str, Entries]]
 """As of `ChannelSpace.axes`."""
 
 
+@checked(WidthError, levels=Sequence[SomeOrAll])
 def slim(
     model: nn.Module,
     levels: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
@@ -69,15 +71,18 @@ def slim(
     (2, 4)
     """
     check_model(model, scripted=False)
-    shares = _rising(levels)
+    if not levels or list(levels) != sorted(set(levels)) or levels[-1] != 1.0:
+        raise WidthError(f"{levels=}: must be rising shares of the channels above 0, the last of them 1.")
     if name := next((name for name in grown_modules(model)), None):
         raise WidthError(f"{name} carries branches: growshrink.fuse comes before growshrink.slim.")
     if is_slim(model):
         raise WidthError("the model is slim already: growshrink.cut makes a plain net of it.")
+    if name := next((name for name, norm in model.named_modules() if isinstance(norm, FROZEN_NORMS)), None):
+        raise WidthError(f"{name} is frozen, and cannot be cut: freeze the norms of a net that growshrink.cut made.")
     space = ChannelSpace(model, given_inputs(input_size, example_inputs))
     axes = space.axes()
     _check_layers(model, {name for name, _ in axes})
-    widths = {name: [max(1, round(level * all_[-1])) for level in shares] for name, all_ in space.choices.items()}
+    widths = {name: [max(1, round(level * all_[-1])) for level in levels] for name, all_ in space.choices.items()}
     batch = space.inputs.batch(2)
     found = _residual_blocks(model, batch) if blocks else []
     commit = partial(_commit, axes=axes, levels=widths, blocks=found, left_alone=dict(space.left_alone))
@@ -101,6 +106,7 @@ def left_alone(model: nn.Module) -> dict[str, str]:
     return dict(vars(model).get("slim_left_alone", {}))
 
 
+@checked(WidthError, survival=Mapping[str, Share] | None)
 def cut(
     model: nn.Module,
     width: Width | None = None,
@@ -133,7 +139,6 @@ def cut(
     >>> plain.load_state_dict(gs.cut(net, gs.width_space(net).base).state_dict())
     <All keys matched successfully>
     """
-    check_model(model)
     if not is_slim(model):
         raise WidthError("the model is not slim, so there is nothing to cut: growshrink.slim comes first.")
     model = model if inplace else copy_net(model)
@@ -148,14 +153,6 @@ def cut(
     check_unchanged(model, commit, flow.inputs, prepare=partial(_scale_outputs, factors=factors))
     commit(model)
     return model
-
-
-def _rising(levels: object) -> list[float]:
-    shares = [*levels] if isinstance(levels, Iterable) and not isinstance(levels, str) else []
-    numbers = shares and all(isinstance(level, (int, float)) for level in shares)
-    if not (numbers and shares == sorted(set(shares)) and 0.0 < shares[0] and shares[-1] == 1.0):
-        raise WidthError(f"{levels=}: must be rising shares of the channels above 0, the last of them 1.")
-    return shares
 
 
 def _check_layers(model: nn.Module, names: set[str]) -> None:
@@ -187,7 +184,7 @@ def _commit(
             make_slim(layer, SlimAxes(found[0], found[1], shared))
     for name in blocks:
         make_skippable(model.get_submodule(name))
-    vars(model)["slim_left_alone"] = left_alone
+    vars(model).update(slim_left_alone=left_alone, slim_layers=tuple({name for name, _ in axes}))
 
 
 @torch.no_grad()
@@ -246,8 +243,8 @@ def _last_layers(model: nn.Module, flow: Flow, survival: Mapping[str, float]) ->
     """The layer that alone ends what a block adds, by name of the block."""
     ends: dict[str, str] = {}
     for name, share in survival.items():
-        if not isinstance(block := dict(model.named_modules()).get(name), SkippableBlock) or not 0.0 <= share <= 1.0:
-            raise WidthError(f"{name}: {share} is not the share of a block of this model, from 0 to 1.")
+        if not isinstance(block := dict(model.named_modules()).get(name), SkippableBlock):
+            raise WidthError(f"survival: {name} is no block of this model that can be off.")
         last = [
             key
             for key, module in model.named_modules()
@@ -295,4 +292,3 @@ def _commit_cut(model: nn.Module, factors: Mapping[str, float]) -> None:
     for key in ("num_features", "head_hidden_size"):  # what timm makes another classifier with
         if before is not None and vars(model).get(key) == before:
             setattr(model, key, classifier.in_features)
-    vars(model).pop("slim_left_alone", None)

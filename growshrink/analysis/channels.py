@@ -20,6 +20,7 @@ from growshrink.algebra.inputs import InputLike
 from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis.layers import LayerCosts
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import Count, SomeOrAll, checked
 from growshrink.branches import RowFactors
 from growshrink.errors import AnalysisError, check_model, did_you_mean
 from growshrink.layers.grown import Grown, grown_modules
@@ -77,9 +78,8 @@ class ChannelSpace:
         AnalysisError: Torch-Pruning is not there or cannot prune the net.
     """
 
+    @checked(AnalysisError, least=SomeOrAll, round_to=Count)
     def __init__(self, model: nn.Module, input_size: InputLike, *, least: float = 0.1, round_to: int = 1) -> None:
-        if not 0.0 < least <= 1.0 or round_to < 1:
-            raise AnalysisError(f"{least=}, {round_to=}: least must lie in (0, 1], round_to be a whole number above 0.")
         check_model(model, scripted=False)
         self.model = model
         self.inputs = inputs_for(model, input_size)
@@ -155,7 +155,7 @@ class ChannelSpace:
             for name, values in found.items()
         }
 
-    def from_modules(self, values: Mapping[str, Floats]) -> dict[str, Floats]:
+    def from_modules(self, values: Mapping[str, Floats | Tensor]) -> dict[str, Floats]:
         """How important each channel is, by group, from values of the output channels of modules (`channel_usage`)."""
         found: dict[str, Floats] = {}
         for name, group in self._groups.items():

@@ -9,7 +9,7 @@ Source: Li et al., Revisiting Random Channel Pruning (arXiv:2205.05676); Li et a
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import numpy as np
 import torch
@@ -21,16 +21,17 @@ from growshrink.analysis._angle import Floats, Index
 from growshrink.analysis._slim import cut
 from growshrink.analysis.channels import CRITERIA, ChannelSpace, best_channels
 from growshrink.analysis.layers import LayerCosts
-from growshrink.base.config import check_fields
-from growshrink.base.limits import PartOf, SomeOrAll
+from growshrink.base.config import Checked
+from growshrink.base.limits import OneOf, PartOf, Seed, SomeOrAll, checked
 from growshrink.base.seeding import generator
-from growshrink.errors import AnalysisError, check_model, did_you_mean
+from growshrink.errors import AnalysisError, check_model
 from growshrink.layers.slim import Entries, SkippableBlock, SlimLayer, is_slim
 from growshrink.layers.widths import Slots, active_width, width_space
 
 #: Draws after which a budget counts as impossible.
 MOST_DRAWS = 4_000_000
 _CHUNK = 20_000
+_KNOWN = OneOf("no such criterion", ("random", *CRITERIA))
 
 
 class SlimSpace:
@@ -62,7 +63,7 @@ class Space(Protocol):
 
 
 @dataclass(frozen=True)
-class Budget:
+class Budget(Checked):
     """MACs that a subnet may have.
 
     Attributes:
@@ -70,11 +71,9 @@ class Budget:
         tolerance: Relative; a threshold common to few, wide groups of channels cannot be met more closely.
     """
 
+    error = AnalysisError
     macs: SomeOrAll = 0.5
     tolerance: PartOf = 0.05
-
-    def __post_init__(self) -> None:
-        check_fields(self, AnalysisError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,12 +194,13 @@ def random_subnets(
         yield space.cut(random_channels(space, width_of(space, row), seed * 1_000_003 + number))
 
 
+@checked(AnalysisError, seed=Seed, criterion=Annotated[str, _KNOWN] | Mapping)
 def random_prune(
     model: nn.Module,
     *,
     macs: float = 0.5,
     tolerance: float = 0.05,
-    criterion: str | Mapping[str, Floats] = "random",
+    criterion: str | Mapping[str, Floats | Tensor] = "random",
     seed: int = 0,
     least: float = 0.1,
     round_to: int = 1,
@@ -236,9 +236,6 @@ def random_prune(
     True
     """
     check_model(model, scripted=False)
-    known = ("random", *CRITERIA)
-    if isinstance(criterion, str) and criterion not in known:
-        raise AnalysisError(f"{criterion}: no such criterion{did_you_mean(criterion, known)}")
     budget, inputs = Budget(macs, tolerance), given_inputs(input_size, example_inputs)
     if is_slim(model):
         if criterion != "random":

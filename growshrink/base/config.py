@@ -1,12 +1,11 @@
 """Dataclasses of plain values: checked field by field by the limits in their types, and taken to JSON and back."""
 
-import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from growshrink.base.limits import Limit
+from growshrink.base.limits import fault
 from growshrink.errors import GrowShrinkError, PlanError, did_you_mean
 
 T = TypeVar("T")
@@ -49,49 +48,12 @@ def check_fields(instance: Any, error: type[GrowShrinkError] = PlanError) -> Non
 
 
 class Checked:
-    """Base of dataclasses that check their fields when they are made."""
+    """Base of dataclasses that check their fields when they are made, and raise `error`."""
+
+    error: ClassVar[type[GrowShrinkError]] = PlanError
 
     def __post_init__(self) -> None:
-        check_fields(self)
-
-
-def fault(hint: Any, value: Any) -> str | None:
-    """Say what is wrong with a value of that type, to follow its name; None if nothing is.
-
-    >>> from growshrink.base.limits import Share
-    >>> fault(Share, 0.5), fault(Share | None, None), fault(Share, "0.5"), fault(Share, 1.5)
-    (None, None, 'must be a finite number.', 'must be at least 0 and at most 1.')
-    """
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        limits = (limit.fault(value) for limit in inner[1:] if isinstance(limit, Limit))
-        return fault(inner[0], value) or next(filter(None, limits), None)
-    if origin in (Union, UnionType):
-        faults = [fault(kind, value) for kind in sorted(inner, key=lambda kind: kind is NoneType)]
-        return None if None in faults else faults[0]
-    if origin is Literal:
-        return None if value in inner else f"no such choice{did_you_mean(str(value), map(str, inner))}"
-    if origin in (tuple, list):
-        if not isinstance(value, origin):
-            return f"must be a {origin.__name__}."
-        return next(filter(None, (fault(inner[0], each) for each in value)), None)
-    return _fault_of_class(origin or hint, value)
-
-
-def _fault_of_class(cls: Any, value: Any) -> str | None:
-    if cls is NoneType:
-        return None if value is None else "must be None."
-    if cls is Any:
-        return None
-    if cls is bool:
-        return None if isinstance(value, bool) else "must be true or false."
-    if cls is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number."
-    if cls is float:  # an int may be larger than any float
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return None if number and abs(value) <= sys.float_info.max else "must be a finite number."
-    name = {str: "text", Mapping: "a mapping"}.get(cls, f"a {cls.__name__}")
-    return None if isinstance(value, cls) else f"must be {name}."
+        check_fields(self, self.error)
 
 
 def to_dict(instance: Any) -> Any:

@@ -3,19 +3,28 @@
     ratio: Positive = 4.0
     seeds: tuple[Seed, ...] = (0,)
 
-A dataclass checks itself with `growshrink.base.config.check_fields`, a program its options with
-`growshrink.cli.program.run_program`.
+A dataclass checks itself with `growshrink.base.config.check_fields`, a function its arguments with `checked`, a program
+its options with `growshrink.cli.program.run_program`.
 """
 
 import re
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, wraps
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
+from torch import nn
 
-from growshrink.errors import did_you_mean
+from growshrink.errors import GrowShrinkError, check_model, describe, did_you_mean
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_hints = cache(get_type_hints)
 
 #: Upper limit of a number that has no other.
 MANY = 10**9
@@ -160,3 +169,76 @@ InFolder = Annotated[Path, ExistingPath(folder=True)]
 OutFile = Annotated[Path, Writable(file=True)]
 OutFolder = Annotated[Path, Writable()]
 Checkpoint = Annotated[Path, ExistingPath(file=True, folder=True)]
+
+
+def check_value(name: str, value: Any, hint: Any, error: type[GrowShrinkError]) -> None:
+    """Raise `error` for an argument that its type, or a limit in it, does not allow; numbers of numpy and torch are."""
+    if hint is nn.Module:
+        check_model(value)
+    if wrong := fault(hint, value.item() if getattr(value, "shape", None) == () else value):
+        raise error(f"{name}={describe(value)}: {wrong}")
+
+
+def checked(error: type[GrowShrinkError], **limits: Any) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Make a function raise `error` for an argument that its annotation, or its type in `limits`, does not allow."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        names = list(signature(function).parameters)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            hints = _hints(function, include_extras=True) | limits
+            for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+                if name in hints and name not in ("input_size", "example_inputs"):  # growshrink.algebra.inputs does
+                    check_value(name, value, hints[name], error)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def fault(hint: Any, value: Any) -> str | None:
+    """Say what is wrong with a value of that type, to follow its name; None if nothing is.
+
+    >>> fault(Share, 0.5), fault(Share | None, None), fault(Share, "0.5"), fault(Share, 1.5)
+    (None, None, 'must be a finite number.', 'must be at least 0 and at most 1.')
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        limits = (limit.fault(value) for limit in inner[1:] if isinstance(limit, Limit))
+        return fault(inner[0], value) or next(filter(None, limits), None)
+    if origin in (Union, UnionType):
+        faults = [fault(kind, value) for kind in sorted(inner, key=lambda kind: kind is NoneType)]
+        known = dict.fromkeys(wrong for wrong in faults if wrong and wrong != "must be None.")
+        alike = all(wrong.startswith("must be ") for wrong in known)
+        said = f"must be {' or '.join(wrong[8:-1] for wrong in known)}." if alike else next(iter(known))
+        return None if None in faults else said
+    if origin is Literal:
+        return None if value in inner else f"no such choice{did_you_mean(str(value), map(str, inner))}"
+    wrong = _fault_of_class(origin or hint, value)
+    if wrong or not inner:
+        return wrong
+    if origin is Mapping:
+        return next((f"{key}: {why}" for key, each in value.items() if (why := fault(inner[1], each))), None)
+    items = value if origin in (tuple, list, Sequence, Iterable) and isinstance(value, (tuple, list)) else ()
+    return next(filter(None, (fault(inner[0], each) for each in items)), None)
+
+
+def _fault_of_class(cls: Any, value: Any) -> str | None:
+    if cls is NoneType:
+        return None if value is None else "must be None."
+    if cls is Any or getattr(cls, "_is_protocol", False):
+        return None
+    if cls is bool:
+        return None if isinstance(value, bool) else "must be true or false."
+    if cls is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "must be a whole number."
+    if cls is float:  # an int may be larger than any float
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return None if number and abs(value) <= sys.float_info.max else "must be a finite number."
+    if cls in (Sequence, Iterable):  # an array, a tensor, a data set
+        own = hasattr(value, "__getitem__") and not isinstance(value, Mapping) or isinstance(value, cls)
+        return None if own and not isinstance(value, str) else "must be a sequence."
+    name = {str: "text", Mapping: "a mapping", nn.Module: "an nn.Module", Callable: "a function"}.get(cls)
+    return None if isinstance(value, cls) else f"must be {name or 'a ' + cls.__name__}."

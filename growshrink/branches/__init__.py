@@ -28,7 +28,6 @@ from growshrink.branches.modulated import RowFactors as RowFactors
 from growshrink.branches.published import OwnNorm as OwnNorm
 from growshrink.branches.spec import PRESETS as PRESETS
 from growshrink.branches.spec import BranchSpec as BranchSpec
-from growshrink.branches.spec import check_ratio as check_ratio
 from growshrink.branches.spec import format_skipped as format_skipped
 from growshrink.layers.branch import Branch as Branch
 from growshrink.layers.branch import middle_width as middle_width

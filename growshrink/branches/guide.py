@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from growshrink.algebra.dataflow import Flow
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import checked
 from growshrink.base.reading import reason
 from growshrink.branches.base import several
 from growshrink.branches.modulated import KernelFactors, Modulated, RowFactors
-from growshrink.errors import GrowError, GrowShrinkError, check_model
+from growshrink.errors import GrowError, GrowShrinkError
 
 #: Numbers that a guide says of an image.
 EMBEDDING = 64
@@ -166,6 +167,7 @@ def remove_guide(model: nn.Module) -> None:
             model._modules.pop("guide", None)
 
 
+@checked(GrowShrinkError)
 def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) -> Tensor:
     """What gates add to the loss, for the last forward pass of a grown net in train mode; 0 where they add nothing.
 
@@ -181,7 +183,6 @@ def penalties(model: nn.Module, target: Tensor, logits: Tensor | None = None) ->
     >>> logits, labels = net(torch.randn(4, 3, 32, 32)), torch.arange(4)
     >>> loss = torch.nn.functional.cross_entropy(logits, labels) + gs.penalties(net, labels, logits)
     """
-    check_model(model)
     total = torch.zeros((), device=target.device)
     for module in model.modules():
         if isinstance(module, (Modulated, Guide)) and module.seen is not None:

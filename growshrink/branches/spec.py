@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from growshrink.base.config import check_fields
-from growshrink.base.limits import MOST_RATIO, OneOf, Positive
+from growshrink.base.limits import OneOf, Positive, Ratio
 from growshrink.errors import GrowError, did_you_mean
 from growshrink.layers.branch import Branch
 
@@ -49,22 +48,20 @@ class BranchSpec:
     """
 
     kind: str
-    ratio: float | None = None
+    ratio: Ratio | None = None
     norm: Literal["batch"] | None = "batch"
     scale: Positive = 1.0
     trained: Literal["first", "last"] = "last"
     published: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, GrowError)
         composed = {*Branch.published, *PRESETS, *(kind for kinds in PRESETS.values() for kind in kinds)}
         known = composed if self.published else {*Branch.kinds, *PRESETS}
         if self.kind not in known:
             raise GrowError(f"branch={self.kind!r}: no such branch{did_you_mean(self.kind, known)}")
         if self.published and self.norm is None:
             raise GrowError(f"branch={self.kind!r}: published with norm=None, but published blocks have their norms.")
-        if self.ratio is not None:
-            check_ratio(self.ratio)
-        check_fields(self, GrowError)
         if self.norm is not None and (self.scale, self.trained) != (1.0, "last"):
             raise GrowError(f"scale={self.scale!r}, trained={self.trained!r}: for branches with norm=None only.")
         linear = self.kinds if self.norm is None else ()
@@ -136,11 +133,3 @@ class BranchSpec:
 def format_skipped(reasons: Mapping[str, str]) -> str:
     """Kinds of branches that do not fit a convolution, and why, in words."""
     return "; ".join(f"no {kind}: {reason}" for kind, reason in reasons.items())
-
-
-def check_ratio(ratio: float) -> None:
-    """GrowError unless `ratio` is a number above 0, of a size that any memory could hold."""
-    if not (math.isfinite(ratio) and 0 < ratio <= MOST_RATIO):
-        raise GrowError(
-            f"{ratio=}: the middle width over the output channels must be a number above 0, at most {MOST_RATIO}."
-        )

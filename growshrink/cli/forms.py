@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import docstring_parser
 import tyro
 
-from growshrink.base.config import KIND, fault, field_types, from_dict, to_dict
-from growshrink.base.limits import Limit, NoOption, OneOf
+from growshrink.base.config import KIND, field_types, from_dict, to_dict
+from growshrink.base.limits import Limit, NoOption, OneOf, fault
 from growshrink.errors import GrowShrinkError, RunError
 
 T = TypeVar("T")

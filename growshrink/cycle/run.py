@@ -14,6 +14,7 @@ from torch import nn
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import from_dict
 from growshrink.base.environment import versions
+from growshrink.base.limits import checked
 from growshrink.base.ranks import broadcast_nets_, num_ranks, run_on_rank0, this_rank
 from growshrink.base.reading import reason
 from growshrink.base.stopping import Stopped
@@ -28,7 +29,7 @@ from growshrink.cycle.surgery import load_values, set_values
 from growshrink.data.batches import Augment
 from growshrink.data.datasets import DataSet
 from growshrink.data.feed import Feed, MemoryFeed, check_model_fits
-from growshrink.errors import GrowShrinkError, PlanError, RunError, check_model
+from growshrink.errors import GrowShrinkError, PlanError, RunError
 from growshrink.layers.grown import grown_modules
 from growshrink.layers.recompute import recompute
 from growshrink.layers.swaps import expand_online
@@ -39,6 +40,7 @@ from growshrink.training._evaluate import Loss
 from growshrink.training.trainer import TrainConfig
 
 
+@checked(PlanError)
 def run_cycle(
     model: nn.Module,
     data: DataSet | Feed,
@@ -103,9 +105,6 @@ def run_cycle(
     >>> result.deployed == result.plain
     True
     """
-    check_model(model)
-    if not isinstance(plan, CyclePlan):
-        raise PlanError(f"{plan=}: must be a CyclePlan.")
     saving, config = Saving(save_every, keep, torch.device(device)), config or TrainConfig()
     feed, own = _feed_of(data, plan, batch_size, augment, device)
     phases = lay_out(plan, feed.train.updates_per_epoch, built_grown=bool(grown_modules(model)))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.base.config import check_fields
+from growshrink.base.config import Checked
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import Positive, Share
 from growshrink.base.reading import clean_keys, parse_json, read_json
@@ -59,7 +59,7 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """What a state_dict does not say of its net.
 
     Attributes:
@@ -74,6 +74,7 @@ class Recipe:
         std: Per channel, in the same unit.
     """
 
+    error = RunError
     name: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     branches: Sequence[str] = ()
@@ -83,9 +84,6 @@ class Recipe:
     image_size: int | None = None
     mean: tuple[Share, ...] = ()
     std: tuple[Positive, ...] = ()
-
-    def __post_init__(self) -> None:
-        check_fields(self, RunError)
 
 
 def read_source(path: Path, recipe: Recipe = Recipe()) -> Source:

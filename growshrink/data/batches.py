@@ -19,7 +19,7 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
-from growshrink.base.config import check_fields
+from growshrink.base.config import Checked
 from growshrink.base.limits import Interval, NotNegative, Share
 from growshrink.base.seeding import generator, own_randomness
 from growshrink.data.datasets import Split
@@ -31,7 +31,7 @@ Magnitude = Annotated[int, Interval(0, 30)]
 
 
 @dataclass(frozen=True)
-class PhotoAugment:
+class PhotoAugment(Checked):
     """Random changes to photographs; each image has parameters of its own. All are off by default.
 
     Attributes:
@@ -42,14 +42,12 @@ class PhotoAugment:
         cutmix: Likewise, of the area pasted from another image (arXiv:1905.04899); with mixup too, either at random.
     """
 
+    error = DataError
     resized_crop: Share = 0.0
     jitter: Share = 0.0
     randaugment: Magnitude = 0
     mixup: NotNegative = 0.0
     cutmix: NotNegative = 0.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, DataError)
 
     @property
     def mixes(self) -> bool:

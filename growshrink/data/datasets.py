@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from growshrink.base.limits import Count, NotAll, checked
 from growshrink.base.seeding import generator
 from growshrink.data import formats
 from growshrink.data.folders import Folder, load_folder
@@ -77,6 +78,7 @@ class DataSet:
 _Raw = tuple[formats.Arrays, formats.Arrays, tuple[str, ...]] | Folder
 
 
+@checked(DataError, val_fraction=NotAll, image_size=Count | None)
 def load_data(
     name: str,
     data_dir: str | Path | None = None,
@@ -112,10 +114,6 @@ def load_data(
     Raises:
         DataError: Unknown name, missing or damaged files, or more images than fit into memory.
     """
-    if not 0.0 <= val_fraction < 1.0:
-        raise DataError(f"load_data needs 0 <= val_fraction < 1, got {val_fraction=}.")
-    if image_size is not None and image_size < 1:
-        raise DataError(f"load_data needs image_size >= 1 pixel, got {image_size=}.")
     root = None if data_dir is None else Path(data_dir).expanduser()
 
     folder = partial(

@@ -16,6 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset,
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from growshrink.base.limits import Count, NotAll, checked
 from growshrink.base.seeding import generator, own_randomness
 from growshrink.base.stopping import shield_worker
 from growshrink.data.batches import Batch, Order
@@ -52,6 +53,7 @@ class StreamedData:
         return len(self.classes)
 
 
+@checked(DataError, val_fraction=NotAll, image_size=Count | None)
 def stream_data(
     data_dir: str | Path,
     *,
@@ -82,10 +84,6 @@ def stream_data(
         DataError: Wrong layout, no images, differing classes, or an argument out of range.
     """
     root = Path(data_dir).expanduser()
-    if image_size is not None and image_size < 1 or not 0.0 <= val_fraction < 1.0:
-        raise DataError(
-            f"stream_data needs image_size >= 1 and 0 <= val_fraction < 1, got {image_size=}, {val_fraction=}."
-        )
     if clash := sorted(_OURS & loader_options.keys()):
         raise DataError(f"stream_data sets {', '.join(clash)} of timm's create_loader itself.")
     train_folder, test_folder = find_parts(root)

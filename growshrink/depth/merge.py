@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
@@ -14,15 +14,14 @@ from torch import nn
 from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.dataflow import Flow, InputSize, trace
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import checked
 from growshrink.errors import AlgebraError, FuseError, MergeError, did_you_mean
 from growshrink.layers.activations import VanishingAct, VanishingReLU
 from growshrink.proofs._profile import profile
 from growshrink.transforms import fold
 from growshrink.transforms._fuse import check_unchanged, replace_module
 
-WhereToMerge = str | Callable[[str, nn.Module], bool] | Iterable[str] | Iterable[Sequence[str]] | None
-
-IF_COSTLIER = ("refuse", "warn", "allow")
+WhereToMerge = str | Callable[[str, nn.Module], bool] | Iterable[str | Sequence[str]] | None
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,11 @@ def merge_report(
     return MergeReport(runs, ends, profile(model, size).macs, profile(folded, size).macs)
 
 
+@checked(MergeError, if_costlier=Literal["refuse", "warn", "allow"])
 def _plan(
     model: nn.Module, where: WhereToMerge, if_costlier: str, input_size: InputSize | None
 ) -> tuple[tuple[ConvRun, ...], dict[str, str], nn.Module, InputSize]:
     """What to merge and why not more, the folded copy it was found out on, and the size of its input."""
-    if if_costlier not in IF_COSTLIER:
-        raise MergeError(f"if_costlier={if_costlier!r}: no such choice{did_you_mean(if_costlier, IF_COSTLIER)}")
     folded = copy_net(model)
     _prepare(folded, input_size)
     flow = trace(folded, input_size)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from growshrink.algebra.convmap import ConvMap
+from growshrink.base.limits import Share, check_value
 from growshrink.errors import AlgebraError, GrowShrinkError, check_model
 
 
@@ -153,8 +154,7 @@ class Fading(Vanishing):
 
 def check_lambda(value: float) -> float:
     """`value` if it is a legal lam; GrowShrinkError otherwise (NaN included)."""
-    if not 0.0 <= value <= 1.0:
-        raise GrowShrinkError(f"lam={value!r}: must lie in [0, 1] (1 = ReLU, 0 = identity).")
+    check_value("lam", value, Share, GrowShrinkError)
     return float(value)
 
 

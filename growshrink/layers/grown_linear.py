@@ -1,6 +1,5 @@
 """Grown layers other than convolutions of images, which show their inputs and outputs to the branches as images."""
 
-import sys
 from typing import ClassVar
 
 from timm.layers import BatchNormAct2d, register_notrace_module
@@ -11,6 +10,7 @@ from growshrink.algebra.convmap import ConvMap
 from growshrink.algebra.taps import spread
 from growshrink.errors import GrowError
 from growshrink.layers.grown import Grown
+from growshrink.layers.slim import Unconvertible
 
 
 @register_notrace_module  # as an nn.Linear is: how tokens become an image depends on the shape
@@ -92,12 +92,8 @@ class GrownConvTranspose2d(Grown, nn.ConvTranspose2d):
         return F.pad(x, around)
 
 
-#: What reads a norm, torch's and timm's, to put another in its place, without what it carries.
-_CONVERTERS = ("convert_sync_batchnorm", "freeze_batch_norm_2d")
-
-
 @register_notrace_module
-class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
+class GrownNorm2d(Unconvertible, Grown, nn.BatchNorm2d):  # type: ignore[misc, override]
     """A batch norm with branches: `y = bn(x); for each branch: y = y + branch(x, y)`.
 
     A row that is 0 in front of a norm comes out as `beta - gamma * mean / std`, behind it as 0. At lam = 0 the factors
@@ -105,16 +101,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
     """
 
     plain_class: ClassVar[type[nn.Module]] = nn.BatchNorm2d
-
-    @property
-    def affine(self) -> bool:  # type: ignore[override]
-        """Whether it has gamma and beta; GrowError for functions that would replace it, and lose its branches."""
-        if (name := sys._getframe(1).f_code.co_name) in _CONVERTERS:
-            raise GrowError(
-                f"a batch norm that carries branches would lose them in {name}, which may have converted some of the "
-                "net: make it again, convert the plain net, then grow it."
-            )
-        return bool(vars(self)["affine"])
+    refusal = GrowError, "a norm with branches would lose them, so convert the plain net, then grow it"
 
     def on_images(self, x: Tensor) -> Tensor:
         return self.with_branches(x, nn.BatchNorm2d.forward(self, x))
@@ -130,7 +117,7 @@ class GrownNorm2d(Grown, nn.BatchNorm2d):  # type: ignore[misc]
 
 
 @register_notrace_module
-class GrownNormAct2d(GrownNorm2d, BatchNormAct2d):  # type: ignore[misc]
+class GrownNormAct2d(GrownNorm2d, BatchNormAct2d):  # type: ignore[misc, override]
     """timm's `BatchNormAct2d`, grown: the branches act between the norm and the activation."""
 
     plain_class = BatchNormAct2d

@@ -6,6 +6,7 @@ place of its own while it runs; whatever the class computes, it computes at that
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from growshrink.errors import WidthError
+from growshrink.errors import GrowShrinkError, WidthError
 
 Entries = NDArray[np.intp]
 """Entries of each channel of a group along an axis of a layer's tensors, `(channels, entries each)`."""
@@ -135,6 +136,25 @@ class SlimLayer(nn.Module):
                 whole = self._buffers.get(key)  # its prefix is a view; another part was a copy that is written back
                 if whole is not None and outputs and isinstance(kept := outputs.kept(whole.device), Tensor):
                     whole.data.index_copy_(0, kept, cut[key])  # .data: an earlier pass may have saved it
+
+
+class Unconvertible(nn.Module):
+    """A batch norm that functions which put another in its place would rob of what it carries."""
+
+    refusal: ClassVar[tuple[type[GrowShrinkError], str]]
+
+    @property
+    def affine(self) -> bool:
+        """Whether it has gamma and beta; raises the `refusal`, error and text, for functions that convert the norm."""
+        if (name := sys._getframe(1).f_code.co_name) in ("convert_sync_batchnorm", "freeze_batch_norm_2d"):
+            raise self.refusal[0](f"{name} may have converted some of the net: make it again; {self.refusal[1]}.")
+        return bool(vars(self)["affine"])
+
+
+class SlimNorm(Unconvertible, SlimLayer):
+    """A batch norm on the channels of the active width."""
+
+    refusal = WidthError, "norms are converted before growshrink.slim, or frozen behind growshrink.cut"
 
 
 class SkippableBlock(nn.Module):

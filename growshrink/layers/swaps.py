@@ -19,7 +19,7 @@ from growshrink.layers.branch import Branch
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownConv1d, GrownConvTranspose2d, GrownLinear, GrownNorm2d, GrownNormAct2d
 from growshrink.layers.online import OnlineBottleneck, OnlineConv2d, OnlineConv2dSame, OnlineLinear, OnlineModule
-from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, add_statistics, write_active
+from growshrink.layers.slim import SkippableBlock, SlimAxes, SlimLayer, SlimNorm, add_statistics, write_active
 from growshrink.layers.widths import Slots, Width, active_width
 
 
@@ -120,7 +120,7 @@ def to_plain(layer: Grown) -> nn.Module:
 
 def make_slim(layer: nn.Module, axes: SlimAxes) -> None:
     """Make any layer one that runs at the active width of its channels."""
-    layer.__class__ = _over(type(layer), SlimLayer)
+    layer.__class__ = _over(type(layer), SlimNorm if isinstance(layer, _BatchNorm) else SlimLayer)
     layer.slim = axes  # type: ignore[assignment]
 
 
@@ -132,6 +132,8 @@ def make_skippable(block: nn.Module) -> None:
 def make_dense(model: nn.Module) -> None:
     """Undo both, in place, at the active width: what does not run is gone; blocks that are off are identities."""
     for module in list(model.modules()):
+        for key in ("slim_left_alone", "slim_layers"):
+            vars(module).pop(key, None)
         if isinstance(module, SlimLayer):
             write_active(module)
             del module.slim

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 from torch import nn
 
+from growshrink.base.config import check_fields, from_dict
+from growshrink.base.limits import Count, Positive, Share, SomeOrAll, Whole, checked
 from growshrink.base.reading import parse_json
 from growshrink.errors import WidthError, check_model, did_you_mean
 from growshrink.layers.bottleneck import PureBottleneck
@@ -77,6 +78,7 @@ class Slots:
         self.layers: dict[str, dict[str, SlimLayer]] = {}
         bodies: set[int] = set()
         for name, module in model.named_modules():
+            _check_slim(name, module)
             if isinstance(module, SlimLayer):
                 self._statistics = module.slim.statistics
                 for group, _ in (part for axis in module.slim[:2] if axis for part in axis.parts):
@@ -101,6 +103,11 @@ class Slots:
     def names_of(self, name: str) -> list[str]:
         """The modules that a slot is in: layers of a slim net, or the one that carries its name."""
         return list(self.layers.get(name, (name,)))
+
+    def levels(self) -> dict[str, tuple[int, ...]]:
+        """Width of a slim net's slots at each level; a block is on at all of them."""
+        groups = {name: slot.body.levels for name, slot in self if isinstance(slot.body, ChannelGroup)}
+        return groups | {name: (_ON,) for name, slot in self if isinstance(slot.branch, SkippableBlock)}
 
     def get(self) -> dict[str, int]:
         """The active width."""
@@ -135,6 +142,17 @@ class Slots:
                 raise WidthError(f"{name}: width {value} lies beyond the supernet, which has 0 to {slot.full}.")
             if value % slot.groups:
                 raise WidthError(f"{name}: width {value} cannot be divided among its {slot.groups} groups.")
+
+
+def _check_slim(prefix: str, model: nn.Module) -> None:
+    """WidthError if another layer has taken the place of one of a slim net's, and runs at one width only."""
+    for name in vars(model).get("slim_layers", ()):
+        layer = dict(model.named_modules()).get(name)
+        if layer is not None and layer.state_dict() and not isinstance(layer, SlimLayer):
+            raise WidthError(
+                f"{prefix}{'.' * bool(prefix)}{name} has been replaced, and does not follow the width of the net: "
+                "change the plain net (reset_classifier, ...) before growshrink.slim, or behind growshrink.cut."
+            )
 
 
 def get_width(model: nn.Module) -> dict[str, int]:
@@ -193,12 +211,23 @@ class WidthSpace:
     Source: NetAug (Cai et al., arXiv:2110.08890, section 3.2), whose r and s these are.
     """
 
-    choices: Mapping[str, tuple[int, ...]]
-    factor: float | None
-    diversity: int
-    divisor: int
-    shares: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    levels: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    choices: Mapping[str, tuple[Whole, ...]]
+    factor: Positive | None
+    diversity: Count
+    divisor: Count
+    shares: Mapping[str, tuple[Share, ...]] = field(default_factory=dict)
+    levels: Mapping[str, tuple[Whole, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, WidthError)
+        for name, values in self.choices.items():
+            if not values or list(values) != sorted(set(values)):
+                raise WidthError(f"{name}: its choices {values} must rise.")
+        for name, own in self.shares.items():
+            if len(own) != len(self.choices.get(name, ())) or not 0.999 < sum(own) < 1.001:
+                raise WidthError(f"{name}: {own} are not the shares of its choices.")
+        if not self.choices or not all(self.levels.values()):
+            raise WidthError("a width space without slots, or with a slot without levels.")
 
     @property
     def base(self) -> dict[str, int]:
@@ -215,6 +244,7 @@ class WidthSpace:
         """How many nets there are."""
         return math.prod(len(values) for values in self.choices.values())
 
+    @checked(WidthError)
     def sample(self, seed: int, step: int) -> dict[str, int]:
         """A net drawn by the `shares`: a function of seed, step and the branches' names, and of nothing else.
 
@@ -222,25 +252,23 @@ class WidthSpace:
         """
         return {name: draw(values, seed, step, name, self.shares.get(name)) for name, values in self.choices.items()}
 
+    @checked(WidthError, last=SomeOrAll)
     def stochastic_depth(self, last: float = 0.5) -> WidthSpace:
-        """This space at full width, with block l of L on with probability 1 - l / L (1 - `last`).
+        """This space at full width, with block l of L on with probability 1 - l / L (1 - `last`), `last` above 0.
 
         Source: Huang et al., Deep Networks with Stochastic Depth (arXiv:1603.09382), equation 4.
         """
-        if not 0.0 < last <= 1.0:
-            raise WidthError(f"{last=}: must lie in (0, 1], the share of updates in which the last block runs.")
         blocks = [name for name, values in self.choices.items() if values == (0, _ON)]
         off = {name: number / len(blocks) * (1 - last) for number, name in enumerate(blocks, start=1)}
         choices = {name: values if name in off else values[-1:] for name, values in self.choices.items()}
         return replace(self, choices=choices, shares={name: (share, 1 - share) for name, share in off.items()})
 
+    @checked(WidthError, share=Share)
     def level(self, share: float) -> dict[str, int]:
         """The net in which every branch takes the choice at `share` of its list: 0 the base, 1 the full one.
 
         For a slim net from the list of its levels, or the nearest to that.
         """
-        if not 0.0 <= share <= 1.0:
-            raise WidthError(f"{share=}: must lie in [0, 1], 0 the base and 1 the full width.")
         found = {}
         for name, values in self.choices.items():
             own = self.levels.get(name, values)
@@ -260,12 +288,13 @@ class WidthSpace:
 
     def check(self, model: nn.Module) -> None:
         """WidthError unless this is a space of `model`."""
-        for name, values in self.choices.items():
-            if not values or list(values) != sorted(set(values)):
-                raise WidthError(f"{name}: its choices {values} must rise.")
         slots = Slots(model)
         for index in range(max(map(len, self.choices.values()), default=1)):
             slots.check({name: values[min(index, len(values) - 1)] for name, values in self.choices.items()})
+        nets = slots.levels()
+        for name, own in self.levels.items():
+            if own != nets.get(name):
+                raise WidthError(f"{name}: its levels {own} are not those of the net, {nets.get(name)}.")
 
     def to_json(self) -> str:
         """A JSON object."""
@@ -274,30 +303,15 @@ class WidthSpace:
     @staticmethod
     def from_json(text: str) -> WidthSpace:
         """The inverse of `to_json`; WidthError if `text` is something else."""
+        what = "not the JSON of a width space"
         try:
-            values: Any = parse_json(text)
-            choices = {str(name): tuple(map(_whole, widths)) for name, widths in values["choices"].items()}
-            factor = None if values["factor"] is None else float(values["factor"])
-            shares = {str(name): tuple(map(float, own)) for name, own in values.get("shares", {}).items()}
-            levels = {str(name): tuple(map(_whole, own)) for name, own in values.get("levels", {}).items()}
-            steps, divisor = _whole(values["diversity"]), _whole(values["divisor"])
-            space = WidthSpace(choices, factor, steps, divisor, shares, levels)
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-            raise WidthError(f"not the JSON of a width space ({type(error).__name__}: {error}).") from error
-        if not choices or not all(values and values == tuple(sorted(set(values))) for values in choices.values()):
-            raise WidthError("not the JSON of a width space: every branch needs a rising list of widths.")
-        if not all(levels.values()):
-            raise WidthError("not the JSON of a width space: a slot without levels.")
-        for name, own in shares.items():
-            if (
-                name not in choices
-                or len(own) != len(choices[name])
-                or not (min(own) >= 0 and 0.999 < sum(own) < 1.001)
-            ):
-                raise WidthError(f"not the JSON of a width space: {name}: {own} are not the shares of its choices.")
-        return space
+            values = parse_json(text)
+        except (ValueError, TypeError) as error:
+            raise WidthError(f"{what} ({error}).") from error
+        return from_dict(WidthSpace, values, what, WidthError)
 
 
+@checked(WidthError, factor=Positive | None, diversity=Count | None, divisor=Count)
 def width_space(
     model: nn.Module, *, factor: float | None = None, diversity: int | None = None, divisor: int = 8
 ) -> WidthSpace:
@@ -322,17 +336,11 @@ def width_space(
     >>> space.choices["stages.0.0.conv"], space.size == 4**9
     ((16, 32, 48, 64), True)
     """
-    slots = dict(Slots(model))
-    levels = {name: slot.body.levels for name, slot in slots.items() if isinstance(slot.body, ChannelGroup)}
+    slots = Slots(model)
+    levels = slots.levels()
     count = max(map(len, levels.values()), default=0)
-    levels |= {name: (_ON,) for name, slot in slots.items() if isinstance(slot.branch, SkippableBlock)}
     steps = (count - 1 if count > 1 else DIVERSITY) if diversity is None else diversity
-    for name, value in (("diversity", steps), ("divisor", divisor)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise WidthError(f"{name}={value!r}: must be a whole number above 0.")
-    if factor is not None and not (math.isfinite(factor) and factor > 0):
-        raise WidthError(f"{factor=}: must be a number above 0, the full width over the output channels.")
-    choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in slots.items()}
+    choices = {name: _choices(name, slot, factor, steps, divisor) for name, slot in slots}
     return WidthSpace(choices, factor, steps, divisor, levels=levels)
 
 
@@ -362,9 +370,3 @@ def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: 
     unit = math.lcm(divisor, groups)
     between = (round((base + (full - base) * i / steps) / unit) * unit for i in range(1, steps))
     return tuple(sorted({base, full, *(value for value in between if base < value < full)}))
-
-
-def _whole(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is not a whole number")
-    return value

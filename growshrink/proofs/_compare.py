@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from growshrink.algebra.dataflow import inputs_for, trace
 from growshrink.algebra.inputs import Arguments, ExampleInputs, InputLike, given_inputs, paired_leaves
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import Count, checked
 from growshrink.base.seeding import own_randomness
 from growshrink.errors import EquivalenceError, GrowShrinkError, check_model
 from growshrink.layers.activations import follow_lambda
@@ -99,6 +100,7 @@ class Verification:
         return exact and self.effect >= LEAST_EFFECT
 
 
+@checked(EquivalenceError, num_inputs=Count)
 def compare(
     a: nn.Module,
     b: nn.Module,
@@ -117,12 +119,11 @@ def compare(
     >>> gs.compare(net, gs.grow(net)).max_rel
     0.0
     """
-    if type(num_inputs) is not int or num_inputs < 1:
-        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
     batch = (given_inputs(input_size, example_inputs) or inputs_for(a)).batch(num_inputs, dtype, seed=seed)
     return Comparison.of(_run(a, batch, dtype), _run(b, batch, dtype))
 
 
+@checked(EquivalenceError)
 def assert_equivalent(
     a: nn.Module,
     b: nn.Module,
@@ -154,6 +155,7 @@ def assert_equivalent(
     return result
 
 
+@checked(EquivalenceError)
 def verify(
     model: nn.Module,
     transform: Callable[[nn.Module], nn.Module] = fuse,
@@ -180,7 +182,6 @@ def verify(
     >>> found.ok, found.max_rel < 1e-12, found.effect > 0.1
     (True, True, True)
     """
-    check_model(model)
     inputs = given_inputs(input_size, example_inputs) or inputs_for(model)
     model = copy_net(model).eval()
     follow_lambda(model, 0.0)

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import Count, Share, checked
 from growshrink.errors import WidthError, check_model
 from growshrink.layers.slim import is_slim
 from growshrink.layers.swaps import keep_statistics
@@ -101,6 +102,7 @@ class Routed(nn.Module):
                 x = self._grouped(place, x) if self._threshold is None else self._cascaded(x, self._threshold)
             return x
 
+    @checked(WidthError)
     def loss(self, x: Tensor, target: Tensor, *, price: float = 0.0, exact: bool | None = None) -> Tensor:
         """Mean cross-entropy + `price` times the MACs (over the full net's), expected over the gates' choices.
 
@@ -119,6 +121,7 @@ class Routed(nn.Module):
         ]
         return torch.stack([share * loss for (share, _, _), loss in zip(paths, losses, strict=True)]).sum(0).mean()
 
+    @checked(WidthError)
     def always(self, choice: int) -> "Routed":
         """The same net in which all images take choice number `choice`, or the last, at each place."""
         most = max(map(len, self._own)) - 1
@@ -138,6 +141,7 @@ class Routed(nn.Module):
         net.gates = copy_net(self.gates)
         return net.train(self.training)
 
+    @checked(WidthError, threshold=Share)
     def cascade(self, threshold: float) -> "Routed":
         """The same net with the softmax's confidence in place of the gate: the control that needs no training.
 
@@ -146,8 +150,6 @@ class Routed(nn.Module):
         self._needs_gates("cascade")
         if len(self._own) != 1:
             raise WidthError(f"a cascade has one place, this net has {len(self._own)}.")
-        if not 0 <= threshold <= 1:
-            raise WidthError(f"threshold={threshold!r}: must be a probability, from 0 to 1.")
         twin = copy.copy(self)
         twin._buffers = {"counts_0": torch.zeros_like(self.counts(0))}
         twin._threshold = threshold
@@ -174,6 +176,7 @@ class Routed(nn.Module):
         chosen = (own[int(share.argmax())] for own, share in zip(self._own, self.usage, strict=True))
         return reduce(or_, chosen, self._fixed)
 
+    @checked(WidthError)
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take the batch norm statistics of every choice from training images, in place.
 
@@ -273,6 +276,7 @@ class Routed(nn.Module):
         return out
 
 
+@checked(WidthError, hidden=Count)
 def route(
     model: nn.Module,
     space: WidthSpace,
@@ -315,8 +319,6 @@ def route(
     check_model(model, scripted=False)
     if not is_slim(model):
         raise WidthError("the model is not slim: growshrink.slim comes first.")
-    if hidden < 1:
-        raise WidthError(f"hidden={hidden!r}: must be at least 1.")
     space.check(model)
     model = copy_net(model)
     chain = UnitChain(model, input_size)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import checked
 from growshrink.errors import WidthError
 from growshrink.layers.widths import Width, WidthSpace, set_width
 from growshrink.training.calibrate import calibrate_bn
@@ -34,6 +35,7 @@ class WidthChoice:
     candidates: tuple[ScoredWidth, ...]
 
 
+@checked(WidthError)
 def choose_width(
     model: nn.Module,
     candidates: Iterable[Width],

@@ -7,12 +7,14 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from growshrink.errors import WidthError, check_model
+from growshrink.base.limits import checked
+from growshrink.errors import WidthError
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.supernet.middle import Axis, axes
 
 
 @torch.no_grad()
+@checked(WidthError)
 def sort_channels(
     model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None, also: Sequence[nn.Module] = ()
 ) -> dict[str, Tensor]:
@@ -38,7 +40,6 @@ def sort_channels(
     >>> list(gs.sort_channels(gs.grow(net, where="stages.0", init="paper")))
     ['stages.0.0.conv.branches.0.body']
     """
-    check_model(model)
     nets = [dict(unwrap_model(net).named_modules()) for net in also]
     orders: dict[str, Tensor] = {}
     moves: list[tuple[Axis, Tensor, Tensor]] = []

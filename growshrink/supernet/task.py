@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from timm.task import ClassificationTask
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from growshrink.algebra.dataflow import InputSize
+from growshrink.base.limits import Count, NotNegative, OneOf, Positive, Share, checked
 from growshrink.branches import Modulated, penalties
-from growshrink.errors import PlanError, WidthError, did_you_mean
+from growshrink.errors import PlanError, WidthError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.online import no_autocast
 from growshrink.layers.regions import compile_regions
@@ -29,7 +30,6 @@ from growshrink.supernet.step import AnyForward, StepRun, Supernet, at_least_flo
 from growshrink.supernet.teacher import OuterTeacher
 from growshrink.training.distil import distillation_loss
 
-REDUCTIONS = ("sum", "mean")
 Scaler = Any  # torch.amp.GradScaler, or anything with its `scale`
 
 
@@ -93,6 +93,16 @@ class NetAugTask(ClassificationTask):
     >>> losses = task.backward(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     """
 
+    @checked(
+        PlanError,
+        **dict.fromkeys(("inplace_distil", "teacher_weight"), Share | None),
+        **dict.fromkeys(("inplace_temperature", "teacher_temperature"), Positive),
+        every=Count | None,
+        device=torch.device | str | None,
+        alpha=NotNegative | Schedule | None,
+        mode=Annotated[str, OneOf("no such mode", MODES)],
+        reduction=Literal["sum", "mean"],
+    )
     def __init__(
         self,
         model: nn.Module,
@@ -117,21 +127,8 @@ class NetAugTask(ClassificationTask):
         input_size: InputSize | None = None,
     ) -> None:
         super().__init__(model, criterion, criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
-        if mode not in MODES:
-            raise PlanError(f"mode={mode!r}: no such mode{did_you_mean(str(mode), MODES)}")
-        if reduction not in REDUCTIONS:
-            raise PlanError(f"reduction={reduction!r}: no such reduction{did_you_mean(str(reduction), REDUCTIONS)}")
         every = EVERY.get(mode, 1) if every is None else every
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise PlanError(f"every={every!r}: must be a whole number of updates above 0.")
         inplace_distil = INPLACE_DISTIL.get(mode, 0.0) if inplace_distil is None else inplace_distil
-        for name, share in (("inplace_distil", inplace_distil), ("teacher_weight", teacher_weight)):
-            if not 0.0 <= share <= 1.0:
-                raise PlanError(f"{name}={share!r}: must lie in [0, 1].")
-        temperatures = {"inplace_temperature": inplace_temperature, "teacher_temperature": teacher_temperature}
-        for name, temperature in temperatures.items():
-            if not 0.0 < temperature < math.inf:
-                raise PlanError(f"{name}={temperature!r}: must be above 0.")
         self.space = width_space(model) if space is None else space
         self.space.check(model)
         slots = Slots(model)

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.inputs import Arguments, ExampleInputs
-from growshrink.errors import GrowShrinkError, check_model, describe
+from growshrink.base.limits import checked
+from growshrink.errors import GrowShrinkError, describe
 
 
 @torch.no_grad()
+@checked(GrowShrinkError, batches=Iterable)
 def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: Collection[nn.Module] = ()) -> None:
     """Set the running statistics of every batch norm to their plain average over `batches`, in place.
 
@@ -34,7 +36,6 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
 
     >>> gs.calibrate_bn(net, [torch.randn(8, 3, 32, 32)])
     """
-    check_model(model)
     kept = set(map(id, leave))
     norms = [
         m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and id(m) not in kept

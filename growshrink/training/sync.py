@@ -8,6 +8,7 @@ from timm.optim.kron import Kron
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
+from growshrink.base.limits import check_value, checked
 from growshrink.errors import GrowShrinkError, check_model
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.branch import Branch
@@ -25,6 +26,7 @@ class Synced(NamedTuple):
     removed: int
 
 
+@checked(GrowShrinkError, optimizer=Any)
 def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None = None) -> Synced:
     """Make an optimizer train what a net consists of now, after `grow`, `fuse` or `drop` with `inplace=True`.
 
@@ -48,9 +50,9 @@ def sync_optimizer(optimizer: Optimizer, model: nn.Module, *, group: int | None 
     >>> gs.sync_optimizer(optimizer, net).added
     ('1.branches.0.path.down.weight', '1.branches.0.path.up.weight')
     """
-    check_model(model)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
+    check_value("optimizer", optimizer, Optimizer, GrowShrinkError)
     if isinstance(optimizer, NOT_PER_PARAMETER):
         kind = type(optimizer).__name__
         raise GrowShrinkError(f"{kind} keeps state that is no single parameter's: make a new one after the change.")
@@ -140,9 +142,8 @@ class LambdaScheduler:
     0.0
     """
 
+    @checked(GrowShrinkError)
     def __init__(self, model: nn.Module, schedule: Schedule, *, ema: nn.Module | None = None) -> None:
-        if not callable(schedule):
-            raise GrowShrinkError(f"{schedule=}: must be a function from the update to lam.")
         self.nets = [model] if ema is None else [model, ema]
         self.schedule, self.updates, self.lam = schedule, 0, 1.0
         self._set()

@@ -10,6 +10,7 @@ from torch import nn
 
 from growshrink.algebra.dataflow import InputSize
 from growshrink.base.copying import copy_net
+from growshrink.base.limits import checked
 from growshrink.base.reading import clean_keys, parse_json, read_tensors, reason
 from growshrink.base.writing import write_atomic
 from growshrink.branches import BranchSpec
@@ -20,6 +21,7 @@ from growshrink.transforms._grow import grow
 _FORMAT = "growshrink-grown-1"
 
 
+@checked(GrowError)
 def save_grown(model: nn.Module, path: str | Path, *, branches_only: bool = False) -> None:
     """Write a grown net so that `load_grown` can grow a plain one alike.
 
@@ -48,6 +50,7 @@ def save_grown(model: nn.Module, path: str | Path, *, branches_only: bool = Fals
     write_atomic(Path(path), save(tensors, header))
 
 
+@checked(GrowError)
 def load_grown(
     model: nn.Module, path: str | Path, *, inplace: bool = False, input_size: InputSize | None = None
 ) -> nn.Module:

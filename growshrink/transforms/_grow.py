@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
 import torch
 from timm.layers import BatchNormAct2d, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
@@ -14,9 +15,10 @@ from torch import nn
 from growshrink.algebra.dataflow import Flow, trace
 from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs
 from growshrink.base.copying import copy_net
-from growshrink.branches import Branch, BranchSpec, Modulated, check_ratio, format_skipped
+from growshrink.base.limits import Ratio, checked
+from growshrink.branches import Branch, BranchSpec, Modulated, format_skipped
 from growshrink.branches.guide import Guide, attach_guide, remove_guide
-from growshrink.errors import DropError, GrowError, check_model, did_you_mean
+from growshrink.errors import DropError, GrowError, did_you_mean
 from growshrink.layers.as_conv import WeightLayer, as_conv
 from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.equilibrium import name_equilibria
@@ -40,6 +42,7 @@ INITS = ("silent", "paper")
 _STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
+@checked(GrowError, ratio=Ratio, init=Literal[INITS])
 def grow(
     model: nn.Module,
     branch: BranchLike = "bottleneck",
@@ -94,11 +97,7 @@ def grow(
     >>> gs.compare(net, gs.grow(net, "bottleneck", ratio=4)).max_rel
     0.0
     """
-    check_model(model)
-    check_ratio(ratio)
     specs = branch_specs(branch)
-    if init not in INITS:
-        raise GrowError(f"{init=}: must be one of {', '.join(INITS)}.")
     if init != "paper" and (loud := next((spec.kind for spec in specs if spec.published), "")):
         raise GrowError(f"{loud!r} with published=True starts as published: give init='paper'.")
     model = model if inplace else copy_net(model)
@@ -196,6 +195,7 @@ class GrowthReport:
         return "\n".join([*lines, total])
 
 
+@checked(GrowError)
 def growth_report(
     model: nn.Module,
     branch: BranchLike | None = None,
@@ -242,6 +242,7 @@ def _count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
+@checked(GrowError)
 def branch_specs(branch: BranchLike) -> list[BranchSpec]:
     """The `branch` argument of grow as a list of specs; GrowError for unknown kinds or an empty sequence.
 

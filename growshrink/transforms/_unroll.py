@@ -4,11 +4,13 @@ import torch
 from torch import nn
 
 from growshrink.base.copying import copy_net
-from growshrink.errors import EquilibriumError, check_model
+from growshrink.base.limits import Count, checked
+from growshrink.errors import EquilibriumError
 from growshrink.layers.equilibrium import ConvEquilibrium
 
 
 @torch.no_grad()
+@checked(EquilibriumError, steps=Count)
 def unroll(model: nn.Module, steps: int, *, untie: bool = False) -> nn.Module:
     """A copy of `model` whose `ConvEquilibrium` layers run so many explicit steps, K: for ONNX, and for other nets.
 
@@ -22,9 +24,6 @@ def unroll(model: nn.Module, steps: int, *, untie: bool = False) -> nn.Module:
     >>> gs.unroll(gs.layers.ConvEquilibrium(4), steps=8).steps
     8
     """
-    check_model(model)
-    if type(steps) is not int or steps < 1:
-        raise EquilibriumError(f"{steps=}: must be a whole number above 0.")
     model = copy_net(model)
     found = [module for module in model.modules() if isinstance(module, ConvEquilibrium)]
     if not found:

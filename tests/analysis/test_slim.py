@@ -1,6 +1,7 @@
 """Slim nets: at every width the net that is cut there, and what trains and cuts them."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import supernets
 import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,7 +22,7 @@ from growshrink.layers.slim import SlimLayer
 from growshrink.layers.widths import Slots, WidthSpace, draw
 from growshrink.supernet import load_supernet, save_supernet
 from growshrink.training import TrainConfig
-from nets import images, net, randomized, untouched
+from nets import images, net, randomized, small, untouched
 from program import module_of
 from supernet.twins import soft_loss
 
@@ -150,7 +152,7 @@ def test_survival_folds_exactly(made):
             y = torch.relu(added + y if block.skip else added)
     torch.testing.assert_close(cut.eval()(x), plain.head(y), rtol=1e-12, atol=1e-14)
     assert not torch.allclose(cut(x), plain(x), rtol=1e-3)
-    with pytest.raises(WidthError, match=r"stages.0.0.conv: 0.5 is not the share of a block"):
+    with pytest.raises(WidthError, match="stages.0.0.conv is no block"):
         gs.cut(slim, space.full, survival={"stages.0.0.conv": 0.5})
 
 
@@ -162,9 +164,57 @@ def test_shares_decide_how_often_a_choice_is_drawn():
     assert WidthSpace.from_json(space.to_json()) == space
     assert sum(space.sample(0, step)["block"] for step in range(400)) / 400 == pytest.approx(0.25, abs=0.06)
     for wrong in ({"block": (0.5,)}, {"block": (-0.5, 1.5)}, {"other": (0.5, 0.5)}):
-        text = WidthSpace(space.choices, None, 1, 8, wrong).to_json()
-        with pytest.raises(WidthError, match="are not the shares of its choices"):
+        text = json.dumps({**json.loads(space.to_json()), "shares": wrong})
+        with pytest.raises(WidthError, match="shares"):
+            WidthSpace(space.choices, None, 1, 8, wrong)
+        with pytest.raises(WidthError, match="not the JSON"):
             WidthSpace.from_json(text)
+
+
+def test_a_layer_that_would_not_follow_the_width_is_refused():
+    """What replaces layers of a slim net loses the widths: conversions say so themselves, all else the next width."""
+    slim = gs.slim(small(), (0.5, 1.0), input_size=SIZE)
+    full, base = gs.width_space(slim).full, gs.width_space(slim).base
+    for convert in (nn.SyncBatchNorm.convert_sync_batchnorm, freeze_batch_norm_2d):
+        with pytest.raises(WidthError, match="make it again; norms are converted before growshrink.slim"):
+            convert(copy.deepcopy(slim))
+        with pytest.raises(WidthError, match=r"stages.0.0.bn has been replaced"):
+            other = copy.deepcopy(slim)
+            other.stages[0][0].bn = convert(nn.BatchNorm2d(4))
+            gs.set_width(other, base)
+    for width in (full, base):
+        other = copy.deepcopy(slim)
+        other.reset_classifier(5)
+        with pytest.raises(WidthError, match=r"^head.fc has been replaced.* \(reset_classifier"):
+            gs.cut(other, width, input_size=SIZE)
+    other.reset_classifier(0)  # no layer, so it runs at any width
+    gs.set_width(other, base)
+    assert other.eval()(images(*SIZE)).shape == (2, 8)
+    plain = small()
+    converted = gs.slim(nn.SyncBatchNorm.convert_sync_batchnorm(plain), (0.5, 1.0), input_size=SIZE)
+    x = images(*SIZE)
+    assert torch.equal(
+        gs.cut(converted, base, input_size=SIZE).eval()(x), gs.cut(slim, base, input_size=SIZE).eval()(x)
+    )
+    with pytest.raises(WidthError, match=r"^stem.bn is frozen"):
+        gs.slim(freeze_batch_norm_2d(net("reducenet20")), input_size=SIZE)
+    gs.cut(slim, full, input_size=SIZE, inplace=True).reset_classifier(5)
+    freeze_batch_norm_2d(slim)
+    assert slim.eval()(x).shape == (2, 5)
+
+
+def test_levels_of_another_net_are_refused(tmp_path):
+    slim = gs.slim(small(), (0.5, 1.0), input_size=SIZE)
+    space = gs.width_space(slim)
+    wrong = {name: (1, *own[1:]) for name, own in space.levels.items()}
+    about = {"name": "reducenet20", "kwargs": {"width": 0.25, "depths": [1, 1, 1], "num_classes": 10}}
+    about |= {"input_size": list(SIZE), "slim": {"levels": [0.5, 1.0]}}
+    for levels in ({**space.levels, "x": (1,)}, wrong):
+        other = replace(space, levels=levels)
+        save_supernet(tmp_path / "slim", slim, other, about)
+        for use, given in ((other.check, slim), (load_supernet, tmp_path / "slim")):
+            with pytest.raises(WidthError, match="its levels .* are not those of the net"):
+                use(given)
 
 
 def test_each_level_may_have_statistics_of_its_own():

@@ -95,7 +95,7 @@ def test_levels_go_from_base_to_full():
     assert space.level(0) == space.base and space.level(1.0) == space.full
     assert space.level(1 / 3)["stages.0.0.conv"] == 32
     for share in (-0.1, 1.1, math.nan):
-        with pytest.raises(WidthError, match=r"share=.* must lie in \[0, 1\]"):
+        with pytest.raises(WidthError, match="share=.* must be"):
             space.level(share)
 
 
@@ -176,11 +176,11 @@ def test_what_is_no_space(text):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"diversity": 0}, "diversity=0: must be a whole number above 0"),
+        ({"diversity": 0}, "diversity=0 .*must be at least 1"),
         ({"diversity": 1.5}, "diversity=1.5"),
         ({"divisor": 0}, "divisor=0"),
         ({"divisor": True}, "divisor=True"),
-        ({"factor": 0}, "factor=0: must be a number above 0"),
+        ({"factor": 0}, "factor=0 .*must be above 0"),
         ({"factor": -1.0}, "factor=-1.0"),
         ({"factor": math.inf}, "factor=inf"),
         ({"factor": math.nan}, "factor=nan"),
@@ -244,7 +244,7 @@ def test_nothing_is_left_of_a_pure_bottleneck_of_width_0():
         ({"stages.0.0.conv": (4, 6, 99)}, r"^stages\.0\.0\.conv: width 99 lies beyond"),
         ({"stages.0.0.conv": (8, 4, 16)}, r"^stages\.0\.0\.conv: .*must rise"),
         ({"stages.0.0.conv": ()}, r"^stages\.0\.0\.conv: .*must rise"),
-        ({"stages.0.0.conv": (4, 4.5, 16)}, r"^stages\.0\.0\.conv: a width of 4.5 is not"),
+        ({"stages.0.0.conv": (4, 4.5, 16)}, "^choices=.* stages.0.0.conv: must be a whole number"),
         ({"other": (4, 8)}, r"^other: the model has no branch of this name"),
     ],
     ids=str,

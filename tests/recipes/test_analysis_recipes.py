@@ -66,6 +66,7 @@ def test_shrink_space_compares_drivers_on_images_that_no_driver_has_seen(tmp_pat
     [
         ("prune_retrain.py", ["--arms", "finetune"], "--arms finetune: no such arm; did you mean fine-tune"),
         exhaustive(("prune_retrain.py", ["--criterion", "l3"], "--criterion l3: no such criterion")),
+        exhaustive(("prune_retrain.py", ["--arms", "random-widths", "--macs", "0.01"], "0 subnets within 5% of")),
         ("prune_retrain.py", ["--seeds", "1"], "needs at least 2 --seeds"),
         ("shrink_space.py", ["--drivers", "angel"], "--drivers angel: no such score; did you mean angle"),
     ],

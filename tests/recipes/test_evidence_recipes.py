@@ -181,6 +181,17 @@ def test_bad_options(args, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("program", ["compare", "scan"])
+def test_a_budget_that_is_too_small_is_refused_before_any_training(program, tmp_path, capsys):
+    (tmp_path / "plan.json").write_text(json.dumps({**PLAN, "budget": 1.0, "arms": ["plain", "short"]}))
+    scan = ("--channels", "0.125", "--depths", "1", "--at-most", "1e9", "--budget", "1", "--fill", "short")
+    options = scan if program == "scan" else ("--no-quantised",)
+    assert run(f"recipes/{program}.py", tmp_path / "plan.json", "--out", tmp_path / "out", "--quiet", *options) == 2
+    error = capsys.readouterr().err
+    assert "short" in error and "too few for hold" in error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.json"]
+
+
 def test_the_arms_are_listed(capsys):
     assert run("recipes/compare.py", "--list") == 0
     assert "never-shrunk" in capsys.readouterr().out

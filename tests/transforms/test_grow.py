@@ -244,7 +244,7 @@ WRONG = {
     "ratio -1": ({"ratio": -1.0}, "ratio=-1.0"),
     "ratio NaN": ({"ratio": float("nan")}, "ratio=nan"),
     "ratio inf": ({"ratio": float("inf")}, "ratio=inf"),
-    "init": ({"init": "loud"}, "init='loud': must be one of silent, paper"),
+    "init": ({"init": "loud"}, "init='loud' .*no such choice; there are paper, silent"),
 }
 
 
