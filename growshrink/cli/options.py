@@ -254,9 +254,8 @@ class RunOptions:
         chosen: dict[str, Any] = {}
         for what in ("amp", "compile"):
             if (choice := getattr(self, what)) == "auto":
-                choice = os.environ.get(f"GROWSHRINK_{what.upper()}", "auto")
-            if self.compile == "auto" and what == "compile" and config.recompute:
-                choice = "off"
+                never = what == "compile" and config.recompute
+                choice = "off" if never else os.environ.get(f"GROWSHRINK_{what.upper()}", "auto")
 
             def decide(what: str = what) -> bool:
                 if not folder.fresh:

@@ -1,7 +1,7 @@
 """Recomputing grown layers in the backward pass, so that what is inside their branches need not be kept for it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_ON: ContextVar[bool] = ContextVar("recompute", default=False)
-
-_Attributes = list[tuple[nn.Module, dict[str, Any]]]
+#: Whether this runs inside `recompute`.
+RECOMPUTING: ContextVar[bool] = ContextVar("recompute", default=False)
 
 
 @contextmanager
@@ -29,16 +28,11 @@ def recompute(on: bool = True) -> Iterator[None]:
     ...     loss = grown(torch.randn(8, 3, 32, 32)).sum()
     >>> loss.backward()
     """
-    token = _ON.set(on)
+    token = RECOMPUTING.set(on)
     try:
         yield
     finally:
-        _ON.reset(token)
-
-
-def recomputing() -> bool:
-    """Whether this runs inside `recompute`."""
-    return _ON.get()
+        RECOMPUTING.reset(token)
 
 
 class Recomputed(nn.Module):
@@ -48,9 +42,8 @@ class Recomputed(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module as ever, or keep its input alone."""
-        if torch.compiler.is_compiling() or not _ON.get() or not torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        if not all(getattr(module, "recomputable", True) for module in self.modules()):
+        as_ever = torch.compiler.is_compiling() or not RECOMPUTING.get() or not torch.is_grad_enabled()
+        if as_ever or not all(getattr(module, "recomputable", True) for module in self.modules()):
             return super().__call__(*args, **kwargs)
         return _kept_by_input(self, super().__call__, *args, **kwargs)
 
@@ -58,20 +51,17 @@ class Recomputed(nn.Module):
 def _kept_by_input(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     then = [(part, {**vars(part), "_buffers": _copied(part._buffers)}) for part in module.modules()]
 
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _as_it_was(then)
-
     def whole(*args: Any, **kwargs: Any) -> Any:
         with recompute(False):  # of a grown layer inside
             return call(*args, **kwargs)
 
-    return checkpoint(whole, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    return checkpoint(whole, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_it_was(then)), **kwargs)
 
 
 @contextmanager
-def _as_it_was(then: _Attributes) -> Iterator[None]:
+def _as_it_was(then: Sequence[tuple[nn.Module, dict[str, Any]]]) -> Iterator[None]:
     """Give modules the attributes and buffers of `then`; afterwards they have their own again, untouched."""
-    now: _Attributes = [(part, vars(part)) for part, _ in then]
+    now = [(part, vars(part)) for part, _ in then]
     try:
         for part, old in then:
             object.__setattr__(part, "__dict__", {**old, "_buffers": _copied(old["_buffers"])})

@@ -146,8 +146,10 @@ class Slots:
 
 def _check_slim(prefix: str, model: nn.Module) -> None:
     """WidthError if another layer has taken the place of one of a slim net's, and runs at one width only."""
-    for name in vars(model).get("slim_layers", ()):
-        layer = dict(model.named_modules()).get(name)
+    names = vars(model).get("slim_layers", ())
+    modules = dict(model.named_modules()) if names else {}
+    for name in names:
+        layer = modules.get(name)
         if layer is not None and layer.state_dict() and not isinstance(layer, SlimLayer):
             raise WidthError(
                 f"{prefix}{'.' * bool(prefix)}{name} has been replaced, and does not follow the width of the net: "

@@ -14,7 +14,7 @@ from growshrink.algebra.inputs import ExampleInputs, InputLike, given_inputs, ou
 from growshrink.base.copying import copy_net
 from growshrink.errors import check_model
 from growshrink.layers.grown import grown_modules
-from growshrink.layers.recompute import recomputing
+from growshrink.layers.recompute import RECOMPUTING
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def training_memory(model: nn.Module, input_size: InputLike, batch_size: int) ->
             kept[storage] = tensor  # held on to: no other gets its number
         return tensor
 
-    for module in grown_modules(replica).values() if recomputing() else ():
+    for module in grown_modules(replica).values() if RECOMPUTING.get() else ():
         module.register_forward_pre_hook(lambda _, inputs: tree_map_only(torch.Tensor, keep, inputs))
     dtype = next((p.dtype for p in tensors), torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
