@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from growshrink.algebra.convmap import ConvMap, compose
+from growshrink.algebra.convmap import ConvMap
 from growshrink.branches.base import ONE_TAP, even_sides, freeze_, leave_one_trained_, like, several
 from growshrink.layers.branch import Branch
 
@@ -113,19 +113,24 @@ class Orepa(Kernels, kind="orepa"):
         return even_sides(conv)
 
     def kernel(self, dtype: torch.dtype) -> Tensor:
-        (own,), chain = self.as_chains(ConvMap.from_conv2d(self.conv, dtype))
-        return own.kernel + compose(chain).kernel
+        before_GMI = self.before.weight.to(dtype).flatten(1).unflatten(0, (self.conv.groups, -1))
+        behind_GOMHW = self.behind.weight.to(dtype).unflatten(0, (self.conv.groups, -1))
+        chain_OIHW = torch.einsum("gomhw,gmi->goihw", behind_GOMHW, before_GMI).flatten(0, 1)
+        return torch.addcmul(self.unchained(dtype), self.scale[2].to(dtype)[:, None, None, None], chain_OIHW)
+
+    def unchained(self, dtype: torch.dtype) -> Tensor:
+        """Kernel of all paths but 1x1-kxk, which are no chains."""
+        height, width = self.conv.weight.shape[2:]
+        scale, pointwise, _, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
+        around = [0, 0, width // 2, width // 2, height // 2, height // 2]
+        small = (pointwise * self.pointwise.weight.to(dtype)).permute(0, 2, 3, 1)
+        spread = average / (height * width) * self.average.weight.to(dtype)
+        others = nn.functional.pad(small, around).permute(0, 3, 1, 2) + spread
+        return torch.addcmul(others, scale, self.conv.weight.to(dtype))
 
     def as_chains(self, kernel: ConvMap) -> list[list[ConvMap]]:
         dtype = kernel.kernel.dtype
-        own, *small, before, behind = (
-            ConvMap.from_conv2d(m, dtype) for m in (self.conv, self.pointwise, self.average, self.before, self.behind)
-        )
-        height, width = own.kernel.shape[2:]
-        scale, pointwise, chain, average = self.scale.to(dtype)[:, :, None, None, None].unbind()
-        around = [0, 0, width // 2, width // 2, height // 2, height // 2]
-        padded = nn.functional.pad((pointwise * small[0].kernel).permute(0, 2, 3, 1), around).permute(0, 3, 1, 2)
-        spread = average / (height * width) * small[1].kernel
-        own = replace(own, kernel=torch.addcmul(padded + spread, scale, own.kernel))
+        own, before, behind = (ConvMap.from_conv2d(m, dtype) for m in (self.conv, self.before, self.behind))
+        chain = self.scale[2].to(dtype)[:, None, None, None]
         factor = ConvMap(chain, behind.bias, groups=len(chain), biased=False)
-        return [[own], [before, behind, factor]]
+        return [[replace(own, kernel=self.unchained(dtype))], [before, behind, factor]]

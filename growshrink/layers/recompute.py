@@ -1,8 +1,9 @@
 """Recomputing grown layers in the backward pass, so that what is inside their branches need not be kept for it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class Recomputed(nn.Module):
 
 
 def _kept_by_input(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    then = [(part, {**vars(part), "_buffers": _copied(part._buffers)}) for part in module.modules()]
+    then = [(part, {**vars(part), "_buffers": deepcopy(part._buffers)}) for part in module.modules()]
 
     def whole(*args: Any, **kwargs: Any) -> Any:
         with recompute(False):  # of a grown layer inside
@@ -64,12 +65,8 @@ def _as_it_was(then: Sequence[tuple[nn.Module, dict[str, Any]]]) -> Iterator[Non
     now = [(part, vars(part)) for part, _ in then]
     try:
         for part, old in then:
-            object.__setattr__(part, "__dict__", {**old, "_buffers": _copied(old["_buffers"])})
+            object.__setattr__(part, "__dict__", {**old, "_buffers": deepcopy(old["_buffers"])})
         yield
     finally:
         for part, own in now:
             object.__setattr__(part, "__dict__", own)
-
-
-def _copied(buffers: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-    return {name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()}

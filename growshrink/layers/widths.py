@@ -146,11 +146,9 @@ class Slots:
 
 def _check_slim(prefix: str, model: nn.Module) -> None:
     """WidthError if another layer has taken the place of one of a slim net's, and runs at one width only."""
-    names = vars(model).get("slim_layers", ())
-    modules = dict(model.named_modules()) if names else {}
+    modules = dict(model.named_modules()) if (names := vars(model).get("slim_layers", ())) else {}
     for name in names:
-        layer = modules.get(name)
-        if layer is not None and layer.state_dict() and not isinstance(layer, SlimLayer):
+        if (layer := modules.get(name)) is not None and layer.state_dict() and not isinstance(layer, SlimLayer):
             raise WidthError(
                 f"{prefix}{'.' * bool(prefix)}{name} has been replaced, and does not follow the width of the net: "
                 "change the plain net (reset_classifier, ...) before growshrink.slim, or behind growshrink.cut."

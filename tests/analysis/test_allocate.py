@@ -184,7 +184,7 @@ def test_what_cannot_be_is_told(slim):
         with pytest.raises(AnalysisError, match=words):
             headroom(macs=[0.5, 1.0], **given)
     for levels in (0.5, "half", ("a", 1.0), (0.5, 0.25, 1.0)):
-        with pytest.raises(WidthError, match="must be rising shares"):
+        with pytest.raises(WidthError, match="must be rising shares|must be a sequence|must be a finite number"):
             gs.slim(net("reducenet20", depths=(1, 1, 1)), levels, input_size=SIZE)
     with pytest.raises(WidthError, match="a width is a mapping"):
         gs.set_width(slim, None)

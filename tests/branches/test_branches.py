@@ -174,8 +174,8 @@ def test_the_ratio_of_a_spec_wins():
         (lambda: BranchSpec(kind="zzz"), "no such branch; there are .*bottleneck"),
         (lambda: BranchSpec(kind="nest", ratio=0), "above 0"),
         (lambda: BranchSpec(kind="nest", ratio=-1.0), "above 0"),
-        (lambda: BranchSpec(kind="nest", ratio=float("nan")), "above 0"),
-        (lambda: BranchSpec(kind="nest", ratio=float("inf")), "above 0"),
+        (lambda: BranchSpec(kind="nest", ratio=float("nan")), "finite number"),
+        (lambda: BranchSpec(kind="nest", ratio=float("inf")), "finite number"),
     ],
 )
 def test_bad_specs(call, message):

@@ -98,6 +98,9 @@ OTHER_MEANING = {
     "slim.calibration": "batches for statistics, not images for int8",
     "draw_docs.only": "pictures, not cases of the benchmark",
     "draw_docs.out": "the pictures of the docs, which it replaces: not a run's new folder",
+    "pruned_speed.images": "of a val split of noise",
+    "pruned_speed.statistics": "batches of noise",
+    "pruned_speed.subnets": "timed one by one, not placed among others",
     "gpu_check.plan": "an experiment's, not a run's",
     "gpu_check.only": "checks, not cases of the benchmark",
 }
