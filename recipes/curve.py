@@ -203,8 +203,8 @@ def points_of(folder: Path) -> tuple[str, list[Point]]:
 
 def _taught(run: RunRecord) -> tuple[float, bool]:
     """MACs by which a run trained other nets to be teachers, and whether there is one that it did not train."""
-    taught: list[Mapping[str, Any]] = [entry["taught"] for entry in run.rounds if entry.get("taught")]
-    return sum(entry["training_macs"] for entry in taught), any(not entry["updates"] for entry in taught)
+    taught: list[Mapping[str, Any]] = [entry for entry in run.rounds if entry.get("answers_macs")]
+    return sum(entry["teacher_macs"] for entry in taught), any(not entry["teacher_updates"] for entry in taught)
 
 
 def curves_of(folders: Sequence[Path]) -> list[Curves]:

@@ -3,11 +3,13 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from growshrink.cycle.records import RoundRecord
 from growshrink.errors import RunError
 from growshrink.evidence.arms import Arm
 from growshrink.evidence.experiment import Experiment
@@ -63,9 +65,10 @@ def experiment(folder, budget, width=0.25, less=0.0):
         extra = {seed: 0.0 if name == "plain" else SPREAD[seed] - less for seed in SEEDS}
         taught = {
             "plain": (),
-            "taught": ({"taught": {"training_macs": len(SEEDS) * TEACHER * 1e9 * budget, "updates": 5}},),
-            "given": ({"taught": {"training_macs": 0, "updates": 0}},),
+            "taught": ({"teacher_macs": len(SEEDS) * TEACHER * 1e9 * budget, "teacher_updates": 5, "answers_macs": 1},),
+            "given": ({"teacher_macs": 0, "teacher_updates": 0, "answers_macs": 1},),
         }
+        assert all(round.keys() <= set(get_type_hints(RoundRecord)) for rounds in taught.values() for round in rounds)
         append_run(
             out, line(name, budget, {s: values[budget] + NOISE[s] + extra[s] for s in SEEDS}, taught=taught[name])
         )
