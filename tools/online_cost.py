@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
+from growshrink.base.limits import InFolder
 from growshrink.base.timing import Call
 from growshrink.cli.forms import pick
 from growshrink.cli.options import BatchOptions, GrowOptions
@@ -62,7 +63,7 @@ class Args(TimedArgs):
     """Which convolutions run merged: those where that is measured to be faster, or all."""
     report: bool = False
     """Also print what every convolution costs either way."""
-    authors: Path | None = None
+    authors: InFolder | None = None
     """A clone of DingXiaoH/DiverseBranchBlock: a stack of its modules is timed beside one grown with "dbb"."""
     batches: BatchOptions = BatchOptions(batch_size=128)
     grow: GrowOptions = pick(GrowOptions(branches=TARGETS), "branches")
@@ -71,6 +72,8 @@ class Args(TimedArgs):
 
 def main(args: Args) -> int:
     """Measure and print; the exit status."""
+    if args.authors is not None and not (args.authors / "diversebranchblock.py").is_file():
+        raise RunError(f"--authors {args.authors}: no diversebranchblock.py in it; clone DingXiaoH/DiverseBranchBlock.")
     if args.batches.batch_size < 2:
         raise RunError(f"--batch-size {args.batches.batch_size}: must be at least 2.")
     nets = [parse(net) for net in args.nets]

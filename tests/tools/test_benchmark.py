@@ -16,6 +16,7 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
     return completed(TOOL, "--quick", "--threads", "1", *options)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's own, of images it reads in this process
 @pytest.mark.exhaustive
 def test_every_section_is_measured_in_pairs_and_judged(tmp_path):
     out = tmp_path / "bench.json"
