@@ -84,8 +84,8 @@ def main(args: Args) -> None:
     out = args.running.out or EVIDENCE / args.plan.stem
     keep_plan(experiment, out)
     trials = trials_of(experiment.comparison)
-    lr = dict.fromkeys(experiment.arms, experiment.config.lr)
-    runs = [*trials, *jobs_of(experiment, lr, read_runs(out), stack=args.stack)]
+    records = read_runs(out)
+    runs = [*trials, *jobs_of(experiment, chosen_lr(experiment.comparison, records), records, stack=args.stack)]
     check_jobs([(experiment, job) for job in runs], out, args.data.data_dir)
     train(args, experiment, trials, out, "tuning")
     records = read_runs(out)
