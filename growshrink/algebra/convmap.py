@@ -67,9 +67,7 @@ class ConvMap:
         # One tap has no dilation, whatever the module says.
         dilation = pair([d if k > 1 else 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)])
         if isinstance(conv.padding, str):
-            totals = [
-                d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(dilation, conv.kernel_size, strict=True)
-            ]
+            totals = [d * (k - 1) * (conv.padding == "same") for d, k in zip(dilation, conv.kernel_size, strict=True)]
             padding = tuple((t // 2, t - t // 2) for t in totals)
         else:
             padding = tuple((p, p) for p in conv.padding)
@@ -83,9 +81,7 @@ class ConvMap:
     def from_bn(bn: Any, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The per-channel affine map of a norm of batch statistics in eval mode (running statistics, its own eps)."""
         if bn.running_mean is None or bn.running_var is None:
-            raise AlgebraError(
-                "a batch norm without running statistics normalises by the batch, so it is not a fixed affine map."
-            )
+            raise AlgebraError("a batch norm without running statistics normalises by the batch: no fixed affine map.")
         scale_O = (bn.running_var.to(dtype) + bn.eps).rsqrt()
         if bn.weight is not None:
             scale_O = scale_O * bn.weight.to(dtype)
@@ -112,9 +108,7 @@ class ConvMap:
         if pool.ceil_mode:
             raise AlgebraError("an average pool with ceil_mode=True lets windows hang over the edge: no convolution.")
         if padding != (0, 0) and not pool.count_include_pad and pool.divisor_override is None:
-            raise AlgebraError(
-                "a padded average pool with count_include_pad=False divides by a number that depends on position."
-            )
+            raise AlgebraError("a padded average pool with count_include_pad=False: its divisor depends on position.")
         divisor = pool.divisor_override or kernel_size[0] * kernel_size[1]
         kernel = torch.full((channels, 1, *kernel_size), 1.0 / divisor, dtype=dtype, device=device)
         sides = ((padding[0], padding[0]), (padding[1], padding[1]))
@@ -216,16 +210,13 @@ class ConvMap:
             )
         groups = math.gcd(self.groups, other.groups)
         a, b = self.regroup(groups), other.regroup(groups)
-        before = pair([max(p[0], q[0]) for p, q in zip(a.padding, b.padding, strict=True)])
-        after = pair([max(p[1], q[1]) for p, q in zip(a.padding, b.padding, strict=True)])
-        padding = ((before[0], after[0]), (before[1], after[1]))
-        dilation = pair([a._common_dilation(b, axis) for axis in (0, 1)])
+        vertical, horizontal = (pair([*map(max, p, q)]) for p, q in zip(a.padding, b.padding, strict=True))
+        padding, dilation = (vertical, horizontal), pair([a._common_dilation(b, axis) for axis in (0, 1)])
         a, b = a._widen(padding, dilation), b._widen(padding, dilation)
         # where one has no bias there is none to add, in training not even zeros
         bias_O = a.bias + b.bias if a.biased and b.biased else b.bias if b.biased else a.bias
-        return replace(
-            a, kernel=a.kernel + b.kernel, bias=bias_O, padding_mode=modes.pop(), biased=a.biased or b.biased
-        )
+        biased, mode = a.biased or b.biased, modes.pop()
+        return replace(a, kernel=a.kernel + b.kernel, bias=bias_O, padding_mode=mode, biased=biased)
 
     def scale(self, factor_O: Tensor) -> ConvMap:
         """The map `x -> factor * self(x)`, `factor` a scalar or `(O,)`."""
@@ -251,10 +242,9 @@ class ConvMap:
         zero = replace(target, kernel=self.kernel.new_zeros(target.kernel.shape), biased=False)
         fitted = self + zero
         for field in ("padding", "dilation"):
-            if getattr(fitted, field) != getattr(target, field):
-                raise AlgebraError(
-                    f"{field} {getattr(fitted, field)} does not fit a convolution of {getattr(target, field)}."
-                )
+            own, wanted = getattr(fitted, field), getattr(target, field)
+            if own != wanted:
+                raise AlgebraError(f"{field} {own} does not fit a convolution of {wanted}.")
         if fitted.kernel.shape != target.kernel.shape:
             raise AlgebraError(f"a kernel of {tuple(fitted.kernel.shape)} does not fit {tuple(target.kernel.shape)}.")
         return fitted
@@ -316,9 +306,7 @@ class ConvMap:
             return self.padding_mode
         if second.padding_mode != "zeros":
             if self.extent != (1, 1) or self.stride != (1, 1) or self.padding != NO_PADDING:
-                raise AlgebraError(
-                    f"only a pointwise map composes with the {second.padding_mode} padding of the map after it."
-                )
+                raise AlgebraError(f"only a pointwise map composes with {second.padding_mode} padding after it.")
             return second.padding_mode
         if self.padding != NO_PADDING and self.padding_mode != "zeros":
             raise AlgebraError(f"{self.padding_mode} padding followed by zero padding is not one padding.")
@@ -353,9 +341,8 @@ class ConvMap:
 
     def _widen(self, padding: Padding, dilation: Pair) -> ConvMap:
         """The same map with more padding, zero taps making up for it, on a finer grid of taps."""
-        margins = [
-            ((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in zip(padding, self.padding, dilation, strict=True)
-        ]
+        axes = zip(padding, self.padding, dilation, strict=True)
+        margins = [((p[0] - q[0]) // d, (p[1] - q[1]) // d) for p, q, d in axes]
         (top, bottom), (left, right) = margins
         kernel = spread(self.kernel, grid_steps(self.dilation, dilation))
         if margins != [(0, 0), (0, 0)]:  # channels last, as products are

@@ -57,8 +57,7 @@ class Flow:
     Attributes:
         inputs: What was passed.
         calls: How often each module ran, by dotted name.
-        output_sizes: Spatial size `(H, W)` of the last 4-D output of each module; of an `nn.Linear` `(tokens, 1)`, of
-            one image.
+        output_sizes: Spatial size `(H, W)` of the last 4-D output of each module; `(tokens, 1)` per image of a linear.
         readers: Who reads the output of each module, in order. (Views of an `nn.Linear`'s output are that output.)
         read_beside: Modules a parameter of which was read while they did not run.
         input_sizes: Spatial size `(H, W)` of the last 4-D first argument of each module.
@@ -198,22 +197,16 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     batch = inputs.batch(_IMAGES, seed=None).to(like.device, like.dtype)
     num_images = inputs.num_images(_IMAGES)
-    names = {id(module): name for name, module in model.named_modules()}
-    norm_of = {
-        id(m.running_mean): names[id(m)] for m in model.modules() if getattr(m, "running_mean", None) is not None
-    }
-    owner_of = {
-        id(tensor): names[id(m)]
-        for m in model.modules()
-        for tensor in (*m.parameters(recurse=False), *m.buffers(recurse=False))
-    }
-    heard = {id(m) for m in model.modules() if m._forward_hooks or m._forward_pre_hooks}
-    told = {id(m) for m in model.modules() if m._forward_hooks}
+    named = list(model.named_modules())
+    names = {id(m): name for name, m in named}
+    norm_of = {id(m.running_mean): name for name, m in named if getattr(m, "running_mean", None) is not None}
+    owner_of = {id(t): name for name, m in named for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+    heard = {id(m) for _, m in named if m._forward_hooks or m._forward_pre_hooks}
+    told = {id(m) for _, m in named if m._forward_hooks}
     calls: Counter[str] = Counter()
     input_sizes: dict[str, tuple[int, int]] = {}
     output_sizes: dict[str, tuple[int, int]] = {}
-    frozen = {names[id(m)] for m in model.modules() if isinstance(m, FROZEN_NORMS)}
-    recorder = _Recorder(norm_of, owner_of, frozen)
+    recorder = _Recorder(norm_of, owner_of, {name for name, m in named if isinstance(m, FROZEN_NORMS)})
 
     def before(module: nn.Module, args: Any) -> None:
         name = names[id(module)]
@@ -238,7 +231,7 @@ def _observe(model: nn.Module, inputs: Inputs) -> Flow:
             recorder.consumed(f"a hook on {name}", tree_leaves(output))
 
     # before the hooks that are there, which may read the output
-    watched = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    watched = [module for _, module in named if not isinstance(module, torch.jit.ScriptModule)]
     hooks = [module.register_forward_hook(after, prepend=True, with_kwargs=True) for module in watched]
     hooks += [module.register_forward_pre_hook(before, prepend=True) for module in watched]
     drawn = {p.device.index for p in model.parameters() if p.is_cuda}  # by dropout and its like

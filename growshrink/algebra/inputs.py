@@ -110,9 +110,7 @@ def given_inputs(input_size: InputLike, example_inputs: ExampleInputs | None = N
         return Inputs(examples=Arguments((), example_inputs))
     args = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(args)):
-        raise GrowShrinkError(
-            "example_inputs must be a batch: a tensor, a tuple of them, or a dict of keyword arguments."
-        )
+        raise GrowShrinkError("example_inputs must be a batch: a tensor, a tuple of them, or a dict of arguments.")
     return Inputs(examples=Arguments(args))
 
 

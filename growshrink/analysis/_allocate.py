@@ -85,8 +85,7 @@ def allocate(
     Raises:
         WidthError: The space is another model's, has values that are no levels of it, or no net within the budget.
 
-    Source: Yu and Huang, AutoSlim (arXiv:1903.11728), section 3.2, which is `per_mac=False`, with the loss on one
-    training batch.
+    Source: Yu and Huang, AutoSlim (arXiv:1903.11728), section 3.2: `per_mac=False`, the loss on one training batch.
 
     >>> slim = gs.slim(net)
     >>> score = gs.analysis.WidthScore(slim, [torch.randn(8, 3, 32, 32)], lambda net: 0.0)  # yours: minus the loss

@@ -99,9 +99,8 @@ class AngleTable:
         for layer in layers:
             for name in layer.variables:
                 if name not in self.choices:
-                    raise AnalysisError(
-                        f"{layer.name}: its width {name} is not a variable{did_you_mean(name, self.choices)}"
-                    )
+                    known = did_you_mean(name, self.choices)
+                    raise AnalysisError(f"{layer.name}: its width {name} is not a variable{known}")
             names, sums = self._of_layer(layer, init, checkpoints, order or {})
             self._sums[names] = self._sums.get(names, 0.0) + sums
         self._factors = list(self._join())
@@ -294,17 +293,14 @@ def supernet_table(
     inputs = given_inputs(input_size, example_inputs)
     if layers is None:
         if not isinstance(space, WidthSpace) or not isinstance(init, nn.Module):
-            raise AnalysisError(
-                f"{space=}: must be a WidthSpace, see growshrink.width_space, of two nets; or pass layers=."
-            )
+            raise AnalysisError(f"{space=}: must be a WidthSpace (growshrink.width_space) of two nets, or use layers=.")
         space.check(init)
         layers = supernet_layers(init, inputs)
     elif isinstance(init, nn.Module):
         seen = output_positions(init, inputs)
         layers = [replace(row, positions=row.positions or seen.get(row.name.rpartition(".")[0], 0)) for row in layers]
-    return AngleTable(
-        layers, space.choices if isinstance(space, WidthSpace) else space, states[0], states[1:], order=order
-    )
+    choices = space.choices if isinstance(space, WidthSpace) else space
+    return AngleTable(layers, choices, states[0], states[1:], order=order)
 
 
 @checked(AnalysisError)

@@ -205,9 +205,7 @@ def _prove(model: nn.Module, space: ChannelSpace, batch: Arguments, commit: Any)
         except Exception as error:  # whatever a forward may raise
             raise WidthError(f"{type(model).__name__}: does not run on fewer channels ({reason(error)}).") from error
         if not all(torch.equal(leaf, found[path]) for path, leaf in expected.items()):
-            raise WidthError(
-                f"{type(model).__name__}: with fewer channels active it is not the net with fewer channels."
-            )
+            raise WidthError(f"{type(model).__name__}: with fewer channels active it is not the net that has fewer.")
 
 
 @torch.no_grad()

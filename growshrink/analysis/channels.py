@@ -289,8 +289,7 @@ def _units(graph: Any, group: Any, names: Mapping[int, str]) -> tuple[list[NDArr
 
 def _choices(channels: int, least: float, round_to: int) -> tuple[int, ...]:
     lowest = max(1, int(np.ceil(least * channels)))
-    widths = {width for width in range(lowest, channels) if width % round_to == 0}
-    return tuple(sorted(widths | {channels}))
+    return (*(width for width in range(lowest, channels) if width % round_to == 0), channels)
 
 
 def best_channels(importance: Mapping[str, Sequence[float] | Floats], widths: Mapping[str, int]) -> Kept:

@@ -135,9 +135,8 @@ def read_width_table(path: Path) -> tuple[dict[str, tuple[int, ...]], list[Layer
     try:
         table = read_json(path)
         variables = {str(name): tuple(sorted(set(choices))) for name, choices in table["variables"].items()}
-        layers = [
-            Layer(**{**row, **{key: side(row.get(key)) for key in ("rows", "columns")}}) for row in table["layers"]
-        ]
+        sides = ("rows", "columns")
+        layers = [Layer(**{**row, **{key: side(row.get(key)) for key in sides}}) for row in table["layers"]]
         numbers = [number for choices in variables.values() for number in choices]
         numbers += [n for layer in layers for s in (layer.rows, layer.columns) if s for n in (s.blocks, s.divisor)]
         if any(type(n) is not int or n < 0 for n in numbers) or any(not choices for choices in variables.values()):

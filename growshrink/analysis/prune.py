@@ -243,14 +243,11 @@ def random_prune(
         slim = SlimSpace(model, inputs)
         return cut(model, width_of(slim, draw_widths(slim, budget, 1, seed=seed).index[0]), input_size=inputs)
     space = ChannelSpace(model, inputs, least=least, round_to=round_to)
-    if criterion != "random":
-        if isinstance(criterion, str):
-            importance = space.importance(criterion, batch)
-        else:
-            importance = space.from_modules(criterion)
-        return space.cut(best_channels(importance, threshold_widths(space, importance, budget)))
-    draws = draw_widths(space, budget, 1, seed=seed)
-    return space.cut(random_channels(space, width_of(space, draws.index[0]), seed))
+    if criterion == "random":
+        width = width_of(space, draw_widths(space, budget, 1, seed=seed).index[0])
+        return space.cut(random_channels(space, width, seed))
+    importance = space.importance(criterion, batch) if isinstance(criterion, str) else space.from_modules(criterion)
+    return space.cut(best_channels(importance, threshold_widths(space, importance, budget)))
 
 
 def width_of(space: Space, row: Sequence[int] | Index) -> dict[str, int]:

@@ -16,8 +16,7 @@ KIND = "kind"
 class Variant:
     """Base of dataclasses of which a field may hold one of several, named in the class statement.
 
-    `class Exit(Variant)` opens a family, `class Fuse(Exit, kind="fuse")` is one of it; `kind=""` makes a base of
-    others.
+    `class Exit(Variant)` opens a family, `class Fuse(Exit, kind="fuse")` is one of it; `kind=""` makes another base.
     """
 
     kinds: ClassVar[dict[str, type[Any]]]

@@ -112,8 +112,6 @@ def _culprit(model: nn.Module, error: Exception) -> str:
                 with _WithoutGraph():
                     copy.deepcopy(value)
             except Exception:
-                kind = type(value).__name__
-                return (
-                    f"{name or 'the model'}: its attribute {key!r} ({kind}) cannot be copied ({reason}): take it out."
-                )
+                what = f"{name or 'the model'}: its attribute {key!r} ({type(value).__name__})"
+                return f"{what} cannot be copied ({reason}): take it out."
     return f"the model cannot be copied: {reason}."

@@ -133,11 +133,6 @@ class Parsed(Limit):
         return None
 
 
-def _is_argument(text: str) -> bool:
-    key, equals, _ = text.partition("=")
-    return bool(equals) and key.isidentifier()
-
-
 @dataclass(frozen=True)
 class NoOption:
     """A mark in the type of a field that programs make no option of: they decide it themselves."""
@@ -162,7 +157,9 @@ Device = Annotated[
     str, Parsed(lambda name: torch.device("cpu" if name == "auto" else name), "not to be had here", RuntimeError)
 ]
 """A device as torch spells it; whether it is there, only its use tells."""
-Argument = Annotated[str, OneOf("must be KEY=VALUE", list, _is_argument)]
+Argument = Annotated[
+    str, OneOf("must be KEY=VALUE", list, lambda text: "=" in text and text.partition("=")[0].isidentifier())
+]
 Regex = Annotated[str, Parsed(re.compile, "not a regular expression", re.error)]
 InFile = Annotated[Path, ExistingPath(file=True)]
 InFolder = Annotated[Path, ExistingPath(folder=True)]

@@ -56,8 +56,7 @@ def interleaved_timings(
     All calls take `rounds` turns, so a slow spell of the machine meets all of them alike; no round begins after
     `at_most` seconds, except the first. The result is the lowest decile over the rounds: other processes only ever add
     to a time, on a busy machine to most turns. `own_thread`, for calls that do all their work in one thread, leaves out
-    the time in which it waited for a core; `device` is waited for. Of a call above `LONG`, a training step say, the
-    first alone is left out.
+    the time in which it waited for a core; `device` is waited for. A call above `LONG` is warm after one.
     """
     began, repeats = time.perf_counter(), {}
     if device is not None and device.type != "cpu":

@@ -17,8 +17,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write a file so that a crash at any moment leaves the old content or the new, and nothing between.
 
     Raises:
-        RunError: The disk is full or broken, or the folder cannot be written to; the old content is there, if there was
-            any, and nothing else.
+        RunError: The disk is full or broken, or the folder cannot be written to; only the old content is there, if any.
     """
     partial = path.with_name(f".{path.name}{PARTIAL}")
     try:

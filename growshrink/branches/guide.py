@@ -117,9 +117,7 @@ class Guide(nn.Module):
         except Exception as error:
             raise GrowError(f"guide: does not take images {size} ({reason(error)}).") from error
         if not isinstance(out, Tensor) or out.dim() != 2:
-            raise GrowError(
-                "guide: must map images (N, C, H, W) to vectors (N, D); of a timm model take num_classes=0."
-            )
+            raise GrowError("guide: must map images (N, C, H, W) to vectors (N, D); in timm that is num_classes=0.")
         self.project = nn.Linear(out.shape[1], EMBEDDING)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,11 +141,10 @@ def attach_guide(model: nn.Module, new: Iterable[nn.Module], guide: nn.Module | 
     if guide is not None and (hook is not None or not branches):
         raise GrowError("guide: for branches of the kinds guided and guided_kernel, in a model without a guide.")
     if branches and hook is None:
-        size = flow.input_size
         if hasattr(model, "guide"):
             raise GrowError("guide: the model has something of this name already.")
         classes = getattr(model, "num_classes", 0)
-        built = Guide(guide, size, classes if isinstance(classes, int) else 0)
+        built = Guide(guide, flow.input_size, classes if isinstance(classes, int) else 0)
         kernels = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
         if any(p.is_contiguous(memory_format=torch.channels_last) for p in kernels):
             built.to(memory_format=torch.channels_last)

@@ -203,9 +203,8 @@ class WeightNet(KernelFactors, kind="weightnet"):
     def __init__(self, conv: nn.Conv2d, ratio: float) -> None:
         size = conv.out_channels * (1 + (conv.weight[0].numel() % 2 == 0))
         reduced = max(16, conv.in_channels // 16)
-        super().__init__(
-            conv, ratio, nn.Sequential(nn.Linear(conv.in_channels, reduced), nn.Linear(reduced, size)), 1, size
-        )
+        router = nn.Sequential(nn.Linear(conv.in_channels, reduced), nn.Linear(reduced, size))
+        super().__init__(conv, ratio, router, 1, size)
 
     def mix(self, kernels_EOIHW: Tensor, c: Tensor) -> Tensor:
         slices_AL = kernels_EOIHW.reshape(c.shape[-1], -1)

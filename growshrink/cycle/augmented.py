@@ -30,8 +30,7 @@ class NetAug(Checked):
         mode: Mode of `NetAugTask`.
         alpha: Weight of the loss of the augmented net, on average over updates; None gives its loss, in the updates
             that have one, the weight of the base's.
-        inplace_distil: Share of the base net's loss that comes from the augmented net's logits of the same update;
-            None is the mode's own.
+        inplace_distil: Share of the base net's loss that comes from the augmented net's logits; None is the mode's own.
     """
 
     mode: Annotated[str, OneOf("no such mode", MODES)] = "netaug"
@@ -42,8 +41,7 @@ class NetAug(Checked):
 class Augmentation:
     """The sampled widths of a round, for as long as the structure and the teacher stay as they are.
 
-    `task` computes the gradients, `space` are the widths it draws from; the net is grown in the updates `span`, from
-    and to (exclusive).
+    `task` computes the gradients, `space` are the widths it draws from; the net is grown from `span[0]` to `span[1]`.
     """
 
     def __init__(self, trainer: Trainer, task: NetAugTask, span: tuple[int, int], input_size: InputSize) -> None:
@@ -92,15 +90,9 @@ def save_net(path: Path, model: nn.Module, model_about: Mapping[str, Any], grew:
     """Write a supernet of the run, grown as `grew` says, if `model_about` says how to make its model."""
     if "name" not in model_about or this_rank() > 0:
         return
-    own = "plain_" if grew.names else ""
-    about: dict[str, Any] = {
-        "input_size": list(input_size),
-        "name": model_about[f"{own}name"],
-        "kwargs": model_about[f"{own}kwargs"],
-        "grow": None,
-    }
-    if grew.names:
-        about["grow"] = {"branch": grew.branches, "ratio": grew.ratio, "where": grew.names, "seed": grew.seed}
+    grow = {"branch": grew.branches, "ratio": grew.ratio, "where": grew.names, "seed": grew.seed}
+    about: dict[str, Any] = {"input_size": list(input_size), "grow": grow if grew.names else None}
+    about |= {key: model_about[f"plain_{key}" if grew.names else key] for key in ("name", "kwargs")}
     save_supernet(path, model, width_space(model), about)
 
 

@@ -142,7 +142,6 @@ class Choose(_Merge, kind="choose"):
 
     @property
     def decides(self) -> bool:
-        """See `Exit.decides`."""
         return True
 
     def width(self, run: Run) -> tuple[Width, WidthChoice | None]:

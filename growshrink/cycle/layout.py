@@ -162,7 +162,6 @@ def _closed_loop(span: RoundSpan) -> LoopSpan:
 def _updates(epochs: float, updates_per_epoch: int) -> int:
     updates = epochs * updates_per_epoch
     if updates > MOST_UPDATES:
-        raise PlanError(
-            f"{epochs:g} epochs of {updates_per_epoch} updates: exceeds the limit of {MOST_UPDATES:.0e} updates."
-        )
+        limit = f"exceeds the limit of {MOST_UPDATES:.0e} updates"
+        raise PlanError(f"{epochs:g} epochs of {updates_per_epoch} updates: {limit}.")
     return round(updates)

@@ -38,8 +38,7 @@ class Round:
         branch: Branch kinds to attach to each layer, e.g. ("bottleneck",). () grows nothing: all of the round is the
             tail, and another net must be its teacher.
         ratio: Middle width of a branch over the output channels of its layer.
-        where: Regular expression on dotted names; None for every convolution and linear layer that can be grown
-            exactly.
+        where: Regular expression on dotted names; None for every layer that can be grown exactly.
         init: How branches start: "silent", or as in the "paper" they come from, which changes what the net computes
             and is meant for a round at the very start; see `grow`.
         guide: Model of timm's that feeds branches of the kinds "guided" and "guided_kernel"; None is a shallow net.
@@ -53,8 +52,7 @@ class Round:
         control: How lam falls: by a "schedule", or in a "closed_loop" as fast as the training loss allows (see
             `ClosedLoop`), 0 after hold + vanish in either case.
         online: Train linear branches as part of their kernels (see `collapse_online`), at about plain cost: from the
-            start those without activations, in the settle phase all. Their norms' statistics are recalibrated then, and
-            frozen.
+            start those without activations, in the settle phase all. Their norms are recalibrated then, and frozen.
         exit: How the grown part ends.
         teacher: Who teaches: another net from the start on, after its own training; a net of the run's from the end of
             the hold on. The shares of the round are shares of what the teacher's training leaves.
@@ -86,9 +84,7 @@ class Round:
         check_fields(self)
         if not self.branch:
             if self.teacher is None or not self.teacher.is_net or self.widths is not None:
-                raise PlanError(
-                    f"branch={self.branch!r}: must be a tuple of at least one kind of branch, or another net teach."
-                )
+                raise PlanError(f"branch={self.branch!r}: must name at least one kind of branch, or another net teach.")
             return
         kinds = (Branch.kinds[kind] for kind in self.branch if kind in Branch.kinds)
         if self.guide is not None and not any(issubclass(kind, Guided) for kind in kinds):
@@ -102,9 +98,7 @@ class Round:
             raise PlanError(f"rise={self.rise!r}: a part of the hold, without linear=True and control={CLOSED_LOOP!r}.")
         self._check_widths()
         if self.exit.rewinds and (self.vanish or self.settle or self.widths or not self.teaches_peak):
-            raise PlanError(
-                f"exit={self.exit.kind!r}: needs vanish=0, settle=0, teacher=Teacher('peak') and no widths."
-            )
+            raise PlanError(f"exit={self.exit.kind!r}: needs vanish=0, settle=0, teacher=Teacher('peak'), no widths.")
 
     def grown(self, plain: nn.Module, input_size: InputSize) -> nn.Module:
         """A copy of `plain` in the structure, and at the cost, that the round gives it."""
@@ -128,9 +122,8 @@ class Round:
         if total > 1.0 + SLACK:
             raise PlanError(f"hold + vanish + settle = {total:g}: more than the round.")
         if self.exit.linear and self.hold + self.vanish > MOST_ALIVE + SLACK:
-            raise PlanError(
-                f"hold + vanish = {self.hold + self.vanish:g}: at most {MOST_ALIVE}, the rest of a round is linear."
-            )
+            alive = self.hold + self.vanish
+            raise PlanError(f"hold + vanish = {alive:g}: at most {MOST_ALIVE}, the rest of a round is linear.")
 
     def _check_widths(self) -> None:
         if self.widths is None:

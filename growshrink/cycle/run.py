@@ -86,8 +86,7 @@ def run_cycle(
             is one of these. They take the same images and give logits of the same classes; none is modified.
         loss: `loss(model, batch)` trains and scores a net that is no classifier: a 0-dim tensor, the mean over the
             images of the batch, a pair as the feed gives it. Wherever a run says top-1, it is then minus this loss on
-            the split, also in `accept_within`. No teachers, no sampled widths; add `growshrink.penalties` where
-            branches need it.
+            the split, also in `accept_within`. No teachers, no sampled widths; `growshrink.penalties` are yours to add.
 
     Returns:
         What the run reached. `result.model` is the plain net (the averaged one, where there is an average).
@@ -138,9 +137,7 @@ def _check_loss(loss: Loss, plan: CyclePlan, config: TrainConfig) -> str:
     clashes = [key for key in ("mixup", "label_smoothing", "class_weights") if getattr(config, key)]
     clashes += [key for entry in plan.rounds for key in ("teacher", "widths") if getattr(entry, key) is not None]
     if config.metric != "top1" or clashes:
-        raise PlanError(
-            f"{clashes[0] if clashes else 'metric'}: not with loss=, which is for tasks of its own; leave it out."
-        )
+        raise PlanError(f"{[*clashes, 'metric'][0]}: not with loss=, which is for tasks of its own; leave it out.")
     return getattr(loss, "__qualname__", type(loss).__name__)
 
 
@@ -209,9 +206,7 @@ def rehearse(model: nn.Module, plan: CyclePlan, input_size: InputSize) -> None:
             raise PlanError("branch=() in round 1: a net that is built grown would not be fused in it.")
         leaves, rounds = rounds[0].exit, rounds[1:]
         if leaves.needs_kernels:
-            raise PlanError(
-                f"exit={leaves.kind!r} in round 1: a net that is built grown has no kernels that would remain."
-            )
+            raise PlanError(f"exit={leaves.kind!r} in round 1: a net built grown has no kernels that would remain.")
         if leaves.may_go_back:
             raise PlanError("accept_within in round 1: a net that is built grown has nothing to go back to.")
     plain = plain_net(model, input_size)

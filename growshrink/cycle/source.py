@@ -15,7 +15,7 @@ from growshrink.algebra.dataflow import InputSize
 from growshrink.base.config import Checked
 from growshrink.base.copying import copy_net
 from growshrink.base.limits import Positive, Share
-from growshrink.base.reading import clean_keys, parse_json, read_json
+from growshrink.base.reading import clean_keys, parse_json, read_json, reason
 from growshrink.errors import DropError, FuseError, RunError
 from growshrink.layers.activations import set_lambda
 from growshrink.layers.grown import grown_modules
@@ -157,9 +157,8 @@ def _of_a_state_dict(path: Path, tensors: dict[str, Tensor], recipe: Recipe) -> 
                 f"{path}: {len(carriers)} convolutions have branches. Say what they were grown with (--branches, "
                 "--ratio), or leave them out (--no-merge)."
             )
-        grown = grow(
-            _made(name, kwargs, None, path), recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size
-        )
+        net = _made(name, kwargs, None, path)
+        grown = grow(net, recipe.branches, ratio=recipe.ratio, where=carriers, input_size=size)
         _load(grown, tensors, path, f"{name} grown with {', '.join(recipe.branches)}, ratio {recipe.ratio:g}")
         return _merged(path, grown, recipe, **known)
     plain = {key: value for key, value in tensors.items() if _BRANCH not in key}
@@ -218,8 +217,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         tensors = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # on damaged files torch's unpickler raises whatever it happens to stumble over
-        why = (str(error) or type(error).__name__).splitlines()[0]
-        raise RunError(f"{path}: not readable as a checkpoint ({why}).") from error
+        raise RunError(f"{path}: not readable as a checkpoint ({reason(error)}).") from error
     if not all(isinstance(value, Tensor) for value in tensors.values()):
         raise RunError(f"{path}: holds something else than the tensors of a state_dict.")
     return tensors, {}

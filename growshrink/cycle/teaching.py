@@ -43,8 +43,7 @@ class Teacher(Checked):
         weight: Weight of the teacher's loss; the labels get the rest.
         asked: Share of the updates with a teacher in which it is asked, at least an epoch's whatever the share. After
             these the same images come again, changed and batched as they were, with the answers it gave: its forward
-            is paid once an answer (Shen and Xing, FKD, arXiv:2112.01528). Answers that do not fit into memory are kept
-            in a file.
+            is paid once an answer (Shen and Xing, FKD, arXiv:2112.01528). What does not fit into memory goes to a file.
         temperature: Temperature of both softmaxes of the teacher's loss (Hinton et al., arXiv:1503.02531).
         share: Share of the round's updates that train another net first, with a learning rate of its own from its peak
             to 0, before it teaches; 0 where it is trained.

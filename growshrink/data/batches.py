@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from growshrink.base.config import Checked
-from growshrink.base.limits import Interval, NotNegative, Share
+from growshrink.base.limits import Interval, NotNegative, Share, Whole
 from growshrink.base.seeding import generator, own_randomness
 from growshrink.data.datasets import Split
 from growshrink.errors import DataError
@@ -143,7 +143,7 @@ of the classes, float32 (N, K)."""
 
 
 @dataclass(frozen=True)
-class Augment:
+class Augment(Checked):
     """Random changes to training images.
 
     Pixels that are padded or cut out get the colour `round(255 * mean)`, the nearest to the mean that a byte can
@@ -157,14 +157,11 @@ class Augment:
         photo: What else is done to photographs, after these.
     """
 
-    crop: int = 4
+    error = DataError
+    crop: Whole = 4
     flip: bool = True
-    cutout: int = 0
+    cutout: Whole = 0
     photo: PhotoAugment = PhotoAugment()  # noqa: RUF009 - frozen
-
-    def __post_init__(self) -> None:
-        if self.crop < 0 or self.cutout < 0:
-            raise DataError(f"Augment needs lengths >= 0 pixels, got crop={self.crop}, cutout={self.cutout}.")
 
 
 NO_AUGMENT = Augment(crop=0, flip=False, cutout=0)
@@ -197,13 +194,9 @@ class Order:
 
     def __init__(self, num_images: int, *, batch_size: int, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
-            raise DataError(
-                f"Batches need batch_size >= 1 and 0 <= rank < world_size, got {batch_size=}, {rank=}, {world_size=}."
-            )
+            raise DataError(f"{batch_size=}, {rank=}, {world_size=}: need batch_size >= 1 and 0 <= rank < world_size.")
         if num_images < (together := batch_size * world_size):
-            raise DataError(
-                f"{num_images} training images are too few for one update of {batch_size=} on {world_size=}."
-            )
+            raise DataError(f"{num_images} training images: too few for one update of {batch_size=} on {world_size=}.")
         self.batch_size, self.updates_per_epoch = batch_size, num_images // together
         self._num_images, self._seed, self._all = num_images, seed, together
         self._share = slice(rank * batch_size, (rank + 1) * batch_size)

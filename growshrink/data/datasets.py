@@ -115,7 +115,6 @@ def load_data(
         DataError: Unknown name, missing or damaged files, or more images than fit into memory.
     """
     root = None if data_dir is None else Path(data_dir).expanduser()
-
     folder = partial(
         load_folder, image_size=image_size, progress=progress, skip_damaged=skip_damaged, use_cache=use_cache
     )
@@ -126,9 +125,7 @@ def load_data(
         (images, labels), test, classes, *notes = folder(path)
         label = path.resolve().name
     else:
-        raise DataError(
-            f"load_data knows no data set {name!r}, nor is it a folder{did_you_mean(name.lower(), SOURCES)}"
-        )
+        raise DataError(f"load_data: {name!r} is no data set, nor a folder{did_you_mean(name.lower(), SOURCES)}")
 
     height, width = images.shape[1:3]
     if image_size is not None and (height, width) != (image_size, image_size):

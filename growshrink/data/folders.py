@@ -37,17 +37,13 @@ WORTH = 1.0
 VERSION = 1
 
 
-def cache_folder() -> Path:
-    """Where decoded images are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "growshrink" / "images"
-
-
 class DecodeCache:
     """The cache entry of one folder at one image size: its file `path`, and the digest `key` of its sources."""
 
     def __init__(self, root: Path, paths: Sequence[str], image_size: int | None) -> None:
         place = hashlib.blake2b(f"{root.resolve()}\n{image_size}".encode(errors="surrogateescape"), digest_size=10)
-        self.path = cache_folder() / f"{place.hexdigest()}.safetensors"
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        self.path = caches / "growshrink" / "images" / f"{place.hexdigest()}.safetensors"
         digest = hashlib.blake2b(f"{VERSION}".encode(), digest_size=16)
         for path in paths:
             stat = os.stat(path)
@@ -76,9 +72,7 @@ class DecodeCache:
                 os.replace(partial, self.path)
 
 
-LAYOUT = (
-    "train/CLASS/*.png and test/CLASS/*.png (or val/, validation/ for test/), or only CLASS/*.png; jpg and others too"
-)
+LAYOUT = "train/CLASS/*.png and test/CLASS/*.png (or val/, validation/ for test/), or only CLASS/*.png; jpg, ... too"
 #: Formats of Pillow's that are read by other programs or are no images.
 _NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 
@@ -86,6 +80,8 @@ _NO_IMAGES = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 MOST_PIXELS = 1 << 26
 _NAMED = 3  # how many offending files a message names
 _FILES_A_TASK = 64
+#: Image files, and their labels.
+_Listed = tuple[list[str], Tensor]
 
 
 def find_parts(root: Path) -> tuple[Path, Path | None]:
@@ -107,9 +103,8 @@ def split_off_test(paths: Sequence[str], labels: Tensor) -> tuple[Tensor, Tensor
 
     From each class the fifth is taken whose names have the smallest hashes: no seed and no order matters.
     """
-    marks = [
-        hashlib.blake2b("/".join(path.split(os.sep)[-2:]).encode(errors="surrogateescape")).digest() for path in paths
-    ]
+    names = ("/".join(path.split(os.sep)[-2:]) for path in paths)
+    marks = [hashlib.blake2b(name.encode(errors="surrogateescape")).digest() for name in names]
     is_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         members = (labels == label).nonzero().flatten().tolist()
@@ -121,19 +116,8 @@ def _class_folders(part: Path) -> dict[str, Path]:
     return {d.name: d for d in part.iterdir() if d.is_dir() and d.name[0] != "."}
 
 
-#: The note for the user.
-SPLIT = "there is no folder test/: a fifth of each class, the same images in every run, is kept for the test"
-
-
-class _Listed(NamedTuple):
-    train: tuple[list[str], Tensor]
-    test: tuple[list[str], Tensor]
-    classes: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
-def _list_parts(root: Path) -> _Listed:
-    """Image files and labels of both parts of a folder; classes are sorted by name, hidden files are skipped."""
+def _list_parts(root: Path) -> tuple[_Listed, _Listed, tuple[str, ...], tuple[str, ...]]:
+    """Both parts of a folder, its classes sorted by name, and notes for the user; hidden files are skipped."""
     parts = find_parts(root)
     train = _class_folders(parts[0])
     if not train:
@@ -144,22 +128,22 @@ def _list_parts(root: Path) -> _Listed:
         if lone := [name for name, count in zip(classes, labels.bincount(), strict=True) if count < 2]:
             raise DataError(f"{root}: {_some(lone)}: a single image each, and no folder test/ to judge by.")
         train_part, test_part = (([paths[i] for i in part], labels[part]) for part in split_off_test(paths, labels))
-        return _Listed(train_part, test_part, classes, (SPLIT,))
+        note = "there is no folder test/: a fifth of each class, the same images in every run, is kept for the test"
+        return train_part, test_part, classes, (note,)
     test = _class_folders(parts[1])
     if odd := sorted(train.keys() ^ test.keys()):
         raise DataError(f"{root}: the classes of {parts[0].name}/ and {parts[1].name}/ differ in {_some(odd)}.")
-    return _Listed(_list(train, classes), _list(test, classes), classes)
+    return _list(train, classes), _list(test, classes), classes, ()
 
 
-def _list(folders: dict[str, Path], classes: Sequence[str]) -> tuple[list[str], Tensor]:
+def _list(folders: dict[str, Path], classes: Sequence[str]) -> _Listed:
     """The image files of one part of a folder, class after class, sorted by name, and their labels, int64 (N,)."""
     paths = list[str]()  # of 60,000 files, pathlib's take a second
     labels: list[int] = []
     for label, name in enumerate(classes):
         with os.scandir(folders[name]) as entries:
-            names = sorted(
-                e.name for e in entries if e.name[0] != "." and os.path.splitext(e.name)[1].lower() in suffixes()
-            )
+            found = sorted(entry.name for entry in entries)
+        names = [file for file in found if file[0] != "." and os.path.splitext(file)[1].lower() in suffixes()]
         if not names:
             raise DataError(f"{folders[name]} has no images (.jpg, .png, or another format that Pillow opens).")
         paths += [os.path.join(folders[name], file) for file in names]
@@ -185,8 +169,8 @@ class Folder(NamedTuple):
 
 def class_counts(root: Path) -> Tensor:
     """Number of training images of each class, by the names of the files alone: int64 (K,)."""
-    listed = _list_parts(root)
-    return listed.train[1].bincount(minlength=len(listed.classes))
+    (_, labels), _, classes, _ = _list_parts(root)
+    return labels.bincount(minlength=len(classes))
 
 
 def load_folder(
@@ -256,10 +240,8 @@ def _decode_all(paths: list[str], root: Path, image_size: int | None, progress: 
         if not coloured:
             break  # else: the first image was grey, a later one is not; decode all again into three channels
     if sizes:
-        first_size = f"the first is {width}x{height}"
-        raise DataError(
-            f"{root}: images differ in size; {first_size}, but {_some(sizes)}; pass image_size (--image-size)."
-        )
+        told = f"images differ in size; the first is {width}x{height}, but {_some(sizes)}"
+        raise DataError(f"{root}: {told}; pass image_size (--image-size).")
     return torch.from_numpy(images), about
 
 
@@ -311,10 +293,7 @@ def decode_image(path: str, image_size: int | None, grey: bool) -> Decoded | str
                 notes.append("white")
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if not (grey and image.mode in ("L", "1")):
-                image = image.convert("RGB")
-            elif image.mode == "1":
-                image = image.convert("L")
+            image = image.convert("L" if grey and image.mode in ("L", "1") else "RGB")
             if image_size is not None:
                 image = _resize(image, image_size)
             array = np.asarray(image)

@@ -132,10 +132,9 @@ def read_cifar_binary(base: Path, num_classes: int) -> tuple[Arrays, Arrays, tup
     classes = CIFAR10_CLASSES if num_classes == 10 else tuple(map(str, range(num_classes)))
     names = base / "fine_label_names.txt"
     if num_classes == 100 and names.is_file():
-        found = tuple(read_bytes(names).decode("utf-8", "replace").split())
-        if len(found) != num_classes:
-            raise DataError(f"{names} has {len(found)} names, not {num_classes}.")
-        classes = found
+        classes = tuple(read_bytes(names).decode("utf-8", "replace").split())
+        if len(classes) != num_classes:
+            raise DataError(f"{names} has {len(classes)} names, not {num_classes}.")
     return train, test, classes
 
 

@@ -77,8 +77,7 @@ def stream_data(
 
     `val_fraction` and `seed` are those of `load_data`, the other arguments those of `TrainBatches`; `image_size` is a
     side in pixels, None that of the images where all are equal squares, `num_workers` 0 decodes in this process, and
-    `loader_options` go to `timm.data.create_loader`:
-    `train_crop_mode="rkrc"` or `color_jitter=0.0`, say.
+    `loader_options` go to `timm.data.create_loader`: `train_crop_mode="rkrc"` or `color_jitter=0.0`, say.
 
     Raises:
         DataError: Wrong layout, no images, differing classes, or an argument out of range.
@@ -215,19 +214,17 @@ class _Part(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[Any, int]:
-        image, label = self._readable(position)
-        return (image if self.transform is None else self.transform(image)), label
-
-    def _readable(self, position: int) -> tuple[Any, int]:
         """The image at a position, or the next one that can be read: timm skips only those that raise an OSError."""
         for offset in range(_RETRIES):
             index = int(self.indices[(position + offset) % len(self)])
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", Image.DecompressionBombWarning)
-                    return self.dataset[index]
+                    image, label = self.dataset[index]
             except Exception as error:  # on damaged files PIL's decoders raise whatever they happen to stumble over
                 last = error
+            else:
+                return (image if self.transform is None else self.transform(image)), label
         raise DataError(f"{_RETRIES} images in a row cannot be read, the last because of {type(last).__name__}: {last}")
 
 

@@ -43,8 +43,7 @@ def affinity_defect(model: nn.Module, input_size: InputSize | None = None, *, se
 def nonaffine_modules(model: nn.Module, input_size: InputSize | None = None, *, seed: int = 0) -> dict[str, float]:
     """The modules that keep a net from being affine, with their own defects, in the order in which they run.
 
-    Only the innermost are named. Empty if the net is affine, whatever its parts are. Arguments as for
-    `affinity_defect`.
+    Only the innermost are named. Empty if the net is affine, whatever its parts. Arguments: see `affinity_defect`.
 
     >>> list(gs.depth.nonaffine_modules(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (3, 8, 8)))
     ['1']

@@ -85,8 +85,7 @@ def merge_runs(
         The merged net, in its inference form, checked against the given one on random inputs.
 
     Raises:
-        MergeError: Nothing, or not what was named, can be merged exactly, or it would cost more. The model is as it
-            was.
+        MergeError: Nothing, or not what was named, can be merged exactly, or it would cost more; nothing has changed.
         FuseError: The net is grown, or cannot be folded.
 
     >>> gs.depth.merge_runs(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3)), input_size=(3, 8, 8))[1]
@@ -146,9 +145,7 @@ def _plan(
             ends.update(reasons)
         if named is not None and (left := named - {name for run in runs for name in run.names}):
             name = min(left)
-            raise MergeError(
-                f"{name} cannot be merged with what is before or behind it: {ends.get(name, 'see where')}."
-            )
+            raise MergeError(f"{name} cannot merge with what is before or behind it: {ends.get(name, 'see where')}.")
     if if_costlier == "refuse" and (costly := _costly(runs)):
         raise MergeError(
             f"merging would increase the cost of {costly}. "

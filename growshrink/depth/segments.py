@@ -78,9 +78,7 @@ def links_of(model: nn.Module, like: nn.Module | None = None) -> Sequence[Sequen
     found = chains_of(model, like=like)
     if not found.chains:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(found.ends.items())[:3])
-        raise PlanError(
-            f"{type(model).__name__}: no two convolutions in a row for the depth knob to merge ({reasons})."
-        )
+        raise PlanError(f"{type(model).__name__}: no two convolutions in a row for the depth knob to merge: {reasons}.")
     return found.chains
 
 

@@ -40,8 +40,7 @@ class Arm:
         expansion: Expansion of a ReduceNet that is built grown; 0 for the plain net.
         gradients: Maps on the gradients, for an arm without rounds.
         config: What it trains with in place of the experiment's `TrainConfig`, by name.
-        lr: Factor on the experiment's learning rates, for an optimizer that wants others: all arms then have the same
-            trials.
+        lr: Factor on the experiment's learning rates, for an optimizer that wants others; all have the same trials.
         shrinks: False for a net that is never made plain: an upper bound, judged at its peak on the val split.
     """
 
@@ -74,9 +73,8 @@ class Arm:
     def plan(self, epochs: float, seed: int, given: str | None = None) -> CyclePlan:
         """Plan of a run of so many epochs; `given` is where the teacher "given" is found, with {seed} for the seed."""
         path = (given or GIVEN).replace("{seed}", str(seed))
-        taught = [
-            of and replace(of, of=path if of.of == GIVEN else of.of) for of in (each.teacher for each in self.rounds)
-        ]
+        teachers = (entry.teacher for entry in self.rounds)
+        taught = [of and replace(of, of=path if of.of == GIVEN else of.of) for of in teachers]
         rounds = zip(self.rounds, taught, strict=True)
         return CyclePlan(
             base_epochs=self.base * epochs,

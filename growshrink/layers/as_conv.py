@@ -29,7 +29,9 @@ def as_conv(layer: nn.Module) -> nn.Conv2d:
         affine = ConvMap.from_bn(layer).to_conv2d(dtype=layer.weight.dtype)
         return affine.train(layer.training).requires_grad_(layer.weight.requires_grad)
     assert isinstance(layer, (nn.Linear, nn.Conv1d, nn.ConvTranspose2d))
+    kernel = layer.weight.detach()
     if isinstance(layer, nn.Linear):
+        kernel = kernel[:, :, None, None]
         conv: nn.Conv2d = TokenConv2d(layer.in_features, layer.out_features, 1, device="meta")
     else:
         options: dict[str, Any] = {"kernel_size": layer.kernel_size, "dilation": layer.dilation}
@@ -37,8 +39,9 @@ def as_conv(layer: nn.Module) -> nn.Conv2d:
             options = {key: (1, *getattr(layer, key)) for key in ("kernel_size", "stride", "dilation")}
             options["padding"] = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
             options["padding_mode"] = layer.padding_mode
+        kernel = kernel[:, :, None] if isinstance(layer, nn.Conv1d) else adjoint(kernel, layer.groups)
         conv = nn.Conv2d(layer.in_channels, layer.out_channels, groups=layer.groups, device="meta", **options)
-    conv.weight = nn.Parameter(_kernel(layer), requires_grad=layer.weight.requires_grad)
+    conv.weight = nn.Parameter(kernel, requires_grad=layer.weight.requires_grad)
     conv.bias = layer.bias
     return conv.train(layer.training)
 
@@ -55,10 +58,3 @@ def own_layout(layer: nn.Module, kernel_OIHW: Tensor) -> Tensor:
     if isinstance(layer, nn.ConvTranspose2d):
         kernel_OIHW = adjoint(kernel_OIHW, layer.groups)
     return kernel_OIHW.reshape(cast(Tensor, layer.weight).shape)
-
-
-def _kernel(layer: nn.Linear | nn.Conv1d | nn.ConvTranspose2d) -> Tensor:
-    weight = layer.weight.detach()
-    if isinstance(layer, nn.Linear):
-        return weight[:, :, None, None]
-    return weight[:, :, None] if isinstance(layer, nn.Conv1d) else adjoint(weight, layer.groups)

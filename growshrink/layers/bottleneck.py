@@ -94,9 +94,8 @@ class PureBottleneck(Mergeable):
     def as_convmap(self, dtype: torch.dtype = torch.float64) -> ConvMap:
         """The whole module as one affine map, at its active width; AlgebraError while lam is not 0."""
         channels = self.conv.out_channels
-        first, norm, last = (
-            convmap_of(getattr(self, name), name, channels, dtype) for name in ("conv", "bn", "pointwise")
-        )
+        names = ("conv", "bn", "pointwise")
+        first, norm, last = (convmap_of(getattr(self, name), name, channels, dtype) for name in names)
         act = convmap_of(self.act, "act", self.width, dtype)
         if self.width != channels:
             groups = self.conv.groups

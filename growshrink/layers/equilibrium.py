@@ -144,10 +144,8 @@ class ImplicitReLU(VanishingReLU):
     def mean_norm(model: nn.Module) -> float | None:
         """Norm of A, the mean over the layers of a net and their groups; None where it has none of one tap."""
         layers = [m for m in model.modules() if isinstance(m, ImplicitReLU) and m.recurrence.kernel_size == (1, 1)]
-        kernels = [
-            m.kernel(m.recurrence.out_channels, torch.float64).unflatten(0, (m.recurrence.groups, -1)) for m in layers
-        ]
-        norms = [torch.linalg.matrix_norm(kernel[..., 0, 0], 2) for kernel in kernels]
+        kernels = [(m.recurrence.groups, m.kernel(m.recurrence.out_channels, torch.float64)) for m in layers]
+        norms = [torch.linalg.matrix_norm(k.unflatten(0, (groups, -1))[..., 0, 0], 2) for groups, k in kernels]
         return float(torch.cat(norms).mean()) if norms else None
 
     def _resolvent(self, kernel: Tensor) -> Tensor:

@@ -58,7 +58,6 @@ class GrownConv1d(Grown, nn.Conv1d):
         return self.with_branches(image, out).reshape(y.shape)
 
     def on_images(self, x: Tensor) -> Tensor:
-        """See `Grown.on_images`; rows are sequences."""
         rows = self(x.transpose(1, 2).flatten(0, 1))
         return rows.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 

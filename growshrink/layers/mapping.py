@@ -36,8 +36,7 @@ def convmap_of(
     """The affine map of a module inside a branch; AlgebraError, with its `name`, if it is not affine.
 
     Types are compared exactly: a subclass may compute something else (one of `VanishingReLU` has a `linear_map` of its
-    own, or none). `channels` and `device` are those of the input,
-    for a module that does not know them.
+    own, or none). `channels` and `device` are those of the input, for a module that does not know them.
     """
     with named(name):
         if isinstance(module, Mergeable):

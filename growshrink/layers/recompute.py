@@ -1,6 +1,6 @@
 """Recomputing grown layers in the backward pass, so that what is inside their branches need not be kept for it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import deepcopy
@@ -46,17 +46,15 @@ class Recomputed(nn.Module):
         as_ever = torch.compiler.is_compiling() or not RECOMPUTING.get() or not torch.is_grad_enabled()
         if as_ever or not all(getattr(module, "recomputable", True) for module in self.modules()):
             return super().__call__(*args, **kwargs)
-        return _kept_by_input(self, super().__call__, *args, **kwargs)
+        then = [(part, {**vars(part), "_buffers": deepcopy(part._buffers)}) for part in self.modules()]
+        call = super().__call__
 
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            with recompute(False):  # of a grown layer inside
+                return call(*args, **kwargs)
 
-def _kept_by_input(module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    then = [(part, {**vars(part), "_buffers": deepcopy(part._buffers)}) for part in module.modules()]
-
-    def whole(*args: Any, **kwargs: Any) -> Any:
-        with recompute(False):  # of a grown layer inside
-            return call(*args, **kwargs)
-
-    return checkpoint(whole, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _as_it_was(then)), **kwargs)
+        kwargs |= {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _as_it_was(then))}
+        return checkpoint(whole, *args, **kwargs)
 
 
 @contextmanager

@@ -41,8 +41,7 @@ class ChannelGroup:
 class SlimAxis:
     """One axis of a layer's tensors: which of its `length` entries run at the active widths.
 
-    `parts` are groups with the entries of each of their channels, `(channels, entries each)`; what is in no part always
-    runs.
+    `parts` are groups with the entries of each of their channels, `(channels, entries each)`; all others always run.
     """
 
     def __init__(self, length: int, parts: Sequence[tuple[ChannelGroup, Entries]]) -> None:

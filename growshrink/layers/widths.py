@@ -362,9 +362,8 @@ def _choices(name: str, slot: _Slot, factor: float | None, steps: int, divisor: 
     full = slot.full if factor is None else middle_width(outputs, groups, factor)
     base = 0 if slot.branch is not None else min(middle_width(outputs, groups, 1.0), slot.full)
     if full > slot.full:
-        raise WidthError(
-            f"{name}: factor={factor:g} asks for {full} middle channels, beyond the {slot.full} it was grown with."
-        )
+        most = f"beyond the {slot.full} it was grown with"
+        raise WidthError(f"{name}: factor={factor:g} asks for {full} middle channels, {most}.")
     if full < base:
         raise WidthError(f"{name}: factor={factor:g} asks for {full} middle channels, below the base of {base}.")
     unit = math.lcm(divisor, groups)

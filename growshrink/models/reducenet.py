@@ -115,9 +115,7 @@ def _runs(pad: str | Runs, depths: Sequence[int]) -> Runs:
     if isinstance(pad, str):
         ways = {"each": [[1] * depth for depth in depths], "front": [[depth] for depth in depths]}
         if pad not in ways:
-            raise ValueError(
-                f"{pad=}: must be 'each', 'front', or the lengths of runs per stage: ((3,), (1, 2), (3,))."
-            )
+            raise ValueError(f"{pad=}: must be 'each', 'front', or lengths of runs per stage: ((3,), (1, 2), (3,)).")
         return ways[pad]
     if [sum(lengths) for lengths in pad] != list(depths) or any(length < 1 for lengths in pad for length in lengths):
         raise ValueError(f"{pad=}: the runs of a stage must add up to its blocks, {list(depths)}.")

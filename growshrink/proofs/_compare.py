@@ -253,8 +253,7 @@ def _blame(a: nn.Module, b: nn.Module, x: Arguments, dtype: torch.dtype, toleran
     errors = {}
     for name, (kind, out) in outputs_a.items():
         if name and name in outputs_b and outputs_b[name][0] == kind and outputs_b[name][1].shape == out.shape:
-            difference = (out - outputs_b[name][1]).abs().max()
-            errors[name] = float(difference / out.abs().max().clamp_min(torch.finfo(out.dtype).tiny))
+            errors[name] = relative_error(outputs_b[name][1], out)
     beyond = [name for name, error in errors.items() if not error <= tolerance]
     if not beyond:
         return "No layer that both nets have differs: the difference arises in modules of different classes."

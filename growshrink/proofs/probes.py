@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.errors import EquivalenceError, check_size
+from growshrink.errors import check_size
 from growshrink.layers.activations import Fading
 from growshrink.layers.branch import Branch
 
@@ -45,7 +45,5 @@ def randomize_norms_(model: nn.Module, seed: int = 0) -> None:
 def random_images(input_size: InputSize, num_inputs: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Standard normal images `(num_inputs, C, H, W)` on the CPU, a function of the seed only."""
     check_size(input_size)
-    if type(num_inputs) is not int or num_inputs < 1:
-        raise EquivalenceError(f"{num_inputs=}: must be a whole number above 0.")
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(num_inputs, *input_size, dtype=torch.float64, generator=generator).to(dtype)

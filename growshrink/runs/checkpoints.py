@@ -41,24 +41,17 @@ def save_checkpoint(folder: Path, update: int, state: Mapping[str, Any], keep: i
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` was given, tensors on the CPU; RunError for a damaged file, or another."""
-    metadata: dict[str, str] = {}
-
-    def check(header: dict[str, str]) -> None:
-        if header.get("format") != _FORMAT:
-            raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
-        metadata.update(header)
-
-    tensors = read_tensors(path, check)
+    header: dict[str, str] = {}
+    tensors = read_tensors(path, header.update)
+    if header.get("format") != _FORMAT:
+        raise RunError(f"{path}: not a checkpoint of this version of growshrink.")
     try:
-        if _digest(metadata["state"], tensors) != metadata["digest"]:
-            raise RunError(f"{path}: damaged (it is not what was written).")
-        state = _unflatten(parse_json(metadata["state"]), tensors)
+        whole = header["digest"] == _digest(header["state"], tensors)
+        state = _unflatten(parse_json(header["state"]), tensors) if whole else None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, RunError):
-            raise
         raise RunError(f"{path}: damaged ({type(error).__name__}: {error}).") from error
     if not isinstance(state, dict):
-        raise RunError(f"{path}: damaged (its state is no object).")
+        raise RunError(f"{path}: damaged (it is not what was written).")
     return state
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -32,10 +32,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     """
 
     def __init__(self, path: Path, lock: IO[str] | None, *, fresh: bool, finished: bool) -> None:
-        self.path = path
-        self.fresh = fresh
-        self.finished = finished
-        self._lock = lock
+        self.path, self.fresh, self.finished, self._lock = path, fresh, finished, lock
 
     @staticmethod
     def claim(path: Path, *, resume: bool = False) -> RunFolder:
@@ -57,13 +54,12 @@ class RunFolder(AbstractContextManager["RunFolder"]):
                 if entry.name.endswith(PARTIAL):  # of a process that was killed while it wrote
                     entry.unlink()
             marker = read_json(path / MARKER)
-            status = marker.get("status")
-            if resume:
-                _refuse_old(path, marker)
-            else:
-                state = "a finished run" if status == "finished" else "an unfinished run (--resume continues it)"
+            finished = marker.get("status") == "finished"
+            if not resume:
+                state = "a finished run" if finished else "an unfinished run (--resume continues it)"
                 raise RunError(f"{path}: holds {state}. Nothing is overwritten: choose another folder with --out.")
-            return RunFolder(path, lock, fresh=False, finished=status == "finished")
+            _refuse_old(path, marker)
+            return RunFolder(path, lock, fresh=False, finished=finished)
         except BaseException:
             lock.close()
             raise
@@ -71,17 +67,11 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     @staticmethod
     def claim_next(parent: Path, name: str, *, resume: bool = False) -> RunFolder:
         """Claim `parent/name`, or `parent/name-2`, ... the first that is free; with `resume` the newest there is."""
-        taken = sorted(
-            (
-                int(p.name[len(name) + 1 :] or 1)
-                for p in parent.glob(f"{glob.escape(name)}*")
-                if _is_numbered(p.name, name)
-            ),
-        )
+        numbered = re.compile(re.escape(name) + "(?:-([0-9]+))?")
+        newest = max((int(m[1] or 1) for p in parent.glob("*") if (m := numbered.fullmatch(p.name))), default=0)
         if resume:
-            number = taken[-1] if taken else 1
-            return RunFolder.claim(_numbered(parent, name, number), resume=True)
-        number = taken[-1] + 1 if taken else 1
+            return RunFolder.claim(_numbered(parent, name, newest or 1), resume=True)
+        number = newest + 1
         while True:
             path = _numbered(parent, name, number)
             try:
@@ -194,7 +184,3 @@ def _difference(old: Any, new: Any) -> str:
 
 def _numbered(parent: Path, name: str, number: int) -> Path:
     return parent / (name if number == 1 else f"{name}-{number}")
-
-
-def _is_numbered(candidate: str, name: str) -> bool:
-    return candidate == name or candidate.startswith(f"{name}-") and candidate[len(name) + 1 :].isdigit()

@@ -32,8 +32,7 @@ class ClosedLoop:
     Args:
         deadline: Updates done when lam is 0 at the latest. Train beyond it: batch norm statistics have to settle.
         hold: Updates with lam 1 before anything falls; the signal is observed already.
-        fall: Updates it takes from 1 to 0 if the signal never objects; None takes half of what is between `hold` and
-            `deadline`.
+        fall: Updates it takes from 1 to 0 if the signal never objects; None: half of those from `hold` to `deadline`.
         tolerance: How far the signal may be above its lowest, relatively.
         smoothing: Weight of the past in the smoothed signal, in [0, 1).
         final: Share of what is between `hold` and `deadline` that the steepest way down takes.

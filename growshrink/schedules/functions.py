@@ -45,8 +45,7 @@ def cosine(start: float, end: float, steps: int, begin: int = 0) -> Schedule:
 def hold_then_vanish(hold: int, vanish: int) -> Schedule:
     """The lam of a round: 1 for `hold` updates, a cosine to exactly 0.0 over `vanish` updates, then 0.0 for ever.
 
-    The plateau at 0.0 is where the BN statistics settle and fusing becomes legal, so a run must last beyond
-    `hold + vanish`.
+    At 0.0 the BN statistics settle and fusing becomes legal, so a run must last beyond `hold + vanish`.
 
     >>> lam = hold_then_vanish(hold=2, vanish=2)
     >>> [round(lam(s), 3) for s in range(6)]

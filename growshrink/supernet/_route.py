@@ -53,9 +53,8 @@ class Routed(nn.Module):
         levels = [space.level(0) | off, *space.all_levels]  # at the levels of the space blocks are on
         for start, stop in pairwise(self._ends):
             inside = [name for name in self._fixed if chain.within(self._slots.names_of(name), start, stop)]
-            choices = {
-                tuple(level[name] for name in inside): {name: level[name] for name in inside} for level in levels
-            }
+            own_levels = ({name: level[name] for name in inside} for level in levels)
+            choices = {tuple(own.values()): own for own in own_levels}
             if len(choices) < 2:
                 raise WidthError(f"nothing has a width between units {start} and {stop} alone: take other places.")
             self._own.append(list(choices.values()))
@@ -116,10 +115,8 @@ class Routed(nn.Module):
         exact = math.prod(map(len, self._own)) <= MOST_PATHS if exact is None else exact
         with self._restored():
             paths = list((self._paths if exact else self._drawn)(self._prefix(x), 0))
-        losses = [
-            F.cross_entropy(out, target, reduction="none") + price * (self.fixed + cost) for _, out, cost in paths
-        ]
-        return torch.stack([share * loss for (share, _, _), loss in zip(paths, losses, strict=True)]).sum(0).mean()
+        found = ((share, F.cross_entropy(out, target, reduction="none"), cost) for share, out, cost in paths)
+        return torch.stack([share * (loss + price * (self.fixed + cost)) for share, loss, cost in found]).sum(0).mean()
 
     @checked(WidthError)
     def always(self, choice: int) -> "Routed":
@@ -180,8 +177,7 @@ class Routed(nn.Module):
     def calibrate(self, batches: Iterable[Tensor]) -> None:
         """Take the batch norm statistics of every choice from training images, in place.
 
-        With several places, place by place: those before it share out each batch at random, so that all choices come
-        before a choice.
+        With several places, place by place: those before it share out each batch at random, over all their choices.
         """
         batches = list(batches)
         if len(self._own) == 1:
@@ -305,8 +301,7 @@ def route(
         input_size: `(C, H, W)`; None takes the model's own.
 
     Raises:
-        WidthError: The model is not slim or no chain, a place is no unit of it, or nothing behind it has widths of its
-            own.
+        WidthError: The model is not slim or no chain, a place is no unit of it, or nothing behind it has own widths.
 
     Source: Li et al., Dynamic Slimmable Network (arXiv:2103.13258); Wang et al., SkipNet (arXiv:1711.09485); Lin et
     al., Runtime Neural Pruning (NIPS 2017), whose labels and rewards the expectation in `Routed.loss` replaces.

@@ -39,11 +39,10 @@ class RoutedImage(nn.Module):
         super().__init__()
         self.gates = nn.ModuleList()
         self.prefix = _Part(chain, model, widths[0][0], 0, ends[0])
-        parts = (
+        self.parts = nn.ModuleList(
             nn.ModuleList(_Part(chain, model, width, *span) for width in own)
             for own, span in zip(widths, pairwise(ends), strict=True)
         )
-        self.parts = nn.ModuleList(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(1, C, H, W)` -> logits `(1, num_classes)`."""

@@ -32,7 +32,7 @@ class UnitChain:
         self._head: Any = model.forward_head
         self.input_size = trace(model, input_size).input_size
         units = _units("", model)
-        inside = _called_within_features(model, units, input_size)
+        inside = _called_within_features(model, units, self.input_size)
         self._names = [name for name, _ in units if name in inside]
         self._units = [unit for name, unit in units if name in inside]
         self._owner: dict[str, int] = {}
@@ -42,10 +42,8 @@ class UnitChain:
                 self._owner[slot] = index
         self.starts = tuple(sorted(set(self._owner.values())))
         if len(self.starts) < 2:
-            raise WidthError(
-                f"{_REFUSAL} Only {len(self.starts)} of the units of {type(model).__name__} carry branches."
-            )
-        self._prove(model, input_size)
+            raise WidthError(f"{_REFUSAL} {type(model).__name__}: only {len(self.starts)} of its units carry branches.")
+        self._prove(model)
 
     def of_copy(self, model: nn.Module) -> UnitChain:
         """The same chain of a copy of the model."""
@@ -96,11 +94,11 @@ class UnitChain:
         return {name: value if self._owner.get(name, start) >= start else base[name] for name, value in width.items()}
 
     @torch.no_grad()
-    def _prove(self, model: nn.Module, input_size: InputSize | None) -> None:
+    def _prove(self, model: nn.Module) -> None:
         replica = copy_net(model).eval()
         randomize_norms_(replica)
         chain = self.of_copy(replica)
-        x = random_images(trace(model, input_size).input_size, 2, torch.float32, 0).to(next(replica.parameters()))
+        x = random_images(self.input_size, 2, torch.float32, 0).to(next(replica.parameters()))
         expected, found = replica(x), x
         try:
             for index, unit in enumerate(chain._units):
@@ -129,13 +127,10 @@ def _units(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def _called_within_features(
-    model: nn.Module, units: list[tuple[str, nn.Module]], input_size: InputSize | None
-) -> set[str]:
+def _called_within_features(model: nn.Module, units: list[tuple[str, nn.Module]], input_size: InputSize) -> set[str]:
     replica: Any = copy_net(model).eval()
     called: set[str] = set()
     for name, _ in units:
         replica.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: called.add(name))
-    x = random_images(trace(model, input_size).input_size, 1, torch.float32, 0).to(next(replica.parameters()))
-    replica.forward_features(x)
+    replica.forward_features(random_images(input_size, 1, torch.float32, 0).to(next(replica.parameters())))
     return called

@@ -33,8 +33,7 @@ def save_supernet(path: Path, model: nn.Module, space: WidthSpace, about: Mappin
     """Write a grown or slim net, everything in its state_dict, and its width space, atomically.
 
     `about` tells how to make a net of its structure: `name` and `kwargs` for `timm.create_model`, `grow` for
-    `growshrink.grow` (None if it is built grown) or `slim` for `growshrink.slim`, `input_size` (C, H, W); other keys
-    are kept.
+    `growshrink.grow` (None if it is built grown) or `slim` for `growshrink.slim`, `input_size` (C, H, W); all is kept.
     """
     header = {"format": _FORMAT, "width_space": space.to_json(), "about": json.dumps(dict(about))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -59,9 +58,7 @@ def load_supernet(
         if header.get("format") == _FORMAT:
             about = _checked(parse_json(header["about"]))
         elif name is None:
-            raise RunError(
-                f"{path}: not a supernet of this version of growshrink, nor is it said which model it is of."
-            )
+            raise RunError(f"{path}: not a supernet of this version of growshrink, nor is its model named.")
         else:
             tensors = clean_keys(tensors)
             about = about_weights(name, tensors, kwargs or {})

@@ -41,8 +41,7 @@ class NetAugTask(ClassificationTask):
     Every update draws its own augmented net from the width space. The base net is what is evaluated, averaged and
     deployed; the augmented passes leave its batch norm statistics bit for bit as they are (wider nets need
     `calibrate_bn`). Between steps the model is at base width. In any loop (as timm's train.py) the task returns one
-    differentiable loss; attached to the optimizer, as below, it runs the passes one by one: half the memory, equal
-    gradients.
+    differentiable loss; attached to the optimizer (below) it runs pass by pass: half the memory, equal gradients.
 
     The update decides which widths are drawn: `set_step` tells it, or `update_ema` (which timm's train.py calls after
     every update), or the optimizer, once attached.
@@ -67,8 +66,7 @@ class NetAugTask(ClassificationTask):
         criterion: Loss of (logits, target); None makes timm's, from `criterion_kwargs`.
         criterion_kwargs, device, dtype, verbose: Those of timm's `ClassificationTask`.
         space: Widths to draw from; None is `width_space(model)`.
-        every: Augmented passes in every `every`-th update only, weighted up to stay the same on average; None is 8 in
-            `lazy` and 1 otherwise.
+        every: Augmented passes in every `every`-th update only, weighted up by as much; None is 8 in `lazy`, else 1.
         alpha: Weight of an augmented pass, on average over updates, or a schedule of it by update (that of lam, say);
             where it is 0 the base net is trained alone. None is 1 / every: NetAug's own 1, and where passes are rarer
             no more weight for the one there is (weighted up, it drowns the base's).
@@ -169,9 +167,7 @@ class NetAugTask(ClassificationTask):
             loss = self.criterion(output, target)
             return {"loss": loss, "output": output, "base_loss": loss.detach(), "augmented_loss": loss.new_zeros(())}
         if getattr(self.trainable_module, "grad_checkpointing", False):
-            raise WidthError(
-                "with grad checkpointing the augmented pass would be recomputed at base width: use task.backward."
-            )
+            raise WidthError("grad checkpointing would recompute the augmented pass at base width: use task.backward.")
         self._begin()
         with self._net.at(self.passes().width, self.space.base):
             return self._synced(self._one_loss, input, target)
@@ -252,10 +248,6 @@ class NetAugTask(ClassificationTask):
         self._keeper = None
 
     # ---- timm's hooks
-
-    def get_trainable_module(self, ema: bool = False) -> nn.Module | None:
-        """The model itself, with or without DDP around it."""
-        return getattr(self, "trainable_module_ema", None) if ema else self.trainable_module
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> NetAugTask:
         """Average gradients over the ranks of the default process group, by torch's `DistributedDataParallel`.

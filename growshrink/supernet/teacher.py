@@ -21,10 +21,8 @@ class OuterTeacher(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(teacher, str):
-            like: Any = student
-            teacher = DistillationTeacher(
-                teacher, num_classes=like.num_classes, in_chans=like.in_chans, device=device, dtype=dtype
-            )
+            like: dict[str, Any] = {key: getattr(student, key) for key in ("num_classes", "in_chans")}
+            teacher = DistillationTeacher(teacher, **like, device=device, dtype=dtype)
         self._teacher = teacher.eval().requires_grad_(False)
         cfg = getattr(student, "pretrained_cfg", None) or {}
         for key in ("mean", "std"):

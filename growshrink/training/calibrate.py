@@ -24,10 +24,10 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
     the active width (skipped branches, channels beyond it) keeps its statistics.
 
     Args:
-        model: Arguments norms without running statistics are left alone.
+        model: Norms in it without running statistics are left alone.
         batches: At least one batch: images `(N, C, H, W)`, or a tuple whose first part goes into the model (images,
             labels), or a dict of which the model takes what its forward has arguments for, else the first tensor.
-        leave: Arguments norms whose statistics are left as they are.
+        leave: Norms whose statistics are left as they are.
 
     Raises:
         GrowShrinkError: There is no batch, or it holds no tensor; the statistics are then as they were.
@@ -36,24 +36,22 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
 
     >>> gs.calibrate_bn(net, [torch.randn(8, 3, 32, 32)])
     """
-    kept = set(map(id, leave))
-    norms = [
-        m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None and id(m) not in kept
-    ]
+    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [norm for norm in found if norm not in leave]
     modes = {module: module.training for module in model.modules()}
     remaining = map(partial(_arguments, model), batches)
     first = next(remaining, None)
     if first is None:
         raise GrowShrinkError("calibrate_bn needs at least one batch of images, got none.")
     settings = [(norm.momentum, norm.track_running_stats) for norm in norms]
-    counts = [_statistics(norm)[2].clone() for norm in norms]
+    counts = [_count(norm).clone() for norm in norms]
     model.eval()
     try:
         for norm in norms:
             norm.training = True  # not train(): what a grown norm carries stays in eval mode
             norm.track_running_stats = True  # an eval pass reads what there is, whether it is tracked or not
             norm.momentum = None  # torch: the cumulative average, in which the first batch replaces what was there
-            _statistics(norm)[2].zero_()
+            _count(norm).zero_()
             for statistic in norm.buffers(recurse=False):  # a slim net's has more of them
                 statistic.nan_to_num_(0.0, 0.0, 0.0)  # replaced means multiplied by 0
         for batch in chain([first], remaining):
@@ -61,19 +59,16 @@ def calibrate_bn(model: nn.Module, batches: Iterable[ExampleInputs], *, leave: C
     finally:
         for norm, before, setting in zip(norms, counts, settings, strict=True):
             norm.momentum, norm.track_running_stats = setting
-            _, _, count = _statistics(norm)
-            count.copy_(torch.where(count.bool(), count, before))
+            _count(norm).copy_(torch.where(_count(norm).bool(), _count(norm), before))
         for module, training in modes.items():
             module.training = training
 
 
-def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Running mean and variance `(C,)`, and the count of batches, which a norm tracked later gets now."""
-    mean, var = norm.running_mean, norm.running_var
-    assert mean is not None and var is not None
+def _count(norm: _BatchNorm) -> Tensor:
+    """The count of batches, which a norm tracked later gets now."""
     if norm.num_batches_tracked is None:
-        norm.num_batches_tracked = torch.tensor(0, device=mean.device)
-    return mean, var, norm.num_batches_tracked
+        norm.num_batches_tracked = torch.tensor(0, device=norm.get_buffer("running_mean").device)
+    return norm.num_batches_tracked
 
 
 def _arguments(model: nn.Module, batch: object) -> Arguments:

@@ -65,8 +65,7 @@ class GradientMaps:
                 AdamW or NAdamW, where they act on the update.
 
         Raises:
-            GradientError: The optimizer is of another kind or does not train a mapped parameter, or the maps are of
-                another net.
+            GradientError: The optimizer is of another kind, or does not train a mapped parameter; another net's maps.
         """
         parameters, trained = self._parameters(model), [p for group in optimizer.param_groups for p in group["params"]]
         kind, on_update = type(optimizer), type(optimizer) in ON_UPDATE
@@ -247,10 +246,8 @@ def _information(levels_NCHW: Tensor, down: int, right: int) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=levels_NCHW.device)
     first = levels_NCHW[:, :, max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
     second = levels_NCHW[:, :, max(0, down) : height + min(0, down), max(0, right) : width + min(0, right)]
-    counts = (
-        (first * PIXEL_LEVELS + second).flatten().bincount(minlength=PIXEL_LEVELS**2).view(PIXEL_LEVELS, PIXEL_LEVELS)
-    )
-    joint = counts.double() / counts.sum()
+    counts = (first * PIXEL_LEVELS + second).flatten().bincount(minlength=PIXEL_LEVELS**2)
+    joint = counts.view(PIXEL_LEVELS, PIXEL_LEVELS).double() / counts.sum()
     both, one, other = (-torch.special.xlogy(p, p).sum() for p in (joint, joint.sum(1), joint.sum(0)))
     # a constant input tells nothing apart, and depends on itself all the same
     return torch.where(one * other > 0, (one + other - both) / (one * other).sqrt(), float(down == right == 0))

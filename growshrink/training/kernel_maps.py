@@ -74,9 +74,7 @@ def kernel_map(name: str, module: Grown) -> KernelMap | None:
     `name` is the layer's, in messages; GradientError where a branch is not linear in what it trains.
     """
     if isinstance(module, nn.ConvTranspose2d):
-        raise GradientError(
-            f"{name}: the kernel of a transposed convolution has other axes than those of its branches."
-        )
+        raise GradientError(f"{name}: the kernel of a transposed convolution has other axes than its branches'.")
     conv = copy_net(module).cpu().double().as_conv()
     if not module.weight.requires_grad:
         if any(parameter.requires_grad for parameter in module.branches.parameters()):

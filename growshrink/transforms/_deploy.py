@@ -126,9 +126,7 @@ def lost_in_cast(name: str, module: nn.Module, total: ConvMap, norm: nn.Module |
     for old, new in targets:
         dtype, written = str(old.dtype).removeprefix("torch."), new.to(old.dtype).double()
         if not written.isfinite().all():
-            raise FuseError(
-                f"{name}: what its branches merge into is too large for {dtype}: fuse in float32, then cast."
-            )
+            raise FuseError(f"{name}: what its branches merge into is too large for {dtype}: fuse in float32 and cast.")
         if old.shape == new.shape:  # not of a PureBottleneck, which has no kernel of its own
             added = float((new - old.double().cpu()).norm())
             changes.append((added * (added > 1e-12 * float(new.norm())), float((written - new).norm())))

@@ -53,9 +53,8 @@ def fold(
     Identity()
     """
     if grown := grown_modules(model):
-        raise FuseError(
-            f"{next(iter(grown)) or 'the model'} still carries branches: growshrink.fuse comes before growshrink.fold."
-        )
+        where = next(iter(grown)) or "the model"
+        raise FuseError(f"{where} still carries branches: growshrink.fuse comes before growshrink.fold.")
     model = model if inplace else copy_net(model)
     flow = trace(model, given_inputs(input_size, example_inputs))
     commit = partial(fold_norms_, pairs=foldable(model, flow))

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,18 +28,12 @@ from growshrink.models.staged import StagedNet, plain_form
 from growshrink.transforms._deploy import lost_in_cast, unguard_hooks, warn_of_rounding, write_map
 
 _Change = Callable[[nn.Module], object]
+#: By name of a grown module: its map in float64, and the batch norm that takes the bias where it has none of its own.
+_Merges = dict[str, tuple[ConvMap, str | None]]
 MODULE_TOLERANCE = 1e-10  # a module's forward against its map, float64
 NET_TOLERANCE = 1e-8  # the net against itself fused, float64: rounding grows with depth and with odd BN statistics
 MOST_BY_ROUNDING = 1000  # times the change that a few last bits of the input make: nets exist that blow rounding up
 FLOAT32_TOLERANCE = 1e-3  # for nets that do not run in float64: catches blunders only
-
-
-@dataclass(frozen=True)
-class _Merge:
-    """What becomes of one grown module: all values float64, nothing committed yet."""
-
-    map: ConvMap
-    norm: str | None  # the batch norm that takes the bias, where the convolution has none
 
 
 def fuse(
@@ -124,20 +117,15 @@ def _refuse_alive(model: nn.Module) -> None:
         )
 
 
-def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
-    shared = flow.shared
-    merges, lost = dict[str, _Merge](), dict[str, float]()
+def _plan(model: nn.Module, flow: Flow) -> _Merges:
+    merges, lost = _Merges(), dict[str, float]()
     for name, module in grown_modules(model).items():
         if module is model and isinstance(module, PureBottleneck):
-            raise FuseError(
-                "the model is itself a PureBottleneck, which cannot be replaced: its own fuse() gives a conv."
-            )
+            raise FuseError("the model is itself a PureBottleneck, which cannot be replaced: its fuse() gives a conv.")
         if isinstance(module, Grown) and (key := computed_parameter(module)):
             raise FuseError(f"{name}: its {key} is computed by a hook or parametrization, and cannot be written to.")
-        if any(f"{owner}.".startswith(f"{name}.") for owner in shared):
-            raise FuseError(
-                f"{name} shares parameters with another module, or their memory: merging would change that one too."
-            )
+        if any(f"{owner}.".startswith(f"{name}.") for owner in flow.shared):
+            raise FuseError(f"{name} shares parameters, or their memory, with another module, which would change too.")
         if flow.calls.get(name, 0) > 1:
             raise FuseError(f"{name} runs {flow.calls[name]} times in a forward pass: a shared module is not merged.")
         total, norm = _map_of(name, module), None
@@ -147,7 +135,7 @@ def _plan(model: nn.Module, flow: Flow) -> dict[str, _Merge]:
             if norm is None:
                 raise FuseError(f"{name} has no bias of its own, and that of its branches has nowhere to go: {reason}.")
         lost[name] = lost_in_cast(name, module, total, None if norm is None else model.get_submodule(norm))
-        merges[name] = _Merge(total, norm)
+        merges[name] = total, norm
     warn_of_rounding(lost, model)
     return merges
 
@@ -199,8 +187,7 @@ def check_unchanged(
 
     In `dtype`, or in the model's own where it does not run in that. Each copy sees the same noise, if it draws any.
     """
-    like = next((p for p in model.parameters()), torch.empty(0))
-    inputs = given_inputs(input_size)
+    like, inputs = next(model.parameters(), torch.empty(0)), given_inputs(input_size)
     assert inputs is not None
     x = inputs.batch(2)
 
@@ -289,20 +276,20 @@ def _outputs(model: nn.Module, x: Arguments) -> Any:
 
 
 @torch.no_grad()
-def _commit(model: nn.Module, merges: dict[str, _Merge]) -> None:
+def _commit(model: nn.Module, merges: _Merges) -> None:
     unguard_hooks(model)
     remove_guide(model)
-    for name, merge in merges.items():
+    for name, (total, _) in merges.items():
         module = model.get_submodule(name)
         if isinstance(module, Grown):
-            write_map(module, merge.map)
+            write_map(module, total)
         elif isinstance(module, PureBottleneck):
             mark_left(module)
-            replace_module(model, name, _conv_for(module, merge.map))
-    for merge in merges.values():  # when norms are merged, which took their statistics as they were
-        if merge.norm is not None:
-            running_mean = model.get_buffer(f"{merge.norm}.running_mean")
-            running_mean.copy_(running_mean.double() - merge.map.bias.to(running_mean.device))
+            replace_module(model, name, _conv_for(module, total))
+    for total, norm in merges.values():  # when norms are merged, which took their statistics as they were
+        if norm is not None:
+            running_mean = model.get_buffer(f"{norm}.running_mean")
+            running_mean.copy_(running_mean.double() - total.bias.to(running_mean.device))
 
 
 def _conv_for(module: PureBottleneck, total: ConvMap) -> nn.Conv2d:

@@ -189,10 +189,8 @@ class GrowthReport:
                 status += f"; {format_skipped(row.left_out)}"
             lines.append(f"{row.name:40s} {row.shape:22s} {status}")
         total = f"{len(self.rows)} layers: {len(self.grown)} grown, {len(self.skipped)} not eligible. "
-        total += f"{self.trained:,} of {self.params:,} parameters train." + f" Seen on {self.traced}." * bool(
-            self.traced
-        )
-        return "\n".join([*lines, total])
+        total += f"{self.trained:,} of {self.params:,} parameters train."
+        return "\n".join([*lines, f"{total} Seen on {self.traced}." if self.traced else total])
 
 
 @checked(GrowError)

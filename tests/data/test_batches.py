@@ -175,7 +175,7 @@ def test_eval_batches_show_everything_in_order(count: int, batch_size: int, size
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 11}, "10 training images are too few"),
+        ({"batch_size": 11}, "10 training images: too few"),
         ({"batch_size": 6, "world_size": 2}, "too few"),
         ({"batch_size": 0}, "batch_size >= 1"),
         ({"rank": 1}, "rank < world_size"),
@@ -191,7 +191,7 @@ def test_impossible_options_are_refused(options: dict[str, object], message: str
 
 def test_other_refusals() -> None:
     for bad in ({"crop": -1}, {"cutout": -1}):
-        with pytest.raises(DataError, match="lengths >= 0"):
+        with pytest.raises(DataError, match="must be at least 0"):
             Augment(**bad)
     split = random_split(4, 4, 4, 3)
     with pytest.raises(DataError, match="from 0"):

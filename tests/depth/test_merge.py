@@ -160,7 +160,7 @@ def test_where(where, merged):
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        (["stages.0.1.conv", "stages.2.2.conv"], r"stages\.0\.1\.conv cannot be merged"),
+        (["stages.0.1.conv", "stages.2.2.conv"], r"stages\.0\.1\.conv cannot merge"),
         (["stages.0.1.cnv"], "'stages.0.1.cnv' is no convolution.*did you mean stages.0.1.conv"),
         ([["stages.0.0.conv"]], "at least two"),
         ([["stages.0.0.conv", "stages.0.2.conv"]], r"stages\.0\.2\.conv does not follow stages\.0\.0\.conv"),

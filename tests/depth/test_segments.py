@@ -228,5 +228,5 @@ def test_refusals_have_reasons():
     ends = chains_of(Refusals(), (3, 8, 8)).ends
     assert "read 2 times" in ends["b"] and "e" not in ends
     assert ends["d"].startswith("its output goes to sigmoid") and ends["f"].startswith("its output goes to the model")
-    with pytest.raises(PlanError, match="no two convolutions in a row for the depth knob to merge .*it"):
+    with pytest.raises(PlanError, match="no two convolutions in a row for the depth knob to merge: .*it"):
         all_segments(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Sigmoid(), nn.Conv2d(3, 3, 3)), 3)

@@ -98,7 +98,7 @@ def test_prefix_and_suffix_are_the_model(name):
         (twisted, "computes something else than its units in a row"),
         (
             lambda: gs.grow(net(), where=r"stages\.1\.1", init="paper", input_size=SIZE),
-            "Only 1 of the units of ReduceNet carry branches",
+            "ReduceNet: only 1 of its units carry branches",
         ),
     ],
 )

@@ -228,7 +228,7 @@ def test_a_state_dict_alone_is_read_if_its_model_is_named(tmp_path):
     read, space, about = load_supernet(path, name="reducenet20_x2", kwargs={"width": 0.25})
     assert all(torch.equal(value, read.state_dict()[key]) for key, value in model.state_dict().items())
     assert space == gs.width_space(model) and about["input_size"] == [1, 32, 32]
-    with pytest.raises(RunError, match="nor is it said which model"):
+    with pytest.raises(RunError, match="nor is its model named"):
         load_supernet(path)
     with pytest.raises(RunError, match="not a whole supernet"):
         load_supernet(path, name="reducenet20_x4", kwargs={"width": 0.25})
