@@ -333,11 +333,8 @@ class ConvMap:
 
     def _common_dilation(self, other: ConvMap, axis: int) -> int:
         """The coarsest grid along `axis` that holds the taps of both kernels once they are aligned."""
-        grid = abs(self.padding[axis][0] - other.padding[axis][0])
-        for m in (self, other):
-            if m.kernel.shape[2 + axis] > 1:
-                grid = math.gcd(grid, m.dilation[axis])
-        return grid or 1
+        steps = (m.dilation[axis] for m in (self, other) if m.kernel.shape[2 + axis] > 1)
+        return math.gcd(abs(self.padding[axis][0] - other.padding[axis][0]), *steps) or 1
 
     def _widen(self, padding: Padding, dilation: Pair) -> ConvMap:
         """The same map with more padding, zero taps making up for it, on a finer grid of taps."""

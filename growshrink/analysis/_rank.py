@@ -174,7 +174,11 @@ def _read(
     if not baselines:
         raise AnalysisError("baselines=(): name at least one score that any other has to beat.")
     try:
-        measured = _measurements(truth, np.size(next(iter(scores.values()), ())))
+        seeds = np.asarray(truth, dtype=np.float64)
+        n = np.size(next(iter(scores.values()), ()))
+        if seeds.ndim == 2 and seeds.shape[1] != n and seeds.shape[0] == n:
+            seeds = seeds.T
+        measured = list(np.atleast_2d(seeds))
         columns = {name: np.asarray(column, dtype=np.float64) for name, column in scores.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise AnalysisError(f"scores must be numbers by name, and truth numbers: {error}.") from error
@@ -211,14 +215,6 @@ def _beyond(
         values, resampled = partial(slice(None)), boot.of(partial)
         found |= {name: boot.interval(*each) for name, *each in zip(names, values, resampled.T, strict=True)}
     return found
-
-
-def _measurements(truth: Any, n: int) -> list[Floats]:
-    """One column for each seed, of a list of them or an array with the seeds along either axis."""
-    columns = np.asarray(truth, dtype=np.float64)
-    if columns.ndim == 2 and columns.shape[1] != n and columns.shape[0] == n:
-        columns = columns.T
-    return list(columns) if columns.ndim > 1 else [columns]
 
 
 def _agreement(

@@ -307,15 +307,11 @@ def _membership(values: Floats, k: int) -> Floats:
     return above + tied * ((k - above.sum()) / tied.sum())
 
 
-def _starts(ordered: Floats) -> NDArray[np.int64]:
-    """Where each group of equal values starts in a sorted column."""
-    return np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-
-
 def _squares_of_groups(counts: NDArray[np.int64], values: Floats) -> Floats:
     """Sum over groups of equal values of the squared number of draws: `(num,)`, counts `(num, n)`."""
     order = np.argsort(values, kind="stable")
-    groups = np.add.reduceat(counts[:, order], _starts(values[order]), axis=1).astype(np.float64)
+    starts = np.unique(values[order], return_index=True)[1]
+    groups = np.add.reduceat(counts[:, order], starts, axis=1).astype(np.float64)
     return (groups**2).sum(1)
 
 

@@ -101,15 +101,12 @@ def from_dict(cls: type[T], values: Any, what: str, error: type[GrowShrinkError]
     ]
     if missing:
         raise error(f"{what}: {missing[0]} is missing.")
-    made = {key: _make(types[key], value, _path(what, key), error) for key, value in values.items()}
+    within = f"{what}." if what and " " not in what else ""
+    made = {key: _make(types[key], value, f"{within}{key}", error) for key, value in values.items()}
     try:
         return cls(**made)
     except error as refused:
         raise error(f"{what}: {refused}") from refused
-
-
-def _path(what: str, key: str) -> str:
-    return f"{what}.{key}" if what and " " not in what else key
 
 
 def _make(hint: Any, value: Any, what: str, error: type[GrowShrinkError]) -> Any:

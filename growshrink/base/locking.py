@@ -69,10 +69,5 @@ def _lock_on_windows(descriptor: int, number: int, mode: str) -> None:
     msvcrt.locking(descriptor, getattr(msvcrt, mode), 1)
 
 
-def _close_all() -> None:
-    for file in _locked:
-        file.close()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_all)
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in _locked])

@@ -13,7 +13,7 @@ from growshrink.base.limits import NotNegative
 from growshrink.base.ranks import broadcast_nets_
 from growshrink.cycle.records import Fused, Rewound, Undone
 from growshrink.cycle.running import Run
-from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets, undo
+from growshrink.cycle.surgery import CALIBRATION_BATCHES, fuse_nets
 from growshrink.layers.widths import Width, set_width, width_space
 from growshrink.supernet import WidthChoice, choose_width, default_candidates
 from growshrink.training.calibrate import calibrate_bn
@@ -72,9 +72,7 @@ class _Merge(Exit, kind=""):
     def may_go_back(self) -> bool:
         return self.accept_within is not None
 
-    @property
-    def decides(self) -> bool:
-        return self.accept_within is not None
+    decides = may_go_back
 
     def width(self, run: Run) -> tuple[Width, WidthChoice | None]:
         """The width to merge at, and what was tried to find it."""
@@ -107,10 +105,9 @@ class _Merge(Exit, kind=""):
     def judge(self, run: Run, before: float, fused: float) -> None:
         """Undo the round if it has cost too much."""
         assert self.accept_within is not None and run.before is not None
-        undone = before - fused > self.accept_within
-        run.record.undone = undone
-        if undone:
-            undo(run.trainer, run.before)
+        run.record.undone = before - fused > self.accept_within
+        if run.record.undone:
+            run.go_back()
             values = {"before": before, "fused": fused, "accept_within": self.accept_within}
             run.changed(Undone(update=run.trainer.update, round=run.record.number, **values))
         run.before = None

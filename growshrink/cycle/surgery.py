@@ -161,9 +161,3 @@ def load_values(net: nn.Module, values: Mapping[str, Tensor]) -> None:
 def snapshot(trainer: Trainer) -> dict[str, Any]:
     """A copy of `values_of`, to go back to."""
     return copy.deepcopy(values_of(trainer))
-
-
-def undo(trainer: Trainer, before: Mapping[str, Any]) -> None:
-    """Put back, bit for bit, what `snapshot` has copied before a net of this same structure was grown and fused."""
-    trainer.structure_changed(reset=dict(trainer.model.named_parameters()))  # an optimizer without any state
-    set_values(trainer, before)

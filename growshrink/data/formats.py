@@ -5,7 +5,6 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -77,7 +76,9 @@ def read_idx(path: Path, ndim: int) -> Tensor:
             if size > (length * _DEFLATE_RATIO if compressed else length):
                 raise DataError(f"{path}: its header promises {size:,} bytes, more than its {length:,} can hold.")
             check_fits(size, str(path))
-            content = _read_up_to(file, size + 1)
+            content = bytearray()  # in pieces: memory grows with what is really there, never with what a header claims
+            while len(content) <= size and (piece := file.read(min(_CHUNK, size + 1 - len(content)))):
+                content += piece
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if len(content) != size:
@@ -86,14 +87,6 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     if size == 0:
         raise DataError(f"{path} is empty: its header says {shape}.")
     return torch.frombuffer(content, dtype=torch.uint8).view(shape)
-
-
-def _read_up_to(file: gzip.GzipFile | BinaryIO, size: int) -> bytearray:
-    # In pieces: memory grows with what is really there, never with what a header claims.
-    content = bytearray()
-    while len(content) < size and (piece := file.read(min(_CHUNK, size - len(content)))):
-        content += piece
-    return content
 
 
 def read_idx_pair(root: Path, prefix: str, num_classes: int) -> Arrays:

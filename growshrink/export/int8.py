@@ -32,9 +32,7 @@ def needs_reduced_range() -> bool:
         return True
 
 
-def quantise(
-    onnx_path: Path, path: Path, images: Tensor, *, granularity: str, reduce_range: bool, batch_size: int = 32
-) -> None:
+def quantise(onnx_path: Path, path: Path, images: Tensor, *, granularity: str, reduce_range: bool) -> None:
     """Write an int8 net in the QDQ format: uint8 activations by their range on `images`, symmetric int8 weights.
 
     `onnx_path` is the float32 net, batch norms folded; `images` are normalised training images (N, C, H, W);
@@ -45,7 +43,7 @@ def quantise(
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    batches = iter([{ONNX_INPUT: batch.contiguous().numpy()} for batch in images.split(batch_size)])
+    batches = iter([{ONNX_INPUT: batch.contiguous().numpy()} for batch in images.split(32)])
 
     class Reader(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:

@@ -132,12 +132,10 @@ class Fading(Vanishing):
     #: Buffers that ranks average in every update; see `growshrink.base.ranks`.
     averaged = ("mean",)
 
-    def __init__(
-        self, size: int, start: float = 0.0, lam: float = 1.0, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(lam, device)
+    def __init__(self, size: int, start: float = 0.0, lam: float = 1.0) -> None:
+        super().__init__(lam)
         self.mean: Tensor
-        self.register_buffer("mean", torch.full((size,), start, dtype=torch.float32, device=device))
+        self.register_buffer("mean", torch.full((size,), start, dtype=torch.float32))
 
     def forward(self, g: Tensor) -> Tensor:
         """`(N, size)` -> the same shape and dtype."""

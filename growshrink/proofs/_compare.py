@@ -93,11 +93,9 @@ class Verification:
     @property
     def ok(self) -> bool:
         """Exact in float64, within 1e-5 or 10 times the net's rounding in float32, finite, with a sensitive check."""
-        if self.max_rel_own is not None and not math.isfinite(self.max_rel_own):
-            return False
         allowed_float32 = max(EXACT_FLOAT32, 10 * self.rounding_float32)
         exact = self.max_rel <= EXACT_FLOAT64 and self.max_rel_float32 <= allowed_float32
-        return exact and self.effect >= LEAST_EFFECT
+        return exact and math.isfinite(self.max_rel_own or 0.0) and self.effect >= LEAST_EFFECT
 
 
 @checked(EquivalenceError, num_inputs=Count)

@@ -109,10 +109,8 @@ class ClosedLoop:
         self._falling = self._smoothed <= self._lowest + self.tolerance * abs(self._lowest)
 
 
-_STATE = {
-    **dict.fromkeys(("lam", "smoothed", "lowest", "pending"), float),
-    **{"update": int, "count": int, "falling": bool},
-}
+_STATE: dict[str, Any] = {"update": int, "count": int, "falling": bool}
+_STATE |= dict.fromkeys(("lam", "smoothed", "lowest", "pending"), float)
 
 
 def _mean_over_ranks(value: Tensor | float) -> float:

@@ -69,9 +69,9 @@ def grow(
             "mixture", "dirac", "dirac_kernel", those whose numbers come from data ("se", "asr", "condconv",
             "dynamic_conv", "dynet", "weightnet", "moe", "manidp", "guided", "guided_kernel"; see
             `growshrink.penalties`), the parts below, your own) and the presets that stand for several: "repvgg"
-            (pointwise, identity), "acnet" (vertical, horizontal),
-            "dbb" (pointwise, pointwise_conv, pointwise_average), "mobileone" (copy three times, pointwise, identity).
-            A layer that one of the kinds does not fit is not grown; of a preset it gets those that fit it.
+            (pointwise, identity), "acnet" (vertical, horizontal), "dbb" (pointwise, pointwise_conv, pointwise_average),
+            "mobileone" (copy three times, pointwise, identity). A layer that one of the kinds does not fit is not
+            grown; of a preset it gets those that fit it.
         ratio: Middle width of a branch over the output channels of its layer.
         where: None for every eligible layer, a regular expression searched in dotted names, a callable
             `(name, module) -> bool` (asked about every convolution, and the linear layers that can be grown), or a list
@@ -393,8 +393,7 @@ def _select(model: nn.Module, where: WhereToGrow, eligibility: _Eligibility, spe
 
 
 def _branch_seed(seed: int, name: str, position: int) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}/{position}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{position}".encode()).digest()[:8], "little") >> 1
 
 
 def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -222,19 +222,19 @@ def test_a_stream_goes_on_in_the_middle_of_an_epoch_whoever_of_its_workers_was_a
 
 def test_a_round_that_costs_too_much_is_undone_bit_for_bit(tmp_path, judged, monkeypatch):
     states = {}
-    real_snapshot, real_undo = running.snapshot, exits.undo
+    real_snapshot, real_go_back = running.snapshot, running.Run.go_back
 
     def keep(trainer):
         states["before", trainer.update] = bits(trainer)
         return real_snapshot(trainer)
 
-    def undo(trainer, before):
-        states["grown", trainer.update] = bits(trainer)
-        real_undo(trainer, before)
-        states["undone", trainer.update] = bits(trainer)
+    def go_back(self):
+        states["grown", self.trainer.update] = bits(self.trainer)
+        real_go_back(self)
+        states["undone", self.trainer.update] = bits(self.trainer)
 
     monkeypatch.setattr(running, "snapshot", keep)
-    monkeypatch.setattr(exits, "undo", undo)
+    monkeypatch.setattr(running.Run, "go_back", go_back)
     result = run(tmp_path)
     (before, _), (undone,), (grown,) = (
         [state for (name, _), state in states.items() if name == kind] for kind in ("before", "undone", "grown")
