@@ -6,13 +6,13 @@
     python tools/online_cost.py --threads 1 --processor-time --authors FOLDER    and DBB beside its authors' module
 
 Every net is grown with every kind of branch, given frozen statistics and collapsed (gs.collapse_online). An update of
-SGD (forward, backward, step) of the grown net and one of the plain net take turns; each pair of turns gives a ratio,
-and the table shows their medians and quartiles. Merging costs nothing per image, but what it costs per update is
-spread over few pixels where maps and batches are small and channels many. "MACs" is the bound that this sets: the
-collapsed step over the plain one in multiply-accumulates, where every chain of kernels is multiplied out or run one
-by one, whichever is less. Targets of DBB, OREPA and ExpandNet: at most 1.1 plain steps where the bound is below 1.05,
-else 1.15 times the bound. "memory" is what a step holds when its backward pass begins, over plain, collapsed and
-branch by branch.
+SGD (forward, backward, step, inside gs.layers.merge_once) of the grown net and one of the plain net take turns; each
+pair of turns gives a ratio, and the table shows their medians and quartiles. Merging costs nothing per image, but what
+it costs per update is spread over few pixels where maps and batches are small and channels many. "MACs" is the bound
+that this sets: the collapsed step over the plain one in multiply-accumulates, where every chain of kernels is
+multiplied out or run one by one, whichever is less (for a batch in one part). Targets of DBB, OREPA and ExpandNet: at
+most 1.1 plain steps where the bound is below 1.05, else 1.15 times the bound. "memory" is what a step holds when its
+backward pass begins, over plain, collapsed and branch by branch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import growshrink as gs
-from growshrink.base.limits import InFolder
+from growshrink.base.limits import Count, InFolder
 from growshrink.base.timing import Call
 from growshrink.cli.forms import pick
 from growshrink.cli.options import BatchOptions, GrowOptions
@@ -61,6 +61,8 @@ class Args(TimedArgs):
     """timm models, and the side of the images each is trained on."""
     choose: Literal["measured", "always"] = "measured"
     """Which convolutions run merged: those where that is measured to be faster, or all."""
+    parts: Count = 1
+    """How many parts of a batch accumulate the gradients of an update."""
     report: bool = False
     """Also print what every convolution costs either way."""
     authors: InFolder | None = None
@@ -97,7 +99,7 @@ def main(args: Args) -> int:
     if args.authors is not None:
         for row in beside_authors(bench, args.authors):
             print(f"{row.what:63s} {ratio(row)}  {row.verdict}".rstrip(), flush=True)
-    settings = f"batch {args.batches.batch_size}, ratio {args.rounds.ratio:g}"
+    settings = f"batch {args.batches.batch_size} in {args.parts} parts, ratio {args.rounds.ratio:g}"
     print(f"\nOver an update of the plain net; {settings}; {conditions(before)}")
     missed = sum(row.verdict == "MISSED" for row in bench.rows)
     if missed:
@@ -139,11 +141,11 @@ def measure(
     held = training_memory(plain, *sizes)
     memory = training_memory(collapsed, *sizes) / held, training_memory(grown, *sizes) / held
     target = max(AT_MOST, OVER_BOUND * bound if bound > 1.05 else 0.0) if branch in TARGETS else math.inf
-    step = update(plain, images, labels)
+    step = update(plain, images, labels, args.parts)
     what = f"{name}@{pixels}: {branch}"
     return (
-        bench.compare(f"{what}, branch by branch / plain", update(grown, images, labels), step),
-        bench.compare(f"{what}, merged / plain", update(collapsed, images, labels), step, at_most=target),
+        bench.compare(f"{what}, branch by branch / plain", update(grown, images, labels, args.parts), step),
+        bench.compare(f"{what}, merged / plain", update(collapsed, images, labels, args.parts), step, at_most=target),
         bound,
         memory,
         gs.transforms.collapse_report(collapsed),
@@ -175,15 +177,17 @@ def beside_authors(bench: Bench, folder: Path) -> list[Row]:
     ]
 
 
-def update(net: nn.Module, images: Tensor, labels: Tensor) -> Call:
-    """One update of SGD, as a call."""
+def update(net: nn.Module, images: Tensor, labels: Tensor, parts: int = 1) -> Call:
+    """One update of SGD, with gradients accumulated over so many parts of the batch, as a call."""
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    return partial(_update, net, optimizer, images, labels)
+    return partial(_update, net, optimizer, parts, images, labels)
 
 
-def _update(net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+def _update(net: nn.Module, optimizer: torch.optim.Optimizer, parts: int, images: Tensor, labels: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
-    F.cross_entropy(net(images), labels).backward()
+    with gs.layers.merge_once(net):
+        for part in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            (F.cross_entropy(net(part[0]), part[1]) / parts).backward()
     optimizer.step()
 
 

@@ -9,6 +9,7 @@ from growshrink.layers.equilibrium import ImplicitReLU as ImplicitReLU
 from growshrink.layers.equilibrium import equilibrium as equilibrium
 from growshrink.layers.grown import GrownConv2d as GrownConv2d
 from growshrink.layers.grown_linear import GrownLinear as GrownLinear
+from growshrink.layers.online import merge_once as merge_once
 from growshrink.layers.recompute import recompute as recompute
 from growshrink.layers.swaps import attach as attach
 from growshrink.layers.swaps import to_plain as to_plain

@@ -10,7 +10,7 @@ arXiv:2103.09404); norms and the mix with branches that are not linear are ours.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial, reduce
 from typing import Any
@@ -26,6 +26,8 @@ from growshrink.layers.bottleneck import PureBottleneck
 from growshrink.layers.grown import Grown, GrownConv2d, GrownConv2dSame
 from growshrink.layers.grown_linear import GrownLinear
 
+Maps = tuple[ConvMap, list[list[ConvMap]]]
+
 
 class OnlineModule(nn.Module):
     """What the online classes share.
@@ -33,10 +35,30 @@ class OnlineModule(nn.Module):
     Attributes:
         collapsed: Run the merged kernel; False runs the same parts one by one, as before.
         timing: Milliseconds of a step of the branch form and of the merged form, where they were measured.
+        pixels: How many there were, all images together, in the last forward pass; 0 before the first.
+        held: What `merge_once` merged, and for which state.
     """
 
     collapsed = True
     timing: tuple[float, float] | None = None
+    pixels: int = 0
+    held: tuple[Any, Maps] | None = None
+    maps: Callable[..., Maps]
+
+    def maps_for(self, pixels: int) -> Maps:
+        """The maps for so many pixels, in float32 at least; what `merge_once` holds of them where it is still right."""
+        if not torch.compiler.is_compiling():
+            self.pixels = int(pixels)
+            if self.held is not None and self.held[0] == self.merge_state():
+                return self.held[1]
+        like = next(self.parameters())
+        with no_autocast(like.device.type):
+            return self.maps(torch.promote_types(like.dtype, torch.float32), pixels)
+
+    def merge_state(self) -> tuple[Any, ...]:
+        """What the maps depend on: pixels, widths, and the version of every parameter."""
+        parts = [(vars(part).get("width"), vars(part).get("skipped")) for part in self.modules()]
+        return self.pixels, parts, [(id(p), p._version) for p in self.parameters()]
 
     def held_parts(self) -> Iterator[nn.Module]:
         """The linear parts, whose statistics are frozen and whose activations are held at lam = 0."""
@@ -56,7 +78,7 @@ class OnlineModule(nn.Module):
 class OnlineLayer(OnlineModule, Grown):
     """A grown layer whose linear branches (`branch.merged`) run as part of its kernel, and the others beside it."""
 
-    def maps(self, dtype: torch.dtype, pixels: float = math.inf) -> tuple[ConvMap, list[list[ConvMap]]]:
+    def maps(self, dtype: torch.dtype, pixels: float = math.inf) -> Maps:
         """The layer with its linear branches, and of those the chains that on so many pixels are not multiplied out."""
         total, rest = ConvMap.from_conv2d(self.as_conv(), dtype), []
         if isinstance(self, nn.Linear):  # whose kernel was detached
@@ -74,9 +96,8 @@ class OnlineLayer(OnlineModule, Grown):
 
     def run_merged(self, image: Tensor, run: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
         """The output for an image, where `run` applies the layer with a given weight and bias."""
-        with no_autocast(image.device.type):
-            total, rest = self.maps(torch.promote_types(self.weight.dtype, torch.float32), image[:, 0].numel())
-            weight, bias = (tensor.to(self.weight.dtype) for tensor in self.values_of(total))
+        total, rest = self.maps_for(image[:, 0].numel())
+        weight, bias = (tensor.to(self.weight.dtype) for tensor in self.values_of(total))
         out = run(weight, bias if total.biased else None)
         for chain in rest:
             out = out + reduce(lambda x, part: part(x), chain, image)
@@ -117,13 +138,53 @@ class OnlineLinear(OnlineLayer, GrownLinear):
 class OnlineBottleneck(OnlineModule, PureBottleneck):
     """A `PureBottleneck` that runs as one convolution."""
 
+    def maps(self, dtype: torch.dtype, pixels: float = math.inf) -> Maps:
+        """As in `OnlineLayer`."""
+        return self.as_convmap(dtype), []
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.collapsed:
             return super().forward(x)
-        dtype = self.pointwise.weight.dtype
-        with no_autocast(x.device.type):
-            total = self.as_convmap(torch.promote_types(dtype, torch.float32))
+        total, dtype = self.maps_for(x[:, 0].numel())[0], self.pointwise.weight.dtype
         return self.conv._conv_forward(x, total.kernel.to(dtype), total.bias.to(dtype) if total.biased else None)
+
+
+@contextmanager
+def merge_once(model: nn.Module) -> Iterator[None]:
+    """Merge all kernels of a collapsed net first, once for all forward and backward passes inside.
+
+    Gradients are those of merging in every pass; the branches have theirs once the block ends, so clip and step behind
+    it. One pass is a little faster so, accumulated ones more. A layer whose image size, width or weights change inside
+    merges on its own, as in its first pass ever, and compiled. No `torch.autograd.grad`, no second derivative inside.
+
+    >>> online = gs.collapse_online(gs.grow(net, "repvgg"), choose="always").train()
+    >>> with gs.layers.merge_once(online):
+    ...     for images in torch.randn(2, 8, 3, 32, 32):
+    ...         online(images).sum().backward()
+    """
+    layers = [m for m in model.modules() if isinstance(m, OnlineModule) and m.collapsed and m.pixels]
+    made: dict[OnlineModule, dict[Tensor, Tensor]] = {layer: {} for layer in layers}
+
+    def cut(layer: OnlineModule, of: ConvMap) -> ConvMap:
+        tensors = (of.kernel, of.bias)
+        kernel, bias = (t if t.is_leaf else made[layer].setdefault(t, t.detach().requires_grad_()) for t in tensors)
+        return replace(of, kernel=kernel, bias=bias)
+
+    try:
+        for layer in layers:
+            with torch.enable_grad():
+                total, rest = layer.maps_for(layer.pixels)
+            rest = [[cut(layer, part) for part in chain] for chain in rest]
+            layer.held = layer.merge_state(), (cut(layer, total), rest)
+        yield
+        while made:  # layer by layer, so that what one kept is free when the next begins
+            layer, leaves = made.popitem()
+            reached = {tensor: leaf.grad for tensor, leaf in leaves.items() if leaf.grad is not None}
+            with no_autocast(next(layer.parameters()).device.type):
+                torch.autograd.backward([*reached], [*reached.values()])
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("held", None)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[Any]:

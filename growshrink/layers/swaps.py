@@ -205,7 +205,7 @@ def expand_online(model: nn.Module, *, inplace: bool = False) -> nn.Module:
                     act.held = False
             for branch in getattr(module, "branches", ()):
                 branch.merged = False
-            module.__dict__.pop("collapsed", None)
-            module.__dict__.pop("timing", None)
+            for key in ("collapsed", "timing", "pixels"):
+                module.__dict__.pop(key, None)
             module.__class__ = _over(getattr(module, "plain_class", None), _EXPANDED_CLASSES[base_class(module)])
     return model

@@ -97,8 +97,7 @@ def collapse_online(
         sizes = trace(expanded, given_inputs(input_size, example_inputs)).input_sizes
         of_key: dict[Hashable, tuple[float, float]] = {}
         # of a linear layer the trace tells no number of tokens
-        linear = {name for name in online if isinstance(expanded.get_submodule(name), nn.Linear)}
-        seen = [name for name in online if name in sizes and name not in linear]
+        seen = [name for name in online if name in sizes and not isinstance(expanded.get_submodule(name), nn.Linear)]
         for name in progress_bar(seen, "measuring", show=progress):
             module = _online_copy(expanded, name, online[name])
             alike = _key(module, sizes[name])
