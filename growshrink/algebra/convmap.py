@@ -30,6 +30,9 @@ from growshrink.algebra.taps import (
 )
 from growshrink.errors import AlgebraError
 
+#: MACs of a convolution in the time that an operation on single elements, and its gradient, takes for one on a CPU.
+MACS_PER_ELEMENT = 24
+
 
 @dataclass(frozen=True, eq=False)
 class ConvMap:
@@ -362,11 +365,14 @@ def compose(maps: Sequence[ConvMap]) -> ConvMap:
     return left[0]
 
 
-def cheaper_apart(maps: Sequence[ConvMap], pixels: float) -> bool:
-    """Whether `maps` cost fewer MACs one after another, on `pixels` pixels, than multiplied out."""
-    apart = product = fan_in = 0.0
+def cheaper_apart(maps: Sequence[ConvMap], pixels: float, elements: int) -> bool:
+    """Whether `maps` take less time one after another, on `pixels` pixels, than as part of a kernel of `elements`."""
+    apart = fan_in = 0.0
+    product = float(MACS_PER_ELEMENT * elements)
     for each in maps:
-        if not (each._is_pointwise and each._is_depthwise):
+        if each._is_pointwise and each._is_depthwise:
+            apart += MACS_PER_ELEMENT * pixels * each.out_channels
+        else:
             pixels /= math.prod(each.stride)
             apart += pixels * each.kernel.numel()
             product += fan_in * each.kernel.numel()

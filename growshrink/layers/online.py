@@ -88,7 +88,7 @@ class OnlineLayer(OnlineModule, Grown):
             pixels = math.inf
         for branch in linear:
             for chain in branch.as_chains(total):
-                if cheaper_apart(chain, pixels):
+                if cheaper_apart(chain, pixels, total.kernel.numel()):
                     rest.append(chain)
                 else:
                     total = total + compose(chain)
@@ -100,7 +100,7 @@ class OnlineLayer(OnlineModule, Grown):
         weight, bias = (tensor.to(self.weight.dtype) for tensor in self.values_of(total))
         out = run(weight, bias if total.biased else None)
         for chain in rest:
-            out = out + reduce(lambda x, part: part(x), chain, image)
+            out = out + reduce(lambda x, part: part(x), chain, image).to(out.dtype)  # norms are no part of autocast
         for branch in self.branches:
             if not (branch.merged or branch.skipped):
                 out = out + branch(image, out)

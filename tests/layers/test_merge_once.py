@@ -63,7 +63,7 @@ def assert_alike(found, expected, tolerance=1e-12):
 @pytest.mark.parametrize(
     ("branches", "name", "apart"),
     [
-        ("dbb", "reducenet20", False),
+        ("dbb", "reducenet20", True),
         (["orepa", "insert"], "reducenet20", False),
         (["expandnet", "lora"], "reducenet20", True),
         (None, "reducenet20_x2", False),

@@ -115,13 +115,13 @@ def test_a_bottleneck_without_a_kernel_of_its_own(options):
 @pytest.mark.parametrize(
     ("kinds", "apart"),
     [
-        (["pointwise", "pointwise_conv", "pointwise_average"], 2),
-        (["orepa", "expandnet", "identity", "bottleneck"], 2),
+        (["pointwise", "pointwise_conv", "pointwise_average"], 3),
+        (["orepa", "expandnet", "identity", "bottleneck"], 5),
         (["orepa", "insert"], 0),  # which reads an output that is whole
     ],
     ids=str,
 )
-def test_on_few_pixels_kernels_in_a_row_are_not_multiplied_out(kinds, apart, dtype):
+def test_on_few_pixels_branches_stay_beside_the_kernel(kinds, apart, dtype):
     online = gs.collapse_online(grown_conv(kinds, kernel_size=3, padding=1, stride=1), choose="always")
     twin = copy.deepcopy(online)
     twin.collapsed = False
@@ -135,6 +135,20 @@ def test_on_few_pixels_kernels_in_a_row_are_not_multiplied_out(kinds, apart, dty
         out, expected = online(x), twin(x)
     assert out.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
     assert rel(out, expected) < (1e-12 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "pixels", "apart"),  # 24 a number of kernel or image, beside the MACs of a matrix
+    [
+        *(("pointwise", 1, pixels, (64 + 24 * 8) * pixels < 24 * 576) for pixels in (1, 53, 55, 1000)),
+        *(("identity", 1, pixels, 24 * 8 * pixels < 24 * 576) for pixels in (71, 73)),
+        *(("pointwise", 8, pixels, 2 * 24 * 8 * pixels < 24 * 72) for pixels in (4, 5)),
+        *(("pointwise_conv", 1, pixels, (640 + 384) * pixels < 24 * 576 + 8 * 576) for pixels in (17, 19)),
+    ],
+)
+def test_a_branch_is_added_to_the_kernel_where_that_takes_less_time(kind, groups, pixels, apart):
+    online = gs.collapse_online(grown_conv([kind], kernel_size=3, padding=1, groups=groups), choose="always")
+    assert len(online.maps(torch.float64, pixels)[1]) == apart
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (2, 40, 6), (2, 3, 4, 6), (0, 6)], ids=str)
@@ -440,14 +454,14 @@ def test_kernels_are_merged_in_float32_under_autocast(branch):
     seen = []
     conv._conv_forward = lambda x, kernel, bias: seen.append(kernel) or nn.Conv2d._conv_forward(conv, x, kernel, bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = online(images())
+        out = online(images(n=16))
     assert out.dtype == torch.bfloat16 and seen[0].dtype == torch.float32
     exact = grown.stages[1][0].conv.double().as_convmap().kernel
     assert rel(seen[0].double(), exact) < 1e-6
     half = copy.deepcopy(conv).bfloat16()
     seen.clear()
     half._conv_forward = lambda x, kernel, bias: seen.append(kernel) or x
-    half(images(conv.in_channels, 5, 5, dtype=torch.bfloat16))
+    half(images(conv.in_channels, 5, 5, n=64, dtype=torch.bfloat16))
     rounded = half.double().maps(torch.float64)[0].kernel
     assert seen[0].dtype == torch.bfloat16 and rel(seen[0].double(), rounded) < 2**-8
 
