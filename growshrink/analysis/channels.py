@@ -97,7 +97,23 @@ class ChannelSpace:
 
     def cut(self, kept: Kept, model: nn.Module | None = None) -> nn.Module:
         """A copy of the net (or of another `model` of its structure) with only the `kept` channels, in eval mode."""
-        return self._cut(copy_net(self.model if model is None else model).eval(), kept)
+        net = copy_net(self.model if model is None else model).eval()
+        modules = dict(net.named_modules())
+        gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
+        for name, group in self._groups.items():
+            lost = np.setdiff1d(np.arange(group.channels), kept[name])
+            for dependency, module, entries in group.places if len(lost) else ():
+                _, places = gone.setdefault((module, dependency.handler.__name__), (dependency, []))
+                places.extend(entries[channel] for channel in lost)
+        for (module, _), (dependency, places) in gone.items():
+            pruner = dependency.handler.__self__
+            pruner.pruning_dim = dependency.target.pruning_dim
+            gone_here = sorted(map(int, np.unique(np.concatenate(places))))
+            dependency.handler(modules[module], gone_here)
+            gain = getattr(modules[module], "gain", None)  # of timm's convolutions with standardised kernels
+            if isinstance(gain, nn.Parameter) and "out_channels" in dependency.handler.__name__:
+                modules[module].gain = nn.Parameter(gain[np.delete(np.arange(len(gain)), gone_here)].detach())
+        return net
 
     def fold(self, net: nn.Module) -> nn.Module:
         """Fold the norms of a net that was cut here, in place: `growshrink.fold` with the data flow of the full net."""
@@ -116,26 +132,6 @@ class ChannelSpace:
                 axis = found.setdefault((module, "in_channels" not in dependency.handler.__name__), {})
                 axis[name] = np.stack(entries)
         return found
-
-    def _cut(self, net: nn.Module, kept: Kept) -> nn.Module:
-        modules = dict(net.named_modules())
-        gone: dict[tuple[str, str], tuple[Any, list[NDArray[np.intp]]]] = {}
-        for name, group in self._groups.items():
-            lost = np.setdiff1d(np.arange(group.channels), kept[name])
-            if not len(lost):
-                continue
-            for dependency, module, entries in group.places:
-                _, places = gone.setdefault((module, dependency.handler.__name__), (dependency, []))
-                places.extend(entries[channel] for channel in lost)
-        for (module, _), (dependency, places) in gone.items():
-            pruner = dependency.handler.__self__
-            pruner.pruning_dim = dependency.target.pruning_dim
-            gone_here = sorted(map(int, np.unique(np.concatenate(places))))
-            dependency.handler(modules[module], gone_here)
-            gain = getattr(modules[module], "gain", None)  # of timm's convolutions with standardised kernels
-            if isinstance(gain, nn.Parameter) and "out_channels" in dependency.handler.__name__:
-                modules[module].gain = nn.Parameter(gain[np.delete(np.arange(len(gain)), gone_here)].detach())
-        return net
 
     def importance(self, criterion: str, batch: tuple[Tensor, Tensor] | None = None) -> dict[str, Floats]:
         """How important each channel is, by group, in units of the group's mean; "taylor" needs images and labels."""
@@ -212,7 +208,7 @@ class ChannelSpace:
         row = [len(choices) // 2 if name in names else len(choices) - 1 for name, choices in self.choices.items()]
         kept = {name: np.arange(choices[i]) for (name, choices), i in zip(self.choices.items(), row, strict=True)}
         try:
-            found = profile(self._cut(copy_net(self._empty), kept), self.inputs)
+            found = profile(self.cut(kept, self._empty), self.inputs)
         except Exception as error:  # whatever a forward may raise
             return f"with fewer channels it does not run ({str(error).splitlines()[0]})"
         params, macs = self.cost(np.array([row]))

@@ -41,7 +41,8 @@ class NetAug(Checked):
 class Augmentation:
     """The sampled widths of a round, for as long as the structure and the teacher stay as they are.
 
-    `task` computes the gradients, `space` are the widths it draws from; the net is grown from `span[0]` to `span[1]`.
+    `task` computes the gradients, `space` are the widths it draws from, `cost` counts MACs, an image's, of all passes
+    and the teacher; the net is grown from update `span[0]` to `span[1]`.
     """
 
     def __init__(self, trainer: Trainer, task: NetAugTask, span: tuple[int, int], input_size: InputSize) -> None:
@@ -50,11 +51,7 @@ class Augmentation:
         self._span = span
         if trainer.ema is not None:
             set_width(trainer.ema, self.space.base)
-        self._cost = StepCost(task, input_size)
-
-    def macs(self, start: int, stop: int) -> int:
-        """MACs an image of the updates from `start` to `stop`, all passes and the teacher's."""
-        return self._cost.total(start, stop)
+        self.cost = StepCost(task, input_size)
 
     def judged(self, trainer: Trainer) -> nn.Module:
         """The net to score while training: the one to judge, with statistics of its own where no update has any."""
@@ -71,7 +68,7 @@ class Augmentation:
             every=task.every,
             inplace_distil=task.inplace_distil,
             nets=self.space.size,
-            step_macs=self._cost.mean(*self._span),
+            step_macs=self.cost.mean(*self._span),
             exit=exit,
             width=name_width(width, self.space),
             candidates=[TriedWidth(width=name_width(c.width, self.space), top1=c.score) for c in tried],

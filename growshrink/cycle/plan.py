@@ -170,8 +170,7 @@ class CyclePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for JSON."""
-        values: dict[str, Any] = to_dict(self)
-        return values
+        return to_dict(self)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> CyclePlan:

@@ -216,7 +216,7 @@ class Run:
     def macs(self, lessons: Lessons | None, start: int, stop: int) -> int:
         """MACs of an image in each of these updates: forward and backward of the present graph, teacher's forward."""
         if self.augmentation is not None:
-            return self.augmentation.macs(start, stop)
+            return self.augmentation.cost.total(start, stop)
         if self._cost is None:
             self._cost = training_macs(self.trainer.model, self.size, self.feed.train.batch_size)
         return (stop - start) * self._cost + self.teaching.macs(lessons, start, stop)

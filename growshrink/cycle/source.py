@@ -201,8 +201,7 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor], path: Path, what: str
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     wrong = [f"{key} is missing" for key in wanted if key not in found]
     wrong += [f"{key} is not part of it" for key in found if key not in wanted]
-    both = [key for key in wanted if key in found]
-    wrong += [f"{key} has shape {found[key]}, not {wanted[key]}" for key in both if found[key] != wanted[key]]
+    wrong += [f"{key} has shape {found[key]}, not {own}" for key, own in wanted.items() if found.get(key, own) != own]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise RunError(f"{path}: not the weights of {what}: {wrong[0]}{more}.")
@@ -226,8 +225,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def run_of(header: Mapping[str, str]) -> dict[str, Any]:
     """What a run wrote beside its weights: about, classes, input_size, mean, std; ValueError if it is damaged."""
     if "run" in header or "about" not in header:
-        found: dict[str, Any] = parse_json(header.get("run", "{}"))
-        return found
+        return parse_json(header.get("run", "{}"))
     return {key: parse_json(text) for key, text in header.items()}  # before 0.3 each had a key of its own
 
 

@@ -51,8 +51,7 @@ def equilibrium(
         out = func(value, *inputs)
     if solver.gradient == "one_step" or not out.requires_grad:
         return out
-    adjoint: Tensor = _Adjoint.apply(out, value, func, solver, name, *inputs)
-    return adjoint
+    return _Adjoint.apply(out, value, func, solver, name, *inputs)
 
 
 class _Adjoint(torch.autograd.Function):

@@ -100,10 +100,6 @@ class Slots:
     def __iter__(self) -> Iterator[tuple[str, _Slot]]:
         return iter(self._slots.items())
 
-    def names_of(self, name: str) -> list[str]:
-        """The modules that a slot is in: layers of a slim net, or the one that carries its name."""
-        return list(self.layers.get(name, (name,)))
-
     def levels(self) -> dict[str, tuple[int, ...]]:
         """Width of a slim net's slots at each level; a block is on at all of them."""
         groups = {name: slot.body.levels for name, slot in self if isinstance(slot.body, ChannelGroup)}

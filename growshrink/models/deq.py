@@ -85,9 +85,8 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "mdeq_tiny": {"depths": (1, 1, 1), "channels": (32, 48, 64), "strides": (1, 1, 1), "levels": 2},
 }
 _CFG = cifar_cfg(origin_url="https://arxiv.org/abs/2006.08656")
-default_cfgs = generate_default_cfgs(
-    {"reducenet20_deq.untrained": _CFG, "mdeq_tiny.untrained": {**_CFG, "pool_size": (4, 4)}}
-)
+_TINY = {**_CFG, "pool_size": (4, 4)}
+default_cfgs = generate_default_cfgs({"reducenet20_deq.untrained": _CFG, "mdeq_tiny.untrained": _TINY})
 
 
 def _describe(name: str) -> str:

@@ -51,8 +51,9 @@ class Routed(nn.Module):
         self._own: list[list[dict[str, int]]] = []  # what a choice sets
         off = {name: 0 for name, values in space.choices.items() if not values[0]}
         levels = [space.level(0) | off, *space.all_levels]  # at the levels of the space blocks are on
+        layers = self._slots.layers  # of a group of channels; a block is its own
         for start, stop in pairwise(self._ends):
-            inside = [name for name in self._fixed if chain.within(self._slots.names_of(name), start, stop)]
+            inside = [name for name in self._fixed if chain.within([*layers.get(name, (name,))], start, stop)]
             own_levels = ({name: level[name] for name in inside} for level in levels)
             choices = {tuple(own.values()): own for own in own_levels}
             if len(choices) < 2:

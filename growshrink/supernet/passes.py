@@ -39,14 +39,6 @@ def _suffix(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) 
     return Passes(space.base, (chain.widened_from(start, space.sample(seed, update), space.base),), start=start)
 
 
-def _single(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
-    return Passes(space.sample(seed, update), asked=space.full)
-
-
-def _sandwich(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
-    return Passes(space.base, (space.full, space.sample(seed, update)))
-
-
 def _levels(space: WidthSpace, seed: int, update: int, chain: UnitChain | None) -> Passes:
     number = draw(range(space.diversity + 1), seed, update, "levels")
     return Passes(space.base, (space.full, space.all_levels[number]))
@@ -57,8 +49,8 @@ MODES: dict[str, Mode] = {
     "netaug": _netaug,
     "lazy": _netaug,
     "suffix": _suffix,
-    "single": _single,
-    "sandwich": _sandwich,
+    "single": lambda space, seed, update, chain: Passes(space.sample(seed, update), asked=space.full),
+    "sandwich": lambda space, seed, update, chain: Passes(space.base, (space.full, space.sample(seed, update))),
     "levels": _levels,
 }
 #: Augmented passes of an update that has any.
