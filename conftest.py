@@ -14,7 +14,8 @@ from torch import nn
 import growshrink as gs
 
 # Else every run would time steps, and the machine decide what is trained.
-os.environ["GROWSHRINK_AMP"] = os.environ["GROWSHRINK_COMPILE"] = "off"
+for _what in ("AMP", "GRAPHS", "COMPILE"):
+    os.environ[f"GROWSHRINK_{_what}"] = "off"
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,7 @@ from growshrink.layers import recompute
 from growshrink.proofs._profile import training_macs
 from growshrink.runs.folder import MARKER, RunFolder
 from growshrink.training._evaluate import evaluate
-from side_by_side import StackedFeed, stack_nets, unstack_net
+from side_by_side import DenseGroups, StackedFeed, stack_nets, unstack_net
 
 #: How far the cost of a run may be from its budget.
 TOLERANCE = 0.02
@@ -150,7 +151,11 @@ def _epochs(
 
 def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | None, device: str, progress: bool) -> None:
     """Do a run, or the rest of it, and append its line to the record; do nothing if there is such a line."""
-    if job in {record.job for record in read_runs(out)}:
+    done = {record.job: record for record in read_runs(out)}
+    if job in done:
+        return
+    if (trial := done.get(replace(job, kind="trial"))) and trial.diverged is None:  # of the same seeds: it is the run
+        append_run(out, replace(trial, job=job))
         return
     folder = RunFolder.claim(out / job.folder, resume=True)
     arm = experiment.arm(job.arm)
@@ -164,6 +169,7 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         count, batch_size = len(feeds), feed.train.batch_size
         epochs, budget = _epochs(experiment, job, feeds, net, feed, teachers)
         plan, config = arm.plan(epochs, job.seeds[0], experiment.given), arm.trained(experiment.config, job.lr)
+        config = replace(config, graphs=where.type == "cuda" and not config.compile and not config.recompute)
         model = about_net(experiment, arm.model(experiment.model), feed, **arm.model_kwargs)
         about = {
             "command": shlex.join(sys.argv),
@@ -174,7 +180,8 @@ def run_job(experiment: Experiment, job: Job, out: Path, *, data_dir: Path | Non
         how: dict[str, Any] = {"device": where, "progress": progress, "about": about}
         torch.manual_seed(job.seeds[0])
         try:
-            result = run_cycle(net, feed, plan, out_dir=folder, config=config, teachers=teachers, **how)
+            with DenseGroups(count) if count > 1 else nullcontext():
+                result = run_cycle(net, feed, plan, out_dir=folder, config=config, teachers=teachers, **how)
         except DivergedError as error:
             if job.kind != "trial":
                 raise

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from growshrink.algebra.dataflow import InputSize
-from growshrink.data.batches import Batch
+from growshrink.data.batches import Batch, Draws, PhotoAugment, TrainBatches, _Normalise
 from growshrink.data.feed import Feed, ScoringBatches, UpdateBatches
 from growshrink.errors import GrowShrinkError
 from growshrink.evidence.record import unstack_state
@@ -119,12 +121,15 @@ class StackedFeed:
     def __init__(self, feeds: Sequence[Feed]) -> None:
         self.nets = len(feeds)
         self.name, self.classes = feeds[0].name, feeds[0].classes
-        self.train = _StackedBatches([feed.train for feed in feeds])
+        self.train: UpdateBatches = _StackedBatches([feed.train for feed in feeds])
         self.val, self.test = (_StackedScoring([getattr(feed, split) for feed in feeds]) for split in ("val", "test"))
         self.mean = tuple(value for feed in feeds for value in feed.mean)
         self.std = tuple(value for feed in feeds for value in feed.std)
         channels, height, width = feeds[0].input_size
         self.input_size = self.nets * channels, height, width
+        parts = [feed.train for feed in feeds if type(feed.train) is TrainBatches]
+        if len(parts) == self.nets and parts[0].device.type == "cuda" and _JoinedBatches.can_join(parts):
+            self.train = _JoinedBatches(parts, self.mean, self.std)
 
 
 class _StackedBatches:
@@ -134,6 +139,38 @@ class _StackedBatches:
 
     def batch(self, update: int) -> Batch:
         return _side_by_side([batches.batch(update) for batches in self.batches])
+
+
+class _JoinedBatches(TrainBatches):
+    """The batches of `_StackedBatches`, bit for bit, made together: for GPUs, as it is an S-th of the kernels."""
+
+    def __init__(self, parts: Sequence[TrainBatches], mean: Sequence[float], std: Sequence[float]) -> None:
+        vars(self).update(vars(parts[0]))
+        self._parts, (height, width, channels) = parts, self._shape
+        self._padded, self._labels = (
+            torch.cat([getattr(part, key) for part in parts]) for key in ("_padded", "_labels")
+        )
+        self._normalise = _Normalise((height, width, len(parts) * channels), mean, std, self.device)
+
+    @staticmethod
+    def can_join(parts: Sequence[TrainBatches]) -> bool:
+        """Whether nothing but crops and flips of equally many images is drawn, which any mean allows."""
+        alike = {(part.augment, part.batch_size, part._padded.shape, part.device) for part in parts}
+        return len(alike) == 1 and not parts[0].augment.cutout and parts[0].augment.photo == PhotoAugment()
+
+    def draws(self, update: int) -> Draws:
+        """Those of all parts, one part after another."""
+        each = [part.draws(update) for part in self._parts]
+        images = [draws.image + len(self._padded) // len(each) * number for number, draws in enumerate(each)]
+        return Draws(torch.cat(images), *map(torch.cat, list(zip(*each, strict=True))[1:]))
+
+    def batch(self, update: int) -> Batch:
+        """The batch of an update."""
+        images_BHWC, labels_B = self._pixels(update)
+        count, (height, width, channels) = len(self._parts), self._shape
+        images_NHWSC = images_BHWC.view(count, -1, height, width, channels).permute(1, 2, 3, 0, 4)
+        images = self._normalise(images_NHWSC.reshape(-1, height, width, count * channels))
+        return images, labels_B.view(count, -1).t().flatten()
 
 
 class _StackedScoring:
@@ -146,6 +183,64 @@ class _StackedScoring:
     def __iter__(self) -> Iterator[Batch]:
         for batches in zip(*self.splits, strict=True):
             yield _side_by_side(batches)
+
+
+class DenseGroups(TorchFunctionMode):
+    """As long as it is entered, convolutions of `count` groups run on `device` as dense ones of block-diagonal kernels.
+
+    The kernels that CUDA has for few channels a group are slow; matrix units have time to spare for the zeros. Results
+    are equal up to rounding.
+    """
+
+    def __init__(self, count: int, device: str = "cuda") -> None:
+        super().__init__()
+        self.count, self.device = count, device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call `func`, a convolution with other arguments."""
+        if func is F.conv2d:
+            return self._convolve(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _convolve(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        if groups == self.count and weight.device.type == self.device:
+            if torch.is_autocast_enabled(self.device):  # fewer bytes before than after
+                weight = weight.to(torch.get_autocast_dtype(self.device))
+            weight, groups = block_diagonal(weight, groups), 1
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def block_diagonal(weight_OIHW: Tensor, groups: int) -> Tensor:
+    """The kernel `(O, G*I, H, W)` without groups of one with `groups` G, `(O, I, H, W)`."""
+    dense: Tensor = _BlockDiagonal.apply(weight_OIHW, groups)
+    return dense
+
+
+class _BlockDiagonal(torch.autograd.Function):
+    """Two kernels forward and one backward; a product with a mask is five."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_OIHW: Tensor, groups: int) -> Tensor:
+        ctx.groups = groups
+        weight_GOIHW = weight_OIHW.unflatten(0, (groups, -1))
+        rows, *rest = weight_GOIHW.shape[1:]
+        dense_GOGIHW = weight_OIHW.new_zeros(groups, rows, groups, *rest)
+        dense_GOGIHW.diagonal(dim1=0, dim2=2).copy_(weight_GOIHW.movedim(0, -1))
+        return dense_GOGIHW.flatten(2, 3).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_GOGIHW = grads[0].unflatten(1, (ctx.groups, -1)).unflatten(0, (ctx.groups, -1))
+        return grad_GOGIHW.diagonal(dim1=0, dim2=2).movedim(-1, 0).flatten(0, 1), None
 
 
 def _side_by_side(batches: Sequence[Batch]) -> Batch:

@@ -223,6 +223,8 @@ class RunOptions:
     """Train in bfloat16 autocast; auto times a few steps at the start, and a resumed run keeps what was chosen."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the training step by torch.compile, chosen and kept as amp is; on a CPU it seldom pays."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Launch an update at once, as a CUDA graph, chosen and kept as amp is; no other device has them."""
     threads: Threads | None = None
     """Threads of torch; by default its own choice, the physical cores."""
     tensorboard: bool = False
@@ -247,14 +249,17 @@ class RunOptions:
         return ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
 
     def decide_speed(self, config: TrainConfig, model: nn.Module, feed: Feed, folder: RunFolder) -> TrainConfig:
-        """Decide whether to train in bfloat16 and compiled: once for a run and for all its ranks.
+        """Decide whether to train in bfloat16 and as a CUDA graph or compiled: once for a run and for all its ranks.
 
-        The environment variables GROWSHRINK_AMP and GROWSHRINK_COMPILE (on, off) stand for measurements.
+        The environment variables GROWSHRINK_AMP, GROWSHRINK_GRAPHS and GROWSHRINK_COMPILE (on, off) stand for
+        measurements.
         """
         chosen: dict[str, Any] = {}
-        for what in ("amp", "compile"):
+        for what in ("amp", "graphs", "compile"):
             if (choice := getattr(self, what)) == "auto":
-                never = what == "compile" and config.recompute
+                never = what != "amp" and (config.recompute or chosen.get("graphs"))
+                if what == "graphs":
+                    never = never or self.compile == "on" or self.torch_device().type != "cuda"
                 choice = "off" if never else os.environ.get(f"GROWSHRINK_{what.upper()}", "auto")
 
             def decide(what: str = what) -> bool:

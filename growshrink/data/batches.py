@@ -250,25 +250,23 @@ class TrainBatches:
         self.augment = augment
         if augment.photo.mixes and batch_size % 2:
             raise DataError(f"mixup and cutmix need an even batch size, got {batch_size=}.")
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         count, height, width, channels = split.images.shape
         self._shape = height, width, channels
-        self._normalise = _Normalise(self._shape, mean, std, self._device)
-        self._labels = split.labels.to(self._device)
+        self._normalise = _Normalise(self._shape, mean, std, self.device)
+        self._labels = split.labels.to(self.device)
         self._num_classes = int(split.labels.max()) + 1
 
-        fill = fill_colour(mean).to(self._device)
-        padded = split.images.to(self._device).contiguous()
+        fill = fill_colour(mean).to(self.device)
+        padded = split.images.to(self.device).contiguous()
         self._padded_size = height + 2 * augment.crop, width + 2 * augment.crop
         if augment.crop:
             images, padded = padded, fill.repeat(count, *self._padded_size, 1)
             padded[:, augment.crop : augment.crop + height, augment.crop : augment.crop + width] = images
         self._fill = fill.repeat(height, width)
-        # Element i is the `width` pixels from pixel i of all pixels on: any row of any crop is one element.
-        starts = padded.numel() // channels - width + 1
-        self._runs = padded.as_strided((starts, width * channels), (channels, 1))
-        self._rows = torch.arange(height, device=self._device)
-        self._columns = torch.arange(width, device=self._device).repeat_interleave(channels)
+        self._padded = padded
+        self._rows = torch.arange(height, device=self.device)
+        self._columns = torch.arange(width, device=self.device).repeat_interleave(channels)
 
     def draws(self, update: int) -> Draws:
         """All that is random about a batch. Turning one augmentation off does not change the others' draws."""
@@ -276,18 +274,21 @@ class TrainBatches:
         window = 2 * self.augment.crop + 1
         return Draws(self._order.indices(update), *self._order.draw(update, (window, window, 2, height, width)))
 
-    def batch(self, update: int) -> Batch:
-        """The batch of an update, counted from 0 over all epochs: `batch_size` images and labels (see `Batch`)."""
+    def _pixels(self, update: int) -> tuple[Tensor, Tensor]:
+        """The images of an update, uint8 (N, H, W, C), cut out, mirrored and blanked, and their labels."""
         height, width, channels = self._shape
         draws = torch.stack(self.draws(update))
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             draws = draws.pin_memory()  # else the copy would wait for the GPU
-        image, top, left, flip, cut_y, cut_x = draws.to(self._device, non_blocking=True)
+        image, top, left, flip, cut_y, cut_x = draws.to(self.device, non_blocking=True)
 
         padded_height, padded_width = self._padded_size
         first = (image * padded_height + top) * padded_width + left
-        runs = (first[:, None] + self._rows * padded_width).flatten()
-        images = self._runs.index_select(0, runs).view(-1, height, width, channels)
+        rows = (first[:, None] + self._rows * padded_width).flatten()
+        # Element i is the `width` pixels from pixel i of all pixels on: any row of any crop is one element.
+        starts = self._padded.numel() // channels - width + 1
+        runs = self._padded.as_strided((starts, width * channels), (channels, 1))
+        images = runs.index_select(0, rows).view(-1, height, width, channels)
         if self.augment.flip:
             difference = images.flip(2).bitwise_xor_(images)
             images ^= difference.bitwise_and_(_mask(flip)[:, None, None, None])
@@ -298,7 +299,11 @@ class TrainBatches:
             flat = images.view(-1, height, width * channels)
             difference = flat.bitwise_xor(self._fill)
             flat ^= difference.bitwise_and_(rows[:, :, None] & columns[:, None, :])
-        labels, photo = self._labels.index_select(0, image), self.augment.photo
+        return images, self._labels.index_select(0, image)
+
+    def batch(self, update: int) -> Batch:
+        """The batch of an update, counted from 0 over all epochs: `batch_size` images and labels (see `Batch`)."""
+        (images, labels), photo = self._pixels(update), self.augment.photo
         if photo == PhotoAugment():
             return self._normalise(images), labels
         drawn = torch.stack(self._order.draw(update, (2**24,) * DRAWS, "photo"), 1)

@@ -74,8 +74,9 @@ class Experiment:
             raise PlanError(f"given: arm {lacking[0]!r} needs the path of its teacher.")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             raise PlanError(f"seeds={self.seeds!r}: at least one, none twice.")
-        if self.tuning and set(self.tuning.seeds) & set(self.seeds):
-            raise PlanError("tuning.seeds: must be others than the experiment's.")
+        own = self.tuning and (self.tuning.seeds, self.tuning.budget) == (self.seeds, self.budget)
+        if self.tuning and not own and set(self.tuning.seeds) & set(self.seeds):
+            raise PlanError("tuning.seeds: must be others than the experiment's, or the same with the same budget.")
 
     def arm(self, name: str) -> Arm:
         """By its name."""

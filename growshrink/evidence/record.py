@@ -245,7 +245,8 @@ def _kept(name: str, value: Any) -> Any:
 class Tuning(Checked):
     """How the learning rate of every arm is chosen: the same trials for each, judged on the val split.
 
-    `budget` is that of a trial, in epochs of the plain net; `seeds` are others than the experiment's.
+    `budget` is that of a trial, in epochs of the plain net; `seeds` are others than the experiment's, or with its
+    budget the very same: the trials at the chosen rate are then its runs.
     """
 
     lr: tuple[float, ...]

@@ -30,6 +30,7 @@ from growshrink.training._evaluate import Loss
 from growshrink.training.calibrate import calibrate_bn
 from growshrink.training.distil import TeacherNet, distillation_loss
 from growshrink.training.gradient_maps import GradientMaps
+from growshrink.training.graphed import GraphedBackward
 from growshrink.training.sync import NOT_PER_PARAMETER, sync_optimizer
 
 OptimizerName = Annotated[str, OneOf("timm knows no such optimizer", optim.list_optimizers)]
@@ -65,6 +66,10 @@ class TrainConfig:
             for more time, the same results (see `growshrink.layers.recompute`). Not together with `compile`.
         compile: `torch.compile` for the updates, part by part, again after a change of structure; not for lam or
             widths. Results are equal up to rounding.
+        graphs: Launch the forward and backward pass of an update at once, as a CUDA graph: several times as fast where
+            the net is small, with the same bits (see `growshrink.training.graphed`). Other devices have none; updates
+            with sampled widths, mixup, numbers from data or a loss of the caller's are done as ever. Not together with
+            `compile` or `recompute`.
     """
 
     optimizer: OptimizerName = "sgd"
@@ -82,13 +87,16 @@ class TrainConfig:
     metric: Annotated[Literal["top1", "balanced", "macro_f1"], NoOption()] = "top1"
     amp: Annotated[bool, NoOption()] = False
     compile: Annotated[bool, NoOption()] = False
+    graphs: Annotated[bool, NoOption()] = False
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.optimizer in ("sgd", "nesterov") and not self.momentum:
             raise PlanError(f"momentum=0: optimizer {self.optimizer!r} is Nesterov's; without any, take 'momentum'.")
-        if self.recompute and self.compile:
-            raise PlanError("recompute: not together with compile, which chooses for itself what is kept; take one.")
+        if len(several := [key for key in ("recompute", "compile", "graphs") if getattr(self, key)]) > 1:
+            raise PlanError(
+                f"{several[0]}: not together with {several[1]}, which needs the updates as they are; take one."
+            )
 
 
 class Task(Protocol):
@@ -110,6 +118,7 @@ class Trainer:
         ema: The averaged net, in eval mode, or None. Its lam is copied, never averaged.
         optimizer: Made by timm's factory; follows a change of structure, see `structure_changed`.
         gradient_maps: Applied in every update, or None; see `map_gradients`.
+        graphed: What records and launches CUDA graphs, or None.
         loss: The caller's own, in place of the cross-entropy; None for that.
         update: Optimizer updates done so far.
         cut_short: Where `train` was stopped early, the update it began with and the sum of its losses, which the next
@@ -132,6 +141,8 @@ class Trainer:
         self._lam: float | None = None
         self._ema_has_lam = True  # or may have: looking for it in every update costs a small net 5 % of its time
         self._compiled = compiled_regions(model) if config.compile else {}
+        on_cuda = next(model.parameters()).is_cuda
+        self.graphed = GraphedBackward(model) if config.graphs and on_cuda else None
 
     @property
     def ema(self) -> nn.Module | None:
@@ -184,6 +195,8 @@ class Trainer:
             raise PlanError("class_weights: not with sampled widths, whose losses are computed elsewhere.")
         first, total = self.cut_short or (self.update, torch.zeros((), device=next(self.model.parameters()).device))
         self.cut_short = None
+        if self.graphed is not None:
+            self.graphed.use(partial(self._loss, teacher), teacher and (teacher.weight, teacher.temperature))
         with called(self._compiled), recompute(self.config.recompute):  # scores, surgery and proofs run as ever
             while self.update < stop:
                 question = teacher.question(self.update) if teacher is not None and task is None else self.update
@@ -284,17 +297,23 @@ class Trainer:
             task.set_step(self.update)
             with self._autocast(images_NCHW):
                 return task.backward(images_NCHW, labels_N)["loss"]
-        loss = self._loss(batch, teacher, question)
+        with self._autocast(images_NCHW):
+            answers = () if teacher is None else (teacher.answer(question, images_NCHW),)
+        if self.graphed is not None and self.loss is None and not self.config.mixup and not self._gated:
+            loss = self.graphed(images_NCHW, labels_N, *answers)
+        else:
+            loss = self._loss(teacher, images_NCHW, labels_N, *answers)
+            loss.backward()
         if on_loss is not None:
             on_loss(loss.detach())
-        loss.backward()
         return loss
 
-    def _loss(self, batch: Batch, teacher: TeacherNet | None, question: int = 0) -> Tensor:
-        images_NCHW, labels_N = batch
+    def _loss(
+        self, teacher: TeacherNet | None, images_NCHW: Tensor, labels_N: Tensor, answers_NK: Tensor | None = None
+    ) -> Tensor:
         if self.loss is not None:
             with self._autocast(images_NCHW):
-                return self.loss(self.model, batch)
+                return self.loss(self.model, (images_NCHW, labels_N))
         others_N, share = labels_N, 1.0
         if self.config.mixup and labels_N.is_floating_point():
             raise PlanError(f"mixup={self.config.mixup!r}: the batches are mixed already; set one of the two to 0.")
@@ -304,14 +323,12 @@ class Trainer:
             images_NCHW = share * images_NCHW + (1 - share) * images_NCHW.flip(0)
         with self._autocast(images_NCHW):
             logits = self.model(images_NCHW)
-            if teacher is not None:
-                target = teacher.answer(question, images_NCHW)
         score = partial(F.cross_entropy, weight=self._class_weights, label_smoothing=self.config.label_smoothing)
         loss = score(logits.float(), labels_N)
         if share < 1:
             loss = share * loss + (1 - share) * score(logits.float(), others_N)
-        if teacher is not None:
-            learnt = distillation_loss(logits.float(), target.float(), teacher.temperature)
+        if teacher is not None and answers_NK is not None:
+            learnt = distillation_loss(logits.float(), answers_NK.float(), teacher.temperature)
             loss = (1 - teacher.weight) * loss + teacher.weight * learnt
         return loss + penalties(self.model, labels_N, logits) if self._gated else loss
 

@@ -298,6 +298,17 @@ def test_a_trial_that_diverges_has_lost(tmp_path):
         do(experiment, replace(trials[0], kind="run", seeds=(0,)), tmp_path)
 
 
+def test_trials_of_the_experiments_own_seeds_are_its_runs(tmp_path, monkeypatch):
+    experiment = replace(TINY, arms=("plain",), budget=1.0, tuning=Tuning(lr=(1e9, 0.05), budget=1.0, seeds=(0, 1)))
+    _, trial = (do(experiment, job, tmp_path) for job in trials_of(experiment.comparison))
+    monkeypatch.setattr(jobs, "run_cycle", None)
+    (job,) = jobs_of(experiment, rates(experiment, read_runs(tmp_path)), read_runs(tmp_path), stack=True)
+    record = do(experiment, job, tmp_path)
+    assert job.kind == "run" and record == replace(trial, job=job)
+    with pytest.raises(PlanError, match=r"tuning\.seeds"):
+        replace(experiment, budget=2.0)
+
+
 def test_a_run_that_was_ended_before_it_was_scored_is_scored(tmp_path):
     job = jobs_of(TINY, rates(TINY), stack=True)[0]
     before = do(TINY, job, tmp_path)

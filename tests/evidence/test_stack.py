@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -61,6 +62,50 @@ def test_gradients_statistics_and_outputs_are_each_nets_own(kind):
         for name, buffer in one.named_buffers():
             if buffer.ndim:
                 assert torch.allclose(stack.get_buffer(name).chunk(SEEDS)[index], buffer, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dbb, as in the paper", "squeeze and excite, depthwise"])
+def test_dense_kernels_in_place_of_groups_compute_the_same(kind):
+    nets = [randomized(NETS[kind](seed), seed).double() for seed in range(SEEDS)]
+    images = torch.randn(6, SEEDS * 3, *SIZE[1:], dtype=torch.float64)
+    found = []
+    for device in ("cuda", "cpu"):  # there are no convolutions on the first
+        many = stack_nets(nets, SIZE).eval()
+        with (
+            stack.DenseGroups(SEEDS, device),
+            mock.patch.object(stack, "block_diagonal", wraps=stack.block_diagonal) as made,
+        ):
+            out = many(images)
+            out.square().mean().backward()
+        assert made.called == (device == "cpu")
+        found.append([out, *(p.grad for p in many.parameters() if p.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-12 * float(a.detach().abs().max() + 1))
+
+
+def test_a_block_diagonal_kernel_has_the_gradient_of_its_blocks():
+    weight = torch.randn(6, 2, 3, 1, dtype=torch.float64, requires_grad=True)
+    for groups in (1, 2, 3):
+        blocks = [torch.block_diag(*weight[:, :, i, 0].chunk(groups)) for i in range(3)]
+        assert torch.equal(stack.block_diagonal(weight, groups)[..., 0], torch.stack(blocks, 2))
+        assert torch.autograd.gradcheck(lambda kernel, g=groups: stack.block_diagonal(kernel, g), weight)
+
+
+@pytest.mark.parametrize("augment", [Augment(crop=1), Augment(crop=0, flip=False)])
+def test_batches_made_together_are_those_made_one_by_one(augment):
+    feeds = [
+        MemoryFeed.of(load_data("digits", seed=seed, progress=False), batch_size=32, augment=augment, seed=seed)
+        for seed in range(SEEDS)
+    ]
+    together = StackedFeed(feeds)
+    parts = [feed.train for feed in feeds]
+    assert stack._JoinedBatches.can_join(parts)
+    joined = stack._JoinedBatches(parts, together.mean, together.std)
+    for update in (0, 3, 100):
+        for made, expected in zip(joined.batch(update), together.train.batch(update), strict=True):
+            assert torch.equal(made, expected) and made.stride() == expected.stride()
+    others = [MemoryFeed.of(feeds[0].data, batch_size=32, augment=Augment(cutout=2)).train, parts[0]]
+    assert not stack._JoinedBatches.can_join(others) and not stack._JoinedBatches.can_join(others[:1])
 
 
 def test_a_stack_that_was_grown_fuses_into_the_nets_it_is_made_of():

@@ -155,7 +155,8 @@ def test_the_loss_with_a_teacher_equals_its_slow_twin(weight, temperature, smoot
     ours = Trainer(model, TrainConfig(label_smoothing=smoothing), Batches())
     images, labels = Batches().batch(3)
     images = images.double()
-    loss = ours._loss((images, labels), TeacherNet(teacher, weight, temperature))
+    teaching = TeacherNet(teacher, weight, temperature)
+    loss = ours._loss(teaching, images, labels, teaching.answer(0, images))
 
     def softmax(logits):
         exps = [math.exp(float(v) / temperature) for v in logits]
@@ -179,7 +180,8 @@ def test_a_net_that_agrees_with_its_teacher_learns_nothing_from_it():
     model = randomized(net()).eval()
     ours = trainer(model)
     ours.model.eval()
-    loss = ours._loss(Batches().batch(0), TeacherNet(copy.deepcopy(model), 1.0, 3.0))
+    teacher, batch = TeacherNet(copy.deepcopy(model), 1.0, 3.0), Batches().batch(0)
+    loss = ours._loss(teacher, *batch, teacher.answer(0, batch[0]))
     assert abs(float(loss.detach())) < 1e-6
 
 
