@@ -85,23 +85,7 @@ def stream_data(
     root = Path(data_dir).expanduser()
     if clash := sorted(_OURS & loader_options.keys()):
         raise DataError(f"stream_data sets {', '.join(clash)} of timm's create_loader itself.")
-    train_folder, test_folder = find_parts(root)
-    try:
-        train, test = (
-            create_dataset("", root=str(part), search_split=False)
-            for part in (train_folder, test_folder or train_folder)
-        )
-    except RuntimeError as error:
-        raise DataError(f"{root}: {error}") from error
-    if test_folder is None:
-        files, numbers = zip(*train.reader.samples, strict=True)
-        for part, kept in zip((train, test), split_off_test(files, torch.tensor(numbers)), strict=True):
-            part.reader.samples = [part.reader.samples[index] for index in kept.tolist()]
-    classes = train.reader.class_to_idx
-    if classes != test.reader.class_to_idx:
-        odd = sorted(classes.keys() ^ test.reader.class_to_idx.keys())
-        raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
-
+    train, test = _open_parts(root)
     image_size = image_size or _side((train, test), root)
     size, target = (3, image_size, image_size), torch.device(device)
     options: dict[str, Any] = {"mean": mean, "std": std, "num_workers": num_workers, "persistent_workers": False}
@@ -125,12 +109,29 @@ def stream_data(
         train=StreamTrainBatches(order, training, target),
         val=scoring(train, picked),
         test=scoring(test, torch.arange(len(test))),
-        classes=tuple(sorted(classes, key=classes.__getitem__)),
+        classes=tuple(sorted(train.reader.class_to_idx, key=train.reader.class_to_idx.__getitem__)),
         mean=tuple(mean),
         std=tuple(std),
         input_size=size,
         fingerprint=_fingerprint((train, test), picked),
     )
+
+
+def _open_parts(root: Path) -> tuple[Any, Any]:
+    """Make timm's data sets of the training and the test images of a folder."""
+    train_folder, test_folder = find_parts(root)
+    try:
+        folders = (str(train_folder), str(test_folder or train_folder))
+        train, test = (create_dataset("", root=folder, search_split=False) for folder in folders)
+    except RuntimeError as error:
+        raise DataError(f"{root}: {error}") from error
+    if test_folder is None:
+        files, numbers = zip(*train.reader.samples, strict=True)
+        for part, kept in zip((train, test), split_off_test(files, torch.tensor(numbers)), strict=True):
+            part.reader.samples = [part.reader.samples[index] for index in kept.tolist()]
+    if odd := sorted(train.reader.class_to_idx.keys() ^ test.reader.class_to_idx.keys()):
+        raise DataError(f"{root}: the classes of the training and the test folder differ in {', '.join(odd[:3])}.")
+    return train, test
 
 
 def _side(parts: Sequence[ImageDataset], root: Path) -> int:
