@@ -3,6 +3,7 @@
     python tools/benchmark.py                             every section, about 3 minutes on 2 quiet cores
     python tools/benchmark.py --only fused grown --threads 1
     python tools/benchmark.py --file bench.json --strict   exit 1 if a target is missed
+    python tools/benchmark.py --suite --authors FOLDER     every ratio of the docs, other programs' too: over an hour
 
 Every row compares two things, A and B, in one process on the CPU: they take turns (A, B, A, B, ...), each pair of
 turns gives a ratio A / B, and the row shows the median of the ratios and their quartiles. What slows the machine down
@@ -18,6 +19,8 @@ On a machine that is busy with other things, --threads 1 is steadier: threads wa
 | activation | other ways to write the vanishing ReLU, forward and backward / VanishingReLU              |         |
 | step       | one update of Trainer / of a loop of forward, backward and step written by hand           |         |
 | data       | making a batch, by augmentation / a whole training step with it: the share of the data    |         |
+| rank       | with --suite: gs.rank of 6,561 nets with 1,000 resamples / 10 s                           | <= 1    |
+| compile    | with --suite: an eager step / the same by torch.compile                                   |         |
 
 The bound of a round is 1.1 * ((1 - t) + t / c): t is the share of its tail, trained at plain cost, and c the time of a
 grown training step over that of a plain one. The surgery (growing, fusing with its proofs) counts against the round
@@ -44,6 +47,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.environment import versions
+from growshrink.base.limits import InFolder
 from growshrink.base.timing import Call, machine, seconds_of
 from growshrink.base.writing import check_unwritten, write_json
 from growshrink.cli.options import command
@@ -60,9 +64,11 @@ from growshrink.training import TrainConfig, Trainer
 from inputs import FileOptions
 from loaders import MEAN, STD, png_folder, random_split, timm_loader
 from paired import Bench, OneBatch, PairOptions, TimedArgs, channels_last, load, table
+from suite import measure_compile, measure_rank, run_programs
 
 Section = Literal["fused", "grown", "loader", "round", "activation", "step", "data"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
+SLOW = {"rank": measure_rank, "compile": measure_compile}
 FUSED_AT_MOST, GROWN_AT_LEAST, LOADER_AT_LEAST, ROUND_MARGIN = 1.02, 2.5, 20.0, 1.1
 SIZE = (3, 32, 32)
 #: Samples a round is cut into, each with every phase in it: updates 0, 10, 20, ..., updates 1, 11, 21, ..., and so on.
@@ -75,12 +81,18 @@ class Args(TimedArgs):
 
     only: tuple[Section, ...] = SECTIONS
     """Sections to run."""
+    suite: bool = False
+    """Measure what else the docs give a ratio of, too, and run the other programs that time things."""
+    authors: InFolder | None = None
+    """With --suite: a clone of DingXiaoH/DiverseBranchBlock, whose module runs beside ours."""
     pairs: PairOptions = PairOptions(seconds=4.0)
     output: FileOptions = FileOptions()
 
 
 def main(args: Args) -> int:
     """Measure, print, write; the exit status."""
+    if args.authors is not None and not (args.suite and (args.authors / "diversebranchblock.py").is_file()):
+        raise RunError(f"--authors {args.authors}: goes with --suite, and is a clone of DingXiaoH/DiverseBranchBlock.")
     if not args.only:
         raise RunError(f"--only: name at least one of {', '.join(SECTIONS)}.")
     check_unwritten("--file", file := args.output.file)
@@ -97,13 +109,18 @@ def main(args: Args) -> int:
             torch.manual_seed(0)
             measure(bench)
             gc.collect()  # worker processes too
+    for measure in SLOW.values() if args.suite else ():
+        measure(bench)
     about |= {"seconds": time.perf_counter() - began, "load_after": load()}
     print(table(bench.rows, about))
     if file is not None:
         if file.exists():
             raise RunError(f"--file {file}: File exists.")
         write_json(file, {**about, **asdict(bench)})
-    return int(args.pairs.strict and any(row.verdict == "MISSED" for row in bench.rows))
+    failed = run_programs(args.authors, args.pairs.quick) if args.suite else []
+    if failed:
+        print(f"\nExit status other than 0: {', '.join(failed)}.")
+    return int(bool(failed) or (args.pairs.strict and any(row.verdict == "MISSED" for row in bench.rows)))
 
 
 # ---- fused, grown

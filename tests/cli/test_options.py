@@ -45,6 +45,7 @@ HELPERS = {
     "tools/pictures.py",
     "tools/ranges.py",
     "tools/study.py",
+    "tools/suite.py",
     "tools/truth.py",
 }
 #: What has to stand before the options; of fuzz, which of its two programs.

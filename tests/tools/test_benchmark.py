@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from program import completed
+from program import completed, module_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "benchmark.py"
+SLOW = ("rank", "compile")
 TARGETS = {"fused": "<=", "grown": ">=", "loader": ">=", "round": "<="}
 
 
@@ -87,3 +88,21 @@ def test_bad_options_are_refused(options, word):
     result = run(*options)
     assert result.returncode == 2
     assert word in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.exhaustive
+def test_the_suite_has_every_table(tmp_path):
+    out = tmp_path / "bench.json"
+    result = run("--only", "fused", "--suite", "--quiet", "--file", str(out))
+    assert result.returncode == 0, result.stderr
+    suite = module_of(TOOL.parent / "suite.py")
+    headings = [line[3:] for line in result.stdout.splitlines() if line.startswith("## ")]
+    assert headings == list(suite.PROGRAMS)
+    assert list(dict.fromkeys(row["section"] for row in json.loads(out.read_text())["rows"])) == ["fused", *SLOW]
+    assert "times import timm" in result.stdout, "the last of them"
+
+
+@pytest.mark.parametrize("options", [("--authors", "."), ("--suite", "--authors", ".")])
+def test_a_folder_without_the_authors_module_is_refused_before_anything_is_measured(options):
+    result = run(*options)
+    assert result.returncode == 2 and "DiverseBranchBlock" in result.stderr and not result.stdout
