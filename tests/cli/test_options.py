@@ -104,6 +104,7 @@ OTHER_MEANING = {
     "pruned_speed.subnets": "timed one by one, not placed among others",
     "gpu_check.plan": "an experiment's, not a run's",
     "gpu_check.only": "checks, not cases of the benchmark",
+    "benchmark.authors": "with --suite, which hands it on to online_cost",
 }
 #: In the default run.
 FEW = ("recipes/one_layer.py", "tools/fuzz.py files", "tools/step_cost.py")
