@@ -259,20 +259,11 @@ class ConvMap:
             raise AlgebraError(f"nn.Conv2d pads both sides alike, this map needs {self.padding}.")
         if not bias and bool((self.bias != 0).any()):
             raise AlgebraError("this map has a bias; a convolution with bias=False cannot hold it.")
-        conv = nn.utils.skip_init(  # the usual initialisation would draw from the process's random stream
-            nn.Conv2d,
-            self.in_channels,
-            self.out_channels,
-            tuple(self.kernel.shape[2:]),
-            stride=self.stride,
-            padding=(top, left),
-            dilation=self.dilation,
-            groups=self.groups,
-            bias=bias,
-            padding_mode=self.padding_mode,
-            device=self.kernel.device,
-            dtype=dtype or self.kernel.dtype,
-        )
+        options = {key: getattr(self, key) for key in ("stride", "dilation", "groups", "padding_mode")}
+        options |= {"padding": (top, left), "device": self.kernel.device, "dtype": dtype or self.kernel.dtype}
+        size = self.in_channels, self.out_channels, tuple(self.kernel.shape[2:])
+        # The usual initialisation would draw from the process's random stream.
+        conv = nn.utils.skip_init(nn.Conv2d, *size, bias=bias, **options)
         assert isinstance(conv, nn.Conv2d)
         with torch.no_grad():
             conv.weight.copy_(self.kernel)
