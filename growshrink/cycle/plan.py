@@ -84,7 +84,7 @@ class Round:
         check_fields(self)
         if not self.branch:
             if self.teacher is None or not self.teacher.is_net or self.widths is not None:
-                raise PlanError(f"branch={self.branch!r}: must name at least one kind of branch, or another net teach.")
+                raise PlanError(f"branch={self.branch!r}: must be at least one kind of branch, or another net teach.")
             return
         kinds = (Branch.kinds[kind] for kind in self.branch if kind in Branch.kinds)
         if self.guide is not None and not any(issubclass(kind, Guided) for kind in kinds):

@@ -47,7 +47,7 @@ class Branch(nn.Module, ABC):
         if kind in Branch.kinds:
             old = Branch.kinds[kind].__module__
             if old.startswith("growshrink.") and old != cls.__module__:
-                raise GrowError(f"kind={kind!r}: a branch of growshrink's ({old}); give {cls.__name__} another name.")
+                raise GrowError(f"kind={kind!r}: a branch of growshrink ({old}) has it; give {cls.__name__} another.")
             warnings.warn(f"branch kind {kind!r} of {old} is replaced by that of {cls.__module__}.", stacklevel=3)
         if kind:
             Branch.kinds[kind] = cls
