@@ -5,7 +5,9 @@ A recording of the fake runs the function, and a replay runs it again on the ten
 
 import contextlib
 import copy
+import gc
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +37,7 @@ class Random:
 
 @pytest.fixture
 def cuda(monkeypatch):
-    fake = SimpleNamespace(recorded=0, replayed=0, owner=None, fails=None, random=Random(), mode=0)
+    fake = SimpleNamespace(recorded=0, replayed=0, owner=None, fails=None, random=Random(), mode=0, streams=[])
 
     class Graph:
         def replay(self):
@@ -48,8 +50,9 @@ def cuda(monkeypatch):
             own._result.copy_(loss)
 
     @contextlib.contextmanager
-    def graph(graph, **how):
-        assert how == {"capture_error_mode": "thread_local"}
+    def graph(graph, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        fake.streams.append(stream)
         yield
         if fake.fails:
             try:
@@ -58,13 +61,20 @@ def cuda(monkeypatch):
                 raise RuntimeError("operation failed due to a previous error during capture")
         fake.recorded += 1
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    def stream(name, device):
+        return SimpleNamespace(name=name, device=device, wait_stream=lambda other: None)
+
+    @contextlib.contextmanager
+    def on(stream):
+        fake.streams.append(stream)
+        yield
+
     for name, value in {
         "CUDAGraph": Graph,
         "graph": graph,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
+        "Stream": lambda device: stream("own", device),
+        "current_stream": lambda device: stream("current", device),
+        "stream": on,
         "default_generators": {None: fake.random},
         "get_sync_debug_mode": lambda: fake.mode,
         "set_sync_debug_mode": lambda mode: setattr(fake, "mode", mode),
@@ -99,6 +109,13 @@ def test_updates_are_those_without_a_graph(cuda, teacher):
     assert (cuda.recorded, cuda.replayed, cuda.mode) == (1, 9 - FIRST, 0) and graphed.graphed.recorded
 
 
+def test_all_happens_on_the_device_of_the_images_the_recording_on_the_stream_of_the_first_calls(cuda):
+    graphed, _ = trained(cuda)
+    assert {stream.device for stream in cuda.streams} == {next(graphed.model.parameters()).device}
+    *first, current, recording = cuda.streams
+    assert len(first) == FIRST and current.name == "current" and all(own is recording for own in first)
+
+
 def other_tensor(trainer):
     trainer.model[1].bias = nn.Parameter(trainer.model[1].bias.detach().clone())
     trainer.structure_changed()
@@ -109,6 +126,7 @@ CHANGES = {
     "values": (lambda trainer: trainer.model.load_state_dict(net().state_dict()), 1),
     "a tensor": (other_tensor, 2),
     "a mode": (lambda trainer: trainer.model[0].eval(), 2),
+    "a number": (lambda trainer: setattr(trainer.model[0], "end_dim", 3), 2),
     "what is trained": (lambda trainer: trainer.model[1].bias.requires_grad_(False), 2),
 }
 
@@ -167,9 +185,31 @@ def test_a_recording_that_fails_leaves_the_updates_as_they_are(cuda):
     cuda.fails = "operation not permitted when stream is capturing\nmore"
     graphed, _ = trained(cuda)
     assert graphed.graphed.refused == "operation not permitted when stream is capturing"
-    assert cuda.random.restored and not cuda.replayed
+    assert cuda.random.restored and not cuda.replayed and cuda.streams[-1].name == "current"
     plain, _ = trained()
     assert all(map(torch.equal, graphed.model.state_dict().values(), plain.model.state_dict().values()))
+
+
+def test_a_recording_that_fails_keeps_nothing_of_its_pass(cuda):
+    model, passes = net(), []
+    cuda.owner = ours = GraphedBackward(model)
+
+    def loss(images):
+        logits = model(images)
+        passes.append(weakref.ref(logits))
+        if len(passes) > FIRST and ours.refused is None:
+            raise RuntimeError("it may not")
+        return logits.square().mean()
+
+    ours.use(loss)
+    gc.disable()
+    try:
+        for _ in range(FIRST + 2):
+            model.zero_grad(set_to_none=True)
+            ours(torch.randn(4, 3, 8, 8))
+        assert ours.refused == "it may not" and [made() for made in passes] == [None] * len(passes)
+    finally:
+        gc.enable()
 
 
 def test_a_net_on_the_cpu_has_none():
