@@ -4,17 +4,24 @@
     python tools/step_cost.py resnet18 --ratio 2 --pixels 64 --batch-size 16
     python tools/step_cost.py reducenet20 resnet18 --branches se condconv moe --ratio 4     of branches, at full width
     python tools/step_cost.py resnet18 --branches dbb --recompute       for less memory: grown layers run once more
+    python tools/step_cost.py resnet18 --branches dbb --resident        and what processes that train the nets take
     python tools/step_cost.py --strict                      exit 1 if the default mode costs more than 1.5 plain steps
 
 A plain step trains the plain net. The two take turns and each pair of turns gives a ratio (see benchmark.py); a mode
-that augments in every k-th update only is timed over k updates at once.
+that augments in every k-th update only is timed over k updates at once. "memory" is counted: weights, gradients and
+what the backward pass needs. --resident (on Linux, with --branches) prints beside it, in MB of the grown and the plain
+net, the peak of the resident memory of a process of its own in three updates, less what it held before them: gradients,
+momentum, what the backward pass needs, and what operations take while they run.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -58,6 +65,8 @@ class Args(TimedArgs):
     rounds: gs.Round = pick(gs.Round(epochs=1, ratio=4.0), "ratio")
     grow: GrowOptions = pick(GrowOptions(branches=()), "branches")
     training: TrainConfig = pick(TrainConfig(lr=1e-3), "recompute")
+    resident: bool = False
+    """Also print the peak of resident memory, measured."""
 
 
 def main(args: Args) -> int:
@@ -76,7 +85,8 @@ def main(args: Args) -> int:
                 macs, memory, row = of(bench, args, name, mode, options)
             missed |= mode == "default" and macs > DEFAULT_AT_MOST
             times = f"{row.ratio:6.2f}  {row.q1:.2f} .. {row.q3:.2f}"
-            print(f"{name:16s} {mode:22s} {macs:6.2f} {memory:6.2f} {times}", flush=True)
+            measured = resident_memory(args, name, mode) if args.resident and args.grow.branches else ""
+            print(f"{name:16s} {mode:22s} {macs:6.2f} {memory:6.2f} {times}{measured}", flush=True)
     how = "; grown layers recomputed" if args.training.recompute else ""
     settings = f"batch {nets.batch_size}, {nets.pixels} pixels"
     print(f"\nOver a step of the plain net; {settings}; {conditions(before)}{how}")
@@ -88,19 +98,57 @@ def main(args: Args) -> int:
 def branch_cost(bench: Bench, args: Args, name: str, kind: str, options: Mapping[str, Any]) -> Cost:
     """MACs and memory of an update of a net grown with one kind over the plain net's, and the paired times."""
     size, batch = (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size
-    plain = timm.create_model(name, num_classes=10)
-    grown = gs.grow(plain, kind, ratio=args.rounds.ratio, init="paper", input_size=size)
-    images = torch.randn(batch, *size).contiguous(memory_format=torch.channels_last)
-    batches = OneBatch((images, torch.randint(10, (batch,))), batch)
-    trainers = [Trainer(channels_last(net), args.training, batches) for net in (grown, plain)]
-    one = gs.schedules.constant(1.0)
-
-    def advance(trainer: Trainer) -> None:
-        trainer.train(trainer.update + 1, learning_rate=one, lam=one)
-
+    trainers = [trainer_of(args, name, each) for each in (kind, None)]
+    grown, plain = (trainer.model for trainer in trainers)
     row = bench.compare(f"{name}: {kind}", *(partial(advance, trainer) for trainer in trainers), at_least=0.0)
     macs = training_macs(grown, size, batch) / training_macs(plain, size, batch)
     return macs, training_memory(grown, size, batch) / training_memory(plain, size, batch), row
+
+
+def trainer_of(args: Args, name: str, kind: str | None) -> Trainer:
+    """One that trains the net, grown with a kind of branch or plain, always on the same batch."""
+    size, batch = (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size
+    net = timm.create_model(name, num_classes=10)
+    if kind is not None:
+        gs.grow(net, kind, ratio=args.rounds.ratio, init="paper", input_size=size, inplace=True)
+    images = torch.randn(batch, *size).contiguous(memory_format=torch.channels_last)
+    return Trainer(channels_last(net), args.training, OneBatch((images, torch.randint(10, (batch,))), batch))
+
+
+def advance(trainer: Trainer) -> None:
+    """One update."""
+    one = gs.schedules.constant(1.0)
+    trainer.train(trainer.update + 1, learning_rate=one, lam=one)
+
+
+def resident_memory(args: Args, name: str, kind: str) -> str:
+    """MB of the grown and the plain net, counted and measured."""
+    found = []
+    for each in (kind, None):
+        with get_context("spawn").Pool(1) as process:
+            found.append(process.apply(_peak, (args, name, each)))
+    counted, peaks = zip(*found, strict=True)
+    return "".join(
+        f"  {a:6.0f} / {b:4.0f} = {a / b:5.2f} MB {how}" for (a, b), how in ((counted, "counted"), (peaks, "resident"))
+    )
+
+
+def _peak(args: Args, name: str, kind: str | None) -> tuple[float, float]:
+    args.running.set_threads()
+    trainer = trainer_of(args, name, kind)
+    with recompute(args.training.recompute):
+        counted = training_memory(trainer.model, (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    for _ in range(3):
+        advance(trainer)
+    return counted / 1e6, _resident("VmHWM") - before
+
+
+def _resident(key: str) -> float:
+    found = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1.024e-3
 
 
 def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str, Any]) -> Cost:
@@ -117,12 +165,12 @@ def measure(bench: Bench, args: Args, name: str, mode: str, options: Mapping[str
     task.attach(trainers[0].optimizer)
     one = gs.schedules.constant(1.0)
 
-    def advance(trainer: Trainer, task: gs.NetAugTask | None) -> None:
+    def several(trainer: Trainer, task: gs.NetAugTask | None) -> None:
         trainer.train(trainer.update + period, learning_rate=one, lam=one, task=task)
 
     period = task.every
     row = bench.compare(
-        f"{name}: {mode}", lambda: advance(trainers[0], task), lambda: advance(trainers[1], None), at_least=0.0
+        f"{name}: {mode}", lambda: several(trainers[0], task), lambda: several(trainers[1], None), at_least=0.0
     )
     macs = StepCost(task, size).mean(0, 64 * period) / training_macs(plain, size)
     sizes = size, args.nets.batch_size
