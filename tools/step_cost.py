@@ -139,7 +139,7 @@ def _peak(args: Args, name: str, kind: str | None) -> tuple[float, float]:
     with recompute(args.training.recompute):
         counted = training_memory(trainer.model, (3, args.nets.pixels, args.nets.pixels), args.nets.batch_size)
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts over
     for _ in range(3):
         advance(trainer)
     return counted / 1e6, _resident("VmHWM") - before
