@@ -373,9 +373,9 @@ CHECKS: dict[str, Check] = {
     "netaug": check_netaug,
     "merged": check_merged,
     "stack": check_stack,
-    "graphs": check_graphs,
     "compile": check_compile,
     "sync_bn": check_sync_bn,
     "resume": check_resume,
     "ddp": check_ddp,
+    "graphs": check_graphs,  # the last: one that fails leaves the allocator as while recording
 }

@@ -208,11 +208,7 @@ def _beyond(
     for names in filter(None, groups):
         own = np.stack([columns[name] for name in names])
         controls = [columns[other] for other in baselines if other not in names]
-
-        def partial(i: Any, own: Floats = own, controls: list[Floats] = controls) -> Any:
-            return stats.partial_spearman(own[:, i], truth[i], [control[i] for control in controls])
-
-        values, resampled = partial(slice(None)), boot.of(partial)
+        values, resampled = (of(own, truth, controls) for of in (stats.partial_spearman, boot.partial_spearman))
         found |= {name: boot.interval(*each) for name, *each in zip(names, values, resampled.T, strict=True)}
     return found
 

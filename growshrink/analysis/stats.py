@@ -77,19 +77,29 @@ def partial_spearman(x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike]) 
     and their products), and what the fits leave is correlated. NaN if a fit leaves nothing (up to rounding). Several
     columns x `(K, N)` are fitted at once and give `(K,)`.
     """
-    every = [_columns(column, y)[0] for column in (*np.atleast_2d(np.asarray(x, dtype=np.float64)), y)]
-    ranks = [_unit_ranks(np.asarray(control, dtype=np.float64)) for control in controls]
-    squares = [rank * rank for rank in ranks]
-    terms = [np.ones(len(every[0])), *ranks, *squares, *map(np.multiply, squares, ranks)]
-    design = np.stack([*terms, *(ranks[i] * ranks[j] for i in range(len(ranks)) for j in range(i))], axis=1)
-    left = np.stack([_unit_ranks(column) for column in every], axis=1)
-    left -= design @ scipy.linalg.lstsq(design, left, cond=1e-9, lapack_driver="gelsy")[0]
-    enough = (left**2).sum(0) >= NOTHING_LEFT * len(left)
-    found = [
-        pearson(own, left[:, -1]) if there and enough[-1] else math.nan
-        for own, there in zip(left.T, enough, strict=True)
-    ]
-    return np.array(found[:-1]) if np.ndim(x) > 1 else found[0]
+    every = [_columns(column, y)[0] for column in (*np.atleast_2d(np.asarray(x, dtype=np.float64)), y, *controls)]
+    weights = np.ones(len(every[0]))
+    ranks = [_unit(scipy.stats.rankdata(column), len(column)) for column in every]
+    found = _correlation_left(ranks, len(every) - len(controls), weights)
+    return found if np.ndim(x) > 1 else found[0]
+
+
+def _correlation_left(ranks: Sequence[Floats], explained: int, weights: Floats) -> Floats:
+    """`partial_spearman` of items that count `weights` times: the first `explained` ranks, y's last, given the rest."""
+    controls = ranks[explained:]
+    squares = [rank * rank for rank in controls]
+    terms = [np.ones(len(weights)), *controls, *squares, *map(np.multiply, squares, controls)]
+    design = np.stack([*terms, *(controls[i] * controls[j] for i in range(len(controls)) for j in range(i))], axis=1)
+    left, root = np.stack(ranks[:explained], axis=1), np.sqrt(weights)[:, None]
+    left -= design @ scipy.linalg.lstsq(root * design, root * left, cond=1e-9, lapack_driver="gelsy")[0]
+    total, left = weights.sum(), root * left
+    enough = (left**2).sum(0) >= NOTHING_LEFT * total
+    left -= root * (root * left).sum(0) / total  # to weighted mean 0
+    scale = np.sqrt((left**2).sum(0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = left[:, :-1].T @ left[:, -1] / (scale[:-1] * scale[-1])
+    found[~(enough[:-1] & enough[-1])] = math.nan
+    return np.asarray(found)
 
 
 def size_bins(size: ArrayLike, num_bins: int = 10) -> NDArray[np.int64]:
@@ -139,7 +149,7 @@ def regret(score: ArrayLike, truth: ArrayLike, k: int) -> float:
 class Bootstrap:
     """Resamples of n items, drawn once and used for every statistic, so that differences of statistics are paired.
 
-    `index` is int64 `(num, n)`; `counts` how often each item is in each resample, `(num, n)`.
+    `index` is int64 `(num, n)`; `counts` how often each item is in each resample, int32 `(num, n)`.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993): percentile intervals.
     """
@@ -150,7 +160,8 @@ class Bootstrap:
         self.confidence = confidence
         self.index = np.random.default_rng(seed).integers(n, size=(num, n))
         offset = np.arange(num)[:, None] * n
-        self.counts = np.bincount((self.index + offset).ravel(), minlength=num * n).reshape(num, n)
+        counts = np.bincount((self.index + offset).ravel(), minlength=num * n)
+        self.counts = counts.reshape(num, n).astype(np.int32)
 
     def of(self, statistic: Callable[[NDArray[np.int64]], Any]) -> Floats:
         """`statistic(index)` of each resample, `(num, ...)`."""
@@ -184,6 +195,20 @@ class Bootstrap:
         mean_x, mean_y, xx, yy, xy = sums.T
         with np.errstate(invalid="ignore", divide="ignore"):
             return (xy - mean_x * mean_y) / np.sqrt((xx - mean_x**2) * (yy - mean_y**2))
+
+    def partial_spearman(self, x: ArrayLike, y: ArrayLike, controls: Sequence[ArrayLike], block: int = 64) -> Floats:
+        """`partial_spearman` of columns x `(K, N)` in each resample: `(num, K)`, from one sorting of each column."""
+        every, found = [*np.asarray(x, dtype=np.float64), y, *controls], []
+        orders = [np.argsort(np.asarray(column), kind="stable") for column in every]
+        for counts in np.array_split(self.counts, max(1, len(self.counts) // block)):
+            ranks = [
+                _ranks_of_draws(np.asarray(column), order, counts) for column, order in zip(every, orders, strict=True)
+            ]
+            for row, own in enumerate(counts):
+                drawn = np.flatnonzero(own)
+                few = [_unit(rank[row, drawn], len(own)) for rank in ranks]
+                found.append(_correlation_left(few, len(every) - len(controls), own[drawn].astype(np.float64)))
+        return np.array(found)
 
     def interval(self, value: float, samples: Floats) -> Estimate:
         """`value` with the percentile interval of `samples`; NaN where a resample has no value."""
@@ -307,15 +332,13 @@ def _membership(values: Floats, k: int) -> Floats:
     return above + tied * ((k - above.sum()) / tied.sum())
 
 
-def _squares_of_groups(counts: NDArray[np.int64], values: Floats) -> Floats:
+def _squares_of_groups(counts: NDArray[np.int32], values: Floats) -> Floats:
     """Sum over groups of equal values of the squared number of draws: `(num,)`, counts `(num, n)`."""
-    order = np.argsort(values, kind="stable")
-    starts = np.unique(values[order], return_index=True)[1]
-    groups = np.add.reduceat(counts[:, order], starts, axis=1).astype(np.float64)
-    return (groups**2).sum(1)
+    groups = _draws_of_groups(counts, values, np.argsort(values, kind="stable"))[0]
+    return np.einsum("bg,bg->b", groups, groups, dtype=np.float64)
 
 
-def _agreeing_pairs(counts: NDArray[np.int64], x: Floats, y: Floats, block: int = 1024) -> Floats:
+def _agreeing_pairs(counts: NDArray[np.int32], x: Floats, y: Floats, block: int = 1024) -> Floats:
     """Concordant less discordant pairs of draws, `(num,)`; x is sorted."""
     weights, total = counts.astype(np.float32), np.zeros(len(counts))  # sums of whole numbers below 2**24: exact
     ranks = scipy.stats.rankdata(y, method="dense").astype(np.float32)
@@ -329,10 +352,28 @@ def _agreeing_pairs(counts: NDArray[np.int64], x: Floats, y: Floats, block: int 
     return total
 
 
-def _unit_ranks(values: Floats) -> Floats:
-    """Mid-ranks, brought to mean 0 and range 2: powers of them stay well conditioned."""
-    ranks = scipy.stats.rankdata(values)
-    return 2 * (ranks - ranks.mean()) / max(1, len(values) - 1)
+def _ranks_of_draws(values: Floats, order: NDArray[np.int64], counts: NDArray[np.int32]) -> Floats:
+    """Mid-ranks that the items of each resample have among its draws: `(num, n)`, counts `(num, n)`."""
+    groups, sizes = _draws_of_groups(counts, values, order)
+    ranks = np.cumsum(groups, axis=1) - (groups - 1) / 2
+    found = np.empty(counts.shape)
+    found[:, order] = ranks if len(sizes) == len(values) else np.repeat(ranks, sizes, axis=1)
+    return found
+
+
+def _draws_of_groups(
+    counts: NDArray[np.int32], values: Floats, order: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """How often the groups of equal values are drawn, rising, `(num, groups)`, and their sizes, `(groups,)`."""
+    starts = np.unique(values[order], return_index=True)[1]
+    rising = counts[:, order]
+    draws = rising if len(starts) == len(values) else np.add.reduceat(rising, starts, axis=1)
+    return draws, np.diff(starts, append=len(values))
+
+
+def _unit(ranks: Floats, n: int) -> Floats:
+    """Mid-ranks of n items, brought to mean 0 and range 2: powers of them stay well conditioned."""
+    return (2 * ranks - n - 1) / max(1, n - 1)
 
 
 def _log_comb(n: NDArray[np.int64], m: int) -> Floats:

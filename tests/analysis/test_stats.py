@@ -244,3 +244,18 @@ def test_blocks_equal_least_squares_of_the_additive_model():
 def test_blocks_need_two_of_both(values):
     with pytest.raises(AnalysisError, match="2 rows"):
         blocked(values)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_resampled_partial_correlations_are_those_of_each_resample(ties):
+    rng = np.random.default_rng(1)
+    every = rng.normal(size=(5, 60)) + 0.5 * rng.normal(size=60)
+    if ties:
+        every = np.round(every)
+    x, y, controls = every[:2], every[2], [every[3], every[4], 2 * every[3]]  # the last one explains nothing more
+    boot = stats.Bootstrap(60, num=150)
+    found = boot.partial_spearman(x, y, controls)
+    expected = boot.of(lambda i: stats.partial_spearman(x[:, i], y[i], [control[i] for control in controls]))
+    assert found.shape == (150, 2) and np.allclose(found, expected, rtol=0, atol=1e-12)
+    nothing = boot.partial_spearman([controls[0]], y, controls)
+    assert np.isnan(nothing).all()

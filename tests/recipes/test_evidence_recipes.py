@@ -141,9 +141,11 @@ def test_published_tables_are_made_from_their_records(name, tmp_path):
 @pytest.mark.skipif(not EVIDENCE.exists(), reason="an sdist has no docs")
 def test_published_evidence_is_small_and_its_links_lead_somewhere():
     files = [path for path in EVIDENCE.rglob("*") if path.is_file() and "runs" not in path.relative_to(EVIDENCE).parts]
-    raw = {path.name for path in files if path.parent.name == "claims"}
-    assert len(EXPERIMENTS) >= 10 and len(files) == 5 * len(EXPERIMENTS) + 1 + len(raw)
-    assert set(re.findall(r"evidence/claims/([\w.-]+)\)", (TOP / "docs" / "measured" / "claims.md").read_text())) == raw
+    raw = {page: {path.name for path in files if path.parent.name == page} for page in ("claims", "gpu")}
+    assert len(EXPERIMENTS) >= 10 and len(files) == 5 * len(EXPERIMENTS) + 1 + sum(map(len, raw.values()))
+    for page, names in raw.items():
+        text = (TOP / "docs" / "measured" / f"{page}.md").read_text()
+        assert set(re.findall(rf"evidence/{page}/([\w.-]+)\)", text)) == names
     for page in EVIDENCE.rglob("*.md"):
         for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link.split("#")[0]).exists(), f"{page}: {link}"
