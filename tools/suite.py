@@ -99,6 +99,8 @@ def run_programs(authors: Path | None, quick: bool) -> list[str]:
             words += ["--authors", str(authors)]
         command = [sys.executable, str(TOOLS / program), *words]
         print(f"\n## {name}\n\n`python tools/{program} {' '.join(words)}`\n", flush=True)
-        if subprocess.run(command, check=False).returncode:
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
+        print(done.stdout, flush=True)
+        if done.returncode:
             failed.append(name)
     return failed

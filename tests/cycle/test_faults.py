@@ -81,7 +81,7 @@ EVENTS = (
     "exits.fuse_nets",
     "surgery.fuse_along",
     "surgery.verify",
-    "exits.undo",
+    "running.Run.go_back",
     "report.save_plain",
     "report.write_json",
 )

@@ -86,7 +86,7 @@ BAD = {
     "distil": (["--widths", "lazy,inplace_distil=2"], "--widths lazy,inplace_distil=2: inplace_distil=2"),
     "hold": (["--alive", "2"], "--alive 2"),
     "epochs": (["--epochs", "0"], "--epochs 0: must be above 0"),
-    "no blocks": (["--model", "selecsls42", "--widths", "suffix"], "SelecSls carry branches"),
+    "no blocks": (["--model", "selecsls42", "--widths", "suffix"], "SelecSls: only 1 of its units carry branches"),
 }
 
 

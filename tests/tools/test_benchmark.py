@@ -90,6 +90,7 @@ def test_bad_options_are_refused(options, word):
     assert word in result.stderr and "Traceback" not in result.stderr
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile's own
 @pytest.mark.exhaustive
 def test_the_suite_has_every_table(tmp_path):
     out = tmp_path / "bench.json"
