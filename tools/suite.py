@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import growshrink as gs
 from growshrink.base.copying import copy_net
+from growshrink.base.timing import seconds_of
 from growshrink.layers.regions import compile_regions
 from paired import Bench, channels_last
 
@@ -54,11 +55,7 @@ def measure_rank(bench: Bench) -> None:
     rng = np.random.default_rng(0)
     truth = rng.normal(size=count)
     scores = {name: truth + rng.normal(size=count) for name in ("angle", "params", "macs", "null")}
-    times = []
-    for _ in bench.bar(3, "rank"):
-        began = time.perf_counter()
-        gs.rank(scores, truth)
-        times.append(time.perf_counter() - began)
+    times = [seconds_of(partial(gs.rank, scores, truth)) for _ in bench.bar(3, "rank")]
     what = f"rank: gs.rank of {count} nets, 1,000 resamples / {RANKED_WITHIN:g} s"
     bench.add(what, times, [RANKED_WITHIN] * len(times), "s", at_most=1.0)
 
@@ -78,16 +75,11 @@ def measure_compile(bench: Bench) -> None:
 
     for name, net in (("plain", plain), ("bottlenecks of ratio 2", grown)):
         compiled, eager = copy_net(net).train(), copy_net(net).train()
-        began = time.perf_counter()
         compile_regions(compiled, backend=backend)
-        step(compiled)
-        note = f"compiling took {time.perf_counter() - began:.0f} s"
-        row = bench.compare(
-            f"compile: eager / compiled step, reducenet20, {name}, batch {batch_size}",
-            lambda net=eager: step(net),  # type: ignore[misc]
-            lambda net=compiled: step(net),  # type: ignore[misc]
-        )
-        print(f"{row.what}: {note}", file=sys.stderr)
+        seconds = seconds_of(partial(step, compiled))
+        what = f"compile: eager / compiled step, reducenet20, {name}, batch {batch_size}"
+        row = bench.compare(what, partial(step, eager), partial(step, compiled))
+        print(f"{row.what}: compiling took {seconds:.0f} s", file=sys.stderr)
 
 
 def run_programs(authors: Path | None, quick: bool) -> list[str]:

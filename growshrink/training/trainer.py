@@ -297,8 +297,10 @@ class Trainer:
             task.set_step(self.update)
             with self._autocast(images_NCHW):
                 return task.backward(images_NCHW, labels_N)["loss"]
-        with self._autocast(images_NCHW):
-            answers = () if teacher is None else (teacher.answer(question, images_NCHW),)
+        answers: tuple[Tensor, ...] = ()
+        if teacher is not None and self.loss is None:
+            with self._autocast(images_NCHW):
+                answers = (teacher.answer(question, images_NCHW),)
         if self.graphed is not None and self.loss is None and not self.config.mixup and not self._gated:
             loss = self.graphed(images_NCHW, labels_N, *answers)
         else:
